@@ -1,0 +1,1 @@
+"""What crosses a process: messages and their wire format. No torch, no NATS."""

@@ -1,0 +1,337 @@
+"""Everything that crosses a process boundary, as frozen structs that refuse to exist in a wrong state.
+
+Wire format: msgpack by msgspec, array-like, each message tagged with its name and a version. A field is
+added with a default and never renamed or reused. Per-token arrays are raw little-endian bytes, policy
+versions are spans, masks are bits: 8 bytes a token (no pickle, which would run code in the reader).
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, Self, TypeVar
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=False):
+    """Base of all messages; subclasses carry a tag."""
+
+
+class PolicyVersion(msgspec.Struct, frozen=True, array_like=True, order=True):
+    """Names the weights that sampled a token: which start of the trainer published them, after which step.
+
+    Engines carry it as the label `<attempt>.<version>`.
+    """
+
+    attempt: int
+    version: int
+
+    def __str__(self) -> str:
+        return f"{self.attempt}.{self.version}"
+
+    @classmethod
+    def parse(cls, label: str) -> Self | None:
+        """Return the version that an engine's label names; None for an engine's own label ("default")."""
+        attempt, dot, version = label.partition(".")
+        if not (dot and attempt.isascii() and attempt.isdigit() and version.isascii() and version.isdigit()):
+            return None
+        return cls(int(attempt), int(version))
+
+
+class VersionSpan(msgspec.Struct, frozen=True, array_like=True):
+    """Tokens up to `end` (exclusive), from the previous span's end on, come from one policy version."""
+
+    attempt: int
+    version: int
+    end: int
+
+    @property
+    def policy_version(self) -> PolicyVersion:
+        return PolicyVersion(self.attempt, self.version)
+
+
+class Ticket(Message, tag="ticket.v1"):
+    """The right to sample one prompt group. Its number is the stream sequence of this message."""
+
+    ticket: int
+    row: dict[str, Any]
+    group_size: int
+    max_new_tokens: int
+    temperature: float
+
+
+class Sample(Message, tag="sample.v1"):
+    """One sampled response (all turns of it) and what the trainer needs to learn from it."""
+
+    index: int
+    """Place in the group, 0 <= index < group_size."""
+    prompt_ids: bytes
+    """int32."""
+    response_ids: bytes
+    """int32; everything after the prompt, what the environment told between turns included."""
+    behavior_logprobs: bytes
+    """float32, natural log at `temperature`, under the policy that sampled the token; 0 where none did."""
+    response_mask: bytes
+    """Bits, first token in the lowest: set where the policy sampled the token."""
+    version_spans: tuple[VersionSpan, ...]
+    """Which policy version sampled which tokens, as the server attested; they cover the response."""
+    reward: float
+    temperature: float
+    finish_reason: str
+    """Of the last turn: `stop` or `length`."""
+    num_turns: int = 1
+
+    def __post_init__(self) -> None:
+        num_ids, num_logprobs = len(self.response_ids) // 4, len(self.behavior_logprobs) // 4
+        covered = self.version_spans[-1].end if self.version_spans else 0
+        if not (num_ids == num_logprobs == covered and len(self.response_mask) == (num_ids + 7) // 8):
+            raise ValueError(
+                f"sample {self.index}: {num_ids} response tokens, {num_logprobs} log-probs, versions for "
+                f"{covered}, mask of {len(self.response_mask)} bytes"
+            )
+        if num_ids == 0 or len(self.prompt_ids) < 4:
+            raise ValueError(f"sample {self.index}: empty prompt or response")
+        if any(a.end >= b.end for a, b in pairwise(self.version_spans)) or self.version_spans[0].end <= 0:
+            raise ValueError(f"sample {self.index}: version spans {self.version_spans} do not ascend")
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.response_ids) // 4
+
+    def mask(self) -> NDArray[np.bool_]:
+        """[num_tokens] bool, True where the policy sampled the token."""
+        bits = np.frombuffer(self.response_mask, dtype=np.uint8)
+        return np.unpackbits(bits, count=self.num_tokens, bitorder="little").astype(np.bool_)
+
+
+class SampleFailure(Message, tag="failure.v1"):
+    """A sample that left its group: its generation or reward failed as often as allowed."""
+
+    index: int
+    reason: str
+    """A word for counting: `reward_timeout`, `reward_error`, `workflow_error`."""
+    message: str = ""
+
+
+class Group(Message, tag="group.v1"):
+    """What became of a ticket: its samples, in order of their index, and those that failed."""
+
+    ticket: int
+    group_size: int
+    samples: tuple[Sample, ...]
+    failures: tuple[SampleFailure, ...] = ()
+    worker: str = ""
+    seconds: float = 0.0
+    """From taking the ticket to publishing."""
+
+    def __post_init__(self) -> None:
+        indices = sorted([s.index for s in self.samples] + [f.index for f in self.failures])
+        if indices != list(range(self.group_size)):
+            raise ValueError(f"ticket {self.ticket}: samples {indices} of a group of {self.group_size}")
+
+
+class GroupPart(Message, tag="grouppart.v1"):
+    """One sample of a group too large for one message; the group is complete with all `group_size` parts."""
+
+    ticket: int
+    group_size: int
+    outcome: Sample | SampleFailure
+    worker: str = ""
+    seconds: float = 0.0
+
+
+class Tombstone(Message, tag="tombstone.v1"):
+    """A ticket that was given up after its retry budget; counted as discarded."""
+
+    ticket: int
+    reason: str
+    """A word for counting: `prompt_too_long`, `generation_error`."""
+    message: str = ""
+    worker: str = ""
+
+
+class TurnRecord(Message, tag="turn.v1"):
+    """A turn, finished or broken off, that another worker can hand out again instead of sampling it."""
+
+    input_ids: bytes
+    """int32; everything before this turn. The record is used only where this agrees."""
+    output_ids: bytes
+    logprobs: bytes
+    version_spans: tuple[VersionSpan, ...]
+    finish_reason: str
+    """`stop`, `length`, or "" where it was broken off."""
+
+
+class SampleProgress(Message, tag="progress.v1"):
+    """What a sample had earned when its worker or engine went away."""
+
+    index: int
+    turns: tuple[TurnRecord, ...]
+
+
+class ResumePoint(Message, tag="resume.v1"):
+    """What is kept of a ticket that was handed back, under the key `part.<ticket>`."""
+
+    ticket: int
+    num_failures: int = 0
+    """Reported failures of the whole group; a kill is none."""
+    outcomes: tuple[Sample | SampleFailure, ...] = ()
+    progress: tuple[SampleProgress, ...] = ()
+
+
+class EvaluationTicket(Message, tag="evalticket.v1"):
+    """A held-out prompt to be answered greedily, outside the staleness gate."""
+
+    evaluation: str
+    """Names the evaluation, `<attempt>.<version>.<time>`, so that a late answer is not taken for another's."""
+    index: int
+    row: dict[str, Any]
+    max_new_tokens: int
+
+
+class EvaluationResult(Message, tag="evalresult.v1"):
+    evaluation: str
+    index: int
+    outcome: Sample | SampleFailure
+
+
+class HeldTickets(Message, tag="held.v1"):
+    """What a worker holds, so that someone else can hand it back when the worker is gone."""
+
+    worker: str
+    incarnation: str
+    deliveries: dict[int, str]
+    """Ticket -> its acknowledgement subject."""
+
+
+class Heartbeat(Message, tag="heartbeat.v1"):
+    """A worker's sign of life, once a second."""
+
+    worker: str
+    incarnation: str
+    engine: str
+    """Incarnation of the engine process; another one has no weights and no group."""
+    engine_state: str
+    """One of ENGINE_STATES."""
+    version: PolicyVersion | None
+    """What the engine samples with; None before its first weights."""
+    num_running_samples: int = 0
+    max_running_samples: int = 0
+    kv_usage: float = 0.0
+    num_sampled_tokens: int = 0
+    """Since the worker started."""
+    num_failures: int = 0
+    """Reported failures since the worker started."""
+    last_error: str = ""
+
+
+ENGINE_STATES = ("down", "empty", "ready", "draining", "drained", "updating", "dirty")
+"""down: does not answer. empty: no weights of this job yet. ready: samples. draining: lets samples finish
+before an update. drained: they have finished. updating: within an epoch. dirty: part of an update
+arrived, so it stays paused until it has everything again."""
+
+
+class JoinGroup(Message, tag="join.v1"):
+    """Phase 1 of a weight epoch: leave any older group, then enter this one (the engine blocks until all are in)."""
+
+    group: str
+    host: str
+    port: int
+    rank: int
+    world_size: int
+    backend: str
+    timeout_seconds: float
+
+
+class PrepareUpdate(Message, tag="prepare.v1"):
+    """Phase 2: pause and open the update; answered before any collective starts."""
+
+    group: str
+    version: PolicyVersion
+    interrupt: str
+    """`Retract`, `InPlace` or `Drain`."""
+    timeout_seconds: float
+
+
+class ReceiveBucket(Message, tag="bucket.v1"):
+    """Phase 3: receive one flattened bucket by broadcast."""
+
+    group: str
+    version: PolicyVersion
+    names: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    is_last: bool
+    timeout_seconds: float
+
+
+class CommitUpdate(Message, tag="commit.v1"):
+    """Phase 4: close the update and go on sampling."""
+
+    group: str
+    version: PolicyVersion
+    checksum: bool = False
+    """Answer with the engine's checksum."""
+
+
+class ControlReply(Message, tag="reply.v1"):
+    """A worker's answer to a phase."""
+
+    ok: bool
+    message: str = ""
+    engine: str = ""
+    is_draining: bool = False
+    """Refused for now: samples are let finish first."""
+    checksum: str = ""
+
+
+M = TypeVar("M", bound=Message)
+
+
+def encode(message: Message) -> bytes:
+    return _encoder.encode(message)
+
+
+def decode(data: bytes, *kinds: type[M]) -> M:
+    """Return the message in `data`, which must be one of `kinds`.
+
+    Raises:
+        ValueError: the bytes are no such message, or of a version that this code does not know; names both.
+    """
+    wanted: Any = kinds[0]
+    for kind in kinds[1:]:
+        wanted = wanted | kind
+    try:
+        result: M = msgspec.msgpack.decode(data, type=wanted)
+    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        names = ", ".join(kind.__name__ for kind in kinds)
+        raise ValueError(
+            f"not a message of kind {names}: {error} ({len(data)} bytes: {data[:24]!r})"
+        ) from error
+    return result
+
+
+_encoder = msgspec.msgpack.Encoder()
+
+
+def ids_to_bytes(ids: Sequence[int]) -> bytes:
+    return np.asarray(ids, dtype="<i4").tobytes()
+
+
+def ids_from_bytes(data: bytes) -> NDArray[np.int32]:
+    """A read-only view."""
+    return np.frombuffer(data, dtype="<i4")
+
+
+def floats_to_bytes(values: Sequence[float]) -> bytes:
+    return np.asarray(values, dtype="<f4").tobytes()
+
+
+def floats_from_bytes(data: bytes) -> NDArray[np.float32]:
+    """A read-only view."""
+    return np.frombuffer(data, dtype="<f4")
+
+
+def mask_to_bytes(mask: Sequence[bool]) -> bytes:
+    return np.packbits(np.asarray(mask, dtype=np.bool_), bitorder="little").tobytes()

@@ -1,0 +1,1 @@
+"""The policy's files and its forward pass: sources, tokenizer, attention over segments."""
