@@ -1,1 +1,1 @@
-"""What the operator, the runtime and the user share: the AsyncRLJob types, RunConfig, names, user protocols."""
+"""What operator, runtime and user share: AsyncRLJob types, RunConfig, names, user protocols."""

@@ -51,7 +51,7 @@ class VersionSpan(msgspec.Struct, frozen=True, array_like=True):
         return PolicyVersion(self.attempt, self.version)
 
 
-class Ticket(Message, tag="ticket.v1"):
+class Ticket(Message, frozen=True, kw_only=True, tag="ticket.v1"):
     """The right to sample one prompt group. Its number is the stream sequence of this message."""
 
     ticket: int
@@ -61,7 +61,7 @@ class Ticket(Message, tag="ticket.v1"):
     temperature: float
 
 
-class Sample(Message, tag="sample.v1"):
+class Sample(Message, frozen=True, kw_only=True, tag="sample.v1"):
     """One sampled response (all turns of it) and what the trainer needs to learn from it."""
 
     index: int
@@ -105,7 +105,7 @@ class Sample(Message, tag="sample.v1"):
         return np.unpackbits(bits, count=self.num_tokens, bitorder="little").astype(np.bool_)
 
 
-class SampleFailure(Message, tag="failure.v1"):
+class SampleFailure(Message, frozen=True, kw_only=True, tag="failure.v1"):
     """A sample that left its group: its generation or reward failed as often as allowed."""
 
     index: int
@@ -114,7 +114,7 @@ class SampleFailure(Message, tag="failure.v1"):
     message: str = ""
 
 
-class Group(Message, tag="group.v1"):
+class Group(Message, frozen=True, kw_only=True, tag="group.v1"):
     """What became of a ticket: its samples, in order of their index, and those that failed."""
 
     ticket: int
@@ -131,7 +131,7 @@ class Group(Message, tag="group.v1"):
             raise ValueError(f"ticket {self.ticket}: samples {indices} of a group of {self.group_size}")
 
 
-class GroupPart(Message, tag="grouppart.v1"):
+class GroupPart(Message, frozen=True, kw_only=True, tag="grouppart.v1"):
     """One sample of a group too large for one message; the group is complete with all `group_size` parts."""
 
     ticket: int
@@ -141,7 +141,7 @@ class GroupPart(Message, tag="grouppart.v1"):
     seconds: float = 0.0
 
 
-class Tombstone(Message, tag="tombstone.v1"):
+class Tombstone(Message, frozen=True, kw_only=True, tag="tombstone.v1"):
     """A ticket that was given up after its retry budget; counted as discarded."""
 
     ticket: int
@@ -151,7 +151,7 @@ class Tombstone(Message, tag="tombstone.v1"):
     worker: str = ""
 
 
-class TurnRecord(Message, tag="turn.v1"):
+class TurnRecord(Message, frozen=True, kw_only=True, tag="turn.v1"):
     """A turn, finished or broken off, that another worker can hand out again instead of sampling it."""
 
     input_ids: bytes
@@ -163,14 +163,14 @@ class TurnRecord(Message, tag="turn.v1"):
     """`stop`, `length`, or "" where it was broken off."""
 
 
-class SampleProgress(Message, tag="progress.v1"):
+class SampleProgress(Message, frozen=True, kw_only=True, tag="progress.v1"):
     """What a sample had earned when its worker or engine went away."""
 
     index: int
     turns: tuple[TurnRecord, ...]
 
 
-class ResumePoint(Message, tag="resume.v1"):
+class ResumePoint(Message, frozen=True, kw_only=True, tag="resume.v1"):
     """What is kept of a ticket that was handed back, under the key `part.<ticket>`."""
 
     ticket: int
@@ -180,23 +180,23 @@ class ResumePoint(Message, tag="resume.v1"):
     progress: tuple[SampleProgress, ...] = ()
 
 
-class EvaluationTicket(Message, tag="evalticket.v1"):
+class EvaluationTicket(Message, frozen=True, kw_only=True, tag="evalticket.v1"):
     """A held-out prompt to be answered greedily, outside the staleness gate."""
 
     evaluation: str
-    """Names the evaluation, `<attempt>.<version>.<time>`, so that a late answer is not taken for another's."""
+    """Names the evaluation, so that a late answer is not taken for another's."""
     index: int
     row: dict[str, Any]
     max_new_tokens: int
 
 
-class EvaluationResult(Message, tag="evalresult.v1"):
+class EvaluationResult(Message, frozen=True, kw_only=True, tag="evalresult.v1"):
     evaluation: str
     index: int
     outcome: Sample | SampleFailure
 
 
-class HeldTickets(Message, tag="held.v1"):
+class HeldTickets(Message, frozen=True, kw_only=True, tag="held.v1"):
     """What a worker holds, so that someone else can hand it back when the worker is gone."""
 
     worker: str
@@ -205,7 +205,7 @@ class HeldTickets(Message, tag="held.v1"):
     """Ticket -> its acknowledgement subject."""
 
 
-class Heartbeat(Message, tag="heartbeat.v1"):
+class Heartbeat(Message, frozen=True, kw_only=True, tag="heartbeat.v1"):
     """A worker's sign of life, once a second."""
 
     worker: str
@@ -232,8 +232,8 @@ before an update. drained: they have finished. updating: within an epoch. dirty:
 arrived, so it stays paused until it has everything again."""
 
 
-class JoinGroup(Message, tag="join.v1"):
-    """Phase 1 of a weight epoch: leave any older group, then enter this one (the engine blocks until all are in)."""
+class JoinGroup(Message, frozen=True, kw_only=True, tag="join.v1"):
+    """Phase 1 of a weight epoch: leave any older group, enter this one. The engine blocks until all are in."""
 
     group: str
     host: str
@@ -244,7 +244,7 @@ class JoinGroup(Message, tag="join.v1"):
     timeout_seconds: float
 
 
-class PrepareUpdate(Message, tag="prepare.v1"):
+class PrepareUpdate(Message, frozen=True, kw_only=True, tag="prepare.v1"):
     """Phase 2: pause and open the update; answered before any collective starts."""
 
     group: str
@@ -254,7 +254,7 @@ class PrepareUpdate(Message, tag="prepare.v1"):
     timeout_seconds: float
 
 
-class ReceiveBucket(Message, tag="bucket.v1"):
+class ReceiveBucket(Message, frozen=True, kw_only=True, tag="bucket.v1"):
     """Phase 3: receive one flattened bucket by broadcast."""
 
     group: str
@@ -266,7 +266,7 @@ class ReceiveBucket(Message, tag="bucket.v1"):
     timeout_seconds: float
 
 
-class CommitUpdate(Message, tag="commit.v1"):
+class CommitUpdate(Message, frozen=True, kw_only=True, tag="commit.v1"):
     """Phase 4: close the update and go on sampling."""
 
     group: str
@@ -275,7 +275,7 @@ class CommitUpdate(Message, tag="commit.v1"):
     """Answer with the engine's checksum."""
 
 
-class ControlReply(Message, tag="reply.v1"):
+class ControlReply(Message, frozen=True, kw_only=True, tag="reply.v1"):
     """A worker's answer to a phase."""
 
     ok: bool
