@@ -181,19 +181,21 @@ class ResumePoint(Message, frozen=True, kw_only=True, tag="resume.v1"):
 
 
 class EvaluationTicket(Message, frozen=True, kw_only=True, tag="evalticket.v1"):
-    """A held-out prompt to be answered greedily, outside the staleness gate."""
+    """Held-out prompts to be answered greedily, one sample each, outside the staleness gate."""
 
     evaluation: str
     """Names the evaluation, so that a late answer is not taken for another's."""
-    index: int
-    row: dict[str, Any]
+    first_index: int
+    """Place of the first row in the evaluation."""
+    rows: tuple[dict[str, Any], ...]
     max_new_tokens: int
 
 
 class EvaluationResult(Message, frozen=True, kw_only=True, tag="evalresult.v1"):
+    """The answers to one evaluation ticket; `index` of an outcome is the row's place in the evaluation."""
+
     evaluation: str
-    index: int
-    outcome: Sample | SampleFailure
+    outcomes: tuple[Sample | SampleFailure, ...]
 
 
 class HeldTickets(Message, frozen=True, kw_only=True, tag="held.v1"):
@@ -233,7 +235,7 @@ arrived, so it stays paused until it has everything again."""
 
 
 class JoinGroup(Message, frozen=True, kw_only=True, tag="join.v1"):
-    """Phase 1 of a weight epoch: leave any older group, enter this one. The engine blocks until all are in."""
+    """Phase 1 of a weight epoch: leave any older group and enter this one; blocks until all are in."""
 
     group: str
     host: str

@@ -1,0 +1,69 @@
+"""Names on the broker, and where it is."""
+
+from asyncrl_api.wire import Wire
+
+
+class NatsAddress(Wire):
+    """Where the broker is, and who this process is to it."""
+
+    url: str
+    credentials_file: str = ""
+    """A NATS credentials file, one per job and role; empty while the server asks for none."""
+
+
+class JobNames(Wire):
+    """Names on the broker. One set of streams per job: ticket = stream sequence allows no sharing."""
+
+    job: str
+
+    @property
+    def prompt_stream(self) -> str:
+        return f"RL_{self.job}_PROMPT"
+
+    @property
+    def trajectory_stream(self) -> str:
+        return f"RL_{self.job}_TRAJ"
+
+    @property
+    def evaluation_stream(self) -> str:
+        return f"RL_{self.job}_EVAL"
+
+    @property
+    def state_bucket(self) -> str:
+        """`live` (the fields marked L) and `part.<ticket>` (what is kept of a ticket handed back)."""
+        return f"rl_{self.job}"
+
+    @property
+    def live_bucket(self) -> str:
+        """`held.<worker>`: the tickets a worker holds."""
+        return f"rl_{self.job}_live"
+
+    @property
+    def lease_bucket(self) -> str:
+        return f"rl_{self.job}_lease"
+
+    @property
+    def inbox_prefix(self) -> str:
+        return f"_INBOX_{self.job}"
+
+    def prompt(self, ticket: int | str) -> str:
+        return f"rl.{self.job}.prompt.{ticket}"
+
+    def trajectory(self, ticket: int | str, sample: int | None = None) -> str:
+        return f"rl.{self.job}.traj.{ticket}" + ("" if sample is None else f".{sample}")
+
+    def evaluation(self, direction: str, key: str) -> str:
+        """`direction` is `ask` or `answer`."""
+        return f"rl.{self.job}.eval.{direction}.{key}"
+
+    def heartbeat(self, worker: str) -> str:
+        return f"rl.{self.job}.hb.{worker}"
+
+    def control(self, worker: str) -> str:
+        """Where a worker is asked to take part in a weight epoch."""
+        return f"rl.{self.job}.weights.{worker}"
+
+    @property
+    def announcements(self) -> str:
+        """Where changes of the state bucket are republished."""
+        return f"rl.{self.job}.ann"

@@ -1,0 +1,34 @@
+"""User code is named in a manifest as `pkg.module:name`."""
+
+import importlib
+from typing import Any
+
+
+class ImportFailed(ValueError):
+    """The reference names nothing that can be imported; says what and why."""
+
+
+def load_object(reference: str, field: str) -> Any:
+    """Import what `reference` names.
+
+    Args:
+        field: of the manifest, for the message.
+
+    Raises:
+        ImportFailed: the reference has no colon, the module cannot be imported, or lacks the name.
+    """
+    module_name, colon, name = reference.partition(":")
+    if not (module_name and colon and name):
+        raise ImportFailed(f"{field}: {reference!r}: must have the form pkg.module:name")
+    try:
+        target: Any = importlib.import_module(module_name)
+    except Exception as error:  # user code runs at import and may raise anything
+        raise ImportFailed(
+            f"{field}: {reference!r}: module {module_name} cannot be imported: "
+            f"{type(error).__name__}: {error}; is its folder on the import path?"
+        ) from error
+    for part in name.split("."):
+        if not hasattr(target, part):
+            raise ImportFailed(f"{field}: {reference!r}: {module_name} has no {name}")
+        target = getattr(target, part)
+    return target

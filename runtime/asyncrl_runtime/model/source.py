@@ -1,0 +1,191 @@
+"""Where a policy's files come from: a hub, a folder, a Python package, or a factory that writes them once."""
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from asyncrl_api.exits import ExitCode, ExitError
+from asyncrl_api.job import ModelSpec
+from asyncrl_runtime.contract.imports import ImportFailed, load_object
+
+log = logging.getLogger(__name__)
+
+WARMUP_PROMPTS = "warmup_prompts.json"
+"""In a folder that a factory wrote: what it has trained the model on."""
+LOCK_SECONDS = 3600
+
+
+def ensure_model(spec: ModelSpec, cache: Path, seed: int) -> Path:
+    """Return the Hugging Face folder of the model, made or fetched first if need be.
+
+    Processes of a job may call this at the same time: one makes the folder, the others wait.
+
+    Args:
+        cache: folder for what is downloaded or made.
+        seed: `spec.training.seed`, for a factory.
+
+    Raises:
+        ExitError: the source cannot be had; the message names the field, the cause and the remedy.
+    """
+    source = spec.source
+    if source.startswith("hf://"):
+        return _from_hub(source.removeprefix("hf://"), spec.revision, cache)
+    if source.startswith("file://"):
+        return _checked(Path(source.removeprefix("file://")), source)
+    if source.startswith("package://"):
+        package = source.removeprefix("package://")
+        folder = _once(cache, source, lambda scratch: _from_package(package, scratch))
+        return _checked(folder, source)
+    key = f"{source} seed={seed} context={spec.context_length} dtype={spec.dtype}"
+    folder = _once(cache, key, lambda scratch: _from_factory(spec, seed, scratch))
+    return _checked(folder, source)
+
+
+def warmup_prompts(folder: Path) -> list[str]:
+    """Return the prompts that a factory has trained the model on; none for other sources."""
+    path = folder / WARMUP_PROMPTS
+    return list(json.loads(path.read_text())) if path.exists() else []
+
+
+def _once(cache: Path, key: str, make: Callable[[Path], None]) -> Path:
+    """Return the cache folder of `key`, written by `make` unless it is there; a crash leaves no half."""
+    slug = re.sub(r"[^A-Za-z0-9.]+", "-", key.split()[0]).strip("-")
+    folder = cache / f"{slug}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+    if folder.exists():
+        return folder
+    cache.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(f"{folder}.lock", timeout=LOCK_SECONDS):
+            if not folder.exists():
+                scratch = folder.with_suffix(".tmp")
+                shutil.rmtree(scratch, ignore_errors=True)
+                scratch.mkdir()
+                make(scratch)
+                scratch.rename(folder)
+    except Timeout as error:
+        raise ExitError(
+            ExitCode.TRY_AGAIN, f"spec.model.source: {folder}.lock was held for {LOCK_SECONDS} s"
+        ) from error
+    return folder
+
+
+def _from_hub(repository: str, revision: str, cache: Path) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        folder = snapshot_download(
+            repository,
+            revision=revision,
+            cache_dir=cache / "hub",
+            allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"],
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise ExitError(
+            ExitCode.TRY_AGAIN,
+            f"spec.model.source: hf://{repository} at {revision} cannot be fetched: {first_line}; "
+            "check the name, the network, and model.secretRef for a gated model",
+        ) from error
+    return _checked(Path(folder), f"hf://{repository}")
+
+
+def _from_package(package: str, scratch: Path) -> None:
+    """Copy a model folder out of an installed package, or convert the GGUF file that it ships."""
+    root = _package_folder(package, scratch)
+    if configs := sorted(root.rglob("config.json")):
+        shutil.copytree(configs[0].parent, scratch, dirs_exist_ok=True)
+        return
+    files = sorted(root.rglob("*.gguf"))
+    if not files:
+        raise ExitError(
+            ExitCode.REFUSED,
+            f"spec.model.source: package://{package} ships neither a folder with config.json nor a GGUF file",
+        )
+    from asyncrl_runtime.model.gguf import convert_gguf
+
+    convert_gguf(files[0], scratch)
+
+
+def _package_folder(package: str, scratch: Path) -> Path:
+    """Return where a package's files lie; it is fetched, without its dependencies, if not installed."""
+    module = package.replace("-", "_")
+    try:
+        distribution = importlib.metadata.distribution(package)
+        return Path(str(distribution.locate_file(module)))
+    except importlib.metadata.PackageNotFoundError:
+        pass
+    target = scratch.with_suffix(".pip")
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target)]
+    log.info("package %s is not installed: fetching it, without its dependencies", package)
+    result = subprocess.run([*command, package], capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise ExitError(
+            ExitCode.TRY_AGAIN,
+            f"spec.model.source: package://{package} is not installed, and fetching it failed: "
+            f"{result.stderr.strip()[-300:]}; install it with: pip install --no-deps {package}",
+        )
+    return target / module
+
+
+def _from_factory(spec: ModelSpec, seed: int, scratch: Path) -> None:
+    try:
+        factory = load_object(spec.source, "spec.model.source")
+    except ImportFailed as error:
+        raise ExitError(ExitCode.REFUSED, str(error)) from error
+    log.info("making the model with %s (seed %d)", spec.source, seed)
+    try:
+        prompts = factory(scratch, seed=seed, context_length=spec.context_length)
+    except Exception as error:  # user code may raise anything
+        log.exception("model factory %s", spec.source)
+        raise ExitError(
+            ExitCode.UNUSABLE, f"spec.model.source: {spec.source} failed: {type(error).__name__}: {error}"
+        ) from error
+    (scratch / WARMUP_PROMPTS).write_text(json.dumps(list(prompts or [])))
+
+
+def _checked(folder: Path, source: str) -> Path:
+    """Refuse a folder that no policy can be loaded from, before minutes are spent on trying."""
+    remedy = "it must be a Hugging Face folder with config.json, weights and a tokenizer"
+    if not (folder / "config.json").is_file():
+        raise ExitError(
+            ExitCode.REFUSED, f"spec.model.source: {source}: no config.json in {folder}; {remedy}"
+        )
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        raise ExitError(ExitCode.REFUSED, f"spec.model.source: {source}: no tokenizer in {folder}; {remedy}")
+    if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
+        raise ExitError(ExitCode.REFUSED, f"spec.model.source: {source}: no weights in {folder}; {remedy}")
+    return folder
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Load a model folder's tokenizer.
+
+    Raises:
+        ExitError: there is none, or it does not load.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise ExitError(
+            ExitCode.REFUSED, f"spec.model.source: no tokenizer loads from {folder}: {first_line}"
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise ExitError(
+            ExitCode.REFUSED,
+            f"spec.model.source: the tokenizer in {folder} has no end-of-sequence token: no answer would end",
+        )
+    return tokenizer

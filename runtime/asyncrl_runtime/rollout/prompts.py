@@ -1,0 +1,83 @@
+"""From a row to token ids, and back: the chat template where there is one, plain text where there is none."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+class PromptError(ValueError):
+    """The row cannot be made a prompt; names the field."""
+
+
+class PromptRenderer:
+    """Renders prompts and later turns with one tokenizer. Responses are never tokenized again."""
+
+    def __init__(self, tokenizer: Any, prompt_field: str, system_prompt: str = "") -> None:
+        self.tokenizer = tokenizer
+        self._field = prompt_field
+        self._system_prompt = system_prompt
+        self._stop_ids = {tokenizer.eos_token_id}
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.tokenizer)
+
+    def text(self, row: Mapping[str, Any]) -> str:
+        """Return the prompt as text, without template: of a conversation its last message.
+
+        Raises:
+            PromptError: the row has no such field, or it is neither text nor a list of messages.
+        """
+        if self._field not in row:
+            raise PromptError(f"field {self._field!r} is missing; the row has {', '.join(sorted(row))}")
+        value = row[self._field]
+        if isinstance(value, str):
+            return value
+        if isinstance(value, Sequence) and value and isinstance(value[-1], Mapping):
+            return str(value[-1].get("content", ""))
+        raise PromptError(f"field {self._field!r} is {type(value).__name__}; must be text or messages")
+
+    def prompt_ids(self, row: Mapping[str, Any]) -> list[int]:
+        """Return the token ids of a row's prompt, up to where the policy goes on."""
+        text, value = self.text(row), row[self._field]
+        if self.tokenizer.chat_template is None:
+            ids = self.tokenizer.encode(self._system_prompt + text)
+        else:
+            messages = [{"role": "user", "content": text}] if isinstance(value, str) else list(value)
+            if self._system_prompt:
+                messages = [{"role": "system", "content": self._system_prompt}, *messages]
+            ids = self._encode(self._render(messages, add_generation_prompt=True))
+        return [int(token) for token in ids]
+
+    def next_turn_ids(self, message: str, last_token: int) -> list[int]:
+        """Return the ids of a user message after an answer, up to where the policy goes on.
+
+        What stands between an answer's text and the next one is found by rendering a conversation with
+        and without the message: so the answer itself is never tokenized.
+
+        Args:
+            last_token: of the answer; an end-of-sequence token that the policy sampled is not repeated.
+        """
+        if self.tokenizer.chat_template is None:
+            return [int(token) for token in self.tokenizer.encode(message, add_special_tokens=False)]
+        marker = "\u2063answer\u2063"
+        before = [{"role": "user", "content": "-"}, {"role": "assistant", "content": marker}]
+        after = [*before, {"role": "user", "content": message}]
+        text = self._render(after, add_generation_prompt=True).rsplit(marker, 1)[1]
+        ids = self._encode(text)
+        return ids[1:] if ids[:1] == [last_token] and last_token in self._stop_ids else ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of an answer without its end-of-sequence token."""
+        if ids and ids[-1] in self._stop_ids:
+            ids = ids[:-1]
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+    def _render(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> str:
+        return str(
+            self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        )
+
+    def _encode(self, text: str) -> list[int]:
+        return [int(token) for token in self.tokenizer.encode(text, add_special_tokens=False)]

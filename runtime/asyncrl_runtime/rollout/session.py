@@ -1,0 +1,239 @@
+"""One sample of a prompt group: its tokens, who sampled them, and what can be handed on of it."""
+
+import asyncio
+import hashlib
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+
+from asyncrl_api.protocols import Row, Score, Turn
+from asyncrl_runtime.contract.messages import (
+    Sample,
+    SampleProgress,
+    TurnRecord,
+    VersionSpan,
+    floats_from_bytes,
+    floats_to_bytes,
+    ids_from_bytes,
+    ids_to_bytes,
+    mask_to_bytes,
+)
+from asyncrl_runtime.rollout.engine_client import BrokenStream, EngineLost, Generation, SamplingRequest
+from asyncrl_runtime.rollout.prompts import PromptRenderer
+
+Sampler = Callable[[SamplingRequest], Awaitable[Generation]]
+Scorer = Callable[[str, str, Row], Awaitable[Score]]
+
+
+class PromptTooLong(ValueError):
+    """The prompt leaves no room for an answer. No retry helps: the ticket is given up."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a sample may use."""
+
+    max_new_tokens: int
+    """Of each turn."""
+    context_length: int
+    """Prompt and response together."""
+    temperature: float
+
+
+def sampling_seed(seed: int, ticket: int, sample: int, turn: int) -> int:
+    """Return the seed of one turn's noise, 63 bits; the engine adds the token's absolute position.
+
+    So the same ticket and sample give the same tokens whatever else is in the batch, and a sample that
+    goes on elsewhere goes on as it would have.
+    """
+    digest = hashlib.blake2b(f"{seed}/{ticket}/{sample}/{turn}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+@dataclass
+class _Response:
+    """What follows the prompt, token by token."""
+
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    mask: list[bool] = field(default_factory=list)
+    spans: list[VersionSpan] = field(default_factory=list)
+
+    def add_sampled(self, generation: Generation) -> None:
+        start = len(self.ids)
+        self.ids += generation.output_ids
+        self.logprobs += generation.logprobs
+        self.mask += [True] * len(generation.output_ids)
+        self.spans += [VersionSpan(s.attempt, s.version, start + s.end) for s in generation.spans]
+
+    def add_told(self, ids: Sequence[int]) -> None:
+        self.ids += ids
+        self.logprobs += [0.0] * len(ids)
+        self.mask += [False] * len(ids)
+        last = self.spans[-1]  # nobody sampled these; the span only has to cover them
+        self.spans[-1] = VersionSpan(last.attempt, last.version, len(self.ids))
+
+
+class SampleSession:
+    """Implements asyncrl_api.protocols.Session.
+
+    Args:
+        seeds: turn number -> seed of its noise.
+        replay: turns that were sampled before, here or on another worker; each is handed out again where
+            what precedes it is the same, and forgotten with all that follow where it is not.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        row: Row,
+        renderer: PromptRenderer,
+        limits: Limits,
+        sampler: Sampler,
+        scorer: Scorer,
+        seeds: Callable[[int], int],
+        replay: Sequence[TurnRecord] = (),
+    ) -> None:
+        self.index = index
+        self.row = row
+        self.prompt = renderer.text(row)
+        self._renderer = renderer
+        self._limits = limits
+        self._sampler = sampler
+        self._scorer = scorer
+        self._seeds = seeds
+        self._replay = list(replay)
+        self._turns: list[TurnRecord] = []
+        self._response = _Response()
+        self._prompt_ids = renderer.prompt_ids(row)
+        self._finish_reason = "length"
+        if len(self._prompt_ids) >= limits.context_length:
+            raise PromptTooLong(
+                f"the prompt has {len(self._prompt_ids)} tokens; spec.model.contextLength is "
+                f"{limits.context_length}"
+            )
+
+    async def generate(self, max_new_tokens: int | None = None) -> Turn:
+        """See the protocol. Where the context is full the turn is empty and its finish reason `length`.
+
+        Raises:
+            EngineLost: the engine is gone; `progress` has what this sample had earned.
+        """
+        before = [*self._prompt_ids, *self._response.ids]
+        bound = min(max_new_tokens or self._limits.max_new_tokens, self._limits.max_new_tokens)
+        room = min(bound, self._limits.context_length - len(before))
+        if room <= 0:
+            return Turn("", [], "length")
+        earned = self._recorded(before)
+        if earned.finish_reason == "abort" and len(earned.output_ids) >= room:
+            earned = Generation(earned.output_ids, earned.logprobs, earned.spans, "length")
+        if earned.finish_reason == "abort":
+            earned = await self._continue(before, earned, room)
+        self._response.add_sampled(earned)
+        self._turns.append(_record(before, earned))
+        self._finish_reason = earned.finish_reason
+        return Turn(self._renderer.decode(earned.output_ids), earned.output_ids, earned.finish_reason)
+
+    def tell(self, message: str) -> None:
+        """See the protocol."""
+        if not self._response.ids:
+            raise ValueError("tell: there is no answer yet to reply to")
+        self._response.add_told(self._renderer.next_turn_ids(message, self._response.ids[-1]))
+
+    async def score(self, response: str) -> Score:
+        """See the protocol."""
+        return await self._scorer(self.prompt, response, self.row)
+
+    @property
+    def progress(self) -> SampleProgress:
+        """What this sample has earned so far, for whoever goes on with it."""
+        return SampleProgress(index=self.index, turns=tuple(self._turns))
+
+    def sample(self, reward: float) -> Sample:
+        """Return the finished sample. Tokens told after the last answer are left out.
+
+        Raises:
+            ValueError: nothing was sampled.
+        """
+        response = self._response
+        end = max((place + 1 for place, sampled in enumerate(response.mask) if sampled), default=0)
+        spans = [VersionSpan(s.attempt, s.version, min(s.end, end)) for s in response.spans]
+        return Sample(
+            index=self.index,
+            prompt_ids=ids_to_bytes(self._prompt_ids),
+            response_ids=ids_to_bytes(response.ids[:end]),
+            behavior_logprobs=floats_to_bytes(response.logprobs[:end]),
+            response_mask=mask_to_bytes(response.mask[:end]),
+            version_spans=_merged(spans),
+            reward=float(reward),
+            temperature=self._limits.temperature,
+            finish_reason=self._finish_reason,
+            num_turns=len(self._turns),
+        )
+
+    def _recorded(self, before: list[int]) -> Generation:
+        """Return what was sampled before of the turn that follows `before`; empty if nothing."""
+        if self._replay:
+            record = self._replay.pop(0)
+            if ids_from_bytes(record.input_ids).tolist() == before:
+                return Generation(
+                    ids_from_bytes(record.output_ids).tolist(),
+                    floats_from_bytes(record.logprobs).tolist(),
+                    record.version_spans,
+                    record.finish_reason or "abort",
+                )
+            self._replay.clear()
+        return Generation([], [], (), "abort")
+
+    async def _continue(self, before: list[int], earned: Generation, room: int) -> Generation:
+        request = SamplingRequest(
+            input_ids=[*before, *earned.output_ids],
+            max_new_tokens=room - len(earned.output_ids),
+            temperature=self._limits.temperature,
+            seed=self._seeds(len(self._turns)),
+        )
+        try:
+            more = await self._sampler(request)
+        except BrokenStream as error:
+            self._turns.append(_record(before, _joined(earned, error.earned)))
+            raise
+        except (EngineLost, asyncio.CancelledError):
+            self._turns.append(_record(before, earned))
+            raise
+        whole = _joined(earned, more)
+        if more.finish_reason == "abort":
+            self._turns.append(_record(before, whole))
+            raise EngineLost("broken off on request")
+        return whole
+
+
+def _joined(first: Generation, second: Generation) -> Generation:
+    shift = len(first.output_ids)
+    spans = [*first.spans, *(VersionSpan(s.attempt, s.version, s.end + shift) for s in second.spans)]
+    return Generation(
+        [*first.output_ids, *second.output_ids],
+        [*first.logprobs, *second.logprobs],
+        _merged(spans),
+        second.finish_reason,
+    )
+
+
+def _record(before: list[int], generation: Generation) -> TurnRecord:
+    return TurnRecord(
+        input_ids=ids_to_bytes(before),
+        output_ids=ids_to_bytes(generation.output_ids),
+        logprobs=floats_to_bytes(generation.logprobs),
+        version_spans=generation.spans,
+        finish_reason="" if generation.finish_reason == "abort" else generation.finish_reason,
+    )
+
+
+def _merged(spans: Sequence[VersionSpan]) -> tuple[VersionSpan, ...]:
+    """Join neighbors of one version and drop empty spans."""
+    merged: list[VersionSpan] = []
+    for span in spans:
+        if span.end <= (merged[-1].end if merged else 0):
+            continue
+        if merged and merged[-1].policy_version == span.policy_version:
+            merged.pop()
+        merged.append(span)
+    return tuple(merged)

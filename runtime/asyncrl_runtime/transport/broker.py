@@ -1,0 +1,251 @@
+"""One connection to NATS with the settings and work-arounds that the guarantees need.
+
+nats-py 2.16 has sharp edges (each has a regression test in tests/integration/test_nats_traps.py):
+a payload whose headers push it over max_payload closes the client for good; futures of `publish_async`
+never resolve across a reconnect or after a refusal; an `error_cb` that raises kills the read loop; a dead peer is noticed
+after four minutes by default; `publish` swallows a cancellation, so loops end by a flag.
+"""
+
+import asyncio
+import logging
+import random
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Self, TypeVar
+
+import nats
+import nats.errors
+import nats.js.errors
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+from nats.js import JetStreamContext
+from nats.js.api import PubAck
+from tenacity import (
+    AsyncRetrying,
+    RetryCallState,
+    retry_if_exception_type,
+    stop_after_delay,
+    wait_exponential_jitter,
+)
+
+from asyncrl_api.names import JobNames, NatsAddress
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+MAX_HEADER_BYTES = 1024
+"""Room left under max_payload: the server counts headers, the client does not."""
+
+STREAM_FULL = 10077
+WRONG_LAST_SEQUENCE = 10071
+
+TRANSIENT = (
+    nats.errors.TimeoutError,
+    nats.errors.NoServersError,
+    nats.errors.NoRespondersError,
+    nats.errors.OutboundBufferLimitError,
+    nats.errors.ConnectionReconnectingError,
+    nats.js.errors.NoStreamResponseError,
+    nats.js.errors.ServiceUnavailableError,
+    nats.js.errors.ServerError,
+    ConnectionError,
+)
+"""What passes by itself: an outage, a restart, a stream that is being made again."""
+
+
+class TransportError(Exception):
+    """The broker did not do what was asked within the deadline; asking again may succeed."""
+
+
+class PayloadTooLarge(ValueError):
+    """A message that the server would refuse, and close the connection over."""
+
+
+class WrongLastSequence(Exception):
+    """A fenced publish found another sequence: the message is stored already, or someone else publishes."""
+
+
+class StreamFull(Exception):
+    """The stream refuses more: its byte limit is reached. Retried; the reader's purge makes room."""
+
+
+class Broker:
+    """A connected client. Make it with `connect`; `closed` is set if it can never work again."""
+
+    def __init__(self, client: Client, closed: asyncio.Event, rng: random.Random) -> None:
+        self.client = client
+        self.jetstream: JetStreamContext = client.jetstream(timeout=3)
+        self.closed = closed
+        self._rng = rng
+
+    @classmethod
+    async def connect(
+        cls,
+        address: NatsAddress,
+        names: JobNames,
+        client_name: str,
+        *,
+        deadline_seconds: float = 60,
+        rng: random.Random | None = None,
+    ) -> Self:
+        """Connect, waiting for a server that is still starting.
+
+        Raises:
+            TransportError: no server answered within the deadline; names the address.
+        """
+        rng = rng or random.Random()
+        closed = asyncio.Event()
+        client = Client()
+
+        async def on_error(error: Exception) -> None:
+            # Must never raise: nats-py's read loop would die while is_connected stays true.
+            log.warning("NATS: %s: %s", type(error).__name__, error)
+
+        async def on_closed() -> None:
+            closed.set()
+
+        async def open_connection() -> None:
+            await client.connect(
+                address.url,
+                name=client_name,
+                error_cb=on_error,
+                closed_cb=on_closed,
+                max_reconnect_attempts=-1,
+                # A random part, so that pods do not come back in one wave; floats work, the stub says int.
+                reconnect_time_wait=0.5 + 0.25 * rng.random(),  # type: ignore[arg-type]
+                ping_interval=10,
+                max_outstanding_pings=2,
+                inbox_prefix=names.inbox_prefix,
+                user_credentials=address.credentials_file or None,
+            )
+
+        try:
+            await asyncio.wait_for(open_connection(), deadline_seconds)
+        except (TimeoutError, OSError, nats.errors.Error) as error:
+            raise TransportError(
+                f"no NATS server at {address.url} within {deadline_seconds:.0f} s: {error or 'timeout'}"
+            ) from error
+        return cls(client, closed, rng)
+
+    async def close(self) -> None:
+        """Flush what is buffered and disconnect; gives up after 2 s."""
+        try:
+            await asyncio.wait_for(self.client.drain(), 2)
+        except (TimeoutError, nats.errors.Error):
+            log.info("NATS: closed without a full drain")
+
+    def check_size(self, payload: bytes) -> None:
+        """Raise PayloadTooLarge for what the server would refuse."""
+        limit = self.client.max_payload - MAX_HEADER_BYTES
+        if len(payload) > limit:
+            raise PayloadTooLarge(f"a message of {len(payload)} bytes; the server takes {limit}")
+
+    async def publish(
+        self,
+        subject: str,
+        payload: bytes,
+        *,
+        message_id: str,
+        deadline_seconds: float = 300,
+        attempt_timeout_seconds: float = 2,
+    ) -> PubAck:
+        """Store a message once, however often it must be sent: the id is the same at every attempt.
+
+        Returns:
+            The acknowledgement; `duplicate` is set where the stream had the message already.
+
+        Raises:
+            PayloadTooLarge: nothing was sent.
+            TransportError: not acknowledged within the deadline. It may still be stored later, so a
+                caller that tries again must use the same id.
+        """
+        self.check_size(payload)
+
+        async def attempt() -> PubAck:
+            headers = {"Nats-Msg-Id": message_id}  # fresh each time: nats-py mutates what it is given
+            try:
+                return await self.jetstream.publish(
+                    subject, payload, timeout=attempt_timeout_seconds, headers=headers
+                )
+            except nats.js.errors.APIError as error:
+                if error.err_code == STREAM_FULL:
+                    raise StreamFull(f"{subject}: {error.description}") from error
+                raise
+
+        return await self.retry(attempt, f"publish {message_id} on {subject}", deadline_seconds, StreamFull)
+
+    async def publish_fenced(self, subject: str, payloads: Sequence[bytes], *, last_sequence: int) -> int:
+        """Append messages of one publisher in order, each only if it is the next of the stream.
+
+        Args:
+            payloads: sent without waiting for one another; at most 64, the client's window.
+            last_sequence: of the stream before the first of them.
+
+        Returns:
+            The stream's last sequence after them.
+
+        Raises:
+            WrongLastSequence: the stream is elsewhere; nothing after that message was stored.
+            TransportError: not all were acknowledged; read the stream's last sequence and go on there.
+        """
+        for payload in payloads:
+            self.check_size(payload)
+
+        # Not publish_async: its futures stay pending for ever after a refusal and across a reconnect.
+        # Concurrent requests reach the server in the order in which they are started.
+        def publish(offset: int, payload: bytes) -> Awaitable[PubAck]:
+            sequence = last_sequence + offset + 1
+            headers = {"Nats-Expected-Last-Sequence": str(sequence - 1)}
+            return self.jetstream.publish(f"{subject}.{sequence}", payload, timeout=5, headers=headers)
+
+        try:
+            acks = await asyncio.gather(*(publish(*item) for item in enumerate(payloads)))
+        except nats.js.errors.APIError as error:
+            if error.err_code == WRONG_LAST_SEQUENCE:
+                raise WrongLastSequence(f"{subject}: {error.description}") from error
+            raise TransportError(f"publish on {subject}: {error.description}") from error
+        except TRANSIENT as error:
+            raise TransportError(f"publish on {subject}: {type(error).__name__}") from error
+        return acks[-1].seq if acks else last_sequence
+
+    async def request(self, subject: str, payload: bytes, timeout_seconds: float) -> bytes | None:
+        """Ask one process for an answer; None if it does not come in time or nobody listens."""
+        try:
+            reply: Msg = await self.client.request(subject, payload, timeout=timeout_seconds)
+        except TRANSIENT:
+            return None
+        return reply.data
+
+    async def retry(
+        self,
+        attempt: Callable[[], Awaitable[T]],
+        what: str,
+        deadline_seconds: float,
+        *also: type[Exception],
+    ) -> T:
+        """Repeat `attempt` over transient faults, with a log line each time.
+
+        Raises:
+            TransportError: it still failed at the deadline, or the client is closed for good.
+        """
+
+        def note(state: RetryCallState) -> None:
+            error = state.outcome.exception() if state.outcome else None
+            log.warning("%s: %s: %s; trying again", what, type(error).__name__, error)
+
+        transient: tuple[type[Exception], ...] = (*TRANSIENT, *also)
+        gave_up: tuple[type[Exception], ...] = (*transient, nats.errors.ConnectionClosedError)
+        retrying = AsyncRetrying(
+            retry=retry_if_exception_type(transient),
+            wait=wait_exponential_jitter(multiplier=0.1, max=2),
+            stop=stop_after_delay(deadline_seconds),
+            before_sleep=note,
+            reraise=True,
+        )
+        try:
+            async for round_ in retrying:
+                with round_:
+                    result = await attempt()
+            return result
+        except gave_up as error:
+            raise TransportError(f"{what}: {type(error).__name__}: {error}") from error

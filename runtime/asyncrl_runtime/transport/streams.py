@@ -1,0 +1,195 @@
+"""The streams and buckets of one job: how they are configured, made, recognised and made again."""
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+
+import nats.js.errors
+from nats.js import JetStreamContext, api
+
+from asyncrl_api.names import JobNames
+
+log = logging.getLogger(__name__)
+
+PROMPT_CONSUMER = "w"
+"""The durable consumer of the prompt stream that all workers pull from."""
+ASK_CONSUMER, ANSWER_CONSUMER = "ask", "answer"
+"""The two directions of the evaluation stream: prompts to workers, results to the controller."""
+
+ACK_WAIT_SECONDS = 300.0
+"""Longest broker outage without redelivery: afterwards every prompt in flight would come again at once.
+Dead workers are noticed much sooner by the reaper."""
+
+TRAJECTORY_SHARE = 0.7
+"""Of the storage; the rest is for prompts, evaluation and buckets."""
+
+
+@dataclass(frozen=True)
+class StreamIdentities:
+    """When the two streams that hold tickets and trajectories were made; a stream made again differs."""
+
+    prompt: str
+    trajectory: str
+
+
+def stream_configs(
+    names: JobNames, storage_bytes: int, first_sequences: Mapping[str, int] | None = None
+) -> list[api.StreamConfig]:
+    """Return the six streams of a job, buckets included.
+
+    Trajectories lie in a limits stream, not a work queue: a work queue forgets the message ids of
+    acknowledged messages at a restart, and a limits stream lets a restored trainer read again.
+
+    Args:
+        storage_bytes: what the job may use on the broker's disk.
+        first_sequences: stream name -> its first sequence, for streams that are made again.
+    """
+    first = first_sequences or {}
+    file, new = api.StorageType.FILE, api.DiscardPolicy.NEW
+    return [
+        api.StreamConfig(
+            name=names.prompt_stream,
+            subjects=[names.prompt("*")],
+            retention=api.RetentionPolicy.WORK_QUEUE,
+            storage=file,
+            discard=new,
+            duplicate_window=120,
+            max_bytes=storage_bytes // 10,
+            first_seq=first.get(names.prompt_stream),
+        ),
+        api.StreamConfig(
+            name=names.trajectory_stream,
+            subjects=[names.trajectory(">")],
+            retention=api.RetentionPolicy.LIMITS,
+            storage=file,
+            discard=new,
+            duplicate_window=7200,
+            allow_direct=True,
+            max_bytes=int(storage_bytes * TRAJECTORY_SHARE),
+            first_seq=first.get(names.trajectory_stream),
+        ),
+        api.StreamConfig(
+            name=names.evaluation_stream,
+            subjects=[names.evaluation("*", ">")],
+            retention=api.RetentionPolicy.WORK_QUEUE,
+            storage=file,
+            discard=new,
+            max_bytes=storage_bytes // 20,
+        ),
+        _bucket(names.state_bucket, history=1, republish=names.announcements),
+        _bucket(names.live_bucket, history=1),
+        _bucket(names.lease_bucket, history=1, has_ttl=True),
+    ]
+
+
+def _bucket(name: str, *, history: int, republish: str = "", has_ttl: bool = False) -> api.StreamConfig:
+    """A key-value bucket as the client would make it (NATS ADR-8), on file.
+
+    No limit markers on the lease: a `create` would have to wait until the marker has expired too.
+    """
+    return api.StreamConfig(
+        name=f"KV_{name}",
+        subjects=[f"$KV.{name}.>"],
+        max_msgs_per_subject=history,
+        storage=api.StorageType.FILE,
+        discard=api.DiscardPolicy.NEW,
+        allow_rollup_hdrs=True,
+        deny_delete=True,
+        allow_direct=True,
+        allow_msg_ttl=has_ttl or None,
+        duplicate_window=120,
+        republish=api.RePublish(src=f"$KV.{name}.>", dest=f"{republish}.>") if republish else None,
+    )
+
+
+def consumer_configs(names: JobNames) -> list[tuple[str, api.ConsumerConfig]]:
+    """The durable consumers. `max_deliver` is unlimited: kills must not use up a ticket's retry budget."""
+
+    def durable(name: str, filter_subject: str | None = None) -> api.ConsumerConfig:
+        return api.ConsumerConfig(
+            durable_name=name,
+            ack_policy=api.AckPolicy.EXPLICIT,
+            ack_wait=ACK_WAIT_SECONDS,
+            max_deliver=-1,
+            max_ack_pending=100_000,
+            max_waiting=16_384,
+            filter_subject=filter_subject,
+        )
+
+    return [
+        (names.prompt_stream, durable(PROMPT_CONSUMER)),
+        (names.evaluation_stream, durable(ASK_CONSUMER, names.evaluation("ask", ">"))),
+        (names.evaluation_stream, durable(ANSWER_CONSUMER, names.evaluation("answer", ">"))),
+    ]
+
+
+async def make_streams(
+    jetstream: JetStreamContext,
+    names: JobNames,
+    storage_bytes: int,
+    first_sequences: Mapping[str, int] | None = None,
+) -> StreamIdentities:
+    """Make what is missing of a job's streams, buckets and consumers; leave what is there.
+
+    Raises:
+        nats.js.errors.APIError: the server refuses, a stream of other configuration included.
+    """
+    for config in stream_configs(names, storage_bytes, first_sequences):
+        assert config.name
+        if await stream_info(jetstream, config.name) is None:
+            await _add_stream(jetstream, config)
+    for stream, consumer in consumer_configs(names):
+        await jetstream.add_consumer(stream, consumer)
+    identities = await read_identities(jetstream, names)
+    assert identities is not None
+    return identities
+
+
+async def _add_stream(jetstream: JetStreamContext, config: api.StreamConfig) -> None:
+    for attempt in range(5):
+        try:
+            await jetstream.add_stream(config)
+            return
+        except nats.js.errors.ServerError as error:
+            # "error creating store for stream": seen when a stream of this name was deleted just before.
+            if attempt == 4:
+                raise
+            log.warning("stream %s: %s; trying again", config.name, error.description)
+            await asyncio.sleep(0.2 * 2**attempt)
+
+
+async def delete_streams(jetstream: JetStreamContext, names: JobNames) -> None:
+    """Remove everything of a job from the broker."""
+    for config in stream_configs(names, storage_bytes=1):
+        assert config.name
+        try:
+            await jetstream.delete_stream(config.name)
+        except nats.js.errors.NotFoundError:
+            continue
+
+
+async def stream_info(jetstream: JetStreamContext, name: str) -> api.StreamInfo | None:
+    """Return what the server knows of a stream; None if there is no such stream."""
+    try:
+        return await jetstream.stream_info(name)
+    except nats.js.errors.NotFoundError:
+        return None
+
+
+async def read_identities(jetstream: JetStreamContext, names: JobNames) -> StreamIdentities | None:
+    """Return the identities of the two streams; None if one is gone."""
+    created = []
+    for name in (names.prompt_stream, names.trajectory_stream):
+        info = await stream_info(jetstream, name)
+        if info is None:
+            return None
+        created.append(_identity(info))
+    return StreamIdentities(*created)
+
+
+def _identity(info: api.StreamInfo) -> str:
+    moment = info.created
+    assert isinstance(moment, datetime)
+    return moment.isoformat()

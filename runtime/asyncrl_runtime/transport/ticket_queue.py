@@ -1,0 +1,124 @@
+"""Workers pull tickets here: one at a time, oldest first, kept alive while they are worked on."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+
+import nats.errors
+import nats.js.errors
+from nats.aio.msg import Msg
+from nats.js import JetStreamContext
+
+from asyncrl_api.names import JobNames
+from asyncrl_runtime.transport.broker import TRANSIENT, Broker, TransportError
+from asyncrl_runtime.transport.streams import ACK_WAIT_SECONDS, ASK_CONSUMER, PROMPT_CONSUMER
+
+log = logging.getLogger(__name__)
+
+TAKE_SECONDS = 2.0
+"""Of one pull. A server restart loses a waiting pull without a word, so it must be short."""
+KEEP_ALIVE_SECONDS = ACK_WAIT_SECONDS / 5
+
+
+class Delivery:
+    """A message in this worker's hands until it is acknowledged or handed back."""
+
+    def __init__(self, message: Msg) -> None:
+        self._message = message
+
+    @property
+    def data(self) -> bytes:
+        return self._message.data
+
+    @property
+    def sequence(self) -> int:
+        """In the stream: the ticket's number."""
+        return self._message.metadata.sequence.stream
+
+    @property
+    def ack_subject(self) -> str:
+        """Where anybody can acknowledge or hand back this delivery."""
+        return self._message.reply
+
+    async def acknowledge(self, attempts: int = 3) -> None:
+        """Remove the message from the queue, and know that it is.
+
+        Where the broker does not answer it is left: the message then comes again, and whoever gets it
+        finds the result stored.
+        """
+        for attempt in range(attempts):
+            try:
+                await self._message.ack_sync(timeout=2)
+                return
+            except nats.errors.MsgAlreadyAckdError:
+                return
+            except TRANSIENT as error:
+                log.info("ticket %s: ack %d: %s", self.sequence, attempt + 1, type(error).__name__)
+        log.warning("ticket %s: not acknowledged; it will be delivered again", self.sequence)
+
+    async def hand_back(self, delay_seconds: float = 0) -> None:
+        """Give the message to the next worker that pulls."""
+        try:
+            await self._message.nak(delay=delay_seconds or None)
+        except (*TRANSIENT, nats.errors.Error) as error:
+            log.warning("ticket %s: not handed back: %s", self.sequence, error)
+
+    async def keep_alive(self) -> None:
+        """Tell the broker that the work goes on."""
+        try:
+            await self._message.in_progress()
+        except (*TRANSIENT, nats.errors.Error) as error:
+            log.info("ticket %s: not kept alive: %s", self.sequence, error)
+
+
+class TicketQueue:
+    """The worker's end of the prompt stream, or of the evaluation stream's questions."""
+
+    def __init__(self, subscription: JetStreamContext.PullSubscription, what: str) -> None:
+        self._subscription = subscription
+        self._what = what
+        self._quiet_until = 0.0
+
+    @classmethod
+    async def of_prompts(cls, broker: Broker, names: JobNames) -> "TicketQueue":
+        return await cls._bind(broker, names, names.prompt_stream, PROMPT_CONSUMER)
+
+    @classmethod
+    async def of_evaluation(cls, broker: Broker, names: JobNames) -> "TicketQueue":
+        return await cls._bind(broker, names, names.evaluation_stream, ASK_CONSUMER)
+
+    @classmethod
+    async def _bind(cls, broker: Broker, names: JobNames, stream: str, consumer: str) -> "TicketQueue":
+        # Binding asks the server nothing, so it works before the controller has made the stream.
+        prefix = f"{names.inbox_prefix}.".encode()
+        subscription = await broker.jetstream.pull_subscribe_bind(
+            consumer=consumer, stream=stream, inbox_prefix=prefix
+        )
+        return cls(subscription, stream)
+
+    async def take(self, clock: Callable[[], float] = time.monotonic) -> Delivery | None:
+        """Wait up to TAKE_SECONDS for one message; None if there is none, or no broker, or no stream yet."""
+        try:
+            messages = await self._subscription.fetch(1, timeout=TAKE_SECONDS)
+        except nats.errors.TimeoutError:
+            return None
+        except (*TRANSIENT, nats.js.errors.APIError) as error:
+            if clock() >= self._quiet_until:
+                log.info("%s: %s: %s; waiting", self._what, type(error).__name__, error)
+                self._quiet_until = clock() + 10
+            await asyncio.sleep(0.25)
+            return None
+        return Delivery(messages[0]) if messages else None
+
+
+async def is_stored(broker: Broker, names: JobNames, ticket: int) -> bool:
+    """Return whether a trajectory of this ticket, whole, lies in the stream already."""
+    try:
+        await broker.jetstream.get_last_msg(names.trajectory_stream, names.trajectory(ticket), direct=True)
+    except (*TRANSIENT, nats.js.errors.APIError):
+        return False
+    return True
+
+
+__all__ = ["Delivery", "TicketQueue", "TransportError", "is_stored"]

@@ -1,0 +1,39 @@
+"""Fixtures shared by all tests: one NATS server per session, the test process's own job names."""
+
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from asyncrl_api.names import JobNames, NatsAddress
+from nats_server_fixture import NatsServer
+
+
+@pytest.fixture(scope="session")
+def shared_nats(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NatsServer]:
+    """One server for all tests that do not kill it."""
+    server = NatsServer(tmp_path_factory.mktemp("nats"))
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def nats_address(shared_nats: NatsServer) -> NatsAddress:
+    return NatsAddress(url=shared_nats.url)
+
+
+@pytest.fixture
+def own_nats(tmp_path: Path) -> Iterator[NatsServer]:
+    """A server that the test may kill."""
+    server = NatsServer(tmp_path / "nats")
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def names() -> JobNames:
+    """A job of its own for each test on the shared server."""
+    return JobNames(job=f"test_{uuid.uuid4().hex[:10]}")
