@@ -7,7 +7,7 @@ versions are spans, masks are bits: 8 bytes a token (no pickle, which would run 
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, overload
 
 import msgspec
 import numpy as np
@@ -180,6 +180,10 @@ class ResumePoint(Message, frozen=True, kw_only=True, tag="resume.v1"):
     progress: tuple[SampleProgress, ...] = ()
 
 
+EVALUATION_ROWS = 16
+"""Of one evaluation ticket at most."""
+
+
 class EvaluationTicket(Message, frozen=True, kw_only=True, tag="evalticket.v1"):
     """Held-out prompts to be answered greedily, one sample each, outside the staleness gate."""
 
@@ -234,6 +238,10 @@ before an update. drained: they have finished. updating: within an epoch. dirty:
 arrived, so it stays paused until it has everything again."""
 
 
+class DrainEngine(Message, frozen=True, kw_only=True, tag="drain.v1"):
+    """Before phase 1 where samples are let finish: take no more tickets; `ok` once nothing is in flight."""
+
+
 class JoinGroup(Message, frozen=True, kw_only=True, tag="join.v1"):
     """Phase 1 of a weight epoch: leave any older group and enter this one; blocks until all are in."""
 
@@ -252,7 +260,7 @@ class PrepareUpdate(Message, frozen=True, kw_only=True, tag="prepare.v1"):
     group: str
     version: PolicyVersion
     interrupt: str
-    """`Retract`, `InPlace` or `Drain`."""
+    """`Retract`, `InPlace` or `Drain`; the last leaves nothing to interrupt."""
     timeout_seconds: float
 
 
@@ -282,20 +290,31 @@ class ControlReply(Message, frozen=True, kw_only=True, tag="reply.v1"):
 
     ok: bool
     message: str = ""
-    engine: str = ""
-    is_draining: bool = False
-    """Refused for now: samples are let finish first."""
     checksum: str = ""
-
-
-M = TypeVar("M", bound=Message)
 
 
 def encode(message: Message) -> bytes:
     return _encoder.encode(message)
 
 
-def decode(data: bytes, *kinds: type[M]) -> M:
+A = TypeVar("A", bound=Message)
+B = TypeVar("B", bound=Message)
+C = TypeVar("C", bound=Message)
+D = TypeVar("D", bound=Message)
+E = TypeVar("E", bound=Message)
+
+
+@overload
+def decode(data: bytes, kind: type[A], /) -> A: ...
+@overload
+def decode(data: bytes, kind: type[A], other: type[B], /) -> A | B: ...
+@overload
+def decode(data: bytes, kind: type[A], other: type[B], third: type[C], /) -> A | B | C: ...
+@overload
+def decode(
+    data: bytes, kind: type[A], other: type[B], third: type[C], fourth: type[D], fifth: type[E], /
+) -> A | B | C | D | E: ...
+def decode(data: bytes, *kinds: type[Message]) -> Message:
     """Return the message in `data`, which must be one of `kinds`.
 
     Raises:
@@ -305,7 +324,7 @@ def decode(data: bytes, *kinds: type[M]) -> M:
     for kind in kinds[1:]:
         wanted = wanted | kind
     try:
-        result: M = msgspec.msgpack.decode(data, type=wanted)
+        result: Message = msgspec.msgpack.decode(data, type=wanted)
     except (msgspec.DecodeError, msgspec.ValidationError) as error:
         names = ", ".join(kind.__name__ for kind in kinds)
         raise ValueError(

@@ -26,6 +26,15 @@ STREAM_INTERVAL_TOKENS = 16
 class EngineLost(Exception):
     """The engine died, hangs, or was told to stop: nothing wrong with the request. Try elsewhere."""
 
+    is_reported = False
+    """Whether this uses up the ticket's retry budget: a kill does not."""
+
+
+class EngineFailed(EngineLost):
+    """The engine lives and answered with an error of its own (5xx)."""
+
+    is_reported = True
+
 
 class EngineTimeout(EngineLost):
     """The engine did not answer a control call in time: it hangs."""
@@ -238,7 +247,7 @@ class EngineClient:
         message = response.text[:500]
         if 400 <= response.status_code < 500:
             raise EngineRefused(f"{response.request.url.path}: {message}")
-        raise EngineLost(f"{self.base_url}: {response.status_code}: {message}")
+        raise EngineFailed(f"{self.base_url}: {response.status_code}: {message}")
 
 
 class _Answer:

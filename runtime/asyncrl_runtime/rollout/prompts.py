@@ -3,9 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-
-class PromptError(ValueError):
-    """The row cannot be made a prompt; names the field."""
+from asyncrl_runtime.contract.rows import prompt_text
 
 
 class PromptRenderer:
@@ -22,19 +20,8 @@ class PromptRenderer:
         return len(self.tokenizer)
 
     def text(self, row: Mapping[str, Any]) -> str:
-        """Return the prompt as text, without template: of a conversation its last message.
-
-        Raises:
-            PromptError: the row has no such field, or it is neither text nor a list of messages.
-        """
-        if self._field not in row:
-            raise PromptError(f"field {self._field!r} is missing; the row has {', '.join(sorted(row))}")
-        value = row[self._field]
-        if isinstance(value, str):
-            return value
-        if isinstance(value, Sequence) and value and isinstance(value[-1], Mapping):
-            return str(value[-1].get("content", ""))
-        raise PromptError(f"field {self._field!r} is {type(value).__name__}; must be text or messages")
+        """Return a row's prompt; raises as prompt_text."""
+        return prompt_text(row, self._field)
 
     def prompt_ids(self, row: Mapping[str, Any]) -> list[int]:
         """Return the token ids of a row's prompt, up to where the policy goes on."""

@@ -1,8 +1,10 @@
 """One sample of a prompt group: its tokens, who sampled them, and what can be handed on of it."""
 
 import asyncio
+import contextlib
 import hashlib
-from collections.abc import Awaitable, Callable, Sequence
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from asyncrl_api.protocols import Row, Score, Turn
@@ -92,6 +94,7 @@ class SampleSession:
         scorer: Scorer,
         seeds: Callable[[int], int],
         replay: Sequence[TurnRecord] = (),
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.index = index
         self.row = row
@@ -106,6 +109,9 @@ class SampleSession:
         self._response = _Response()
         self._prompt_ids = renderer.prompt_ids(row)
         self._finish_reason = "length"
+        self._clock = clock
+        self._num_waiting = 0
+        self._idle_since = clock()
         if len(self._prompt_ids) >= limits.context_length:
             raise PromptTooLong(
                 f"the prompt has {len(self._prompt_ids)} tokens; spec.model.contextLength is "
@@ -141,7 +147,21 @@ class SampleSession:
 
     async def score(self, response: str) -> Score:
         """See the protocol."""
-        return await self._scorer(self.prompt, response, self.row)
+        with self._waiting():
+            return await self._scorer(self.prompt, response, self.row)
+
+    def idle_seconds(self, now: float) -> float:
+        """How long the workflow has been waiting neither for the engine nor for a reward."""
+        return 0.0 if self._num_waiting else now - self._idle_since
+
+    @contextlib.contextmanager
+    def _waiting(self) -> Iterator[None]:
+        self._num_waiting += 1
+        try:
+            yield
+        finally:
+            self._num_waiting -= 1
+            self._idle_since = self._clock()
 
     @property
     def progress(self) -> SampleProgress:
@@ -192,7 +212,8 @@ class SampleSession:
             seed=self._seeds(len(self._turns)),
         )
         try:
-            more = await self._sampler(request)
+            with self._waiting():
+                more = await self._sampler(request)
         except BrokenStream as error:
             self._turns.append(_record(before, _joined(earned, error.earned)))
             raise

@@ -13,11 +13,14 @@ from typing import Any
 from asyncrl_runtime.contract.messages import (
     CommitUpdate,
     ControlReply,
+    DrainEngine,
     JoinGroup,
     PrepareUpdate,
     ReceiveBucket,
 )
 from asyncrl_runtime.rollout.engine_client import EngineClient, EngineLost, EngineRefused, EngineTimeout
+
+Request = DrainEngine | JoinGroup | PrepareUpdate | ReceiveBucket | CommitUpdate
 
 log = logging.getLogger(__name__)
 
@@ -69,8 +72,11 @@ class WeightReceiver:
         self.is_dirty = self.has_missed_deadline = False
         self._seen.version = None
 
-    async def handle(self, request: JoinGroup | PrepareUpdate | ReceiveBucket | CommitUpdate) -> ControlReply:
+    async def handle(self, request: Request) -> ControlReply:
         """Carry out one phase and say how it went; never raises for what the engine does."""
+        if isinstance(request, DrainEngine):
+            self._is_draining = True
+            return ControlReply(ok=self._num_running() == 0)
         async with self._lock:
             self._stop_watchdog()
             try:
@@ -91,8 +97,7 @@ class WeightReceiver:
             case JoinGroup():
                 await self._join(request)
             case PrepareUpdate():
-                if not await self._prepare(request):
-                    return ControlReply(ok=False, is_draining=True, message="samples are let finish first")
+                await self._prepare(request)
             case ReceiveBucket():
                 await self._receive(request)
             case CommitUpdate():
@@ -115,22 +120,17 @@ class WeightReceiver:
         )
         self._group = request.group
 
-    async def _prepare(self, request: PrepareUpdate) -> bool:
-        """Pause and open the update; False while samples are still let finish."""
+    async def _prepare(self, request: PrepareUpdate) -> None:
+        """Pause and open the update."""
         self._require_group(request.group)
         if self._num_buckets is not None:
             await self._end_update()  # of an epoch that was given up after this engine was ready
-        if request.interrupt == "Drain" and self._num_running() > 0 and not self.is_dirty:
-            self._is_draining = True
-            return False
-        self._is_draining = False
         self._interrupt = request.interrupt
         self._seen.num_updates_begun += 1
         self._num_buckets = 0
         await self._call("/pause_generation", {"mode": PAUSE_MODES[request.interrupt]})
         await self._call("/begin_weight_update", {"selector": "all"})
         self._start_watchdog(request.timeout_seconds)
-        return True
 
     async def _receive(self, request: ReceiveBucket) -> None:
         self._require_group(request.group)
@@ -163,7 +163,7 @@ class WeightReceiver:
         # The version first: a sample that is answered right after the engine goes on must find it.
         self._seen.version = request.version
         self._seen.num_updates_completed += 1
-        self._num_buckets, self.is_dirty = None, False
+        self._num_buckets, self.is_dirty, self._is_draining = None, False, False
         await self._call("/continue_generation", {})
         return checksum
 

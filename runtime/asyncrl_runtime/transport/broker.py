@@ -1,8 +1,8 @@
 """One connection to NATS with the settings and work-arounds that the guarantees need.
 
-nats-py 2.16 has sharp edges (each has a regression test in tests/integration/test_nats_traps.py):
-a payload whose headers push it over max_payload closes the client for good; futures of `publish_async`
-never resolve across a reconnect or after a refusal; an `error_cb` that raises kills the read loop; a dead peer is noticed
+nats-py 2.16 has sharp edges; each has a regression test in tests/integration/test_nats_traps.py. A payload
+whose headers push it over max_payload closes the client for good; futures of `publish_async` never resolve
+across a reconnect or after a refusal; an `error_cb` that raises kills the read loop; a dead peer is noticed
 after four minutes by default; `publish` swallows a cancellation, so loops end by a flag.
 """
 

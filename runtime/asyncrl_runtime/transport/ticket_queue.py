@@ -11,7 +11,7 @@ from nats.aio.msg import Msg
 from nats.js import JetStreamContext
 
 from asyncrl_api.names import JobNames
-from asyncrl_runtime.transport.broker import TRANSIENT, Broker, TransportError
+from asyncrl_runtime.transport.broker import TRANSIENT, Broker
 from asyncrl_runtime.transport.streams import ACK_WAIT_SECONDS, ASK_CONSUMER, PROMPT_CONSUMER
 
 log = logging.getLogger(__name__)
@@ -24,8 +24,10 @@ KEEP_ALIVE_SECONDS = ACK_WAIT_SECONDS / 5
 class Delivery:
     """A message in this worker's hands until it is acknowledged or handed back."""
 
-    def __init__(self, message: Msg) -> None:
+    def __init__(self, message: Msg, is_ticket: bool) -> None:
         self._message = message
+        self.is_ticket = is_ticket
+        """Of the prompt stream; if its worker dies it must be handed back at once."""
 
     @property
     def data(self) -> bytes:
@@ -35,6 +37,11 @@ class Delivery:
     def sequence(self) -> int:
         """In the stream: the ticket's number."""
         return self._message.metadata.sequence.stream
+
+    @property
+    def is_redelivered(self) -> bool:
+        """Whether somebody had it before: there may be a result, or a part of one."""
+        return self._message.metadata.num_delivered > 1
 
     @property
     def ack_subject(self) -> str:
@@ -75,9 +82,12 @@ class Delivery:
 class TicketQueue:
     """The worker's end of the prompt stream, or of the evaluation stream's questions."""
 
-    def __init__(self, subscription: JetStreamContext.PullSubscription, what: str) -> None:
+    def __init__(
+        self, subscription: JetStreamContext.PullSubscription, stream: str, has_tickets: bool
+    ) -> None:
         self._subscription = subscription
-        self._what = what
+        self._stream = stream
+        self._has_tickets = has_tickets
         self._quiet_until = 0.0
 
     @classmethod
@@ -95,7 +105,7 @@ class TicketQueue:
         subscription = await broker.jetstream.pull_subscribe_bind(
             consumer=consumer, stream=stream, inbox_prefix=prefix
         )
-        return cls(subscription, stream)
+        return cls(subscription, stream, consumer == PROMPT_CONSUMER)
 
     async def take(self, clock: Callable[[], float] = time.monotonic) -> Delivery | None:
         """Wait up to TAKE_SECONDS for one message; None if there is none, or no broker, or no stream yet."""
@@ -105,11 +115,11 @@ class TicketQueue:
             return None
         except (*TRANSIENT, nats.js.errors.APIError) as error:
             if clock() >= self._quiet_until:
-                log.info("%s: %s: %s; waiting", self._what, type(error).__name__, error)
+                log.info("%s: %s: %s; waiting", self._stream, type(error).__name__, error)
                 self._quiet_until = clock() + 10
             await asyncio.sleep(0.25)
             return None
-        return Delivery(messages[0]) if messages else None
+        return Delivery(messages[0], self._has_tickets) if messages else None
 
 
 async def is_stored(broker: Broker, names: JobNames, ticket: int) -> bool:
@@ -119,6 +129,3 @@ async def is_stored(broker: Broker, names: JobNames, ticket: int) -> bool:
     except (*TRANSIENT, nats.js.errors.APIError):
         return False
     return True
-
-
-__all__ = ["Delivery", "TicketQueue", "TransportError", "is_stored"]

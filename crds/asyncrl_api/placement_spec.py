@@ -1,0 +1,240 @@
+"""What the job runs on: GPU budget, rollout and trainer groups, weight sync, scheduling."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from asyncrl_api.base import (
+    ApiType,
+    Arguments,
+    Count,
+    CountOrZero,
+    FreeForm,
+    Name,
+    OptionalQuantity,
+    Quantity,
+    SecretReference,
+    Text,
+)
+from asyncrl_api.marks import field
+
+
+class SplitSpec(ApiType):
+    """How the GPUs are shared in mode Manual; together at most the budget."""
+
+    trainer: Count = field(
+        "GPUs of the trainer: a multiple of trainer.gpuGranularity, and at most trainer.gpusPerNode or a "
+        "multiple of it.",
+        mark="R",
+    )
+    rollout: Count = field(
+        "GPUs of the rollout group: whole replicas, at least rollout.minReplicas of them.", mark="L"
+    )
+
+
+class AutoSplitSpec(ApiType):
+    """How the operator shares the GPUs in mode Auto; its decision is in status.split."""
+
+    initial_rollout_percent: Annotated[int, Field(ge=1, le=99)] = field(
+        "Share of the budget that rollout begins with, before anything is measured.", default=75
+    )
+    cooldown_seconds: Count = field("Shortest time between two changes, in seconds.", default=600)
+    trainer_resize: Literal["AtCheckpoint", "Never"] = field(
+        "Whether the trainer's size may change; it does so by a restart from a checkpoint.",
+        default="AtCheckpoint",
+    )
+
+
+class GPUBudgetSpec(ApiType):
+    """How many GPUs the job may hold, and who decides on their use."""
+
+    total: Count = field(
+        "GPUs of trainer and rollout together, never exceeded; `kubectl scale` changes it. With allocation "
+        "None it counts process slots.",
+        mark="L",
+    )
+    resource_name: Name = field(
+        "Extended resource that stands for one GPU.", mark="I", default="nvidia.com/gpu", min_length=1
+    )
+    gpu_memory: OptionalQuantity = field(
+        "Memory of one GPU, 80Gi say; with model.parameterCount it lets the operator derive the "
+        "tensor-parallel size and the smallest trainer. Empty: not told.",
+        mark="I",
+        default="",
+    )
+    allocation: Literal["ExtendedResource", "ResourceClaim", "None"] = field(
+        "How pods ask for GPUs. ExtendedResource: resourceName. ResourceClaim: not supported yet. None: not "
+        "at all; the job runs on CPUs.",
+        mark="I",
+        default="ExtendedResource",
+    )
+    mode: Literal["Auto", "Manual"] = field(
+        "Auto: the operator splits the budget and moves GPUs by what it measures. Manual: `split`.",
+        mark="L",
+        default="Auto",
+    )
+    split: SplitSpec | None = field("The split; required in mode Manual, ignored in mode Auto.", default=None)
+    auto: AutoSplitSpec = field("Settings of mode Auto.", mark="L", default=AutoSplitSpec())
+
+
+class EngineSpec(ApiType):
+    """The inference engine."""
+
+    type: Literal["SGLang", "CPU"] = field(
+        "SGLang, or our own engine for small models on CPUs.", default="SGLang"
+    )
+    image: Text = field("Container image; empty: the one that the operator was installed with.", default="")
+    args: Arguments = field("Further command line arguments of the engine.", default=[], list_type="atomic")
+
+
+class UpdateSpec(ApiType):
+    """How rollout pods are replaced when their template changes."""
+
+    max_unavailable_percent: Annotated[int, Field(ge=1, le=100)] = field(
+        "Share of the rollout pods that may be down for an update at a time.", default=25
+    )
+
+
+class RolloutSpec(ApiType):
+    """The group that samples: one engine and one worker per replica."""
+
+    engine: EngineSpec = field("The inference engine.", mark="U", default=EngineSpec())
+    gpus_per_replica: Annotated[int, Field(ge=0, le=1024)] = field(
+        "GPUs of one engine, its tensor-parallel size; at most trainer.gpusPerNode. 0: derived from "
+        "model.parameterCount and gpuBudget.gpuMemory, 1 where these are not told.",
+        mark="I",
+        default=0,
+    )
+    min_replicas: Annotated[int, Field(ge=1, le=10_000)] = field("Fewest engines.", mark="L", default=1)
+    max_replicas: Annotated[int, Field(ge=1, le=10_000)] = field(
+        "Most engines, however large the budget.", mark="L", default=64
+    )
+    max_concurrency: CountOrZero = field(
+        "Most samples that one engine works on at a time; 0: adapts to the engine's KV cache use and queue.",
+        mark="L",
+        default=0,
+    )
+    interrupt: Literal["Retract", "InPlace", "Drain"] = field(
+        "What becomes of unfinished samples when new weights arrive. Retract: they go on, their KV cache "
+        "recomputed (AReaL, arXiv 2505.24298, section 3.1). InPlace: they go on with the old KV cache. "
+        "Drain: they are finished first.",
+        mark="L",
+        default="Retract",
+    )
+    update: UpdateSpec = field("How pods are replaced.", mark="L", default=UpdateSpec())
+    pod_template: FreeForm = field(
+        "PodTemplateSpec laid over the operator's (strategic merge); fields that the operator owns may not "
+        "be set.",
+        mark="U",
+        default={},
+    )
+
+
+class DeepSpeedSpec(ApiType):
+    """Settings of DeepSpeed."""
+
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = field(
+        "What is partitioned over the ranks: 0 nothing, 1 optimizer state, 2 gradients too, 3 weights too "
+        "(ZeRO, arXiv 1910.02054).",
+        default=2,
+    )
+    config: FreeForm = field("DeepSpeed configuration, merged over what the operator derives.", default={})
+
+
+class TrainerSpec(ApiType):
+    """The group that trains."""
+
+    backend: Literal["DeepSpeed"] = field("Training framework.", mark="I", default="DeepSpeed")
+    deepspeed: DeepSpeedSpec = field("Settings of DeepSpeed.", mark="R", default=DeepSpeedSpec())
+    image: Text = field(
+        "Container image; empty: the one that the operator was installed with.", mark="R", default=""
+    )
+    gpu_granularity: Annotated[int, Field(ge=1, le=10_000)] = field(
+        "The trainer's GPUs are a multiple of this.", mark="R", default=1
+    )
+    gpus_per_node: Annotated[int, Field(ge=1, le=1024)] = field(
+        "GPUs of a node; a trainer with more takes whole nodes, one pod on each.", mark="R", default=8
+    )
+    termination_grace_period_seconds: Count = field(
+        "Time for a last checkpoint between SIGTERM and SIGKILL, in seconds.", mark="R", default=300
+    )
+    pod_template: FreeForm = field(
+        "PodTemplateSpec laid over the operator's (strategic merge); fields that the operator owns may not "
+        "be set.",
+        mark="R",
+        default={},
+    )
+
+
+class WeightSyncSpec(ApiType):
+    """How new weights reach the engines."""
+
+    backend: Literal["Auto", "NCCL", "Gloo"] = field(
+        "Collective library. Auto: NCCL on GPUs, Gloo on CPUs.", default="Auto"
+    )
+    bucket_megabytes: Annotated[int, Field(ge=1, le=65_536)] = field(
+        "Weights are sent in pieces of this size, in megabytes; trainer and engines hold one such piece more "
+        "in GPU memory.",
+        default=256,
+    )
+    timeout_seconds: CountOrZero = field(
+        "Longest time of one transfer before the engines that have not answered are left out, in seconds; 0: "
+        "derived from the size of the model.",
+        default=0,
+    )
+
+
+class GangSpec(ApiType):
+    """Whether all pods are scheduled at once or not at all."""
+
+    provider: Literal["None", "Native", "Volcano", "KAI"] = field(
+        "Gang scheduler. Only None is supported yet: the trainer starts first, and gives its GPUs back when "
+        "it does not fit.",
+        default="None",
+    )
+
+
+class NetworkSpec(ApiType):
+    """The network of the pods."""
+
+    mode: Literal["Pod", "Host"] = field(
+        "Host uses the network of the node, if the operator was installed with leave to.", default="Pod"
+    )
+    rdma_resource: Name = field("Extended resource of an RDMA device, rdma/hca say.", default="")
+    rdma_count: Annotated[int, Field(ge=0, le=1024)] = field(
+        "RDMA devices per pod; needs rdmaResource.", default=0
+    )
+
+
+class SchedulingSpec(ApiType):
+    """Where the pods of both groups go."""
+
+    queue_name: Name = field("Kueue queue. Not supported yet: must be empty.", default="")
+    priority_class_name: Name = field("PriorityClass of the pods; empty: the cluster's default.", default="")
+    gang: GangSpec = field("Gang scheduling.", default=GangSpec())
+    start_order: Literal["TrainerFirst"] = field(
+        "Rollout pods are made when the trainer runs, so that half a job does not hold GPUs for nothing.",
+        default="TrainerFirst",
+    )
+    node_selector: Annotated[dict[Name, Text], Field(max_length=64)] = field(
+        "Labels that a node must have.", default={}, free_while_suspended=True
+    )
+    tolerations: Annotated[list[dict[str, Any]], Field(max_length=64)] = field(
+        "Taints that the pods tolerate, as in a pod.",
+        default=[],
+        list_type="atomic",
+        free_while_suspended=True,
+    )
+    affinity: FreeForm = field("Affinity, as in a pod.", default={}, free_while_suspended=True)
+    topology_key: Name = field(
+        "Node label of a network domain (a rack, say) that pods of a group should share; empty: none.",
+        default="",
+    )
+    network: NetworkSpec = field("The network of the pods.", default=NetworkSpec())
+    shared_memory: Quantity = field("Size of /dev/shm in trainer and engine pods.", default="16Gi")
+    service_account_name: Name = field(
+        "ServiceAccount of the pods, for access to buckets, say; empty: one is made for the job.", default=""
+    )
+    image_pull_secrets: Annotated[list[SecretReference], Field(max_length=16)] = field(
+        "Secrets for pulling images.", default=[], list_type="atomic"
+    )

@@ -1,0 +1,430 @@
+"""Rules across fields, written once as CEL: the API server evaluates them, and so does `asyncrl validate`.
+
+They are in the dialect of Kubernetes: `self` is the object at the rule's path, its defaults applied, and
+`oldSelf` what it was before an update; a property that is called like a CEL keyword is escaped
+(`self.__function__`). Both evaluators must agree, so rules use the standard library alone and compare
+integers with integers. Messages insert integers by `'%d'.format([n])`: with `string(n)` the API server takes
+the result to be of any length, and refuses the rule as too costly (measured on 1.36).
+"""
+
+import functools
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import cel
+
+from asyncrl_api.job import Spec
+from asyncrl_api.marks import FieldNode, tree
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One entry of `x-kubernetes-validations`."""
+
+    path: str
+    """Where the rule sits: `spec.training`; empty for the root."""
+    rule: str
+    """CEL: true where the object is right."""
+    message_expression: str
+    """CEL: names field, value, rule and remedy, in one line."""
+    field_path: str = ""
+    """Which field below `path` the message is about: `.minibatches`; `fieldPath` of the CRD."""
+
+    @property
+    def is_transition(self) -> bool:
+        """Whether the rule compares an update with what was there before."""
+        return "oldSelf" in self.rule
+
+
+class Violation(NamedTuple):
+    """A rule that a manifest breaks."""
+
+    path: str
+    message: str
+
+
+def _rule(path: str, field: str, rule: str, message: str, *values: str) -> Rule:
+    """Return a rule whose message has the CEL expressions `values` inserted: all integers, or all strings."""
+    text = f"'{message}'"
+    return Rule(path, rule, f"{text}.format([{', '.join(values)}])" if values else text, f".{field}")
+
+
+_NAME = _rule(
+    "",
+    "metadata.name",
+    # A letter first, because Services of that name are made, and they must be RFC 1035 labels.
+    "self.metadata.name.size() <= 40 && self.metadata.name.matches('^[a-z]([-a-z0-9]*[a-z0-9])?$')",
+    'the name "%s" must be a DNS label (a-z, 0-9, -; a letter first) of at most 40 characters, '
+    "for pods and Services are named after it",
+    "self.metadata.name",
+)
+
+
+def _source(path: str, schemes: str, forms: str) -> Rule:
+    return _rule(
+        path,
+        "source",
+        f"self.source.matches('^(({schemes})://.+|[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_]*)$')",
+        f'{path.removeprefix("spec.")}.source is "%s", which has none of the forms {forms}',
+        "self.source",
+    )
+
+
+_ROWS = "hf://org/set, file://rows.jsonl, reasoning-gym://name, module:factory"
+_WEIGHTS = "hf://org/name, file:///path, package://package/folder, module:factory"
+
+_SOURCES = (
+    _source("spec.model", "hf|file|package", _WEIGHTS),
+    _source("spec.dataset", "hf|file|reasoning-gym", _ROWS),
+    _source("spec.evaluation", "hf|file|reasoning-gym", _ROWS),
+)
+
+_IS_OBJECT = "matches('^[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_.]*$')"
+
+# What a discriminator selects must be there; what it does not select is ignored.
+_SELECTED = (
+    _rule(
+        "spec.workflow",
+        "class",
+        f"self.type != 'Custom' || (has(self.class) && self.class.{_IS_OBJECT})",
+        'workflow.type Custom needs workflow.class in the form pkg.module:Class, but it is "%s"',
+        "has(self.class) ? self.class : ''",
+    ),
+    _rule(
+        "spec.workflow",
+        "maxTurns",
+        # With one turn the feedback is told to nobody: whoever writes this forgot maxTurns.
+        "self.type != 'MultiTurn' || self.maxTurns >= 2",
+        "workflow.type MultiTurn needs workflow.maxTurns of at least 2, but it is %d: raise it, or use "
+        "SingleTurn",
+        "self.maxTurns",
+    ),
+    _rule(
+        "spec.reward",
+        "function",
+        f"self.type != 'Function' || (has(self.__function__) && self.__function__.{_IS_OBJECT})",
+        'reward.type Function needs reward.function in the form pkg.module:function, but it is "%s"',
+        "has(self.__function__) ? self.__function__ : ''",
+    ),
+    _rule(
+        "spec.reward",
+        "url",
+        "self.type != 'Service' || self.url.matches('^https?://.+')",
+        'reward.type Service needs reward.url in the form http://host:port/path, but it is "%s"',
+        "self.url",
+    ),
+    _rule(
+        "spec.messaging",
+        "shared.url",
+        "self.mode != 'Shared' || self.shared.url != ''",
+        "messaging.mode Shared needs messaging.shared.url, but it is empty: write nats://host:4222, say",
+    ),
+    _rule(
+        "spec.checkpoint",
+        "resumePath",
+        "self.resume != 'FromPath' || self.resumePath != ''",
+        "checkpoint.resume FromPath needs checkpoint.resumePath, but it is empty: name a checkpoint folder",
+    ),
+    _rule(
+        "spec.gpuBudget",
+        "mode",
+        "self.mode != 'Manual' || has(self.split)",
+        "gpuBudget.mode Manual needs gpuBudget.split, but it is missing: write {trainer: N, rollout: M}",
+    ),
+    _rule(
+        "spec.scheduling.network",
+        "rdmaResource",
+        "self.rdmaCount == 0 || self.rdmaResource != ''",
+        "scheduling.network.rdmaCount is %d, but rdmaResource is empty: name the extended resource",
+        "self.rdmaCount",
+    ),
+)
+
+_TRAINING = (
+    _rule(
+        "spec.training",
+        "minibatches",
+        "self.minibatches <= self.batchSize",
+        "training.minibatches is %d, but must be at most training.batchSize, %d, for an optimizer update "
+        "needs a prompt group: lower it",
+        "self.minibatches",
+        "self.batchSize",
+    ),
+    _rule(
+        "spec.training",
+        "maxSteps",
+        "self.maxSteps >= oldSelf.maxSteps",
+        "training.maxSteps is %d and was %d, but may only grow: put it back, or suspend the job to stop it",
+        "self.maxSteps",
+        "oldSelf.maxSteps",
+    ),
+    _rule(
+        "spec",
+        "training.tokensPerMicroBatch",
+        "self.model.contextLength <= self.training.tokensPerMicroBatch",
+        "training.tokensPerMicroBatch is %d, but must be at least model.contextLength, %d, for the longest "
+        "sample must fit: raise it",
+        "self.training.tokensPerMicroBatch",
+        "self.model.contextLength",
+    ),
+    _rule(
+        "spec",
+        "sampling.maxNewTokens",
+        "self.sampling.maxNewTokens < self.model.contextLength",
+        "sampling.maxNewTokens is %d, but must be less than model.contextLength, %d, for the prompt needs "
+        "room: lower it",
+        "self.sampling.maxNewTokens",
+        "self.model.contextLength",
+    ),
+    _rule(
+        "spec",
+        "sampling.groupSize",
+        "self.sampling.groupSize >= 2 || self.algorithm.advantage == 'BatchNormalized'",
+        "sampling.groupSize is 1, but algorithm.advantage %s compares the samples of a group: raise it, or "
+        "use BatchNormalized",
+        "self.algorithm.advantage",
+    ),
+    _rule(
+        "spec.sampling",
+        "filter",
+        "self.groupSize >= 2 || self.filter == 'None'",
+        "sampling.filter %s would drop every prompt group, for sampling.groupSize is 1: raise groupSize, or "
+        "use None",
+        "self.filter",
+    ),
+    _rule(
+        "spec",
+        "algorithm.overlongPenalty.bufferTokens",
+        "!has(self.algorithm.overlongPenalty) || "
+        "self.algorithm.overlongPenalty.bufferTokens <= self.sampling.maxNewTokens",
+        "algorithm.overlongPenalty.bufferTokens is %d, but must be at most sampling.maxNewTokens, %d: "
+        "lower it",
+        "self.algorithm.overlongPenalty.bufferTokens",
+        "self.sampling.maxNewTokens",
+    ),
+    _rule(
+        "spec",
+        "rollout.maxConcurrency",
+        "self.rollout.maxConcurrency == 0 || self.rollout.maxConcurrency >= self.sampling.groupSize",
+        "rollout.maxConcurrency is %d, but must be 0 (adaptive) or at least sampling.groupSize, %d, for an "
+        "engine samples whole groups: raise it",
+        "self.rollout.maxConcurrency",
+        "self.sampling.groupSize",
+    ),
+)
+
+# 0 stands for a size that the operator derives, and counts as 1: a derived size that does not fit is
+# Stalled/BudgetTooSmall.
+_REPLICA = "(self.rollout.gpusPerReplica > 0 ? self.rollout.gpusPerReplica : 1)"
+_NOT_MANUAL = "self.gpuBudget.mode != 'Manual' || !has(self.gpuBudget.split)"
+_TRAINER = "self.gpuBudget.split.trainer"
+_ROLLOUT = "self.gpuBudget.split.rollout"
+
+_BUDGET = (
+    _rule(
+        "spec.rollout",
+        "minReplicas",
+        "self.minReplicas <= self.maxReplicas",
+        "rollout.minReplicas is %d, but must be at most rollout.maxReplicas, %d: lower it",
+        "self.minReplicas",
+        "self.maxReplicas",
+    ),
+    _rule(
+        "spec",
+        "rollout.gpusPerReplica",
+        "self.rollout.gpusPerReplica <= self.trainer.gpusPerNode",
+        "rollout.gpusPerReplica is %d, but must be at most trainer.gpusPerNode, %d, for an engine cannot "
+        "span nodes: lower it",
+        "self.rollout.gpusPerReplica",
+        "self.trainer.gpusPerNode",
+    ),
+    _rule(
+        "spec",
+        "gpuBudget.total",
+        f"self.gpuBudget.total >= self.trainer.gpuGranularity + self.rollout.minReplicas * {_REPLICA}",
+        "gpuBudget.total is %d, but must be at least trainer.gpuGranularity, %d, plus rollout.minReplicas, "
+        "%d, times rollout.gpusPerReplica, %d: raise it",
+        "self.gpuBudget.total",
+        "self.trainer.gpuGranularity",
+        "self.rollout.minReplicas",
+        _REPLICA,
+    ),
+    _rule(
+        "spec.gpuBudget",
+        "split",
+        "self.mode != 'Manual' || !has(self.split) || self.split.trainer + self.split.rollout <= self.total",
+        "gpuBudget.split is %d + %d, but must be at most gpuBudget.total, %d: lower it, or raise the total",
+        "self.split.trainer",
+        "self.split.rollout",
+        "self.total",
+    ),
+    _rule(
+        "spec",
+        "gpuBudget.split.trainer",
+        f"{_NOT_MANUAL} || {_TRAINER} % self.trainer.gpuGranularity == 0",
+        "gpuBudget.split.trainer is %d, but must be a multiple of trainer.gpuGranularity, %d",
+        _TRAINER,
+        "self.trainer.gpuGranularity",
+    ),
+    _rule(
+        "spec",
+        "gpuBudget.split.trainer",
+        f"{_NOT_MANUAL} || {_TRAINER} <= self.trainer.gpusPerNode "
+        f"|| {_TRAINER} % self.trainer.gpusPerNode == 0",
+        "gpuBudget.split.trainer is %d, but must be at most trainer.gpusPerNode, %d, or a multiple of it, "
+        "for the pods of the trainer are equal",
+        _TRAINER,
+        "self.trainer.gpusPerNode",
+    ),
+    _rule(
+        "spec",
+        "gpuBudget.split.rollout",
+        f"{_NOT_MANUAL} || {_ROLLOUT} % {_REPLICA} == 0",
+        "gpuBudget.split.rollout is %d, but must be a multiple of rollout.gpusPerReplica, %d",
+        _ROLLOUT,
+        _REPLICA,
+    ),
+    _rule(
+        "spec",
+        "gpuBudget.split.rollout",
+        f"{_NOT_MANUAL} || {_ROLLOUT} >= self.rollout.minReplicas * {_REPLICA}",
+        "gpuBudget.split.rollout is %d, but must be at least rollout.minReplicas, %d, times "
+        "rollout.gpusPerReplica, %d: raise it",
+        _ROLLOUT,
+        "self.rollout.minReplicas",
+        _REPLICA,
+    ),
+)
+
+# A field that nothing acts on yet is refused, never ignored.
+_NOT_YET = (
+    _rule(
+        "spec.gpuBudget",
+        "allocation",
+        "self.allocation != 'ResourceClaim'",
+        "gpuBudget.allocation ResourceClaim is not supported yet: use ExtendedResource",
+    ),
+    _rule(
+        "spec.scheduling",
+        "queueName",
+        "self.queueName == ''",
+        'scheduling.queueName is "%s", but Kueue is not supported yet: leave it empty',
+        "self.queueName",
+    ),
+    _rule(
+        "spec.scheduling",
+        "gang.provider",
+        "self.gang.provider == 'None'",
+        "scheduling.gang.provider %s is not supported yet: use None",
+        "self.gang.provider",
+    ),
+    _rule(
+        "spec",
+        "managedBy",
+        "self.managedBy == ''",
+        'managedBy is "%s", but other controllers are not supported yet: leave it empty',
+        "self.managedBy",
+    ),
+)
+
+RULES = (_NAME, *_SOURCES, *_SELECTED, *_TRAINING, *_BUDGET, *_NOT_YET)
+"""All rules but those that follow from change marks."""
+
+
+@functools.cache
+def immutability_rules() -> tuple[Rule, ...]:
+    """Return the transition rules that the marks I stand for, a single one for an immutable block."""
+    return tuple(rule for node in tree(Spec) for rule in _immutability(node))
+
+
+def all_rules() -> tuple[Rule, ...]:
+    """Return every rule of the CRD."""
+    return RULES + immutability_rules()
+
+
+def violations(manifest: Mapping[str, Any], old: Mapping[str, Any] | None = None) -> list[Violation]:
+    """Return what the API server's rules have against `manifest`, which must fit the types.
+
+    Args:
+        manifest: with all defaults, as `to_manifest` gives it.
+        old: what is to be updated; without it transition rules are left out, as for a new object.
+    """
+    scope = functools.cache(functools.partial(_scope, _escape(manifest), _escape(old)))
+    return [
+        Violation(f"{rule.path}{rule.field_path}".removeprefix("."), message)
+        for rule in all_rules()
+        if (message := _message(rule, scope(rule.path))) is not None
+    ]
+
+
+def _immutability(node: FieldNode) -> Iterator[Rule]:
+    field = node.path
+    if node.is_free_while_suspended:
+        yield _rule(
+            "spec",
+            field,
+            f"self.suspend || oldSelf.suspend || self.{field} == oldSelf.{field}",
+            f"{field} may only change while the job is suspended: set suspend in the same update",
+        )
+    elif any(each.mark != "I" or each.is_free_while_suspended for each in node.walk()):
+        for child in node.children:
+            yield from _immutability(child)
+    else:
+        # On a field that appears or vanishes no rule is evaluated: its parent would need one.
+        assert not node.is_optional, f"{field} is optional and immutable, but its block is not"
+        was, value = (' and was "%s"', ".format([oldSelf])") if node.is_scalar else ("", "")
+        message = f"'{field} is immutable{was}: put it back, or make a new AsyncRLJob'{value}"
+        yield Rule(f"spec.{field}", "self == oldSelf", message)
+
+
+class _Scope(NamedTuple):
+    """What the rules of one path see."""
+
+    names: frozenset[str]
+    context: cel.Context
+
+
+def _scope(manifest: Any, old: Any, path: str) -> _Scope:
+    values = {"self": _at(manifest, path), "oldSelf": _at(old, path)}
+    present = {name: value for name, value in values.items() if value is not None}
+    return _Scope(frozenset(present), cel.Context(present, {"format": _format}))
+
+
+def _message(rule: Rule, scope: _Scope) -> str | None:
+    """Return what `rule` has against the manifest; None if nothing, or if there is nothing to judge."""
+    needed = {"self", "oldSelf"} if rule.is_transition else {"self"}
+    if not needed <= scope.names or _compile(rule.rule).execute(scope.context):
+        return None
+    return str(_compile(rule.message_expression).execute(scope.context))
+
+
+_compile = functools.cache(cel.compile)
+
+
+def _format(template: str, values: list[Any]) -> str:
+    """`format` of Kubernetes' CEL, of which messages use %d and %s."""
+    return template % tuple(values)
+
+
+def _at(manifest: Any, path: str) -> Any:
+    for name in filter(None, path.split(".")):
+        if manifest is None:
+            return None
+        manifest = manifest.get(name)
+    return manifest
+
+
+# https://kubernetes.io/docs/reference/using-api/cel/#escaping
+_KEYWORD = re.compile(
+    "true|false|null|in|as|break|const|continue|else|for|function|if|import|let|loop|package|namespace|return"
+)
+
+
+def _escape(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {
+            f"__{key}__" if _KEYWORD.fullmatch(key) else key: _escape(below) for key, below in value.items()
+        }
+    return value

@@ -1,0 +1,69 @@
+"""What a process of a job is told: RunConfig, and the fields that change while it runs."""
+
+from pathlib import Path
+from typing import Any, Self
+
+from asyncrl_api.exits import ExitCode, ExitError
+from asyncrl_api.job import Spec
+from asyncrl_api.manifests import FieldError, SpecError, parse_spec
+from asyncrl_api.marks import merge, split_live
+from asyncrl_api.names import JobNames, NatsAddress
+from asyncrl_api.wire import Wire
+
+
+class RunConfig(Wire):
+    """What every process of a job is told, as one file that does not change during an attempt."""
+
+    namespace: str
+    name: str
+    uid: str
+    spec: Spec
+    nats: NatsAddress
+    job_folder: Path
+    """Holds checkpoints/, export/, ledger.jsonl and metrics.jsonl: the job's path on its claim."""
+    live_file: Path
+    """Holds the fields marked L as they are now; the trainer reads it again and again."""
+    report_file: Path
+    model_cache: Path
+    import_paths: tuple[Path, ...] = ()
+    """Where user code is imported from."""
+
+    @property
+    def names(self) -> JobNames:
+        shared = self.spec.messaging.mode == "Shared"
+        return JobNames(job=f"{self.namespace}_{self.name}" + (f"_{self.uid}" if shared else ""))
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read the file that `save` wrote.
+
+        Raises:
+            ExitError: it is missing or does not parse; names the path.
+        """
+        try:
+            return cls.model_validate_json(path.read_text())
+        except (OSError, ValueError) as error:
+            raise ExitError(ExitCode.REFUSED, f"run configuration {path}: {error}") from error
+
+    def save(self, path: Path) -> None:
+        path.write_text(self.model_dump_json(by_alias=True, exclude_none=True, indent=1))
+
+
+def live_values(spec: Spec) -> dict[str, Any]:
+    """Return the fields of `spec` that are marked L, nested as in the manifest."""
+    return split_live(spec)[0]
+
+
+def with_live_values(spec: Spec, values: dict[str, Any]) -> Spec:
+    """Return `spec` with its L fields replaced by `values`; one that is absent there is absent, or default.
+
+    Raises:
+        SpecError: a value is out of bounds, or a field is not marked L.
+    """
+    rest = split_live(spec)[1]
+    changed = parse_spec(merge(rest, values))
+    if split_live(changed)[1] != rest:
+        raise SpecError(
+            [FieldError(path="live values", rule="only fields marked L may change", value=values)]
+        )
+    return changed

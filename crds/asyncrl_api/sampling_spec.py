@@ -1,0 +1,153 @@
+"""Where samples come from: model, data set, workflow, reward, sampling, evaluation."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from asyncrl_api.base import (
+    ApiType,
+    ClaimReference,
+    ConfigMapReference,
+    Count,
+    CountOrZero,
+    FreeForm,
+    Name,
+    Positive,
+    SecretReference,
+    Text,
+)
+from asyncrl_api.marks import field
+
+
+class ModelSpec(ApiType):
+    """The language model that is trained."""
+
+    source: Text = field(
+        "Where the weights that training starts from are: hf://org/name (Hugging Face hub), file:///path (a "
+        "folder in the pod), package://package/folder (shipped in a Python package), or module:factory (a "
+        "function that writes the folder once, under a lock, into the cache)."
+    )
+    revision: Name = field("Branch, tag or commit on the hub.", default="main", min_length=1)
+    dtype: Literal["BFloat16", "Float32"] = field(
+        "Number format of the weights, in the trainer and in the engines.", default="BFloat16"
+    )
+    context_length: Count = field(
+        "Most tokens of prompt and response together. At most training.tokensPerMicroBatch.", default=8192
+    )
+    parameter_count: Annotated[int, Field(ge=0, le=10**14)] = field(
+        "Number of weights, for instance 1700000000; with gpuBudget.gpuMemory it lets the operator derive "
+        "the tensor-parallel size and the smallest trainer. 0: not told.",
+        default=0,
+    )
+    secret_ref: SecretReference | None = field(
+        "Secret whose keys become environment variables of the pods that fetch the model (HF_TOKEN, say).",
+        default=None,
+    )
+    cache: ClaimReference | None = field(
+        "Claim that keeps fetched models between pods; without it each pod fetches its own.", default=None
+    )
+
+
+class DatasetSpec(ApiType):
+    """The prompts that are trained on."""
+
+    source: Text = field(
+        "Where the rows come from: hf://org/set (Hugging Face hub), file://rows.jsonl (one JSON object a "
+        "line), reasoning-gym://name, or module:factory (a function that returns them)."
+    )
+    split: Name = field("Which split of the data set.", default="train", min_length=1)
+    parameters: FreeForm = field(
+        "Handed to the source as keyword arguments: a reasoning-gym configuration, say.", default={}
+    )
+    prompt_field: Name = field("Field of a row that holds the prompt.", default="question", min_length=1)
+    answer_field: Name = field(
+        "Field of a row that holds the reference answer, for reward.type Math.",
+        default="answer",
+        min_length=1,
+    )
+    seed: CountOrZero = field("Seed of the order of prompts, which differs in every pass.", default=17)
+    secret_ref: SecretReference | None = field(
+        "Secret whose keys become environment variables of the pods that fetch the data.", default=None
+    )
+
+
+class WorkflowSpec(ApiType):
+    """How one sample comes about."""
+
+    type: Literal["SingleTurn", "MultiTurn", "Custom"] = field(
+        "SingleTurn: one answer. MultiTurn: the reward's feedback is told and the policy answers again. "
+        "Custom: `class` decides.",
+        default="SingleTurn",
+    )
+    system_prompt: Annotated[str, Field(max_length=16384)] = field(
+        "Said before each prompt through the chat template; empty: nothing.", default=""
+    )
+    max_turns: Annotated[int, Field(ge=1, le=1000)] = field(
+        "Most answers within a sample, for MultiTurn; at least 2 there.", default=1
+    )
+    class_name: Text | None = field(
+        "The workflow, as pkg.module:Class; for type Custom.", default=None, alias="class"
+    )
+    config_map_ref: ConfigMapReference | None = field(
+        "ConfigMap with Python modules, mounted on the import path of the workers.", default=None
+    )
+
+
+class RewardSpec(ApiType):
+    """How a response is scored. A reward that fails is never a zero."""
+
+    type: Literal["Math", "ReasoningGym", "Code", "Function", "Service"] = field(
+        "Math: the answer equals the row's (math-verify). ReasoningGym: the data set's own scorer. Code: the "
+        "answer passes the row's tests, in a sandboxed process. Function: `function`. Service: `url`.",
+        default="Math",
+    )
+    function: Text | None = field("The scorer, as pkg.module:function; for type Function.", default=None)
+    config_map_ref: ConfigMapReference | None = field(
+        "ConfigMap with Python modules, mounted on the import path of the workers.", default=None
+    )
+    url: Text = field(
+        "For type Service: receives POST {prompt, response, row} and answers {reward}.", default=""
+    )
+    timeout_seconds: Count = field("Longest time of one attempt to score, in seconds.", default=30)
+    max_attempts: Annotated[int, Field(ge=1, le=100)] = field(
+        "Attempts to score a sample; then it leaves its group, and is not scored zero.", default=3
+    )
+
+
+class SamplingSpec(ApiType):
+    """How the policy is sampled."""
+
+    group_size: Annotated[int, Field(ge=1, le=4096)] = field(
+        "Samples per prompt; group advantages compare them with each other (GRPO, arXiv 2402.03300).",
+        mark="R",
+        default=8,
+    )
+    max_new_tokens: Count = field(
+        "Most tokens of a response. Less than model.contextLength, which holds the prompt as well.",
+        mark="L",
+        default=1024,
+    )
+    temperature: Positive = field(
+        "Divides the logits in the engines, and again in the trainer, so that log-probs agree.",
+        mark="L",
+        default=1.0,
+    )
+    filter: Literal["None", "DropUniformGroups"] = field(
+        "DropUniformGroups discards and replaces prompt groups whose samples all have the same reward, since "
+        "they teach nothing (dynamic sampling, DAPO, arXiv 2503.14476).",
+        mark="L",
+        default="None",
+    )
+
+
+class EvaluationSpec(ApiType):
+    """Held-out prompts, answered greedily and never trained on."""
+
+    source: Text = field("Where the rows come from; the same forms as dataset.source.")
+    split: Name = field("Which split of the data set.", default="test", min_length=1)
+    parameters: FreeForm = field("Handed to the source as keyword arguments.", default={})
+    every_steps: Count = field(
+        "Steps between evaluations; there is also one before the first step and one after the last.",
+        default=20,
+    )
+    samples: Count = field("Number of held-out prompts.", default=200)

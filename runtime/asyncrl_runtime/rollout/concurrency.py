@@ -1,0 +1,60 @@
+"""How many samples an engine is given: grown while it has room, cut when it thrashes. Pure."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class EngineLoad:
+    """What an engine says of itself at one moment."""
+
+    kv_usage: float
+    """Share of its KV cache in use, 0 to 1."""
+    num_queued: int
+    num_retracted: int
+    """Since it started: running requests thrown out of the cache because it was full."""
+    num_generated_tokens: int
+    """Since it started."""
+
+
+class ConcurrencyLimit:
+    """Additive increase is slow and KV use is a good signal, so growth is multiplicative while it is low.
+
+    Args:
+        group_size: samples come in groups, so the limit never goes below one.
+        ceiling: `spec.rollout.maxConcurrency`; 0 = adaptive, up to HIGHEST.
+    """
+
+    HIGHEST = 1024
+    START = 64
+
+    def __init__(self, group_size: int, ceiling: int = 0) -> None:
+        self.group_size = group_size
+        self.ceiling = ceiling
+        self.limit = max(group_size, ceiling or self.START)
+        self._num_retracted: int | None = None
+
+    def observe(self, load: EngineLoad, num_running: int) -> None:
+        """Adapt to the engine's load; called every few seconds with fresh numbers only.
+
+        Grows by a quarter when the cache is under 60 % and the limit binds, trims by a tenth above 80 %
+        or while requests queue, and cuts by a fifth when the engine had to retract.
+        """
+        retracted = load.num_retracted - (self._num_retracted or 0)
+        is_first, self._num_retracted = self._num_retracted is None, load.num_retracted
+        if is_first or retracted < 0:  # it restarted: its counters began again
+            return
+        if self.ceiling:
+            self.limit = max(self.group_size, self.ceiling)
+        elif retracted > 0:
+            self._set(self.limit * 0.8)
+        elif load.kv_usage > 0.8 or load.num_queued > self.group_size:
+            self._set(self.limit * 0.9)
+        elif load.kv_usage < 0.6 and num_running + self.group_size > self.limit:
+            self._set(self.limit * 1.25)
+
+    def has_room(self, num_running: int) -> bool:
+        """Whether one more group may start."""
+        return num_running + self.group_size <= self.limit or num_running == 0
+
+    def _set(self, limit: float) -> None:
+        self.limit = min(self.HIGHEST, max(self.group_size, round(limit)))

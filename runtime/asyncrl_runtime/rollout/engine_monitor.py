@@ -1,0 +1,128 @@
+"""Watches one engine: is it there, is it the one we know, does it get on."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from asyncrl_runtime.rollout.concurrency import EngineLoad
+from asyncrl_runtime.rollout.engine_client import EngineClient, EngineLost, EngineRefused
+from asyncrl_runtime.rollout.weight_receiver import WeightReceiver
+
+log = logging.getLogger(__name__)
+
+PROBE_INTERVAL_SECONDS = 1.0
+DOWN_SECONDS = 15.0
+"""An engine that answered before and does not for so long is restarted."""
+STUCK_SECONDS = 60.0
+"""An engine that samples without producing a token for so long is restarted."""
+DIRTY_SECONDS = 120.0
+"""An engine that waits for a full set of weights for so long is restarted."""
+
+
+class EngineMonitor:
+    """Polls the engine. `state` and `fault` are what others read of it."""
+
+    def __init__(
+        self,
+        engine: EngineClient,
+        receiver: WeightReceiver,
+        num_running: Callable[[], int],
+        on_load: Callable[[EngineLoad], None],
+        clock: Callable[[], float],
+    ) -> None:
+        self._engine = engine
+        self._receiver = receiver
+        self._num_running = num_running
+        self._on_load = on_load
+        self._clock = clock
+        self._is_up = False
+        self._answered_at: float | None = None
+        self._progressed_at = clock()
+        self._num_tokens = -1
+        self._dirty_since: float | None = None
+        self.incarnation = 0
+        """Counts the engine processes seen; weights and groups belong to one of them."""
+        self.load = EngineLoad(0.0, 0, 0, 0)
+
+    @property
+    def state(self) -> str:
+        """One of messages.ENGINE_STATES."""
+        return self._receiver.state if self._is_up else "down"
+
+    def fault(self) -> str | None:
+        """Return why the engine must be restarted, or None."""
+        now = self._clock()
+        if self._receiver.has_missed_deadline:
+            return "it did not answer a control call within its deadline"
+        if self._answered_at is not None and not self._is_up and now - self._answered_at > DOWN_SECONDS:
+            return f"it has not answered for {now - self._answered_at:.0f} s"
+        if self._dirty_since is not None and now - self._dirty_since > DIRTY_SECONDS:
+            return f"it has waited for a full set of weights for {now - self._dirty_since:.0f} s"
+        if self.state == "ready" and self._num_running() and now - self._progressed_at > STUCK_SECONDS:
+            return f"it has sampled no token for {now - self._progressed_at:.0f} s"
+        return None
+
+    async def run(self) -> None:
+        """Poll for ever. A poll that fails ends every request in flight, which then goes elsewhere."""
+        while True:
+            try:
+                await self._poll()
+            except (EngineLost, EngineRefused) as error:
+                self._gone(error)
+            await asyncio.sleep(PROBE_INTERVAL_SECONDS)
+
+    async def _poll(self) -> None:
+        label = (await self._engine.model_info())["weight_version"]
+        version = self._engine.weights.version
+        is_ours = version is not None and label == str(version)
+        if not self._is_up or (self._receiver.state in ("ready", "draining", "drained") and not is_ours):
+            if self.incarnation == 0 or not is_ours:
+                await self._adopt()
+            self._is_up = True
+        self._answered_at = self._clock()
+        self._observe(_parse_load(await self._engine.metrics()))
+        self._dirty_since = (self._dirty_since or self._clock()) if self._receiver.state == "dirty" else None
+
+    async def _adopt(self) -> None:
+        """Begin with an engine process that this worker does not know: nothing of before counts.
+
+        It may have been left by an earlier worker in the middle of an update; it stays as it is until the
+        first update of ours, but what was asked of it then is dropped.
+        """
+        self.incarnation += 1
+        log.info("engine %s: process %d of it", self._engine.base_url, self.incarnation)
+        self._receiver.engine_restarted()
+        await self._engine.abort_all()
+        with contextlib.suppress(EngineRefused):  # no update was open
+            await self._engine.call("/end_weight_update", {})
+        self._progressed_at = self._clock()
+
+    def _observe(self, load: EngineLoad) -> None:
+        if load.num_generated_tokens != self._num_tokens or not self._num_running():
+            self._progressed_at = self._clock()
+        self._num_tokens = load.num_generated_tokens
+        self.load = load
+        self._on_load(load)
+
+    def _gone(self, error: Exception) -> None:
+        if self._is_up:
+            log.warning("engine is gone: %s", error)
+            self._engine.give_up()
+        self._is_up = False
+
+
+def _parse_load(text: str) -> EngineLoad:
+    """Read what is needed of SGLang's metrics; label sets (ranks) are summed, usage is the largest."""
+    values: dict[str, list[float]] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            values.setdefault(sample.name.removeprefix("sglang:"), []).append(sample.value)
+    return EngineLoad(
+        kv_usage=max(values.get("token_usage", [0.0])),
+        num_queued=int(sum(values.get("num_queue_reqs", [0]))),
+        num_retracted=int(sum(values.get("num_retracted_requests_total", [0]))),
+        num_generated_tokens=int(sum(values.get("generation_tokens_total", [0]))),
+    )

@@ -1,0 +1,188 @@
+"""From a ticket to its samples: runs the workflow once per sample and says what became of each."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from asyncrl_api.protocols import RewardFailed, Row, Score, Workflow
+from asyncrl_runtime.contract.messages import ResumePoint, Sample, SampleFailure, TurnRecord
+from asyncrl_runtime.rollout.engine_client import (
+    EngineClient,
+    EngineLost,
+    EngineRefused,
+    Generation,
+    SamplingRequest,
+)
+from asyncrl_runtime.rollout.prompts import PromptRenderer
+from asyncrl_runtime.rollout.rewards import RewardFailure, Scorer, ScoreRequest
+from asyncrl_runtime.rollout.session import Limits, SampleSession
+from asyncrl_runtime.rollout.slots import Taken
+from asyncrl_runtime.rollout.together import Together
+
+log = logging.getLogger(__name__)
+
+MAX_TOKENS_TOGETHER = 128
+"""Of one answer. Longer ones are streamed one by one, so that little is lost with their engine."""
+MAX_WORKFLOW_ATTEMPTS = 3
+WORKFLOW_IDLE_SECONDS = 600.0
+"""How long user code may neither ask the engine nor a reward before its sample fails."""
+
+Outcome = Sample | SampleFailure
+
+
+class HandedBack(Exception):
+    """The engine went away: the ticket goes to another worker, with what was earned."""
+
+    def __init__(self, cause: str, resume: ResumePoint) -> None:
+        super().__init__(cause)
+        self.resume = resume
+
+
+@dataclass(frozen=True)
+class GroupTask:
+    """What is to be sampled."""
+
+    ticket: int
+    rows: Mapping[int, Row]
+    """index -> row; for training the same one for each sample."""
+    limits: Limits
+    seeds: Callable[[int, int], int]
+    """(sample, turn) -> seed of the turn's noise."""
+    resume: ResumePoint | None = None
+
+
+class GroupRunner:
+    """Runs groups on one engine. Groups run beside each other; samples of a group too."""
+
+    def __init__(
+        self,
+        engine: EngineClient,
+        renderer: PromptRenderer,
+        workflow: Workflow,
+        scorer: Scorer,
+        cache_salt: Callable[[], str | None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._engine = engine
+        self._renderer = renderer
+        self._workflow = workflow
+        self._scorer = scorer
+        self._cache_salt = cache_salt
+        self._clock = clock
+        self.num_sampled_tokens = 0
+        """Since the start, for metrics."""
+
+    async def run(self, task: GroupTask, slots: Taken) -> list[Outcome]:
+        """Return the outcome of every sample, in order of their index; each frees a slot as it ends.
+
+        Raises:
+            HandedBack: the engine is gone; finished samples are kept in the resume point.
+            PromptTooLong, PromptError: no sample of this row can ever be.
+        """
+        resume = task.resume or ResumePoint(ticket=task.ticket)
+        known = {outcome.index: outcome for outcome in resume.outcomes}
+        replays = {progress.index: progress.turns for progress in resume.progress}
+        generate: Together[SamplingRequest, Generation] = Together(self._generate_together)
+        score: Together[ScoreRequest, Score | RewardFailure] = Together(self._scorer.score)
+
+        async def sample_tokens(request: SamplingRequest) -> Generation:
+            if request.max_new_tokens > MAX_TOKENS_TOGETHER:
+                return await self._engine.stream(request, cache_salt=self._cache_salt())
+            return await generate(request)
+
+        async def score_response(prompt: str, response: str, row: Row) -> Score:
+            result = await score(ScoreRequest(prompt, response, row))
+            if isinstance(result, RewardFailure):
+                raise _ScoringFailed(result)
+            return result
+
+        def open_session(index: int, replay: Sequence[TurnRecord]) -> SampleSession:
+            return SampleSession(
+                index,
+                task.rows[index],
+                self._renderer,
+                task.limits,
+                sample_tokens,
+                score_response,
+                lambda turn: task.seeds(index, turn),
+                replay,
+            )
+
+        sessions = {
+            index: open_session(index, replays.get(index, ())) for index in task.rows if index not in known
+        }
+
+        async def run_sample(session: SampleSession) -> "Outcome | _Unfinished":
+            try:
+                return await self._run_sample(session, open_session)
+            finally:
+                slots.free_one()
+
+        results = await asyncio.gather(*map(run_sample, sessions.values()))
+        outcomes = [result for result in results if not isinstance(result, _Unfinished)]
+        unfinished = [result for result in results if isinstance(result, _Unfinished)]
+        everything = sorted([*known.values(), *outcomes], key=lambda outcome: outcome.index)
+        if unfinished:
+            raise HandedBack(
+                str(unfinished[0].cause),
+                ResumePoint(
+                    ticket=task.ticket,
+                    num_failures=resume.num_failures + any(u.cause.is_reported for u in unfinished),
+                    outcomes=tuple(everything),
+                    progress=tuple(u.session.progress for u in unfinished),
+                ),
+            )
+        return everything
+
+    async def _run_sample(
+        self, session: SampleSession, reopen: Callable[[int, Sequence[TurnRecord]], SampleSession]
+    ) -> "Outcome | _Unfinished":
+        """Run the workflow, again if user code fails: with the turns that were sampled already."""
+        cause = ""
+        for attempt in range(1, MAX_WORKFLOW_ATTEMPTS + 1):
+            try:
+                sample = session.sample(await self._with_idle_limit(session))
+                self.num_sampled_tokens += sample.num_tokens
+                return sample
+            except EngineLost as error:
+                return _Unfinished(session, error)
+            except _ScoringFailed as error:
+                return SampleFailure(index=session.index, reason=error.reason, message=str(error))
+            except EngineRefused as error:
+                return SampleFailure(index=session.index, reason="generation_error", message=str(error))
+            except Exception as error:  # the workflow is user code and may raise anything
+                cause = f"{type(error).__name__}: {error}"
+                log.warning("workflow, sample %d, attempt %d: %s", session.index, attempt, cause)
+                session = reopen(session.index, session.progress.turns)
+        return SampleFailure(index=session.index, reason="workflow_error", message=cause)
+
+    async def _with_idle_limit(self, session: SampleSession) -> float:
+        task = asyncio.ensure_future(self._workflow.run(session))
+        try:
+            while not task.done():
+                await asyncio.wait({task}, timeout=WORKFLOW_IDLE_SECONDS / 10)
+                idle = session.idle_seconds(self._clock())
+                if not task.done() and idle > WORKFLOW_IDLE_SECONDS:
+                    raise TimeoutError(f"the workflow did nothing for {idle:.0f} s")
+            return task.result()
+        finally:
+            task.cancel()
+
+    async def _generate_together(self, requests: Sequence[SamplingRequest]) -> list[Generation]:
+        return await self._engine.generate(requests, cache_salt=self._cache_salt())
+
+
+@dataclass(frozen=True)
+class _Unfinished:
+    """A sample whose engine went away."""
+
+    session: SampleSession
+    cause: EngineLost
+
+
+class _ScoringFailed(RewardFailed):
+    def __init__(self, failure: RewardFailure) -> None:
+        super().__init__(failure.message)
+        self.reason = failure.reason

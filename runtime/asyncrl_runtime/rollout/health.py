@@ -1,0 +1,40 @@
+"""The worker answers for itself and for its engine on a port of its own.
+
+kubelet, or the local runner, asks `/worker` and `/engine`; a 503 has the process in question restarted. The
+engine is not asked directly: only the worker knows that it hangs in a collective, or cannot be made clean.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
+
+
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave signals to the worker, which drains first."""
+        yield
+
+
+async def serve_health(host: str, port: int, engine_fault: Callable[[], str | None]) -> None:
+    """Answer probes until cancelled.
+
+    Args:
+        engine_fault: why the engine must be restarted; None while it need not be.
+    """
+
+    async def worker(request: Request) -> PlainTextResponse:
+        return PlainTextResponse("ok")
+
+    async def engine(request: Request) -> PlainTextResponse:
+        fault = engine_fault()
+        return PlainTextResponse(fault or "ok", status_code=503 if fault else 200)
+
+    app = Starlette(routes=[Route("/worker", worker), Route("/engine", engine)])
+    config = uvicorn.Config(app, host=host, port=port, log_level="warning", access_log=False)
+    await _Server(config).serve()

@@ -1,0 +1,240 @@
+"""The rollout worker: pull a ticket, run its workflow on the engine, score, publish, acknowledge."""
+
+import asyncio
+import json
+import logging
+import uuid
+from collections.abc import Awaitable, Callable
+
+import nats.js.errors
+from nats.aio.msg import Msg
+from nats.js.kv import KeyValue
+
+from asyncrl_api.job import Spec
+from asyncrl_api.manifests import SpecError
+from asyncrl_api.names import JobNames
+from asyncrl_api.run import with_live_values
+from asyncrl_runtime.contract.messages import (
+    EVALUATION_ROWS,
+    CommitUpdate,
+    DrainEngine,
+    Heartbeat,
+    JoinGroup,
+    PrepareUpdate,
+    ReceiveBucket,
+    decode,
+    encode,
+)
+from asyncrl_runtime.rollout.concurrency import ConcurrencyLimit
+from asyncrl_runtime.rollout.engine_client import EngineClient, EngineLost
+from asyncrl_runtime.rollout.engine_monitor import EngineMonitor
+from asyncrl_runtime.rollout.group_runner import GroupRunner
+from asyncrl_runtime.rollout.slots import Slots, Taken
+from asyncrl_runtime.rollout.ticket_work import TicketWork
+from asyncrl_runtime.rollout.weight_receiver import WeightReceiver
+from asyncrl_runtime.transport.broker import TRANSIENT, Broker, TransportError
+from asyncrl_runtime.transport.held import HeldRecord, hand_back_all
+from asyncrl_runtime.transport.ticket_queue import KEEP_ALIVE_SECONDS, Delivery, TicketQueue
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT_SECONDS = 1.0
+LIVE_POLL_SECONDS = 15.0
+"""Announcements of changed live fields are pushed; this repairs one that was missed."""
+
+Work = Callable[[Delivery, Taken], Awaitable[None]]
+
+
+class Worker:
+    """One worker and its engine.
+
+    Consumes prompts and held-out questions, produces trajectories and answers. Waits for an engine with
+    weights and for room in it. `run` ends when `stop` was called and everything is put away.
+    """
+
+    def __init__(
+        self,
+        worker: str,
+        spec: Spec,
+        names: JobNames,
+        broker: Broker,
+        engine: EngineClient,
+        runner: GroupRunner,
+        slots: Slots,
+        monitor: EngineMonitor,
+        receiver: WeightReceiver,
+        limit: ConcurrencyLimit,
+        live_bucket: KeyValue,
+        state_bucket: KeyValue,
+    ) -> None:
+        self._worker = worker
+        self._incarnation = uuid.uuid4().hex
+        self._spec = spec
+        self._names = names
+        self._broker = broker
+        self._engine = engine
+        self._runner = runner
+        self._slots = slots
+        self._monitor = monitor
+        self._receiver = receiver
+        self._limit = limit
+        self._live_bucket = live_bucket
+        self._state_bucket = state_bucket
+        self._held = HeldRecord(live_bucket, worker, self._incarnation)
+        self._deliveries: set[Delivery] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._stopping = asyncio.Event()
+        self._num_failures = 0
+        self._last_error = ""
+
+    def stop(self) -> None:
+        """Begin to drain: take no more tickets, break off what is in flight and hand it back."""
+        self._stopping.set()
+
+    def report_failure(self, message: str) -> None:
+        log.warning("%s", message)
+        self._num_failures += 1
+        self._last_error = message[:500]
+
+    async def run(self, work: TicketWork) -> None:
+        """Work until stopped.
+
+        Raises:
+            TransportError: the broker closed this client for good.
+        """
+        if inherited := await hand_back_all(self._broker, self._live_bucket, self._worker):
+            log.info("handed back %d tickets of an earlier process of this worker", inherited)
+        await self._broker.client.subscribe(self._names.control(self._worker), cb=self._on_control)
+        await self._broker.client.subscribe(f"{self._names.announcements}.live", cb=self._on_announcement)
+        prompts = await TicketQueue.of_prompts(self._broker, self._names)
+        questions = await TicketQueue.of_evaluation(self._broker, self._names)
+        loops = {
+            "heartbeat": self._send_heartbeats(),
+            "engine": self._monitor.run(),
+            "live values": self._poll_live_values(),
+            "keep alive": self._keep_alive(),
+            "questions": self._pull(questions, work.answer, EVALUATION_ROWS),
+            "prompts": self._pull(prompts, work.sample, self._spec.sampling.group_size),
+            "stop": self._wait_for_the_end(),
+        }
+        running = [asyncio.create_task(loop, name=name) for name, loop in loops.items()]
+        try:
+            done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+            await self._drain([task for task in running if task.get_name() in ("questions", "prompts")])
+        finally:
+            for task in (*running, *self._tasks):
+                task.cancel()
+
+    async def _wait_for_the_end(self) -> None:
+        closed = asyncio.create_task(self._broker.closed.wait())
+        stopping = asyncio.create_task(self._stopping.wait())
+        await asyncio.wait({closed, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if not self._stopping.is_set():
+            raise TransportError("the broker closed this worker's connection for good")
+
+    async def _pull(self, queue: TicketQueue, work: Work, size: int) -> None:
+        """Take one message at a time while there is room, and work on each beside the others."""
+        while not self._stopping.is_set():
+            if not (self._monitor.state == "ready" and self._limit.has_room(self._slots.num_taken)):
+                await asyncio.sleep(0.01)
+                continue
+            delivery = await queue.take()
+            if delivery is None:
+                continue
+            if self._stopping.is_set():
+                await delivery.hand_back()
+                return
+            task = asyncio.create_task(self._handle(delivery, work, self._slots.take(size)))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _handle(self, delivery: Delivery, work: Work, slots: Taken) -> None:
+        self._deliveries.add(delivery)
+        try:
+            if delivery.is_ticket:
+                await self._held.write(self._held_tickets())
+            await work(delivery, slots)
+        except Exception as error:  # the edge of this task: the ticket goes elsewhere, nothing is lost
+            if not isinstance(error, TransportError):
+                log.exception("delivery %d", delivery.sequence)
+            self.report_failure(f"ticket {delivery.sequence}: {type(error).__name__}: {error}")
+            await delivery.hand_back(delay_seconds=1)
+        finally:
+            self._deliveries.discard(delivery)
+            slots.close()
+
+    def _held_tickets(self) -> dict[int, str]:
+        return {held.sequence: held.ack_subject for held in self._deliveries if held.is_ticket}
+
+    async def _keep_alive(self) -> None:
+        while True:
+            await asyncio.sleep(KEEP_ALIVE_SECONDS)
+            for delivery in list(self._deliveries):
+                await delivery.keep_alive()
+            await self._held.write(self._held_tickets())
+
+    async def _send_heartbeats(self) -> None:
+        """Say once a second that this worker lives and how its engine is."""
+        while True:
+            beat = Heartbeat(
+                worker=self._worker,
+                incarnation=self._incarnation,
+                engine=f"{self._incarnation}.{self._monitor.incarnation}",
+                engine_state=self._monitor.state,
+                version=self._engine.weights.version,
+                num_running_samples=self._slots.num_taken,
+                max_running_samples=self._limit.limit,
+                kv_usage=self._monitor.load.kv_usage,
+                num_sampled_tokens=self._runner.num_sampled_tokens,
+                num_failures=self._num_failures,
+                last_error=self._last_error,
+            )
+            try:
+                await self._broker.client.publish(self._names.heartbeat(self._worker), encode(beat))
+            except TRANSIENT as error:
+                log.info("heartbeat: %s", type(error).__name__)
+            await asyncio.sleep(HEARTBEAT_SECONDS)
+
+    async def _on_control(self, message: Msg) -> None:
+        """One phase of a weight epoch; nats-py calls this for one message after the other."""
+        request = decode(message.data, DrainEngine, JoinGroup, PrepareUpdate, ReceiveBucket, CommitUpdate)
+        reply = await self._receiver.handle(request)
+        await message.respond(encode(reply))
+
+    async def _on_announcement(self, message: Msg) -> None:
+        self._apply_live_values(message.data)
+
+    async def _poll_live_values(self) -> None:
+        while True:
+            try:
+                entry = await self._state_bucket.get("live")
+                self._apply_live_values(entry.value or b"{}")
+            except (*TRANSIENT, nats.js.errors.APIError) as error:
+                log.debug("live values: %s", error)
+            await asyncio.sleep(LIVE_POLL_SECONDS)
+
+    def _apply_live_values(self, data: bytes) -> None:
+        try:
+            spec = with_live_values(self._spec, json.loads(data))
+        except (SpecError, ValueError) as error:
+            log.warning("live values are ignored: %s", error)
+            return
+        self._limit.ceiling = spec.rollout.max_concurrency
+
+    async def _drain(self, pulls: list[asyncio.Task[None]]) -> None:
+        """Break off what is in flight, so that its tokens are attested and handed on; leave the group."""
+        log.info("draining: %d tickets in hand", len(self._deliveries))
+        await asyncio.wait(pulls, timeout=5)
+        try:
+            await self._engine.abort_all()
+        except EngineLost as error:
+            log.info("while draining: %s", error)
+            self._engine.give_up()
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=30)
+        for delivery in list(self._deliveries):
+            await delivery.hand_back()
+        await self._receiver.leave()
+        await self._held.write({})

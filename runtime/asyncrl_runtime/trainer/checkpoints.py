@@ -1,0 +1,194 @@
+"""Atomic checkpoints: the policy, the books, and how far the trajectory stream is done with.
+
+    checkpoints/step-000050/position.json    the books (Position)
+    checkpoints/step-000050/policy/          weights, optimizer, random state
+    checkpoints/step-000050/files.json       every file with its size, written last
+
+A checkpoint is written beside its place, flushed to disk, and renamed into it. The two newest can be
+restored: the stream is purged behind the older of them.
+"""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from asyncrl_runtime.trainer.tickets import BookRecord
+
+log = logging.getLogger(__name__)
+
+FOLDER = "checkpoints"
+
+
+class Position(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything of a checkpoint that is not the policy."""
+
+    uid: str
+    """Of the job; a checkpoint of another object is never read."""
+    version: int
+    began: dict[int, int]
+    """attempt -> version at which it began new steps."""
+    book: BookRecord
+    stream_sequence: int
+    """Everything of the trajectory stream up to here is closed."""
+    trajectory_stream: str
+    """Identity of the stream that the sequence belongs to."""
+    origin: dict[str, Any]
+    """The immutable fields that the policy and the tickets come from."""
+    first_evaluation: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    folder: Path
+    position: Position
+
+    @property
+    def policy_folder(self) -> Path:
+        return self.folder / "policy"
+
+    @property
+    def has_policy(self) -> bool:
+        """False at version 0, whose policy is the model's source."""
+        return self.policy_folder.exists()
+
+
+class CheckpointFailed(Exception):
+    """A checkpoint could not be written. Those before it are untouched; says what is wrong with the disk."""
+
+
+class Checkpoints:
+    """The checkpoints of one job in one folder."""
+
+    def __init__(self, job_folder: Path, uid: str) -> None:
+        self._job_folder = job_folder
+        self._uid = uid
+        self.folder = job_folder / FOLDER
+
+    def restorable(self) -> list[Checkpoint]:
+        """Return the whole checkpoints of this job, newest first; says which ones are not whole."""
+        found = []
+        for folder in sorted(self.folder.glob("step-*[0-9]"), reverse=True):
+            if (fault := _fault(folder)) is not None:
+                log.warning("checkpoint %s is not used: %s", folder, fault)
+                continue
+            position = msgspec.json.decode((folder / "position.json").read_bytes(), type=Position)
+            if position.uid == self._uid:
+                found.append(Checkpoint(folder, position))
+        return found
+
+    async def save(
+        self, position: Position, save_policy: Callable[[Path], Awaitable[None]] | None
+    ) -> Checkpoint:
+        """Write one checkpoint.
+
+        Args:
+            save_policy: writes the policy into a folder; None where the policy is the model's source.
+
+        Raises:
+            CheckpointFailed: nothing has changed on disk.
+        """
+        place = self.folder / f"step-{position.version:06d}"
+        scratch = place.with_suffix(".tmp")
+        try:
+            shutil.rmtree(scratch, ignore_errors=True)
+            scratch.mkdir(parents=True)
+            if save_policy is not None:
+                await save_policy(scratch / "policy")
+            (scratch / "position.json").write_bytes(msgspec.json.encode(position))
+            _seal(scratch)
+            if place.exists():  # of an attempt whose history was cut there
+                place.rename(place.with_suffix(".old"))
+            scratch.rename(place)
+            _sync(self.folder)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise CheckpointFailed(
+                f"checkpoint {place}: {_disk_error(error)}; earlier checkpoints are untouched. "
+                f"{_free_space(self._job_folder)}"
+            ) from error
+        shutil.rmtree(place.with_suffix(".old"), ignore_errors=True)
+        return Checkpoint(place, position)
+
+    def prune(self, keep: int) -> None:
+        """Delete all but the newest `keep` checkpoints, two at least, and what a crash has left."""
+        for checkpoint in self.restorable()[max(2, keep) :]:
+            shutil.rmtree(checkpoint.folder, ignore_errors=True)
+        for leftover in (*self.folder.glob("*.tmp"), *self.folder.glob("*.old")):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    def drop_after(self, version: int) -> None:
+        """Delete checkpoints of a history that was cut at `version`."""
+        for checkpoint in self.restorable():
+            if checkpoint.position.version > version:
+                shutil.rmtree(checkpoint.folder, ignore_errors=True)
+
+
+def set_aside_strangers(job_folder: Path, uid: str, ledger_uid: str | None) -> Path | None:
+    """Move what another object of this name has left out of the way, unread and whole.
+
+    Returns:
+        Where it is now; None if there was nothing.
+    """
+    uids = {json.loads(path.read_bytes())["uid"] for path in job_folder.glob(f"{FOLDER}/*/position.json")}
+    if ledger_uid is not None:
+        uids.add(ledger_uid)
+    strangers = uids - {uid}
+    if not strangers:
+        return None
+    number = 1 + len(list(job_folder.glob("set-aside-*")))
+    aside = job_folder / f"set-aside-{number}-{min(strangers)[:8]}"
+    aside.mkdir()
+    for name in (FOLDER, "ledger.jsonl", "metrics.jsonl", "export"):
+        if (job_folder / name).exists():
+            (job_folder / name).rename(aside / name)
+    log.warning("%s holds another object's checkpoints; they lie in %s now", job_folder, aside)
+    return aside
+
+
+def _seal(folder: Path) -> None:
+    """List every file with its size, and flush all to disk."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files}
+    listing = folder / "files.json"
+    listing.write_text(json.dumps(sizes))
+    for path in (*files, listing, *(p for p in folder.rglob("*") if p.is_dir()), folder):
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _fault(folder: Path) -> str | None:
+    """Return what is wrong with a checkpoint, or None."""
+    try:
+        sizes: dict[str, int] = json.loads((folder / "files.json").read_text())
+    except (OSError, ValueError) as error:
+        return f"files.json: {error}"
+    for name, size in sizes.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+    return None
+
+
+def _disk_error(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error) else type(error).__name__
+
+
+def _free_space(folder: Path) -> str:
+    free = shutil.disk_usage(folder).free
+    return f"{free / 2**20:.0f} MB are free there"

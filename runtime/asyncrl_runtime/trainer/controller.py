@@ -1,0 +1,278 @@
+"""The controller's state: which tickets may be issued, what has arrived, what the next batch is.
+
+Everything here is decided from the ledger, the checkpoint and what arrives; the I/O around it is in
+control_tasks.py, so that this can be tested with any order of events.
+"""
+
+import logging
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from asyncrl_api.job import Spec
+from asyncrl_runtime.contract.messages import Group, Tombstone
+from asyncrl_runtime.trainer.inbox import Inbox
+from asyncrl_runtime.trainer.staleness import LiveGroup, assess, form_batch, reject
+from asyncrl_runtime.trainer.tickets import Discard, DiscardCount, TicketBook
+from asyncrl_runtime.transport.ledger import RecordedStep
+from asyncrl_runtime.transport.reader import StreamMessage
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The prompt groups of one step, with the live values in force."""
+
+    version: int
+    """The policy version that they train; the step makes the next one."""
+    groups: tuple[LiveGroup, ...]
+    discards: Mapping[str, tuple[int, ...]]
+    """Closed since the step before, by reason."""
+    max_steps: int
+    is_repeat: bool = False
+    """Recorded by an earlier attempt: trained again, not recorded again."""
+
+    @property
+    def tickets(self) -> tuple[int, ...]:
+        return tuple(group.ticket for group in self.groups)
+
+
+class RecordedBatchLost(Exception):
+    """A batch of the ledger can no longer be had: its trajectories are gone with their stream."""
+
+
+@dataclass
+class Counters:
+    """What happened to groups, samples and tokens, since this attempt began."""
+
+    num_dropped_samples: int = 0
+    num_masked_tokens: int = 0
+    num_failed_samples: int = 0
+    discards: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+
+
+class Controller:
+    """Holds the books. `version` counts steps whose weights were published or offered.
+
+    Args:
+        spec: the live values in force; replaced as they change.
+        version: the checkpoint's.
+        book: the checkpoint's, of tickets closed up to `version`.
+        recorded: steps of the ledger from `version` on, which are repeated first.
+        began: attempt -> version at which it began new steps.
+        position: of the stream, from the checkpoint.
+    """
+
+    def __init__(
+        self,
+        spec: Spec,
+        *,
+        version: int = 0,
+        book: TicketBook | None = None,
+        recorded: Sequence[RecordedStep] = (),
+        began: Mapping[int, int] | None = None,
+        position: int = 0,
+    ) -> None:
+        self.spec = spec
+        self.version = version
+        self.book = book or TicketBook()
+        self.began: dict[int, int] = dict(began or {})
+        self.inbox = Inbox(position)
+        self.counters = Counters()
+        self._recorded = list(recorded)
+        self._pending: list[Discard] = []
+        self._num_in_step = 0  # tickets of a step that is recorded and not published
+        self._discard_count = DiscardCount()
+        self.num_issued = 0
+        """N: the last ticket of the prompt stream."""
+
+    # -- issuing
+
+    @property
+    def limit(self) -> int:
+        """The highest ticket that may be issued now.
+
+        A discard is replaced at once; a trained batch only when its weights are published.
+        """
+        return (
+            len(self._pending)
+            - self._num_in_step
+            + self.book.limit(
+                version=self.version,
+                batch_size=self.spec.training.batch_size,
+                max_versions=self.spec.staleness.max_versions,
+                max_steps=self.spec.training.max_steps,
+            )
+        )
+
+    def is_closed(self, ticket: int) -> bool:
+        return self.book.is_closed(ticket) or any(discard.ticket == ticket for discard in self._pending)
+
+    @property
+    def num_open(self) -> int:
+        """Tickets that were issued and are not closed."""
+        return max(0, self.num_issued - self.book.num_trained - self.book.num_discarded - len(self._pending))
+
+    # -- arriving
+
+    def take(self, message: StreamMessage) -> None:
+        """Take the next message of the trajectory stream.
+
+        Raises:
+            EndlessDiscards: no batch will ever form.
+        """
+        arrived = self.inbox.take(message, self._is_done_with(message))
+        if arrived is None or self._is_recorded(arrived.ticket):
+            return
+        if isinstance(arrived, Group):
+            self.counters.num_failed_samples += len(arrived.failures)
+        if (rejected := reject(arrived, self.spec.sampling.filter)) is not None:
+            self._discard(rejected, arrived)
+
+    def _is_done_with(self, message: StreamMessage) -> bool:
+        ticket = int(message.subject.split(".traj.")[1].split(".")[0])
+        return self.is_closed(ticket)
+
+    # -- batches
+
+    @property
+    def is_repeating(self) -> bool:
+        """Whether steps of the ledger are still to be repeated."""
+        return bool(self._recorded)
+
+    def next_batch(self) -> Batch | None:
+        """Return the batch of the next step, or None while too few groups have arrived.
+
+        Raises:
+            EndlessDiscards: no batch will ever form.
+        """
+        if self._recorded:
+            return self._recorded_batch(self._recorded[0])
+        groups, discards = form_batch(
+            (group for group in self.inbox.arrived.values() if isinstance(group, Group)),
+            version=self.version,
+            batch_size=self.spec.training.batch_size,
+            rule=self.spec.staleness,
+            began=self.began,
+            sample_filter=self.spec.sampling.filter,
+        )
+        for discard in discards:
+            self._discard(discard, self.inbox.arrived[discard.ticket])
+        if groups is None:
+            return None
+        by_reason: dict[str, list[int]] = defaultdict(list)
+        for discard in self._pending:
+            by_reason[discard.reason].append(discard.ticket)
+        return Batch(
+            version=self.version,
+            groups=tuple(groups),
+            discards={reason: tuple(sorted(tickets)) for reason, tickets in sorted(by_reason.items())},
+            max_steps=self.spec.training.max_steps,
+        )
+
+    def _recorded_batch(self, step: RecordedStep) -> Batch | None:
+        """Return a batch as it was recorded, under the values that were in force then."""
+        spec = with_recorded_values(self.spec, step.live)
+        groups = []
+        for ticket in step.tickets:
+            group = self.inbox.arrived.get(ticket)
+            if group is None:
+                return None
+            if isinstance(group, Tombstone):
+                raise RecordedBatchLost(f"ticket {ticket} of step {step.version} is a tombstone now")
+            verdict = assess(group, step.version, spec.staleness, step.began, "None")
+            if isinstance(verdict, Discard):
+                raise RecordedBatchLost(f"ticket {ticket} of step {step.version} is not what was recorded")
+            groups.append(verdict)
+        return Batch(step.version, tuple(groups), step.discards, spec.training.max_steps, is_repeat=True)
+
+    def missing_of_recorded(self) -> list[int]:
+        """Tickets of the next step to be repeated that have not arrived."""
+        if not self._recorded:
+            return []
+        return [ticket for ticket in self._recorded[0].tickets if ticket not in self.inbox.arrived]
+
+    def cut(self) -> None:
+        """Give up the steps still to be repeated; their tickets are open again."""
+        self._recorded.clear()
+        for group in list(self.inbox.arrived.values()):
+            if (rejected := reject(group, self.spec.sampling.filter)) is not None:
+                self._discard(rejected, group)
+
+    def close(self, batch: Batch) -> None:
+        """The ledger holds this step: its tickets are trained, and those discarded before it discarded."""
+        discarded = [ticket for tickets in batch.discards.values() for ticket in tickets]
+        self.book.train(batch.tickets)
+        self.book.discard(discarded)
+        self._num_in_step = len(batch.tickets)
+        for ticket in (*batch.tickets, *discarded):
+            self.inbox.close(ticket)
+        self._pending = [discard for discard in self._pending if not self.book.is_closed(discard.ticket)]
+
+    def advance(self, batch: Batch) -> None:
+        """The step's weights are published or offered: the gate moves."""
+        self.version = batch.version + 1
+        self._num_in_step = 0
+        if batch.is_repeat:
+            self._recorded.pop(0)
+        for group in batch.groups:
+            self.counters.num_dropped_samples += group.num_dropped_samples
+            self.counters.num_masked_tokens += group.num_masked_tokens
+        self._discard_count.step_ended(self.num_issued)
+        self.inbox.changed.set()
+
+    def left_over(self) -> dict[str, list[int]]:
+        """Return what is discarded at the end, by reason: decided but not recorded, and still open."""
+        by_reason: dict[str, list[int]] = defaultdict(list)
+        for discard in self._pending:
+            by_reason[discard.reason].append(discard.ticket)
+        decided = {discard.ticket for discard in self._pending}
+        open_tickets = [t for t in self.book.open_tickets(self.num_issued) if t not in decided]
+        if open_tickets:
+            by_reason["leftover"] = open_tickets
+        return dict(by_reason)
+
+    def add_discards(self, by_reason: Mapping[str, Sequence[int]]) -> None:
+        """Take over discards that an end line holds, where a finished job goes on with more steps."""
+        for reason, tickets in by_reason.items():
+            self._pending += [Discard(ticket, reason) for ticket in tickets if not self.is_closed(ticket)]
+
+    def streams_lost(self) -> None:
+        """What has arrived is gone with its stream: every open ticket is issued again."""
+        self.inbox.forget_all()
+        self._pending.clear()
+
+    # -- helpers
+
+    def _is_recorded(self, ticket: int) -> bool:
+        return any(
+            ticket in step.tickets or any(ticket in tickets for tickets in step.discards.values())
+            for step in self._recorded
+        )
+
+    def _discard(self, discard: Discard, group: Group | Tombstone) -> None:
+        cause = f": {group.message}" if isinstance(group, Tombstone) and group.message else ""
+        log.info("ticket %d is discarded: %s%s", discard.ticket, discard.reason, cause)
+        self._pending.append(discard)
+        self.inbox.set_aside(discard.ticket)
+        self.counters.discards[discard.reason] += 1
+        self._discard_count.add(discard, self.spec.training.batch_size)
+        self.inbox.changed.set()
+
+
+def recorded_values(spec: Spec) -> dict[str, Any]:
+    """Return the live values that decide what a step trains, for the ledger."""
+    return {
+        "staleness": spec.staleness.model_dump(by_alias=True),
+        "training": {"maxSteps": spec.training.max_steps},
+    }
+
+
+def with_recorded_values(spec: Spec, values: Mapping[str, Any]) -> Spec:
+    """Return `spec` with the values that were in force when a step was recorded."""
+    staleness = spec.staleness.model_validate(values.get("staleness", {}))
+    max_steps = values.get("training", {}).get("maxSteps", spec.training.max_steps)
+    training = spec.training.model_copy(update={"max_steps": max_steps})
+    return spec.model_copy(update={"staleness": staleness, "training": training})

@@ -1,0 +1,193 @@
+"""Rows to train on and rows held out: where they come from, and in which order tickets take them."""
+
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from asyncrl_api.exits import ExitCode, ExitError
+from asyncrl_api.job import DatasetSpec, EvaluationSpec, Spec
+from asyncrl_runtime.contract.imports import ImportFailed, load_object
+from asyncrl_runtime.contract.rows import PromptError, prompt_text
+
+log = logging.getLogger(__name__)
+
+Row = dict[str, Any]
+
+REASONING_GYM_ROWS = 10_000
+"""Of a split, unless `parameters.size` says otherwise."""
+REASONING_GYM_SPLIT_DISTANCE = 10**9
+"""Item i under seed s is `Random(s + i)` in several tasks: another seed is a shifted window of the same
+items. So splits begin far apart; what they have in common nevertheless is excluded by its text."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a job trains on and is measured with."""
+
+    training: tuple[Row, ...]
+    """Without those whose prompt is held out."""
+    held_out: tuple[Row, ...]
+    num_excluded: int
+    """Rows of the training source that were left out because their prompt is held out."""
+
+
+def load_rows(spec: Spec) -> Rows:
+    """Load both splits; held-out prompts are excluded from training by their text.
+
+    Raises:
+        ExitError: a source cannot be had, is empty, or has a row that makes no prompt.
+    """
+    held_out: tuple[Row, ...] = ()
+    if spec.evaluation is not None:
+        held_out = _distinct(
+            _load_split(spec.dataset, spec.evaluation), spec.dataset.prompt_field, spec.evaluation
+        )
+    excluded = {prompt_text(row, spec.dataset.prompt_field) for row in held_out}
+    rows = _load_split(spec.dataset, None)
+    training = tuple(row for row in rows if prompt_text(row, spec.dataset.prompt_field) not in excluded)
+    if not training:
+        raise ExitError(
+            ExitCode.UNUSABLE,
+            f"spec.dataset.source: {spec.dataset.source}: all {len(rows)} rows are held out for evaluation; "
+            "evaluate on another split, or on fewer samples",
+        )
+    return Rows(training, held_out, len(rows) - len(training))
+
+
+class PromptOrder:
+    """Which row a ticket gets: a new seeded permutation in every pass over the data."""
+
+    def __init__(self, num_rows: int, seed: int) -> None:
+        self._num_rows = num_rows
+        self._seed = seed
+        self._epoch = -1
+        self._permutation = np.empty(0, dtype=np.int64)
+
+    def index(self, ticket: int) -> int:
+        """Return the row of a ticket (from 1 on), the same whenever it is asked."""
+        epoch, place = divmod(ticket - 1, self._num_rows)
+        if epoch != self._epoch:
+            generator = np.random.default_rng([self._seed, epoch])
+            self._epoch, self._permutation = epoch, generator.permutation(self._num_rows)
+        return int(self._permutation[place])
+
+
+def count_shared(prompts: Iterable[str], held_out: Sequence[Row], prompt_field: str) -> int:
+    """Return how many held-out prompts are among `prompts`."""
+    known = set(prompts)
+    return sum(prompt_text(row, prompt_field) in known for row in held_out)
+
+
+def _load_split(dataset: DatasetSpec, evaluation: EvaluationSpec | None) -> list[Row]:
+    """Load one split and check every row.
+
+    Args:
+        evaluation: load the held-out split that it names; None for training.
+    """
+    block = "spec.dataset" if evaluation is None else "spec.evaluation"
+    chosen = dataset if evaluation is None else evaluation
+    where = f"{block}.source: {chosen.source}"
+    rows = [dict(row) for row in _from_source(chosen.source, chosen.split, chosen.parameters, dataset, where)]
+    if not rows:
+        raise ExitError(ExitCode.UNUSABLE, f"{where}: split {chosen.split!r} has no rows")
+    for number, row in enumerate(rows, start=1):
+        try:
+            prompt_text(row, dataset.prompt_field)
+            msgspec.msgpack.encode(row)
+        except (PromptError, TypeError) as error:
+            raise ExitError(
+                ExitCode.UNUSABLE,
+                f"{where}: row {number}: {error}; set spec.dataset.promptField, or mend the row",
+            ) from error
+    return rows
+
+
+def _from_source(
+    source: str, split: str, parameters: Mapping[str, Any], dataset: DatasetSpec, where: str
+) -> Iterable[Mapping[str, Any]]:
+    if source.startswith("file://"):
+        return _from_file(Path(source.removeprefix("file://")), where)
+    if source.startswith("reasoning-gym://"):
+        return _from_reasoning_gym(source.removeprefix("reasoning-gym://"), split, parameters, dataset, where)
+    if source.startswith("hf://"):
+        return _from_hub(source.removeprefix("hf://"), split, parameters, where)
+    try:
+        factory = load_object(source, where.split(":")[0])
+    except ImportFailed as error:
+        raise ExitError(ExitCode.REFUSED, str(error)) from error
+    try:
+        return list(factory(split=split, seed=dataset.seed, **parameters))
+    except Exception as error:  # user code may raise anything
+        log.exception("%s", where)
+        raise ExitError(ExitCode.UNUSABLE, f"{where}: {type(error).__name__}: {error}") from error
+
+
+def _from_file(path: Path, where: str) -> list[Row]:
+    rows = []
+    try:
+        lines = path.read_text().splitlines()
+    except OSError as error:
+        raise ExitError(ExitCode.REFUSED, f"{where}: {error.strerror or error}: {path}") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ExitError(ExitCode.UNUSABLE, f"{where}: line {number} is not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise ExitError(
+                ExitCode.UNUSABLE, f"{where}: line {number} is {type(row).__name__}; must be an object"
+            )
+        rows.append(row)
+    return rows
+
+
+def _from_reasoning_gym(
+    name: str, split: str, parameters: Mapping[str, Any], dataset: DatasetSpec, where: str
+) -> list[Row]:
+    import reasoning_gym
+
+    distance = 0 if split == "train" else REASONING_GYM_SPLIT_DISTANCE
+    settings = {"size": REASONING_GYM_ROWS, "seed": dataset.seed + distance, **parameters}
+    try:
+        items = reasoning_gym.create_dataset(name, **settings)
+        return [dict(item) for item in items]
+    except (ValueError, TypeError, AssertionError) as error:
+        raise ExitError(ExitCode.REFUSED, f"{where}: {error}; parameters are {dict(parameters)}") from error
+
+
+def _from_hub(name: str, split: str, parameters: Mapping[str, Any], where: str) -> list[Row]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ExitError(
+            ExitCode.REFUSED, f"{where}: needs the package datasets: pip install 'asyncrl[hub]'"
+        ) from error
+    try:
+        return [dict(row) for row in datasets.load_dataset(name, split=split, **parameters)]
+    except Exception as error:  # the library raises its own, the hub client's, and plain ones
+        raise ExitError(
+            ExitCode.TRY_AGAIN, f"{where}: split {split!r}: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _distinct(rows: Sequence[Row], prompt_field: str, evaluation: EvaluationSpec) -> tuple[Row, ...]:
+    """Return the first `samples` rows with different prompts."""
+    by_prompt: dict[str, Row] = {}
+    for row in rows:
+        by_prompt.setdefault(prompt_text(row, prompt_field), row)
+    if len(by_prompt) < evaluation.samples:
+        log.warning(
+            "spec.evaluation.samples: %d: %s has only %d different prompts",
+            evaluation.samples,
+            evaluation.source,
+            len(by_prompt),
+        )
+    return tuple(by_prompt.values())[: evaluation.samples]

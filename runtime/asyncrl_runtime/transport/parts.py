@@ -1,0 +1,44 @@
+"""What is kept of a ticket that was handed back, for whoever takes it next: key `part.<ticket>`."""
+
+import logging
+
+import nats.js.errors
+from nats.js.kv import KeyValue
+
+from asyncrl_api.names import JobNames
+from asyncrl_runtime.contract.messages import ResumePoint, decode, encode
+from asyncrl_runtime.transport.broker import TRANSIENT, Broker, PayloadTooLarge
+
+log = logging.getLogger(__name__)
+
+
+class Parts:
+    """Losing a part costs its tokens and nothing else, so no failure here is passed on."""
+
+    def __init__(self, broker: Broker, names: JobNames, bucket: KeyValue) -> None:
+        self._broker = broker
+        self._names = names
+        self._bucket = bucket
+
+    async def write(self, resume: ResumePoint) -> None:
+        data = encode(resume)
+        try:
+            self._broker.check_size(data)
+            await self._bucket.put(f"part.{resume.ticket}", data)
+        except (PayloadTooLarge, *TRANSIENT, nats.js.errors.APIError) as error:
+            log.warning("ticket %d: what it had earned is lost: %s", resume.ticket, error)
+
+    async def read(self, ticket: int) -> ResumePoint | None:
+        try:
+            entry = await self._bucket.get(f"part.{ticket}")
+        except (*TRANSIENT, nats.js.errors.APIError):
+            return None
+        return decode(entry.value, ResumePoint) if entry.value else None
+
+    async def delete(self, ticket: int) -> None:
+        """Leave not even a marker: there would be one for every ticket that ever came back."""
+        bucket = self._names.state_bucket
+        try:
+            await self._broker.jetstream.purge_stream(f"KV_{bucket}", subject=f"$KV.{bucket}.part.{ticket}")
+        except (*TRANSIENT, nats.js.errors.APIError) as error:
+            log.info("ticket %d: part not deleted: %s", ticket, error)

@@ -1,0 +1,316 @@
+"""The controller's part in weight epochs: who is in the group, and the four phases (design.md section 7).
+
+Outcomes are asymmetric: rank 0's broadcast may fail where engines have received everything, and the other
+way round. So an engine has a version only when every one of its own answers said so, and a group in which
+anything went wrong is given up: the next epoch has a new name, fewer members, and sends everything again.
+"""
+
+import asyncio
+import logging
+import socket
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from asyncrl_api.names import JobNames
+from asyncrl_runtime.contract.messages import (
+    CommitUpdate,
+    ControlReply,
+    DrainEngine,
+    Heartbeat,
+    JoinGroup,
+    Message,
+    PolicyVersion,
+    PrepareUpdate,
+    ReceiveBucket,
+    decode,
+    encode,
+)
+from asyncrl_runtime.transport.broker import Broker
+from asyncrl_runtime.transport.held import Fleet
+from asyncrl_runtime.weights.group import host_group, leave_group, open_store
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+Bucket = list[tuple[str, Tensor]]
+Member = tuple[str, str]
+"""(worker, engine process): a restarted engine is another member."""
+
+MAX_EPOCHS = 4
+"""Tries of one publication; each leaves out who failed in the one before."""
+BASE_SECONDS = 15.0
+SLOWEST_BYTES_PER_SECOND = 50e6
+
+
+@dataclass(frozen=True)
+class Published:
+    """What became of one publication."""
+
+    engines: tuple[str, ...] = ()
+    """Workers whose engines have the version now, by this publication."""
+    failed: tuple[str, ...] = ()
+    num_epochs: int = 0
+    checksums: Mapping[str, str] = field(default_factory=dict)
+
+
+class ChecksumMismatch(Exception):
+    """Engines that were sent the same weights hold different ones."""
+
+
+class WeightPublisher:
+    """Brings engines to a version. One publication at a time.
+
+    Args:
+        attempt: of the trainer; with the epoch's number it names the group.
+        host: where engines reach this process.
+        timeout_seconds: of a phase; 0 scales it by the model's bytes.
+        verify: compare the engines' checksums after each publication.
+    """
+
+    def __init__(
+        self,
+        broker: Broker,
+        names: JobNames,
+        fleet: Fleet,
+        *,
+        attempt: int,
+        host: str,
+        backend: str,
+        model_bytes: int,
+        timeout_seconds: float = 0,
+        verify: bool = False,
+    ) -> None:
+        self._broker = broker
+        self._names = names
+        self._fleet = fleet
+        self._attempt = attempt
+        self._host = host
+        self._backend = backend
+        self._timeout = timeout_seconds or BASE_SECONDS + model_bytes / SLOWEST_BYTES_PER_SECOND
+        self._verify = verify
+        self._epoch = 0
+        self._group: dist.ProcessGroup | None = None
+        self._members: tuple[Member, ...] = ()
+        self._at: dict[Member, PolicyVersion] = {}
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._side = ThreadPoolExecutor(1, thread_name_prefix="weights")
+
+    def behind(self, version: PolicyVersion) -> list[Member]:
+        """Return the engines that live and are not known to have `version`."""
+        return [
+            (beat.worker, beat.engine)
+            for beat in self._fleet.living
+            if beat.engine_state != "down" and not self._has(beat, version)
+        ]
+
+    def num_engines(self, version: PolicyVersion) -> int:
+        """Return how many living engines sample with `version`."""
+        return sum(self._has(beat, version) for beat in self._fleet.living)
+
+    async def publish(
+        self, version: PolicyVersion, buckets: Callable[[], Iterator[Bucket]], interrupt: str
+    ) -> Published:
+        """Send `version` to every engine that lives, is willing, and has another one.
+
+        The trainer goes on with whoever is left, even nobody: who is missing gets the weights at the next
+        boundary. Returns after MAX_EPOCHS at the latest, each within the phases' deadlines.
+
+        Args:
+            buckets: starts over the weights, always in the same order.
+            interrupt: `spec.rollout.interrupt`.
+
+        Raises:
+            ChecksumMismatch: with `verify`.
+        """
+        failed: set[Member] = set()
+        checksums: dict[str, str] = {}
+        num_epochs = 0
+        while num_epochs < MAX_EPOCHS:
+            members = [member for member in self.behind(version) if member not in failed]
+            if interrupt == "Drain":
+                members = await self._drained(members)
+            if not members:
+                break
+            num_epochs += 1
+            try:
+                checksums |= await self._run_epoch(members, version, buckets(), interrupt)
+            except _EpochFailed as error:
+                log.warning("weights %s, epoch %d: %s", version, self._epoch, error)
+                failed |= error.culprits
+                await self.leave()
+        if len(set(checksums.values())) > 1:
+            raise ChecksumMismatch(f"version {version}: {checksums}")
+        return Published(tuple(checksums), tuple(worker for worker, _ in failed), num_epochs, checksums)
+
+    async def _drained(self, members: list[Member]) -> list[Member]:
+        """Have all let their samples finish; return those that have. The others are asked again later."""
+        replies = await self._ask(members, DrainEngine(), self._timeout)
+        return [member for member, reply in replies.items() if reply is not None and reply.ok]
+
+    async def leave(self) -> None:
+        """Give up the group, if there is one; never waits for anybody."""
+        group, self._group, self._members = self._group, None, ()
+        if group is not None:
+            await asyncio.to_thread(leave_group, group)
+
+    async def _run_epoch(
+        self, members: list[Member], version: PolicyVersion, buckets: Iterator[Bucket], interrupt: str
+    ) -> dict[str, str]:
+        """Return worker -> checksum of those that have the version now: all of `members`."""
+        if set(self._members) != set(members):
+            await self.leave()
+            await self._join(members)
+        name = self._group_name
+        prepare = PrepareUpdate(
+            group=name, version=version, interrupt=interrupt, timeout_seconds=self._timeout
+        )
+        self._expect(await self._ask(members, prepare, self._timeout), "prepare")
+        await self._transfer(members, version, buckets)
+        commit = CommitUpdate(group=name, version=version, checksum=self._verify)
+        replies = await self._ask(members, commit, self._timeout + 60 * self._verify)
+        for member, reply in replies.items():
+            if reply is not None and reply.ok:
+                self._at[member] = version
+        self._expect(replies, "commit")
+        return {worker: reply.checksum for (worker, _), reply in replies.items() if reply is not None}
+
+    @property
+    def _group_name(self) -> str:
+        return f"wu-{self._attempt}-{self._epoch}"
+
+    async def _join(self, members: list[Member]) -> None:
+        """Form a group of this process and `members`.
+
+        All engines block in the join until everyone is there. If time runs out the store is dropped, which
+        frees them; who had answered before that, or does not answer after it, is to blame.
+        """
+        self._epoch += 1
+        listener = open_store(self._host)
+        port = listener.getsockname()[1]
+        world_size = 1 + len(members)
+        requests = {
+            member: JoinGroup(
+                group=self._group_name,
+                host=self._host,
+                port=port,
+                rank=rank,
+                world_size=world_size,
+                backend=self._backend,
+                timeout_seconds=self._timeout + 5,
+            )
+            for rank, member in enumerate(members, start=1)
+        }
+        asked = {
+            member: asyncio.create_task(self._ask_one(member, request, self._timeout + 10))
+            for member, request in requests.items()
+        }
+        try:
+            self._group = await self._in_side_thread(self._host_group, listener, world_size)
+        except (RuntimeError, TimeoutError) as error:
+            early = {member for member, task in asked.items() if task.done()}
+            replies = {member: await task for member, task in asked.items()}
+            silent = {member for member, reply in replies.items() if reply is None}
+            # Where all were freed alike nobody is to blame, and all are tried again in a new epoch.
+            raise _EpochFailed(f"join: {_first_line(error)}", early | silent) from error
+        self._members = tuple(members)
+        self._expect({member: await task for member, task in asked.items()}, "join")
+
+    def _host_group(self, listener: socket.socket, world_size: int) -> dist.ProcessGroup:
+        return host_group(listener, world_size, self._group_name, self._backend, self._timeout)
+
+    async def _transfer(
+        self, members: list[Member], version: PolicyVersion, buckets: Iterator[Bucket]
+    ) -> None:
+        for bucket, is_last in _with_last(buckets):
+            request = ReceiveBucket(
+                group=self._group_name,
+                version=version,
+                names=tuple(name for name, _ in bucket),
+                dtypes=tuple(str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket),
+                shapes=tuple(tuple(tensor.shape) for _, tensor in bucket),
+                is_last=is_last,
+                timeout_seconds=self._timeout,
+            )
+            asked = asyncio.create_task(self._ask(members, request, self._timeout + 10))
+            try:
+                await self._in_side_thread(self._broadcast, bucket)
+            except (RuntimeError, TimeoutError) as error:
+                replies = await asked
+                culprits = {member for member, reply in replies.items() if reply is None or not reply.ok}
+                raise _EpochFailed(f"broadcast: {_first_line(error)}", culprits) from error
+            self._expect(await asked, "transfer")
+
+    def _broadcast(self, bucket: Bucket) -> None:
+        """Send one bucket as a flat array of bytes, from a buffer that is used again."""
+        num_bytes = sum(tensor.nbytes for _, tensor in bucket)
+        device = bucket[0][1].device
+        if self._buffer.nbytes < num_bytes or self._buffer.device != device:
+            self._buffer = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+        flat, start = self._buffer[:num_bytes], 0
+        for _, tensor in bucket:
+            flat[start : start + tensor.nbytes].copy_(tensor.reshape(-1).view(torch.uint8))
+            start += tensor.nbytes
+        dist.broadcast(flat, src=0, group=self._group)
+
+    async def _in_side_thread(self, function: Callable[..., T], *arguments: object) -> T:
+        """Run a collective where it can be abandoned: what hangs keeps its thread, and a new one is made."""
+        loop = asyncio.get_running_loop()
+        future = loop.run_in_executor(self._side, function, *arguments)
+        done, _ = await asyncio.wait({future}, timeout=self._timeout + 10)
+        if not done:
+            self._side.shutdown(wait=False)
+            self._side = ThreadPoolExecutor(1, thread_name_prefix="weights")
+            raise TimeoutError("a collective outlasted its own deadline and was abandoned")
+        return future.result()
+
+    async def _ask(
+        self, members: Iterable[Member], request: Message, timeout_seconds: float
+    ) -> dict[Member, ControlReply | None]:
+        """Ask all side by side; None stands for no answer in time."""
+        members = list(members)
+        replies = await asyncio.gather(*(self._ask_one(m, request, timeout_seconds) for m in members))
+        return dict(zip(members, replies, strict=True))
+
+    async def _ask_one(self, member: Member, request: Message, timeout_seconds: float) -> ControlReply | None:
+        subject = self._names.control(member[0])
+        answer = await self._broker.request(subject, encode(request), timeout_seconds)
+        return None if answer is None else decode(answer, ControlReply)
+
+    def _expect(self, replies: Mapping[Member, ControlReply | None], phase: str) -> None:
+        """Raise unless all said yes."""
+        culprits = {member for member, reply in replies.items() if reply is None or not reply.ok}
+        if culprits:
+            for member in culprits:
+                self._at.pop(member, None)
+            said = [f"{m[0]}: {r.message if (r := replies[m]) else 'no answer'}" for m in sorted(culprits)]
+            raise _EpochFailed(f"{phase}: {'; '.join(said)}", culprits)
+
+    def _has(self, beat: Heartbeat, version: PolicyVersion) -> bool:
+        """What we saw committed counts before the heartbeat, which is up to a second old."""
+        return self._at.get((beat.worker, beat.engine), beat.version) == version
+
+
+class _EpochFailed(Exception):
+    def __init__(self, message: str, culprits: set[Member]) -> None:
+        super().__init__(message)
+        self.culprits = culprits
+
+
+def _with_last(buckets: Iterator[Bucket]) -> Iterator[tuple[Bucket, bool]]:
+    """Yield each bucket with whether it is the last."""
+    current = next(buckets)
+    for following in buckets:
+        yield current, False
+        current = following
+    yield current, True
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

@@ -1,0 +1,105 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from asyncrl_api.job import AlgorithmSpec, OverlongPenaltySpec
+from asyncrl_runtime.trainer.advantages import compute_advantages, overlong_penalty
+
+KINDS = ("GroupNormalized", "GroupCentered", "LeaveOneOut", "BatchNormalized")
+
+groups_of_rewards = st.lists(
+    st.lists(st.integers(-4, 4).map(float), min_size=1, max_size=5), min_size=1, max_size=5
+)
+
+
+def advantages(
+    groups: list[list[float]], kind: str, *, scale: float = 1.0, shift: float = 0.0
+) -> list[list[float]]:
+    """By group, with tickets that neither start at 0 nor ascend."""
+    tickets = np.concatenate([[100 - 7 * n] * len(g) for n, g in enumerate(groups)]).astype(np.int64)
+    algorithm = AlgorithmSpec.model_validate({"advantage": kind, "rewardScale": scale, "rewardShift": shift})
+    values = compute_advantages(np.concatenate(groups), tickets, np.ones_like(tickets), 100, algorithm)
+    ends = np.cumsum([len(g) for g in groups])[:-1]
+    return [part.tolist() for part in np.split(values, ends)]
+
+
+def test_group_normalized_by_hand() -> None:
+    # Mean 0.25, variance 3/16: deviation sqrt(3)/4.
+    (first, second) = advantages([[1, 0, 0, 0], [2, 4]], "GroupNormalized")
+    assert first == pytest.approx([3**0.5, -1 / 3**0.5, -1 / 3**0.5, -1 / 3**0.5], rel=1e-4)
+    assert second == pytest.approx([-1, 1], rel=1e-4)
+
+
+def test_group_centered_by_hand() -> None:
+    assert advantages([[1, 0, 0, 0], [2, 4]], "GroupCentered") == [[0.75, -0.25, -0.25, -0.25], [-1, 1]]
+
+
+def test_leave_one_out_by_hand() -> None:
+    # Against the others' mean: 1 - 0, and 0 - 1/3 for the rest.
+    (first, second) = advantages([[1, 0, 0, 0], [2, 4]], "LeaveOneOut")
+    assert first == pytest.approx([1, -1 / 3, -1 / 3, -1 / 3])
+    assert second == pytest.approx([-2, 2])
+
+
+def test_batch_normalized_by_hand() -> None:
+    # Mean 2, variance (4 + 4 + 0) / 3.
+    deviation = (8 / 3) ** 0.5
+    (first, second) = advantages([[0, 4], [2]], "BatchNormalized")
+    assert first + second == pytest.approx([-2 / deviation, 2 / deviation, 0], rel=1e-5)
+
+
+def test_scale_and_shift_come_before_the_comparison() -> None:
+    assert advantages([[1, 0]], "GroupCentered", scale=10.0, shift=-0.5) == [[5, -5]]
+
+
+@given(groups_of_rewards, st.sampled_from(KINDS))
+def test_advantages_sum_to_zero_where_they_were_compared(groups: list[list[float]], kind: str) -> None:
+    result = advantages(groups, kind)
+    for part in [[a for group in result for a in group]] if kind == "BatchNormalized" else result:
+        assert sum(part) == pytest.approx(0, abs=1e-9)
+
+
+@given(groups_of_rewards, st.sampled_from(KINDS), st.integers(-3, 3).map(float))
+def test_a_shift_of_all_rewards_changes_nothing(groups: list[list[float]], kind: str, shift: float) -> None:
+    for part, shifted in zip(advantages(groups, kind), advantages(groups, kind, shift=shift), strict=True):
+        assert shifted == pytest.approx(part, abs=1e-9)
+
+
+@given(groups_of_rewards, st.sampled_from(["GroupNormalized", "BatchNormalized"]))
+def test_normalized_advantages_do_not_know_the_scale(groups: list[list[float]], kind: str) -> None:
+    for part, scaled in zip(advantages(groups, kind), advantages(groups, kind, scale=8.0), strict=True):
+        assert scaled == pytest.approx(part, abs=1e-4)
+
+
+@given(groups_of_rewards, st.sampled_from(KINDS[:3]))
+def test_a_group_does_not_see_the_others(groups: list[list[float]], kind: str) -> None:
+    assert advantages(groups, kind)[0] == pytest.approx(advantages(groups[:1], kind)[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equal_rewards_teach_nothing(kind: str) -> None:
+    assert advantages([[0.1] * 3, [0.1]], kind)[0] == pytest.approx([0, 0, 0], abs=1e-6)
+
+
+def test_a_group_of_one_has_advantage_zero_but_against_the_batch() -> None:
+    for kind in KINDS[:3]:
+        assert advantages([[5], [1, 0]], kind)[0] == [0]
+    assert advantages([[5], [1, 0]], "BatchNormalized")[0][0] > 1
+
+
+def test_overlong_penalty_by_hand() -> None:
+    rule = OverlongPenaltySpec(buffer_tokens=20, penalty=2.0)
+    lengths = np.array([1, 80, 85, 90, 100, 120])
+    assert overlong_penalty(lengths, 100, rule).tolist() == [0, 0, 0.5, 1, 2, 2]
+
+
+def test_overlong_penalty_is_taken_before_shift_and_scale() -> None:
+    algorithm = AlgorithmSpec(
+        advantage="GroupCentered",
+        reward_scale=10.0,
+        overlong_penalty=OverlongPenaltySpec(buffer_tokens=10, penalty=1.0),
+    )
+    rewards, tickets = np.array([1.0, 1.0]), np.array([3, 3])
+    result = compute_advantages(rewards, tickets, np.array([95, 10]), 100, algorithm)
+    assert result.tolist() == [-2.5, 2.5]

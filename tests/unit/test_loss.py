@@ -1,0 +1,280 @@
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from asyncrl_api.job import AlgorithmSpec
+from asyncrl_runtime.trainer.diagnostics import SCALARS
+from asyncrl_runtime.trainer.loss import Loss, compute_loss
+from asyncrl_runtime.trainer.packing import MicroBatch, TrainingSample, pack
+from naive_rl import Token, naive_loss
+
+VARIANTS: list[dict[str, Any]] = [
+    {"policyLoss": "DecoupledPPO"},
+    {"policyLoss": "DecoupledPPO", "importanceWeight": {"max": 1.1, "onExceed": "Mask"}},
+    {"policyLoss": "DecoupledPPO", "importanceWeight": {"max": 1.1, "onExceed": "Clamp"}},
+    {"policyLoss": "DecoupledPPO", "clip": {"low": 0.1, "high": 0.4, "dual": 1.3}},
+    {"policyLoss": "DecoupledPPO", "klCoefficient": 0.3, "entropyCoefficient": 0.2},
+    {"policyLoss": "PPO"},
+    {"policyLoss": "PPO", "clip": {"low": 0.2, "high": 0.2, "dual": 1.3}, "klCoefficient": 0.1},
+    {"policyLoss": "GSPO", "clip": {"low": 0.05, "high": 0.05}},
+    {"policyLoss": "GSPO", "importanceWeight": {"max": 1.02, "onExceed": "Mask"}},
+    {"policyLoss": "GSPO", "importanceWeight": {"max": 1.02, "onExceed": "Clamp"}},
+    {"policyLoss": "CISPO", "entropyCoefficient": 0.1},
+    {"policyLoss": "TIS", "importanceWeight": {"max": 1.1, "onExceed": "Mask"}},
+]
+
+
+def algorithm_of(variant: dict[str, Any]) -> AlgorithmSpec:
+    return AlgorithmSpec.model_validate(variant)
+
+
+def make_samples(lengths: list[int], seed: int = 0) -> list[TrainingSample]:
+    """Some tokens not sampled, some masked as stale."""
+    rng = np.random.default_rng(seed)
+    samples = []
+    for number, length in enumerate(lengths):
+        sampled = rng.random(length) < 0.8
+        sampled[0] = True
+        samples.append(
+            TrainingSample(
+                ticket=number,
+                index=0,
+                prompt_ids=np.array([1], np.int32),
+                response_ids=rng.integers(0, 9, length).astype(np.int32),
+                behavior_logprobs=rng.normal(-1.5, 0.3, length).astype(np.float32),
+                sampled_mask=sampled,
+                loss_mask=sampled & (rng.random(length) < 0.8),
+                advantage=float(rng.normal()),
+                temperature=1.0,
+            )
+        )
+    return samples
+
+
+class Case:
+    """A micro-batch and float64 log-probs around its behavior policy, the same for equal micro-batches."""
+
+    def __init__(self, batch: MicroBatch) -> None:
+        self.batch = batch
+        generator = torch.Generator().manual_seed(1)
+        behavior = batch.behavior_logprobs.double()
+
+        def near(center: Tensor) -> Tensor:
+            return center + 0.3 * torch.randn(len(center), generator=generator, dtype=torch.float64)
+
+        self.proximal = near(behavior)
+        self.logprobs = near(self.proximal).requires_grad_()
+        self.reference = near(behavior)
+        self.entropies = torch.rand(len(behavior), generator=generator, dtype=torch.float64).requires_grad_()
+
+    def loss(
+        self, algorithm: AlgorithmSpec, rows: slice = slice(None), batch: MicroBatch | None = None
+    ) -> Loss:
+        return compute_loss(
+            algorithm,
+            batch or self.batch,
+            self.logprobs[rows],
+            self.entropies[rows],
+            proximal_logprobs=self.proximal[rows],
+            reference_logprobs=self.reference[rows] if algorithm.kl_coefficient else None,
+            num_tokens=self.batch.num_sampled_tokens,
+        )
+
+    def tokens(self) -> list[Token]:
+        columns = (
+            self.logprobs,
+            self.entropies,
+            self.proximal,
+            self.batch.behavior_logprobs,
+            self.reference,
+            self.batch.advantages,
+            self.batch.loss_mask,
+            self.batch.sequences,
+        )
+        return [Token(*row) for row in zip(*(c.tolist() for c in columns), strict=True)]
+
+
+@pytest.fixture
+def case() -> Case:
+    return Case(pack(make_samples([5, 3, 7, 1, 6])))
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_loss_and_gradient_agree_with_a_loop_over_tokens(case: Case, variant: dict[str, Any]) -> None:
+    algorithm = algorithm_of(variant)
+    loss = case.loss(algorithm).value
+    gradient = torch.autograd.grad(loss, case.logprobs)[0]
+    tokens, at = case.tokens(), case.logprobs.tolist()
+
+    def naive(moved: list[float]) -> float:
+        return naive_loss(algorithm, tokens, moved, with_reference=algorithm.kl_coefficient > 0)
+
+    assert loss.item() == pytest.approx(naive(at), rel=1e-7)  # advantages are float32
+    step = 1e-6
+    for index in range(len(at)):
+        up, down = list(at), list(at)
+        up[index] += step
+        down[index] -= step
+        slope = (naive(up) - naive(down)) / (2 * step)
+        assert gradient[index].item() == pytest.approx(slope, rel=1e-5, abs=1e-9)
+
+
+def test_the_variants_meet_their_bounds_in_the_case_above(case: Case) -> None:
+    """Else the comparison with the naive loss would say nothing about clip, cap and mask."""
+    assert not case.batch.loss_mask.all()
+    for variant in VARIANTS:
+        algorithm = algorithm_of(variant)
+        sums = dict(zip(SCALARS, case.loss(algorithm).sums.tolist(), strict=False))
+        bounded = sums["capped"] if algorithm.policy_loss == "TIS" else sums["clipped"]
+        assert 0 < bounded < sums["live"], variant
+        if algorithm.importance_weight.max < 2:
+            assert 0 < sums["capped"] < sums["live"], variant
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_splitting_into_micro_batches_changes_neither_loss_nor_gradient(variant: dict[str, Any]) -> None:
+    algorithm, samples = algorithm_of(variant), make_samples([7, 6, 5, 3, 1])
+    case = Case(pack(samples))
+    whole = case.loss(algorithm)
+    gradient = torch.autograd.grad(whole.value, case.logprobs)[0]
+    # Longest first is how they are packed, so parts are runs of rows.
+    total, sums, row = torch.zeros((), dtype=torch.float64), torch.zeros_like(whole.sums), 0
+    for part in (samples[:2], [], samples[2:3], samples[3:]):
+        batch = pack(part)
+        loss = case.loss(algorithm, slice(row, row + batch.num_sampled_tokens), batch)
+        total, sums, row = total + loss.value, sums + loss.sums, row + batch.num_sampled_tokens
+    torch.testing.assert_close(total, whole.value, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(sums, whole.sums, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(torch.autograd.grad(total, case.logprobs)[0], gradient, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", ["DecoupledPPO", "GSPO"])
+def test_without_proximal_logprobs_the_policy_is_its_own(case: Case, name: str) -> None:
+    algorithm = algorithm_of({"policyLoss": name})
+    case.proximal = case.logprobs.detach()
+    explicit = case.loss(algorithm)
+    implicit = compute_loss(
+        algorithm,
+        case.batch,
+        case.logprobs,
+        case.entropies,
+        proximal_logprobs=None,
+        reference_logprobs=None,
+        num_tokens=case.batch.num_sampled_tokens,
+    )
+    gradients = [torch.autograd.grad(loss.value, case.logprobs)[0] for loss in (explicit, implicit)]
+    assert torch.equal(gradients[0], gradients[1]) and torch.equal(explicit.sums, implicit.sums)
+    assert implicit.sums[SCALARS.index("clipped")] == 0, "with a single minibatch the clip never binds"
+
+
+def one_token(
+    algorithm: AlgorithmSpec, *, ratio: float, weight: float, advantage: float
+) -> tuple[float, float]:
+    """Return loss and its derivative by the log-prob for one token, behavior probability 1/8."""
+    sample = make_samples([1])[0]
+    batch = pack([sample])
+    for name, value in (
+        ("behavior_logprobs", math.log(1 / 8)),
+        ("advantages", advantage),
+        ("loss_mask", True),
+    ):
+        getattr(batch, name).fill_(value)
+    proximal = torch.tensor([math.log(weight / 8)], dtype=torch.float64)
+    logprobs = (proximal + math.log(ratio)).requires_grad_()
+    loss = compute_loss(
+        algorithm,
+        batch,
+        logprobs,
+        torch.zeros(1),
+        proximal_logprobs=proximal,
+        reference_logprobs=None,
+        num_tokens=4,
+    ).value
+    return loss.item(), torch.autograd.grad(loss, logprobs)[0].item()
+
+
+@pytest.mark.parametrize(
+    ("variant", "ratio", "weight", "advantage", "loss", "gradient"),
+    [
+        # -w u A / 4 = -2 * 1.1 * 3 / 4
+        ({}, 1.1, 2.0, 3.0, -1.65, -1.65),
+        # Clipped at 1.2 from above: no gradient.
+        ({}, 1.5, 2.0, 3.0, -1.8, 0.0),
+        # A negative advantage is clipped from below only ...
+        ({}, 0.5, 2.0, -3.0, 1.2, 0.0),
+        # ... and unbounded above ...
+        ({}, 4.0, 2.0, -3.0, 6.0, 6.0),
+        # ... but for the dual clip, at 3.
+        ({"clip": {"dual": 3.0}}, 4.0, 2.0, -3.0, 4.5, 0.0),
+        # A weight of 6 leaves the loss, or counts as 5.
+        ({}, 1.0, 6.0, 3.0, 0.0, 0.0),
+        ({"importanceWeight": {"onExceed": "Clamp"}}, 1.0, 6.0, 3.0, -3.75, -3.75),
+        # PPO's ratio is to the behavior policy: 1.1 * 2 is beyond the clip, 1.1 * 0.9 is not.
+        ({"policyLoss": "PPO"}, 1.1, 2.0, 4.0, -1.2, 0.0),
+        ({"policyLoss": "PPO"}, 1.1, 0.9, 4.0, -0.99, -0.99),
+        # CISPO: a weight of 2.2 counts as 1.2, and the gradient stays. log(2.2 / 8) = -1.290984.
+        ({"policyLoss": "CISPO"}, 1.1, 2.0, 4.0, 1.2 * 1.290984, -1.2),
+        # TIS: the weight is truncated at 2. log(4.4 / 8) = -0.597837.
+        ({"policyLoss": "TIS", "importanceWeight": {"max": 2.0}}, 1.1, 4.0, 4.0, 2 * 0.597837, -2.0),
+        # One token is a sequence.
+        ({"policyLoss": "GSPO"}, 1.1, 2.0, 3.0, -1.65, -1.65),
+    ],
+)
+def test_one_token_by_hand(
+    variant: dict[str, Any], ratio: float, weight: float, advantage: float, loss: float, gradient: float
+) -> None:
+    result = one_token(algorithm_of(variant), ratio=ratio, weight=weight, advantage=advantage)
+    assert result == pytest.approx((loss, gradient), rel=1e-5, abs=1e-12)
+
+
+def test_masked_tokens_stay_in_the_denominator(case: Case) -> None:
+    algorithm = algorithm_of({"policyLoss": "PPO"})
+    before = case.loss(algorithm).value
+    keep = case.batch.loss_mask.clone()
+    case.batch.loss_mask[keep.nonzero()[0]] = False
+    lost = one_row_loss(case, algorithm, int(keep.nonzero()[0]))
+    torch.testing.assert_close(case.loss(algorithm).value, before - lost)
+
+
+def one_row_loss(case: Case, algorithm: AlgorithmSpec, row: int) -> Tensor:
+    ratio = (case.logprobs[row] - case.batch.behavior_logprobs[row]).exp()
+    advantage = case.batch.advantages[row]
+    clipped = ratio.clamp(1 - algorithm.clip.low, 1 + algorithm.clip.high)
+    return -torch.minimum(ratio * advantage, clipped * advantage) / case.batch.num_sampled_tokens
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_ratios_beyond_floats_leave_the_gradient_finite(variant: dict[str, Any]) -> None:
+    batch = pack(make_samples([4, 4]))
+    logprobs = torch.tensor([0.0, -200.0] * 4)[: batch.num_sampled_tokens].requires_grad_()
+    proximal = torch.tensor([-200.0, 0.0] * 4)[: batch.num_sampled_tokens]
+    loss = compute_loss(
+        algorithm_of(variant),
+        batch,
+        logprobs,
+        torch.zeros(len(logprobs)),
+        proximal_logprobs=proximal,
+        reference_logprobs=proximal,
+        num_tokens=8,
+    ).value
+    assert loss.isfinite() and torch.autograd.grad(loss, logprobs)[0].isfinite().all()
+
+
+def test_an_empty_micro_batch_has_a_loss_of_zero_with_a_gradient() -> None:
+    logprobs = torch.zeros(0, requires_grad=True)
+    for variant in VARIANTS:
+        loss = compute_loss(
+            algorithm_of(variant),
+            pack([]),
+            logprobs,
+            torch.zeros(0),
+            proximal_logprobs=None,
+            reference_logprobs=torch.zeros(0),
+            num_tokens=8,
+        )
+        assert loss.value.item() == 0 and loss.value.requires_grad
+        assert loss.sums.sum() == 0
