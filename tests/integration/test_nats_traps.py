@@ -24,7 +24,7 @@ from asyncrl_runtime.transport.broker import (
 from asyncrl_runtime.transport.lease import Holder, Lease
 from asyncrl_runtime.transport.ledger import Superseded
 from asyncrl_runtime.transport.reader import OrderedReader
-from asyncrl_runtime.transport.streams import delete_streams, make_streams, read_identities
+from asyncrl_runtime.transport.streams import delete_streams, identity_of, make_streams, stream_info
 from asyncrl_runtime.transport.ticket_queue import TicketQueue, is_stored
 from cut_proxy import CutProxy
 from nats_server_fixture import NatsServer
@@ -235,13 +235,14 @@ async def test_stream_made_again_has_another_identity_and_the_next_sequence(
     nats_address: NatsAddress, names: JobNames
 ) -> None:
     broker = await broker_with_streams(nats_address, names)
-    first = await read_identities(broker.jetstream, names)
+    first = await stream_info(broker.jetstream, names.trajectory_stream)
     await delete_streams(broker.jetstream, names)
-    assert await read_identities(broker.jetstream, names) is None
-    again = await make_streams(
+    assert await stream_info(broker.jetstream, names.trajectory_stream) is None
+    await make_streams(
         broker.jetstream, names, STORAGE, {names.prompt_stream: 41, names.trajectory_stream: 17}
     )
-    assert again != first
+    again = await stream_info(broker.jetstream, names.trajectory_stream)
+    assert first is not None and again is not None and identity_of(first) != identity_of(again)
     assert await broker.publish_fenced(names.prompt("x")[:-2], [b"a"], last_sequence=40) == 41
     assert (await broker.publish(names.trajectory(5), b"x", message_id="5")).seq == 17
     assert await is_stored(broker, names, 5) and not await is_stored(broker, names, 6)

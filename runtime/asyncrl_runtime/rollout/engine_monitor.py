@@ -30,7 +30,7 @@ class EngineMonitor:
         engine: EngineClient,
         receiver: WeightReceiver,
         num_running: Callable[[], int],
-        on_load: Callable[[EngineLoad], None],
+        on_load: Callable[[EngineLoad, int], None],
         clock: Callable[[], float],
     ) -> None:
         self._engine = engine
@@ -105,7 +105,7 @@ class EngineMonitor:
             self._progressed_at = self._clock()
         self._num_tokens = load.num_generated_tokens
         self.load = load
-        self._on_load(load)
+        self._on_load(load, self._num_running())
 
     def _gone(self, error: Exception) -> None:
         if self._is_up:

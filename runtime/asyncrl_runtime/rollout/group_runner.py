@@ -16,7 +16,9 @@ from asyncrl_runtime.rollout.engine_client import (
     SamplingRequest,
 )
 from asyncrl_runtime.rollout.prompts import PromptRenderer
-from asyncrl_runtime.rollout.rewards import RewardFailure, Scorer, ScoreRequest
+from asyncrl_runtime.rollout.rewards.backend import RewardFailure
+from asyncrl_runtime.rollout.rewards.frames import ScoreRequest
+from asyncrl_runtime.rollout.rewards.scorer import Scorer
 from asyncrl_runtime.rollout.session import Limits, SampleSession
 from asyncrl_runtime.rollout.slots import Taken
 from asyncrl_runtime.rollout.together import Together
@@ -93,7 +95,7 @@ class GroupRunner:
             return await generate(request)
 
         async def score_response(prompt: str, response: str, row: Row) -> Score:
-            result = await score(ScoreRequest(prompt, response, row))
+            result = await score(ScoreRequest(prompt, response, dict(row)))
             if isinstance(result, RewardFailure):
                 raise _ScoringFailed(result)
             return result

@@ -19,7 +19,7 @@ from asyncrl_runtime.contract.messages import (
     encode,
 )
 from asyncrl_runtime.contract.rows import PromptError
-from asyncrl_runtime.rollout.group_runner import GroupRunner, GroupTask, HandedBack
+from asyncrl_runtime.rollout.group_runner import GroupRunner, GroupTask, HandedBack, Outcome
 from asyncrl_runtime.rollout.session import Limits, PromptTooLong, sampling_seed
 from asyncrl_runtime.rollout.slots import Taken
 from asyncrl_runtime.transport.broker import Broker
@@ -139,7 +139,8 @@ class TicketWork:
             await self._broker.publish(self._names.trajectory(number), data, message_id=str(number))
             return
         assert isinstance(result, Group)
-        for outcome in (*result.samples, *result.failures):
+        outcomes: list[Outcome] = [*result.samples, *result.failures]
+        for outcome in outcomes:
             part = GroupPart(
                 ticket=number,
                 group_size=result.group_size,

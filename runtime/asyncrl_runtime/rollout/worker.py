@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import time
 import uuid
 from collections.abc import Awaitable, Callable
 
@@ -13,6 +14,7 @@ from nats.js.kv import KeyValue
 from asyncrl_api.job import Spec
 from asyncrl_api.manifests import SpecError
 from asyncrl_api.names import JobNames
+from asyncrl_api.protocols import Workflow
 from asyncrl_api.run import with_live_values
 from asyncrl_runtime.contract.messages import (
     EVALUATION_ROWS,
@@ -29,11 +31,14 @@ from asyncrl_runtime.rollout.concurrency import ConcurrencyLimit
 from asyncrl_runtime.rollout.engine_client import EngineClient, EngineLost
 from asyncrl_runtime.rollout.engine_monitor import EngineMonitor
 from asyncrl_runtime.rollout.group_runner import GroupRunner
+from asyncrl_runtime.rollout.prompts import PromptRenderer
+from asyncrl_runtime.rollout.rewards.scorer import Scorer
 from asyncrl_runtime.rollout.slots import Slots, Taken
 from asyncrl_runtime.rollout.ticket_work import TicketWork
 from asyncrl_runtime.rollout.weight_receiver import WeightReceiver
 from asyncrl_runtime.transport.broker import TRANSIENT, Broker, TransportError
 from asyncrl_runtime.transport.held import HeldRecord, hand_back_all
+from asyncrl_runtime.transport.parts import Parts
 from asyncrl_runtime.transport.ticket_queue import KEEP_ALIVE_SECONDS, Delivery, TicketQueue
 
 log = logging.getLogger(__name__)
@@ -54,38 +59,49 @@ class Worker:
 
     def __init__(
         self,
-        worker: str,
+        name: str,
         spec: Spec,
         names: JobNames,
         broker: Broker,
         engine: EngineClient,
-        runner: GroupRunner,
-        slots: Slots,
-        monitor: EngineMonitor,
-        receiver: WeightReceiver,
-        limit: ConcurrencyLimit,
+        renderer: PromptRenderer,
+        workflow: Workflow,
+        scorer: Scorer,
         live_bucket: KeyValue,
         state_bucket: KeyValue,
     ) -> None:
-        self._worker = worker
+        self._name = name
         self._incarnation = uuid.uuid4().hex
         self._spec = spec
         self._names = names
         self._broker = broker
         self._engine = engine
-        self._runner = runner
-        self._slots = slots
-        self._monitor = monitor
-        self._receiver = receiver
-        self._limit = limit
         self._live_bucket = live_bucket
         self._state_bucket = state_bucket
-        self._held = HeldRecord(live_bucket, worker, self._incarnation)
+        self._held = HeldRecord(live_bucket, name, self._incarnation)
+        self._slots = Slots()
+        self._limit = ConcurrencyLimit(spec.sampling.group_size, spec.rollout.max_concurrency)
+        self._receiver = WeightReceiver(engine, lambda: self._slots.num_taken)
+        self._monitor = EngineMonitor(
+            engine, self._receiver, lambda: self._slots.num_taken, self._limit.observe, time.monotonic
+        )
+        self._interrupt = spec.rollout.interrupt
+        self._runner = GroupRunner(engine, renderer, workflow, scorer, self._cache_salt)
+        parts = Parts(broker, names, state_bucket)
+        self._work = TicketWork(name, spec, broker, names, self._runner, parts, self.report_failure)
         self._deliveries: set[Delivery] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopping = asyncio.Event()
         self._num_failures = 0
         self._last_error = ""
+
+    def engine_fault(self) -> str | None:
+        """Why the engine must be restarted, for its liveness probe; None while it need not be."""
+        return self._monitor.fault()
+
+    def _cache_salt(self) -> str | None:
+        """Where KV is kept over updates, no new sample may reuse what older weights have left."""
+        return str(self._engine.weights.version) if self._interrupt == "InPlace" else None
 
     def stop(self) -> None:
         """Begin to drain: take no more tickets, break off what is in flight and hand it back."""
@@ -96,15 +112,15 @@ class Worker:
         self._num_failures += 1
         self._last_error = message[:500]
 
-    async def run(self, work: TicketWork) -> None:
+    async def run(self) -> None:
         """Work until stopped.
 
         Raises:
             TransportError: the broker closed this client for good.
         """
-        if inherited := await hand_back_all(self._broker, self._live_bucket, self._worker):
+        if inherited := await hand_back_all(self._broker, self._live_bucket, self._name):
             log.info("handed back %d tickets of an earlier process of this worker", inherited)
-        await self._broker.client.subscribe(self._names.control(self._worker), cb=self._on_control)
+        await self._broker.client.subscribe(self._names.control(self._name), cb=self._on_control)
         await self._broker.client.subscribe(f"{self._names.announcements}.live", cb=self._on_announcement)
         prompts = await TicketQueue.of_prompts(self._broker, self._names)
         questions = await TicketQueue.of_evaluation(self._broker, self._names)
@@ -113,8 +129,8 @@ class Worker:
             "engine": self._monitor.run(),
             "live values": self._poll_live_values(),
             "keep alive": self._keep_alive(),
-            "questions": self._pull(questions, work.answer, EVALUATION_ROWS),
-            "prompts": self._pull(prompts, work.sample, self._spec.sampling.group_size),
+            "questions": self._pull(questions, self._work.answer, EVALUATION_ROWS),
+            "prompts": self._pull(prompts, self._work.sample, self._spec.sampling.group_size),
             "stop": self._wait_for_the_end(),
         }
         running = [asyncio.create_task(loop, name=name) for name, loop in loops.items()]
@@ -179,7 +195,7 @@ class Worker:
         """Say once a second that this worker lives and how its engine is."""
         while True:
             beat = Heartbeat(
-                worker=self._worker,
+                worker=self._name,
                 incarnation=self._incarnation,
                 engine=f"{self._incarnation}.{self._monitor.incarnation}",
                 engine_state=self._monitor.state,
@@ -192,7 +208,7 @@ class Worker:
                 last_error=self._last_error,
             )
             try:
-                await self._broker.client.publish(self._names.heartbeat(self._worker), encode(beat))
+                await self._broker.client.publish(self._names.heartbeat(self._name), encode(beat))
             except TRANSIENT as error:
                 log.info("heartbeat: %s", type(error).__name__)
             await asyncio.sleep(HEARTBEAT_SECONDS)
@@ -222,6 +238,7 @@ class Worker:
             log.warning("live values are ignored: %s", error)
             return
         self._limit.ceiling = spec.rollout.max_concurrency
+        self._interrupt = spec.rollout.interrupt
 
     async def _drain(self, pulls: list[asyncio.Task[None]]) -> None:
         """Break off what is in flight, so that its tokens are attested and handed on; leave the group."""

@@ -135,6 +135,10 @@ class Controller:
         ticket = int(message.subject.split(".traj.")[1].split(".")[0])
         return self.is_closed(ticket)
 
+    def is_known(self, ticket: int) -> bool:
+        """Whether a ticket is closed, or its group or a part of it is here."""
+        return self.is_closed(ticket) or self.inbox.has_seen(ticket)
+
     # -- batches
 
     @property

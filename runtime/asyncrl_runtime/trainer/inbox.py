@@ -61,6 +61,10 @@ class Inbox:
             self.changed.set()
         return complete
 
+    def has_seen(self, ticket: int) -> bool:
+        """Whether a message of this ticket has come that is not done with."""
+        return ticket in self._first_sequence
+
     def close(self, ticket: int) -> None:
         """A ticket is trained or discarded, and the ledger says so: its messages are no longer needed."""
         self.arrived.pop(ticket, None)

@@ -52,3 +52,22 @@ def audit(history: History) -> Audit:
         num_open=0 if is_finished else len(unclosed),
         is_finished=is_finished,
     )
+
+
+def render(result: Audit) -> str:
+    """Return the audit as text, for people; the first line is for programs too."""
+    discarded = sum(result.discarded.values())
+    lines = [
+        f"trained {result.num_trained}  discarded {discarded}  missing {len(result.missing)}"
+        f"  twice {len(result.twice)}",
+        f"{result.num_issued} tickets, {result.num_steps} steps"
+        + ("" if result.is_finished else f"; the job is not finished, {result.num_open} tickets are open"),
+    ]
+    lines += [f"  discarded as {reason}: {count}" for reason, count in result.discarded.most_common()]
+    lines += [f"  missing: {_list(result.missing)}"] if result.missing else []
+    lines += [f"  twice: {_list(result.twice)}"] if result.twice else []
+    return "\n".join(lines)
+
+
+def _list(tickets: tuple[int, ...]) -> str:
+    return ", ".join(map(str, tickets[:20])) + (" ..." if len(tickets) > 20 else "")

@@ -1,9 +1,9 @@
 """The streams and buckets of one job: how they are configured, made, recognised and made again."""
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
 from datetime import datetime
 
 import nats.js.errors
@@ -24,14 +24,6 @@ Dead workers are noticed much sooner by the reaper."""
 
 TRAJECTORY_SHARE = 0.7
 """Of the storage; the rest is for prompts, evaluation and buckets."""
-
-
-@dataclass(frozen=True)
-class StreamIdentities:
-    """When the two streams that hold tickets and trajectories were made; a stream made again differs."""
-
-    prompt: str
-    trajectory: str
 
 
 def stream_configs(
@@ -130,7 +122,7 @@ async def make_streams(
     names: JobNames,
     storage_bytes: int,
     first_sequences: Mapping[str, int] | None = None,
-) -> StreamIdentities:
+) -> None:
     """Make what is missing of a job's streams, buckets and consumers; leave what is there.
 
     Raises:
@@ -142,9 +134,14 @@ async def make_streams(
             await _add_stream(jetstream, config)
     for stream, consumer in consumer_configs(names):
         await jetstream.add_consumer(stream, consumer)
-    identities = await read_identities(jetstream, names)
-    assert identities is not None
-    return identities
+
+
+async def make_lease_bucket(jetstream: JetStreamContext, names: JobNames) -> None:
+    """Make the one bucket that is needed before anything is decided."""
+    bucket = f"KV_{names.lease_bucket}"
+    if await stream_info(jetstream, bucket) is None:
+        [config] = [c for c in stream_configs(names, storage_bytes=1) if c.name == bucket]
+        await _add_stream(jetstream, config)
 
 
 async def _add_stream(jetstream: JetStreamContext, config: api.StreamConfig) -> None:
@@ -160,14 +157,17 @@ async def _add_stream(jetstream: JetStreamContext, config: api.StreamConfig) -> 
             await asyncio.sleep(0.2 * 2**attempt)
 
 
-async def delete_streams(jetstream: JetStreamContext, names: JobNames) -> None:
-    """Remove everything of a job from the broker."""
+async def delete_streams(jetstream: JetStreamContext, names: JobNames, keep: Collection[str] = ()) -> None:
+    """Remove everything of a job from the broker, but for the streams named in `keep`."""
     for config in stream_configs(names, storage_bytes=1):
-        assert config.name
-        try:
-            await jetstream.delete_stream(config.name)
-        except nats.js.errors.NotFoundError:
-            continue
+        if config.name and config.name not in keep:
+            await delete_stream(jetstream, config.name)
+
+
+async def delete_stream(jetstream: JetStreamContext, name: str) -> None:
+    """Remove one stream; nothing happens if there is none."""
+    with contextlib.suppress(nats.js.errors.NotFoundError):
+        await jetstream.delete_stream(name)
 
 
 async def stream_info(jetstream: JetStreamContext, name: str) -> api.StreamInfo | None:
@@ -178,18 +178,8 @@ async def stream_info(jetstream: JetStreamContext, name: str) -> api.StreamInfo 
         return None
 
 
-async def read_identities(jetstream: JetStreamContext, names: JobNames) -> StreamIdentities | None:
-    """Return the identities of the two streams; None if one is gone."""
-    created = []
-    for name in (names.prompt_stream, names.trajectory_stream):
-        info = await stream_info(jetstream, name)
-        if info is None:
-            return None
-        created.append(_identity(info))
-    return StreamIdentities(*created)
-
-
-def _identity(info: api.StreamInfo) -> str:
+def identity_of(info: api.StreamInfo) -> str:
+    """Return when a stream was made: one that was made again under its name is another."""
     moment = info.created
     assert isinstance(moment, datetime)
     return moment.isoformat()

@@ -1,0 +1,154 @@
+"""`asyncrl-runtime`: one command per process of a job."""
+
+import asyncio
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from asyncrl_api.exits import ExitCode, ExitError
+from asyncrl_api.run import RunConfig
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+ConfigPath = Annotated[Path, typer.Option("--config", help="The job's run configuration (JSON).")]
+Host = Annotated[str, typer.Option(help="Address to listen on, or to be reached at.")]
+
+
+@app.command()
+def engine(
+    config: ConfigPath,
+    host: Host = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Of the HTTP API.")] = 30000,
+) -> None:
+    """The CPU engine: SGLang's native HTTP API over the job's model."""
+
+    def run(run_config: RunConfig) -> None:
+        from asyncrl_runtime.engine.run import run_engine
+
+        run_engine(run_config, host, port)
+
+    _run(config, run)
+
+
+@app.command()
+def worker(
+    config: ConfigPath,
+    name: Annotated[str, typer.Option(help="Of this worker, the same for its successors.")],
+    engine_url: Annotated[str, typer.Option(help="Of its one engine.")] = "http://127.0.0.1:30000",
+    host: Host = "127.0.0.1",
+    health_port: Annotated[int, typer.Option(help="Where it answers for itself and its engine.")] = 30001,
+) -> None:
+    """The rollout worker: tickets in, trajectories out."""
+
+    def run(run_config: RunConfig) -> None:
+        from asyncrl_runtime.rollout.run import run_worker
+
+        asyncio.run(run_worker(run_config, name, engine_url, host, health_port))
+
+    _run(config, run)
+
+
+@app.command()
+def trainer(
+    config: ConfigPath,
+    attempt: Annotated[int, typer.Option(help="Number of this start of the trainer, from 1 on.")],
+    ranks: Annotated[int, typer.Option(help="Data-parallel ranks in this pod.")] = 1,
+    node: Annotated[int, typer.Option(help="Index of this pod among the trainer's.")] = 0,
+    nodes: Annotated[int, typer.Option(help="Number of trainer pods.")] = 1,
+    host: Host = "127.0.0.1",
+    verify_weights: Annotated[bool, typer.Option(help="Compare the engines' checksums.")] = False,
+) -> None:
+    """The trainer: rank 0 is the controller, every rank updates the policy."""
+    from asyncrl_runtime.trainer.launch import launch
+
+    arguments = ["--config", str(config), "--attempt", str(attempt), "--host", host]
+    arguments += ["--verify-weights"] if verify_weights else []
+    _end(launch(ranks, arguments, node=node, num_nodes=nodes))
+
+
+@app.command(hidden=True)
+def rank(
+    config: ConfigPath,
+    attempt: Annotated[int, typer.Option()],
+    host: Host = "127.0.0.1",
+    verify_weights: Annotated[bool, typer.Option()] = False,
+) -> None:
+    """One rank of the trainer, started by `trainer`."""
+
+    def run(run_config: RunConfig) -> None:
+        from asyncrl_runtime.trainer.run import Options, run_rank
+
+        run_rank(run_config, Options(attempt, host, verify_weights))
+
+    _run(config, run)
+
+
+@app.command(name="eval")
+def evaluate(
+    config: ConfigPath,
+    step: Annotated[int | None, typer.Option(help="Of the checkpoint; by default the newest.")] = None,
+) -> None:
+    """Score a checkpoint on the held-out prompts."""
+
+    def run(run_config: RunConfig) -> None:
+        from asyncrl_runtime.evaluate import evaluate_checkpoint
+
+        print(evaluate_checkpoint(run_config, step))
+
+    _run(config, run)
+
+
+@app.command()
+def audit(folder: Annotated[Path, typer.Argument(help="Of the job: holds ledger.jsonl.")]) -> None:
+    """Prove from the ledger that each ticket was trained once or discarded; exit 1 if not."""
+    from asyncrl_runtime.transport.audit import audit as audit_history
+    from asyncrl_runtime.transport.audit import render
+    from asyncrl_runtime.transport.ledger import Ledger, LedgerError
+
+    path = folder / "ledger.jsonl"
+    if not path.exists():
+        _fail(ExitError(ExitCode.USAGE, f"{path}: no ledger there; name the folder of a run"))
+    try:
+        result = audit_history(Ledger.peek(path))
+    except LedgerError as error:
+        _fail(ExitError(ExitCode.UNUSABLE, str(error)))
+    print(render(result))
+    raise typer.Exit(0 if result.is_clean else 1)
+
+
+def _run(config_path: Path, process: Callable[[RunConfig], None]) -> NoReturn:
+    """Run a process to its end and exit as asyncrl_api.exits says."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        config = RunConfig.load(config_path)
+        sys.path[:0] = [str(path) for path in config.import_paths]
+        process(config)
+    except ExitError as error:
+        _fail(error)
+    except Exception as error:
+        logging.exception("this should not have happened")
+        _fail(ExitError(ExitCode.TRY_AGAIN, f"{type(error).__name__}: {error}"))
+    _end(ExitCode.DONE)
+
+
+def _fail(error: ExitError) -> NoReturn:
+    print(f"asyncrl-runtime: {error}", file=sys.stderr)
+    _end(error.code)
+
+
+def _end(code: int) -> NoReturn:
+    """Exit at once: a collective that was abandoned, or user code, may have left a thread that never ends."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if code >= 0 else 128 - code)
+
+
+if __name__ == "__main__":
+    app()

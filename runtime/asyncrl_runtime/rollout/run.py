@@ -1,0 +1,108 @@
+"""Puts a worker together and runs it to its end: the command `asyncrl-runtime worker`."""
+
+import asyncio
+import json
+import logging
+import os
+import signal
+from pathlib import Path
+
+import nats.js.errors
+from nats.js.kv import KeyValue
+
+from asyncrl_api.exits import ExitCode, ExitError
+from asyncrl_api.run import RunConfig
+from asyncrl_runtime.contract.imports import ImportFailed
+from asyncrl_runtime.model.source import ensure_model, load_tokenizer
+from asyncrl_runtime.rollout.engine_client import EngineClient
+from asyncrl_runtime.rollout.health import serve_health
+from asyncrl_runtime.rollout.prompts import PromptRenderer
+from asyncrl_runtime.rollout.rewards.pool import RewardNotLoaded
+from asyncrl_runtime.rollout.rewards.scorer import Scorer, make_scorer
+from asyncrl_runtime.rollout.worker import Worker
+from asyncrl_runtime.rollout.workflows import make_workflow
+from asyncrl_runtime.transport.broker import Broker, TransportError
+
+log = logging.getLogger(__name__)
+
+BUCKET_SECONDS = 900.0
+"""How long a worker waits for the controller to make the job's streams: it may be loading a model."""
+
+
+async def run_worker(config: RunConfig, name: str, engine_url: str, host: str, health_port: int) -> None:
+    """Run a worker until SIGTERM.
+
+    Args:
+        name: of the worker, the same for its successors: the pod's, say.
+        engine_url: of its one engine.
+        host, health_port: where it answers probes.
+
+    Raises:
+        ExitError: it cannot work; the message names the cause.
+    """
+    spec = config.spec
+    folder = await asyncio.to_thread(ensure_model, spec.model, config.model_cache, spec.training.seed)
+    try:
+        async with _scorer(config) as scorer:
+            await _run(
+                config, name, EngineClient(engine_url, _vocab_size(folder)), folder, scorer, host, health_port
+            )
+    except (ImportFailed, RewardNotLoaded) as error:
+        raise ExitError(ExitCode.REFUSED, str(error)) from error
+    except TransportError as error:
+        raise ExitError(ExitCode.TRY_AGAIN, str(error)) from error
+
+
+async def _run(
+    config: RunConfig,
+    name: str,
+    engine: EngineClient,
+    folder: Path,
+    scorer: Scorer,
+    host: str,
+    health_port: int,
+) -> None:
+    workflow = make_workflow(config.spec.workflow)
+    renderer = PromptRenderer(
+        load_tokenizer(folder), config.spec.dataset.prompt_field, config.spec.workflow.system_prompt
+    )
+    broker = await Broker.connect(config.nats, config.names, name)
+    live_bucket = await _bucket(broker, config.names.live_bucket)
+    state_bucket = await _bucket(broker, config.names.state_bucket)
+    worker = Worker(
+        name, config.spec, config.names, broker, engine, renderer, workflow, scorer, live_bucket, state_bucket
+    )
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, worker.stop)
+    probes = asyncio.create_task(serve_health(host, health_port, worker.engine_fault))
+    try:
+        await worker.run()
+    finally:
+        probes.cancel()
+        await engine.close()
+        await broker.close()
+
+
+def _scorer(config: RunConfig) -> Scorer:
+    return make_scorer(
+        config.spec.reward,
+        answer_field=config.spec.dataset.answer_field,
+        import_paths=config.import_paths,
+        num_processes=max(1, (os.cpu_count() or 1) // 2),
+    )
+
+
+async def _bucket(broker: Broker, name: str) -> KeyValue:
+    """Open a bucket, waiting until the controller has made it."""
+    return await broker.retry(
+        lambda: broker.jetstream.key_value(name),
+        f"bucket {name}",
+        BUCKET_SECONDS,
+        nats.js.errors.NotFoundError,
+    )
+
+
+def _vocab_size(folder: Path) -> int:
+    """Return the number of embeddings, beyond which a token id would kill the server."""
+    config = json.loads((folder / "config.json").read_text())
+    return int(config.get("vocab_size") or config["text_config"]["vocab_size"])

@@ -1,0 +1,153 @@
+"""Held-out prompts, answered greedily by the engines, outside the staleness gate and never trained."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import nats.errors
+import nats.js.errors
+
+from asyncrl_api.names import JobNames
+from asyncrl_api.report import EvaluationReport
+from asyncrl_runtime.contract.messages import (
+    EVALUATION_ROWS,
+    EvaluationResult,
+    EvaluationTicket,
+    Sample,
+    SampleFailure,
+    decode,
+    encode,
+)
+from asyncrl_runtime.transport.broker import TRANSIENT, Broker, TransportError
+from asyncrl_runtime.transport.streams import ANSWER_CONSUMER
+
+log = logging.getLogger(__name__)
+
+SILENT_SECONDS = 600.0
+"""An evaluation that gets no answer for so long is given up: the job goes on without its number."""
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """The answers of one evaluation."""
+
+    report: EvaluationReport
+    samples: tuple[Sample, ...]
+
+
+class Evaluator:
+    """Runs one evaluation at a time on whatever engines the job has."""
+
+    def __init__(
+        self,
+        broker: Broker,
+        names: JobNames,
+        attempt: int,
+        rows: Sequence[dict[str, Any]],
+        stream_generation: Callable[[], int],
+        clock: Callable[[], float],
+    ) -> None:
+        """
+        Args:
+            stream_generation: changes when the streams were made again: what was asked is gone with them.
+        """
+        self._broker = broker
+        self._names = names
+        self._attempt = attempt
+        self._rows = rows
+        self._stream_generation = stream_generation
+        self._clock = clock
+        self._count = 0
+
+    async def run(self, step: int, max_new_tokens: int, tick: Callable[[], Any]) -> Evaluated | None:
+        """Ask every held-out prompt and wait for the answers.
+
+        Args:
+            step: of the policy when it begins, for the report.
+            tick: awaited while waiting; brings late engines to the current weights, say.
+
+        Returns:
+            The mean reward and the answers; None if nothing was answered for SILENT_SECONDS. A prompt whose
+            answer could not be had counts as reward 0, with a warning: it must not flatter the policy.
+        """
+        self._count += 1
+        evaluation = f"{self._attempt}-{self._count}"
+        outcomes = await self._collect(evaluation, max_new_tokens, tick)
+        if outcomes is None:
+            return None
+        samples = tuple(outcome for outcome in outcomes if isinstance(outcome, Sample))
+        failures = [outcome for outcome in outcomes if isinstance(outcome, SampleFailure)]
+        if failures:
+            log.warning(
+                "evaluation at step %d: %d of %d prompts without an answer, the first: %s",
+                step,
+                len(failures),
+                len(outcomes),
+                failures[0].message or failures[0].reason,
+            )
+        versions = [span.version for sample in samples for span in sample.version_spans] or [step]
+        report = EvaluationReport(
+            step=step,
+            accuracy=sum(sample.reward for sample in samples) / len(outcomes),
+            num_prompts=len(outcomes),
+            lowest_version=min(versions),
+            highest_version=max(versions),
+        )
+        return Evaluated(report, samples)
+
+    async def _ask(self, evaluation: str, start: int, max_new_tokens: int) -> None:
+        ticket = EvaluationTicket(
+            evaluation=evaluation,
+            first_index=start,
+            rows=tuple(self._rows[start : start + EVALUATION_ROWS]),
+            max_new_tokens=max_new_tokens,
+        )
+        key = f"{evaluation}.{start}"
+        message_id = f"ask.{key}.{self._stream_generation()}"
+        await self._broker.publish(self._names.evaluation("ask", key), encode(ticket), message_id=message_id)
+
+    async def _collect(
+        self, evaluation: str, max_new_tokens: int, tick: Callable[[], Any]
+    ) -> list[Sample | SampleFailure] | None:
+        outcomes: dict[int, Sample | SampleFailure] = {}
+        generation, answered_at = None, self._clock()
+        subscription = await self._broker.jetstream.pull_subscribe_bind(
+            consumer=ANSWER_CONSUMER,
+            stream=self._names.evaluation_stream,
+            inbox_prefix=f"{self._names.inbox_prefix}.".encode(),
+        )
+        try:
+            while len(outcomes) < len(self._rows):
+                if self._clock() - answered_at > SILENT_SECONDS:
+                    log.warning("evaluation %s is given up: no answer in %.0f s", evaluation, SILENT_SECONDS)
+                    return None
+                await tick()
+                try:
+                    if generation != self._stream_generation():
+                        generation = self._stream_generation()
+                        await self._ask_open(evaluation, outcomes.keys(), max_new_tokens)
+                    [message] = await subscription.fetch(1, timeout=1)
+                except (nats.errors.TimeoutError, ValueError):
+                    continue
+                except (*TRANSIENT, nats.js.errors.APIError, TransportError) as error:
+                    log.info("evaluation %s: %s; waiting", evaluation, type(error).__name__)
+                    await asyncio.sleep(0.5)
+                    continue
+                await message.ack()
+                result = decode(message.data, EvaluationResult)
+                if result.evaluation == evaluation:
+                    outcomes |= {outcome.index: outcome for outcome in result.outcomes}
+                    answered_at = self._clock()
+        finally:
+            await subscription.unsubscribe()
+        return [outcomes[index] for index in sorted(outcomes)]
+
+    async def _ask_open(self, evaluation: str, answered: Iterable[int], max_new_tokens: int) -> None:
+        """Ask what has no answer yet, and nothing else: questions of an earlier evaluation are dropped."""
+        await self._broker.jetstream.purge_stream(self._names.evaluation_stream)
+        done = set(answered)
+        for start in range(0, len(self._rows), EVALUATION_ROWS):
+            if start not in done:  # a ticket's rows are answered together
+                await self._ask(evaluation, start, max_new_tokens)

@@ -1,0 +1,82 @@
+"""metrics.jsonl, one line per step, and the report that the operator and the local display read."""
+
+import json
+from collections import deque
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from asyncrl_api.report import Report
+
+RECENT_STEPS = 20
+"""Rates and shares in the report are over so many steps."""
+
+
+class Metrics:
+    """Writes a job's metrics.jsonl and its report file.
+
+    Args:
+        wall_clock: returns the time of day; it stands in what is written.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        report_file: Path,
+        report: Report,
+        wall_clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        self._path = folder / "metrics.jsonl"
+        self._evaluations = folder / "evaluations.jsonl"
+        self._report_file = report_file
+        self._wall_clock = wall_clock
+        self._recent: deque[Mapping[str, float]] = deque(maxlen=RECENT_STEPS)
+        self.report = report
+
+    def rewind(self, version: int) -> None:
+        """Drop the lines of steps after `version`: they are trained, and written, again."""
+        if not self._path.exists():
+            return
+        kept = []
+        for line in self._path.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= version:
+                    kept.append(line)
+            except (ValueError, KeyError):
+                continue  # torn by a crash
+        self._path.write_text("".join(line + "\n" for line in kept))
+
+    def log_step(self, values: Mapping[str, Any]) -> None:
+        """Append one step's line and renew the report.
+
+        Args:
+            values: with `step`, `step_seconds`, `wait_seconds`, `num_tokens` and whatever else there is.
+        """
+        line = {"time": self._wall_clock().isoformat(timespec="milliseconds"), **values}
+        with self._path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        self._recent.append(values)
+        seconds = sum(step["step_seconds"] for step in self._recent)
+        waited = sum(step["wait_seconds"] for step in self._recent)
+        tokens = sum(step.get("num_tokens", 0) for step in self._recent)
+        remaining = (self.report.max_steps - values["step"]) * seconds / len(self._recent)
+        self.update(
+            step=values["step"],
+            reward=values.get("reward_mean"),
+            staleness_mean=values.get("staleness_mean"),
+            staleness_max=int(values.get("staleness_max", 0)),
+            tokens_per_second=tokens / seconds if seconds else None,
+            wait_share=waited / seconds if seconds else None,
+            remaining_seconds=remaining,
+        )
+
+    def log_evaluation(self, values: Mapping[str, Any]) -> None:
+        with self._evaluations.open("a") as file:
+            file.write(json.dumps(values) + "\n")
+
+    def update(self, **changes: Any) -> None:
+        """Change the report and write it."""
+        changes["time"] = self._wall_clock().isoformat(timespec="seconds")
+        self.report = self.report.model_copy(update=changes)
+        self.report.save(self._report_file)

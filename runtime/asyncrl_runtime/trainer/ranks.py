@@ -1,0 +1,150 @@
+"""Rank 0 decides, all ranks do: collectives stay collective because every rank runs the same commands.
+
+Rank 0 runs its event loop (tickets, lease, weights) in the main thread and commands in one other thread, so
+that a backward pass never holds up a heartbeat. The other ranks have nothing but the loop of `follow`.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from asyncrl_api.job import AlgorithmSpec
+from asyncrl_runtime.trainer.packing import TrainingSample, pack
+from asyncrl_runtime.trainer.policy import Policy
+from asyncrl_runtime.trainer.step import StepPlan, train_step
+
+log = logging.getLogger(__name__)
+
+COMMAND_SECONDS = 600
+"""Longest a rank waits for the others within a command, and for the next command."""
+PING_SECONDS = 60.0
+"""While rank 0 waits for a batch it says so, or the others would take it for dead."""
+
+
+@dataclass(frozen=True)
+class Train:
+    plan: StepPlan
+
+
+@dataclass(frozen=True)
+class Save:
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Load:
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Export:
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Logprobs:
+    """Log-probs of samples under the weights as they are; every rank computes them all."""
+
+    samples: tuple[TrainingSample, ...]
+
+
+@dataclass(frozen=True)
+class Ping:
+    pass
+
+
+@dataclass(frozen=True)
+class Stop:
+    pass
+
+
+Command = Train | Save | Load | Export | Logprobs | Ping | Stop
+
+
+class Ranks:
+    """All ranks of the trainer, as rank 0 sees them.
+
+    Args:
+        control: group over which commands travel: gloo, whatever the policy's backend is.
+        tokenizer: written into exports.
+    """
+
+    def __init__(
+        self, policy: Policy, algorithm: AlgorithmSpec, control: dist.ProcessGroup, tokenizer: Any
+    ) -> None:
+        self.policy = policy
+        self._algorithm = algorithm
+        self._control = control
+        self._tokenizer = tokenizer
+        self._rank = dist.get_rank()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="policy")
+        self._idle = asyncio.Event()
+
+    async def run(self, command: Command) -> Any:
+        """Have every rank do `command`; return rank 0's result, or raise what it raised."""
+        loop = asyncio.get_running_loop()
+        self._idle.set()
+        return await loop.run_in_executor(self._thread, self._run_everywhere, command)
+
+    async def keep_awake(self) -> None:
+        """Ping the other ranks while there is nothing to do, until cancelled."""
+        while dist.get_world_size() > 1:
+            self._idle.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._idle.wait(), PING_SECONDS)
+                continue
+            await self.run(Ping())
+
+    async def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Run something of rank 0 alone in the policy's thread, so that no command runs beside it."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, function, *arguments)
+
+    def follow(self) -> None:
+        """The other ranks: do what rank 0 says until it says stop.
+
+        Raises:
+            RuntimeError: rank 0 is gone, or has said nothing for COMMAND_SECONDS.
+        """
+        while True:
+            box: list[Command | None] = [None]
+            dist.broadcast_object_list(box, src=0, group=self._control)
+            if isinstance(box[0], Stop):
+                return
+            assert box[0] is not None
+            self._execute(box[0])
+
+    def _run_everywhere(self, command: Command) -> Any:
+        if dist.get_world_size() > 1:
+            dist.broadcast_object_list([command], src=0, group=self._control)
+        return self._execute(command)
+
+    def _execute(self, command: Command) -> Any:
+        match command:
+            case Train(plan):
+                return train_step(self.policy, plan, self._algorithm, self._rank)
+            case Save(folder):
+                self.policy.save(folder)
+                dist.barrier(group=self._control)  # rank 0 renames the folder when all have written
+            case Load(folder):
+                self.policy.load(folder)
+            case Export(folder):
+                self.policy.export(folder, self._tokenizer)
+            case Logprobs(samples):
+                return [self.policy.logprobs([pack([sample])])[0] for sample in samples]
+        return None
+
+
+def make_control_group() -> dist.ProcessGroup:
+    """Make the group for commands; collective, called once by every rank."""
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=COMMAND_SECONDS))
+    assert isinstance(group, dist.ProcessGroup)
+    return group

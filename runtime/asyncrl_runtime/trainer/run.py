@@ -1,0 +1,315 @@
+"""Puts the trainer together, restores it, and runs it to its end: the command `asyncrl-runtime trainer`."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from asyncrl_api.exits import ExitCode, ExitError
+from asyncrl_api.report import EvaluationReport, Report
+from asyncrl_api.run import RunConfig
+from asyncrl_runtime.contract.rows import prompt_text
+from asyncrl_runtime.model.source import ensure_model, load_tokenizer, warmup_prompts
+from asyncrl_runtime.trainer.checkpoints import (
+    Checkpoint,
+    CheckpointFailed,
+    Checkpoints,
+    set_aside_strangers,
+)
+from asyncrl_runtime.trainer.control import Control
+from asyncrl_runtime.trainer.controller import Controller
+from asyncrl_runtime.trainer.dataset import Rows, count_shared, load_rows
+from asyncrl_runtime.trainer.evaluation import Evaluator
+from asyncrl_runtime.trainer.job import JobParts, TrainerJob, origin_of
+from asyncrl_runtime.trainer.metrics import Metrics
+from asyncrl_runtime.trainer.policy import Policy
+from asyncrl_runtime.trainer.ranks import COMMAND_SECONDS, Load, Ranks, make_control_group
+from asyncrl_runtime.trainer.step import NumbersUnusable
+from asyncrl_runtime.trainer.tickets import EndlessDiscards, TicketBook
+from asyncrl_runtime.trainer.train import train
+from asyncrl_runtime.transport.broker import Broker, TransportError
+from asyncrl_runtime.transport.held import Fleet
+from asyncrl_runtime.transport.lease import Holder, Lease
+from asyncrl_runtime.transport.ledger import History, Ledger, LedgerError, Superseded
+from asyncrl_runtime.transport.streams import delete_streams, make_lease_bucket
+from asyncrl_runtime.weights.publisher import ChecksumMismatch, WeightPublisher
+
+log = logging.getLogger(__name__)
+
+SWITCH_SECONDS = 0.0005
+"""Between two threads of the interpreter: at the default 5 ms a training step slows the broker's client."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What one attempt is told beside the job's configuration."""
+
+    attempt: int
+    host: str
+    """Where engines reach this process."""
+    verify_weights: bool = False
+
+
+def run_rank(config: RunConfig, options: Options) -> None:
+    """Run one rank of the trainer; torch.distributed's environment says which.
+
+    Raises:
+        ExitError: it cannot go on; the message names the cause and the remedy.
+    """
+    sys.setswitchinterval(SWITCH_SECONDS)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    spec = config.spec
+    folder = ensure_model(spec.model, config.model_cache, spec.training.seed)
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=COMMAND_SECONDS))
+    try:
+        policy = Policy(
+            folder,
+            dtype=spec.model.dtype,
+            training=spec.training,
+            algorithm=spec.algorithm,
+            deepspeed=spec.trainer.deepspeed,
+        )
+        ranks = Ranks(policy, spec.algorithm, make_control_group(), load_tokenizer(folder))
+        if dist.get_rank() == 0:
+            asyncio.run(_control(config, options, folder, ranks))
+        else:
+            ranks.follow()
+    except (Superseded, TransportError, CheckpointFailed, OSError) as error:
+        raise ExitError(ExitCode.TRY_AGAIN, f"{type(error).__name__}: {error}") from error
+    except (EndlessDiscards, NumbersUnusable, ChecksumMismatch, LedgerError) as error:
+        raise ExitError(ExitCode.UNUSABLE, str(error)) from error
+    finally:
+        with contextlib.suppress(Exception):  # a lost peer must not hide why
+            dist.destroy_process_group()
+
+
+async def _control(config: RunConfig, options: Options, model_folder: Path, ranks: Ranks) -> None:
+    """Rank 0: connect, take the lease, restore, train."""
+    rows = await asyncio.to_thread(load_rows, config.spec)
+    broker = await Broker.connect(config.nats, config.names, f"trainer-{options.attempt}")
+    try:
+        await make_lease_bucket(broker.jetstream, config.names)
+        identity = f"{socket.gethostname()}-{os.getpid()}"
+        lease = Lease(broker, config.names, Holder(options.attempt, identity))
+        await lease.acquire()
+        job, control = await _open_job(config, options, model_folder, ranks, rows, broker)
+        await _run_beside(job, control, lease, broker, ranks)
+    finally:
+        await broker.close()
+
+
+async def _run_beside(job: TrainerJob, control: Control, lease: Lease, broker: Broker, ranks: Ranks) -> None:
+    """Train, with everything that runs beside it; whatever ends first ends all."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, job.request_stop)
+    loops: dict[str, Coroutine[Any, Any, Any]] = {
+        **control.tasks(),
+        "lease": lease.keep(),
+        "broker": broker.closed.wait(),
+    }
+    if dist.get_world_size() > 1:
+        loops["ranks"] = ranks.keep_awake()
+    training = asyncio.create_task(train(job), name="train")
+    beside: list[asyncio.Task[Any]] = [asyncio.create_task(loop, name=name) for name, loop in loops.items()]
+    try:
+        await asyncio.wait({training, *beside}, return_when=asyncio.FIRST_COMPLETED)
+        for task in beside:
+            if task.done():
+                task.result()
+                raise TransportError(f"{task.get_name()}: ended, and the job cannot go on without it")
+        if not await training:
+            raise ExitError(ExitCode.TRY_AGAIN, f"stopped at step {job.version}, after a checkpoint")
+    finally:
+        for task in (training, *beside):
+            task.cancel()
+
+
+async def _open_job(
+    config: RunConfig, options: Options, model_folder: Path, ranks: Ranks, rows: Rows, broker: Broker
+) -> tuple[TrainerJob, Control]:
+    """Claim the history, restore the newest checkpoint of it, and find or make the streams."""
+    ledger_path = config.job_folder / "ledger.jsonl"
+    set_aside_strangers(config.job_folder, config.uid, Ledger.peek(ledger_path).uid)
+    ledger = Ledger(ledger_path, options.attempt)
+    history = ledger.claim(config.uid)
+    checkpoints = Checkpoints(config.job_folder, config.uid)
+    checkpoint = choose_checkpoint(config, checkpoints, history)
+    if checkpoint is None and history.steps:
+        ledger.cut(0)
+        history.steps.clear()
+    await _load_policy(config, ranks, checkpoint)
+
+    controller = restore_controller(config, checkpoint, history)
+    fleet = Fleet(time.monotonic)
+    control = Control(broker, config.names, controller, fleet, rows.training, config.spec, config.live_file)
+    control.read_live_values()
+    await control.hear_heartbeats()
+    if checkpoint is None:
+        lease_bucket = f"KV_{config.names.lease_bucket}"
+        await delete_streams(broker.jetstream, config.names, keep=[lease_bucket])  # an earlier object's
+    await control.open_streams(None if checkpoint is None else checkpoint.position.trajectory_stream)
+
+    parts = JobParts(
+        attempt=options.attempt,
+        uid=config.uid,
+        spec=config.spec,
+        folder=config.job_folder,
+        controller=controller,
+        control=control,
+        ledger=ledger,
+        ranks=ranks,
+        weights=_make_publisher(config, options, broker, fleet, ranks),
+        checkpoints=checkpoints,
+        evaluator=_make_evaluator(config, options, broker, control, rows),
+        metrics=_open_metrics(config, options, controller, checkpoint, rows, model_folder),
+    )
+    job = TrainerJob(parts, None if checkpoint is None else checkpoint.position)
+    if checkpoint is None:
+        await job.open_history()
+    return job, control
+
+
+def choose_checkpoint(config: RunConfig, checkpoints: Checkpoints, history: History) -> Checkpoint | None:
+    """Return the newest whole checkpoint of the surviving history; None to begin at version 0.
+
+    Raises:
+        ExitError: it was made under another model, data set or seed.
+    """
+    if config.spec.checkpoint.resume == "Never":
+        checkpoints.drop_after(-1)
+        return None
+    checkpoints.drop_after(history.version)  # of a history that was cut
+    checkpoint = next(iter(checkpoints.restorable()), None)
+    if checkpoint is None:
+        return None
+    made_under, now = checkpoint.position.origin, origin_of(config.spec)
+    for block, values in now.items():
+        for field, value in values.items():
+            if (before := made_under.get(block, {}).get(field)) != value:
+                raise ExitError(
+                    ExitCode.REFUSED,
+                    f"checkpoint {checkpoint.folder} is from another manifest: spec.{block}.{field} was "
+                    f"{before!r}, now it is {value!r}; restore the value, or begin in another folder",
+                )
+    log.info("restoring %s", checkpoint.folder)
+    return checkpoint
+
+
+def restore_controller(config: RunConfig, checkpoint: Checkpoint | None, history: History) -> Controller:
+    """Return the books as of the checkpoint, with the steps of the ledger that follow it to be repeated."""
+    if checkpoint is None:
+        return Controller(config.spec)
+    position = checkpoint.position
+    controller = Controller(
+        config.spec,
+        version=position.version,
+        book=TicketBook.restore(position.book),
+        recorded=history.steps[position.version :],
+        began=history.began,
+        position=position.stream_sequence,
+    )
+    if history.num_issued is not None:  # it was over, and has been given more steps
+        controller.add_discards(history.left_over)
+    return controller
+
+
+async def _load_policy(config: RunConfig, ranks: Ranks, checkpoint: Checkpoint | None) -> None:
+    spec = config.spec.checkpoint
+    if checkpoint is not None and checkpoint.has_policy:
+        folder = checkpoint.policy_folder
+    elif spec.resume == "FromPath":
+        folder = Path(spec.resume_path) / "policy"
+        if not folder.is_dir():
+            raise ExitError(
+                ExitCode.REFUSED,
+                f"spec.checkpoint.resumePath: {spec.resume_path}: no checkpoint there (no folder policy)",
+            )
+    else:
+        return
+    try:
+        await ranks.run(Load(folder))
+    except ValueError as error:
+        raise ExitError(ExitCode.REFUSED, str(error)) from error
+
+
+def _make_publisher(
+    config: RunConfig, options: Options, broker: Broker, fleet: Fleet, ranks: Ranks
+) -> WeightPublisher:
+    spec = config.spec.weight_sync
+    on_gpu = spec.backend == "NCCL" or (spec.backend == "Auto" and torch.cuda.is_available())
+    buckets = ranks.policy.parameters_in_buckets(2**62)
+    return WeightPublisher(
+        broker,
+        config.names,
+        fleet,
+        attempt=options.attempt,
+        host=options.host,
+        backend="nccl" if on_gpu else "gloo",
+        model_bytes=sum(tensor.nbytes for bucket in buckets for _, tensor in bucket),
+        timeout_seconds=spec.timeout_seconds,
+        verify=options.verify_weights,
+    )
+
+
+def _make_evaluator(
+    config: RunConfig, options: Options, broker: Broker, control: Control, rows: Rows
+) -> Evaluator | None:
+    if not rows.held_out:
+        return None
+    return Evaluator(
+        broker,
+        config.names,
+        options.attempt,
+        rows.held_out,
+        lambda: control.stream_generation,
+        time.monotonic,
+    )
+
+
+def _open_metrics(
+    config: RunConfig,
+    options: Options,
+    controller: Controller,
+    checkpoint: Checkpoint | None,
+    rows: Rows,
+    model_folder: Path,
+) -> Metrics:
+    """Open the metrics at the restored step; count what training and warm-up share with what is held out."""
+    field = config.spec.dataset.prompt_field
+    training = (prompt_text(row, field) for row in rows.training)
+    before = Report.load(config.report_file)
+    first = None if checkpoint is None else checkpoint.position.first_evaluation
+    report = Report(
+        attempt=options.attempt,
+        step=controller.version,
+        max_steps=controller.spec.training.max_steps,
+        state="Starting",
+        first_evaluation=None if first is None else EvaluationReport.model_validate(first),
+        last_evaluation=None if before is None else before.last_evaluation,
+        num_held_out_in_training=count_shared(training, rows.held_out, field),
+        num_held_out_in_warmup=count_shared(warmup_prompts(model_folder), rows.held_out, field),
+    )
+    metrics = Metrics(config.job_folder, config.report_file, report)
+    metrics.rewind(controller.version)
+    metrics.update()
+    log.info(
+        "%d rows to train on, %d held out; held-out prompts that occur in training: %d, in warm-up: %d",
+        len(rows.training),
+        len(rows.held_out),
+        report.num_held_out_in_training,
+        report.num_held_out_in_warmup,
+    )
+    return metrics

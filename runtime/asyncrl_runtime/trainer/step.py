@@ -1,0 +1,145 @@
+"""One training step, the same on every rank: from a batch of prompt groups to a new policy version."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from asyncrl_api.job import AlgorithmSpec
+from asyncrl_runtime.contract.messages import floats_from_bytes, ids_from_bytes
+from asyncrl_runtime.trainer import diagnostics
+from asyncrl_runtime.trainer.advantages import compute_advantages
+from asyncrl_runtime.trainer.loss import uses_proximal
+from asyncrl_runtime.trainer.packing import (
+    MicroBatch,
+    TrainingSample,
+    distribute,
+    pack,
+    split_minibatches,
+)
+from asyncrl_runtime.trainer.policy import Policy, Update
+from asyncrl_runtime.trainer.staleness import LiveGroup
+
+
+class NumbersUnusable(Exception):
+    """The weights or gradients are not finite any more; going on would train on nothing."""
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What every rank needs to make the step; small enough to be sent to each."""
+
+    samples: tuple[TrainingSample, ...]
+    rewards: tuple[float, ...]
+    num_minibatches: int
+    tokens_per_micro_batch: int
+    learning_rate: float
+
+
+def plan_step(
+    groups: Sequence[LiveGroup],
+    *,
+    algorithm: AlgorithmSpec,
+    max_new_tokens: int,
+    num_minibatches: int,
+    tokens_per_micro_batch: int,
+    learning_rate: float,
+) -> StepPlan:
+    """Turn a batch into training samples with advantages. Pure."""
+    live = [(group.ticket, sample) for group in groups for sample in group.samples]
+    rewards = np.array([sample.sample.reward for _, sample in live], dtype=np.float64)
+    advantages = compute_advantages(
+        rewards,
+        np.array([ticket for ticket, _ in live]),
+        np.array([int(sample.sample.mask().sum()) for _, sample in live]),
+        max_new_tokens,
+        algorithm,
+    )
+    samples = tuple(
+        TrainingSample(
+            ticket=ticket,
+            index=one.sample.index,
+            prompt_ids=ids_from_bytes(one.sample.prompt_ids),
+            response_ids=ids_from_bytes(one.sample.response_ids),
+            behavior_logprobs=floats_from_bytes(one.sample.behavior_logprobs),
+            sampled_mask=one.sample.mask(),
+            loss_mask=one.loss_mask,
+            advantage=float(advantage),
+            temperature=one.sample.temperature,
+            staleness=one.staleness,
+        )
+        for (ticket, one), advantage in zip(live, advantages, strict=True)
+    )
+    return StepPlan(samples, tuple(rewards.tolist()), num_minibatches, tokens_per_micro_batch, learning_rate)
+
+
+def train_step(policy: Policy, plan: StepPlan, algorithm: AlgorithmSpec, rank: int) -> dict[str, float]:
+    """Make all optimizer updates of one step; collective. Returns its diagnostics, the same on all ranks.
+
+    The proximal policy is where the step starts. For the first minibatch it is the policy itself, and the
+    others get theirs in one pass before the first update; so a single minibatch costs none.
+
+    Raises:
+        NumbersUnusable: a gradient is not finite.
+    """
+    began = time.perf_counter()
+    minibatches = [
+        [plan.samples[index] for index in members]
+        for members in split_minibatches([s.ticket for s in plan.samples], plan.num_minibatches)
+    ]
+    packed = [_pack_for_rank(m, plan.tokens_per_micro_batch, policy.world_size, rank) for m in minibatches]
+    needs_proximal = uses_proximal(algorithm)
+    proximal = [policy.logprobs(batches) if needs_proximal else None for batches in packed[1:]]
+    updates = []
+    for samples, batches, proximal_logprobs in zip(minibatches, packed, [None, *proximal], strict=True):
+        update = policy.update(
+            batches,
+            proximal_logprobs=proximal_logprobs,
+            num_tokens=sum(s.num_sampled_tokens for s in samples),
+            learning_rate=plan.learning_rate,
+        )
+        if not np.isfinite(update.gradient_norm):
+            raise NumbersUnusable(
+                f"the gradient of {len(samples)} samples is {update.gradient_norm}; lower "
+                "training.learningRate, or look for rewards or log-probs that are not finite"
+            )
+        updates.append(update)
+    return _report(policy, plan, packed[0], updates, time.perf_counter() - began)
+
+
+def _pack_for_rank(
+    samples: Sequence[TrainingSample], capacity: int, num_ranks: int, rank: int
+) -> list[MicroBatch]:
+    bins = distribute([sample.num_tokens for sample in samples], capacity, num_ranks)[rank]
+    return [pack([samples[index] for index in members]) for members in bins]
+
+
+def _report(
+    policy: Policy,
+    plan: StepPlan,
+    first_minibatch: Sequence[MicroBatch],
+    updates: Sequence[Update],
+    seconds: float,
+) -> dict[str, float]:
+    sums = torch.stack([update.sums for update in updates]).sum(0)
+    tokens = diagnostics.report_tokens(sums)
+    tokens["loss"] = tokens.get("loss", 0.0) / len(updates)
+    mismatch = sum(
+        (
+            diagnostics.mismatch_sums(logprobs, batch.behavior_logprobs, batch.staleness)
+            for batch, logprobs in zip(first_minibatch, updates[0].logprobs, strict=True)
+        ),
+        start=torch.zeros(4, dtype=torch.float64),
+    )
+    return {
+        **diagnostics.report_batch(plan.samples, np.array(plan.rewards)),
+        **tokens,
+        **diagnostics.report_mismatch(policy.reduce(mismatch)),
+        "gradient_norm": float(np.mean([update.gradient_norm for update in updates])),
+        "learning_rate": plan.learning_rate,
+        "num_samples": len(plan.samples),
+        "num_micro_batches": len(first_minibatch) * len(updates),
+        "train_seconds": seconds,
+    }
