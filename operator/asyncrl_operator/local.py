@@ -1,0 +1,398 @@
+"""The second executor: the plan of a job as processes of this machine.
+
+It starts the very commands that pods run, restarts what dies as the failure policy says, probes engines and
+workers as kubelet would, and shows how the job stands. One thread, one loop.
+"""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+import httpx
+
+from asyncrl_api.base import parse_quantity
+from asyncrl_api.exits import ExitCode, ExitError
+from asyncrl_api.job import AsyncRLJob, Spec
+from asyncrl_api.manifests import FieldError, SpecError
+from asyncrl_api.processes import die_with_parent
+from asyncrl_api.report import Report
+from asyncrl_operator.messaging import render_nats_config
+from asyncrl_operator.planner import Plan, Process, plan, plan_split, trainer_command
+from asyncrl_operator.progress import Display
+from asyncrl_operator.restart_policy import ContainerBackoff, GiveUp, Restart, TrainerBudget
+from asyncrl_operator.run_folder import RunFolder
+
+LOOPBACK = "127.0.0.1"
+TICK_SECONDS = 0.1
+GRACE_SECONDS = 10.0
+"""For workers and engines to end; the trainer has `trainer.terminationGracePeriodSeconds`."""
+LOG_LINES = 15
+"""Of a failed process's log, shown to the user."""
+
+
+@dataclass(frozen=True)
+class LocalPlaces:
+    """Implements planner.Places: everything on loopback, on ports that were free."""
+
+    config: str
+    nats_config: str | None
+    ports: Mapping[str, int]
+
+    def trainer_host(self) -> str:
+        return LOOPBACK
+
+    def engine_address(self, replica: int) -> tuple[str, int]:
+        return LOOPBACK, self.ports.get(f"engine-{replica}", 30000 + 2 * replica)
+
+    def health_address(self, replica: int) -> tuple[str, int]:
+        return LOOPBACK, self.ports.get(f"health-{replica}", 30001 + 2 * replica)
+
+
+def free_ports(spec: Spec) -> dict[str, int]:
+    """Return a port for each server of the job, all free at this moment."""
+    names = ["nats"]
+    for replica in range(plan_split(spec).num_replicas):
+        names += [f"engine-{replica}", f"health-{replica}"]
+    sockets = {name: socket.socket() for name in names}
+    try:
+        for each in sockets.values():
+            each.bind((LOOPBACK, 0))
+        return {name: each.getsockname()[1] for name, each in sockets.items()}
+    finally:
+        for each in sockets.values():
+            each.close()
+
+
+def local_refusals(spec: Spec) -> list[FieldError]:
+    """Return what of a manifest cannot run on this machine, each with the remedy."""
+    refusals = []
+    if spec.rollout.engine.type != "CPU":
+        rule = "asyncrl run starts the CPU engine alone: --set spec.rollout.engine.type=CPU"
+        refusals.append(FieldError("spec.rollout.engine.type", rule, spec.rollout.engine.type))
+    if spec.gpu_budget.allocation != "None":
+        rule = "this machine's processes are not GPUs: --set spec.gpuBudget.allocation=None"
+        refusals.append(FieldError("spec.gpuBudget.allocation", rule, spec.gpu_budget.allocation))
+    if spec.trainer.deepspeed.zero_stage == 3:
+        rule = "ZeRO 3 is not there yet: --set spec.trainer.deepspeed.zeroStage=2"
+        refusals.append(FieldError("spec.trainer.deepspeed.zeroStage", rule, 3))
+    if spec.weight_sync.backend == "NCCL":
+        rule = "NCCL needs GPUs: --set spec.weightSync.backend=Gloo"
+        refusals.append(FieldError("spec.weightSync.backend", rule, "NCCL"))
+    if spec.messaging.mode == "Shared" and spec.messaging.shared.subject_prefix:
+        rule = "subject prefixes are not there yet: leave it empty"
+        refusals.append(
+            FieldError("spec.messaging.shared.subjectPrefix", rule, spec.messaging.shared.subject_prefix)
+        )
+    if spec.suspend:
+        refusals.append(FieldError("spec.suspend", "a suspended job has no processes: set it to false", True))
+    return refusals
+
+
+@dataclass
+class Running:
+    """A process of the plan, while it runs and between two lives."""
+
+    process: Process
+    popen: subprocess.Popen[bytes] | None = None
+    started_at: float = 0.0
+    restart_at: float | None = None
+    backoff: ContainerBackoff = field(default_factory=ContainerBackoff)
+    num_starts: int = 0
+    probed_at: float = 0.0
+    failed_probes: int = 0
+    answered: bool = False
+    """Whether the probe of this life was ever good: until then it is still starting."""
+
+
+class Failed(ExitError):
+    """The run cannot go on."""
+
+
+class LocalRun:
+    """Runs one plan to its end.
+
+    Args:
+        folder: prepared and locked by the caller.
+        clock: monotonic seconds.
+        verify_weights: have the trainer compare the engines' checksums.
+    """
+
+    def __init__(
+        self,
+        job: AsyncRLJob,
+        folder: RunFolder,
+        places: LocalPlaces,
+        working_directory: Path,
+        display: Display,
+        *,
+        verify_weights: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._spec = job.spec
+        self._folder = folder
+        self._places = places
+        self._directory = working_directory
+        self._display = display
+        self._clock = clock
+        self._extra = ("--verify-weights",) if verify_weights else ()
+        self._plan: Plan = plan(job, places)
+        self._attempt = folder.last_attempt()
+        self._budget = TrainerBudget(job.spec.failure_policy.trainer)
+        self._running = {process.name: Running(process) for process in self._plan.processes}
+        self._stop_requests = 0
+        self._began = clock()
+        self._below_minimum_since: float | None = None
+        self._step_changed_at = clock()
+        self._last_step = -1
+        self._http = httpx.Client(timeout=2, trust_env=False)
+
+    def run(self) -> Report | None:
+        """Run until the trainer has finished, or was stopped with Ctrl-C.
+
+        Returns:
+            The last report. After a stop its state is `Stopped`.
+
+        Raises:
+            Failed: the job has failed; the message shows the log's last lines and names its file.
+        """
+        with self._signals():
+            try:
+                for running in self._running.values():
+                    self._start(running)
+                while not self._tick():
+                    time.sleep(TICK_SECONDS)
+            finally:
+                self._end_all()
+                self._display.close()
+        return Report.load(self._folder.report)
+
+    # -- one round
+
+    def _tick(self) -> bool:
+        """Look at every process once; True when the job is over."""
+        now = self._clock()
+        report = Report.load(self._folder.report)
+        self._display.show(report, self._attempt)
+        if self._stop_requests:
+            return self._stop_trainer()
+        for running in self._running.values():
+            if running.popen is None:
+                if running.restart_at is not None and now >= running.restart_at:
+                    self._start(running)
+            elif (code := running.popen.poll()) is not None:
+                if running.process.role == "trainer" and code == 0:
+                    return True
+                self._ended(running, code, report)
+            elif running.process.probe is not None:
+                self._probe(running, now)
+        self._check_deadlines(report, now)
+        return False
+
+    def _ended(self, running: Running, code: int, report: Report | None) -> None:
+        name = running.process.name
+        lived = self._clock() - running.started_at
+        running.popen = None
+        step = report.step if report is not None else 0
+        if running.process.role == "trainer":
+            decision: Restart | GiveUp = self._budget.ended(code, step)
+        else:
+            decision = running.backoff.ended(code, lived)
+        if isinstance(decision, GiveUp):
+            raise Failed(
+                ExitCode(code) if code in set(ExitCode) else ExitCode.TRY_AGAIN,
+                f"{name} {_how(code)}: {decision.reason}\n{self._log_tail(name)}",
+            )
+        self._display.note(
+            f"{name} {_how(code)} after {lived:.0f} s; restarted in {decision.delay_seconds:.1f} s "
+            f"(log: {self._folder.log(name)})"
+        )
+        running.restart_at = self._clock() + decision.delay_seconds
+
+    def _probe(self, running: Running, now: float) -> None:
+        """Ask a process's liveness as kubelet would; after too many bad answers it is killed."""
+        probe = running.process.probe
+        assert probe is not None and running.popen is not None
+        if now - running.probed_at < probe.period_seconds:
+            return
+        running.probed_at = now
+        try:
+            is_good = self._http.get(probe.url).status_code == 200
+        except httpx.HTTPError:
+            is_good = not running.answered or running.process.name.endswith("-engine")
+        running.answered |= is_good
+        running.failed_probes = 0 if is_good else running.failed_probes + 1
+        if running.failed_probes >= probe.failures:
+            self._display.note(f"{running.process.name} fails its liveness probe: killed")
+            running.failed_probes = 0
+            running.popen.kill()
+
+    def _check_deadlines(self, report: Report | None, now: float) -> None:
+        policy = self._spec.failure_policy
+        deadline = self._spec.active_deadline_seconds
+        if deadline and now - self._began > deadline:
+            raise Failed(ExitCode.TRY_AGAIN, f"spec.activeDeadlineSeconds: {deadline} have passed")
+        if report is not None and report.step != self._last_step:
+            self._last_step, self._step_changed_at = report.step, now
+        hang = policy.trainer.hang_seconds
+        trainer = self._running["trainer"]
+        if hang and trainer.popen is not None and now - max(self._step_changed_at, trainer.started_at) > hang:
+            self._display.note(
+                f"trainer made no step in {hang} s (failurePolicy.trainer.hangSeconds): killed"
+            )
+            self._step_changed_at = now
+            trainer.popen.kill()
+        self._check_minimum(now)
+
+    def _check_minimum(self, now: float) -> None:
+        """Fail if too few engines have been up for too long."""
+        policy = self._spec.failure_policy.rollout
+        engines = [r for r in self._running.values() if r.process.name.endswith("-engine")]
+        up = sum(running.popen is not None for running in engines)
+        if up * 100 >= policy.min_available_percent * len(engines):
+            self._below_minimum_since = None
+            return
+        self._below_minimum_since = self._below_minimum_since or now
+        if (
+            policy.on_below_minimum == "Fail"
+            and now - self._below_minimum_since > policy.below_minimum_seconds
+        ):
+            raise Failed(
+                ExitCode.TRY_AGAIN,
+                f"{up} of {len(engines)} engines are up for {policy.below_minimum_seconds} s; "
+                f"failurePolicy.rollout.minAvailablePercent is {policy.min_available_percent}\n"
+                f"{self._log_tail(engines[0].process.name)}",
+            )
+
+    # -- start and stop
+
+    def _start(self, running: Running) -> None:
+        process = running.process
+        command = process.command
+        if process.role == "trainer":
+            self._attempt += 1
+            command = trainer_command(
+                self._places, attempt=self._attempt, ranks=process.gpus, extra=self._extra
+            )
+        program = find_program(command[0])
+        path = self._folder.log(process.name)
+        with path.open("ab") as log:
+            # This process has one thread, so code between fork and exec is safe.
+            running.popen = subprocess.Popen(
+                [program, *command[1:]],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=self._directory,
+                env=environment(),
+                start_new_session=True,  # Ctrl-C is ours; we stop the others in order
+                preexec_fn=die_with_parent,  # noqa: PLW1509  # this process has one thread
+            )
+        running.started_at = self._clock()
+        running.restart_at, running.answered, running.failed_probes = None, False, 0
+        running.num_starts += 1
+
+    def _stop_trainer(self) -> bool:
+        """Let the trainer make its checkpoint; True when it has ended."""
+        trainer = self._running["trainer"]
+        if trainer.popen is None or trainer.popen.poll() is not None or self._stop_requests > 1:
+            return True
+        if self._stop_requests == 1 and trainer.restart_at is None:
+            self._display.note("stopping: the trainer makes a checkpoint (Ctrl-C again ends it at once)")
+            trainer.popen.terminate()
+            trainer.restart_at = self._clock() + self._spec.trainer.termination_grace_period_seconds
+        return trainer.restart_at is not None and self._clock() > trainer.restart_at
+
+    def _end_all(self) -> None:
+        """End what still runs, workers before engines before the broker; nothing is left behind."""
+        order = ("trainer", "-worker", "-engine", "nats")
+        for kind in order:
+            alive = [
+                r.popen
+                for name, r in self._running.items()
+                if name.endswith(kind) and r.popen is not None and r.popen.poll() is None
+            ]
+            for popen in alive:
+                popen.terminate()
+            deadline = self._clock() + (GRACE_SECONDS if self._stop_requests < 2 else 0)
+            for popen in alive:
+                try:
+                    popen.wait(max(0.0, deadline - self._clock()))
+                except subprocess.TimeoutExpired:
+                    popen.kill()
+                    popen.wait()
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        def requested(number: int, frame: FrameType | None) -> None:
+            self._stop_requests += 1
+
+        before = {number: signal.signal(number, requested) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _log_tail(self, name: str) -> str:
+        path = self._folder.log(name)
+        lines = path.read_text(errors="replace").splitlines()[-LOG_LINES:] if path.exists() else []
+        shown = "\n".join(f"  | {line}" for line in lines)
+        return f"the last lines of {path}:\n{shown}"
+
+
+def write_nats_config(folder: RunFolder, spec: Spec, port: int) -> Path:
+    """Write the configuration of the embedded server."""
+    storage = spec.messaging.embedded.storage
+    folder.nats.mkdir(parents=True, exist_ok=True)
+    path = folder.nats / "nats.conf"
+    path.write_text(
+        render_nats_config(
+            host=LOOPBACK,
+            port=port,
+            store_dir=str((folder.nats / "store").absolute()),
+            max_store_bytes=parse_quantity(storage.size),
+            is_persistent=storage.type == "Persistent",
+        )
+    )
+    return path
+
+
+def find_program(name: str) -> str:
+    """Return the path of a console script of this environment, or of a program on the PATH.
+
+    Raises:
+        ExitError: it is not installed.
+    """
+    beside = Path(sys.executable).parent / name
+    found = str(beside) if beside.exists() else shutil.which(name)
+    if found is None:
+        raise ExitError(
+            ExitCode.USAGE, f"{name} is not installed here: pip install 'asyncrl[local]' brings it"
+        )
+    return found
+
+
+def environment() -> dict[str, str]:
+    """Return what processes find in their environment: one thread each, since there are many of them."""
+    return {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def check_runnable(job: AsyncRLJob) -> None:
+    """Raise SpecError for what cannot run on this machine."""
+    if refusals := local_refusals(job.spec):
+        raise SpecError(refusals)
+
+
+def _how(code: int) -> str:
+    if code < 0:
+        return f"was ended by {signal.Signals(-code).name}"
+    return f"ended with exit code {code}"

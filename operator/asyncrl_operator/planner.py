@@ -1,0 +1,222 @@
+"""From a GPU budget to groups and processes. Pure; local runner and operator execute the same plan."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from asyncrl_api.base import parse_quantity
+from asyncrl_api.job import AsyncRLJob, Spec
+from asyncrl_api.manifests import FieldError, SpecError
+
+Role = Literal["messaging", "trainer", "rollout"]
+
+ENGINE_MEMORY_SHARE = 0.6
+"""Of a GPU's memory for the weights of an engine; the rest is KV cache and activations."""
+TRAINER_BYTES_PER_PARAMETER = 18
+"""bf16 weights and gradients, fp32 master weights and two moments, sharded over the trainer's GPUs."""
+TRAINER_MEMORY_SHARE = 0.7
+"""Of a GPU's memory for these; the rest is activations and buckets."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Who gets how many GPUs (process slots, where `allocation` is None)."""
+
+    trainer: int
+    rollout: int
+    idle: int
+    gpus_per_replica: int
+    reason: str
+
+    @property
+    def num_replicas(self) -> int:
+        return self.rollout // self.gpus_per_replica
+
+
+@dataclass(frozen=True)
+class Probe:
+    """An HTTP liveness probe: `failures` bad answers in a row have the process restarted."""
+
+    url: str
+    period_seconds: float = 5.0
+    failures: int = 3
+
+
+@dataclass(frozen=True)
+class Process:
+    """One process, hence one container."""
+
+    name: str
+    """`rollout-0-engine`; also the name of its log."""
+    role: Role
+    gpus: int
+    command: tuple[str, ...]
+    probe: Probe | None = None
+
+
+@dataclass(frozen=True)
+class Group:
+    """Processes that are scaled and restarted together."""
+
+    role: Role
+    num_replicas: int
+    gpus: int
+    processes: tuple[Process, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    split: Split
+    groups: tuple[Group, ...]
+
+    @property
+    def processes(self) -> list[Process]:
+        return [process for group in self.groups for process in group.processes]
+
+
+class Places(Protocol):
+    """Where things are; the executor knows."""
+
+    @property
+    def config(self) -> str:
+        """Path of the run configuration."""
+        ...
+
+    @property
+    def nats_config(self) -> str | None:
+        """Path of the embedded server's configuration; None for a shared server."""
+        ...
+
+    def trainer_host(self) -> str: ...
+    def engine_address(self, replica: int) -> tuple[str, int]: ...
+    def health_address(self, replica: int) -> tuple[str, int]: ...
+
+
+def plan(job: AsyncRLJob, places: Places, attempt: int = 1) -> Plan:
+    """Return every process of a job with its command.
+
+    Raises:
+        SpecError: the budget holds no trainer and no engine of the sizes that the model needs.
+    """
+    split = plan_split(job.spec)
+    groups = [_rollout_group(job.spec, split, places), _trainer_group(split, places, attempt)]
+    if places.nats_config is not None:
+        command = ("nats-server", "-c", places.nats_config)
+        nats = Process("nats", "messaging", 0, command)
+        groups.insert(0, Group("messaging", 1, 0, (nats,)))
+    return Plan(split, tuple(groups))
+
+
+def plan_split(spec: Spec) -> Split:
+    """Divide the budget between trainer and rollout.
+
+    In mode Auto it begins near `initialRolloutPercent`, in whole replicas, leaving the least idle.
+
+    Raises:
+        SpecError: nothing fits.
+    """
+    budget, size = spec.gpu_budget, gpus_per_replica(spec)
+    if budget.mode == "Manual":
+        assert budget.split is not None
+        trainer, rollout = budget.split.trainer, budget.split.rollout
+        return Split(trainer, rollout, budget.total - trainer - rollout, size, "Manual")
+    wanted = budget.total * budget.auto.initial_rollout_percent / 100
+    reachable = min(wanted, spec.rollout.max_replicas * size)
+
+    def distance(split: Split) -> tuple[float, float]:
+        is_capped = split.num_replicas == spec.rollout.max_replicas  # then what is left is given back
+        second = abs(split.trainer - (budget.total - wanted)) if is_capped else split.idle
+        return abs(split.rollout - reachable), second
+
+    sizes = [n for n in trainer_sizes(spec) if n >= smallest_trainer(spec)]
+    splits = []
+    for trainer in sizes:
+        replicas = min(spec.rollout.max_replicas, (budget.total - trainer) // size)
+        if replicas >= spec.rollout.min_replicas:
+            rollout = replicas * size
+            splits.append(Split(trainer, rollout, budget.total - trainer - rollout, size, "InitialRatio"))
+    if not splits:
+        needed = min(sizes, default=smallest_trainer(spec)) + spec.rollout.min_replicas * size
+        rule = f"holds no trainer and {spec.rollout.min_replicas} engine(s) of {size}: {needed} are needed"
+        raise SpecError([FieldError("spec.gpuBudget.total", f"{rule} (BudgetTooSmall)", budget.total)])
+    return min(splits, key=distance)
+
+
+def gpus_per_replica(spec: Spec) -> int:
+    """Return the tensor-parallel size: the manifest's, or the least power of two that holds the weights."""
+    if spec.rollout.gpus_per_replica:
+        return spec.rollout.gpus_per_replica
+    if not (spec.model.parameter_count and spec.gpu_budget.gpu_memory):
+        return 1
+    bytes_per_parameter = 2 if spec.model.dtype == "BFloat16" else 4
+    weights = spec.model.parameter_count * bytes_per_parameter
+    room = parse_quantity(spec.gpu_budget.gpu_memory) * ENGINE_MEMORY_SHARE
+    size = 1
+    while size * room < weights:
+        size *= 2
+    return size
+
+
+def smallest_trainer(spec: Spec) -> int:
+    """Return the fewest GPUs that hold weights, gradients and optimizer, where the sizes are told."""
+    granularity = spec.trainer.gpu_granularity
+    if not (spec.model.parameter_count and spec.gpu_budget.gpu_memory):
+        return granularity
+    needed = spec.model.parameter_count * TRAINER_BYTES_PER_PARAMETER
+    room = parse_quantity(spec.gpu_budget.gpu_memory) * TRAINER_MEMORY_SHARE
+    return -(-int(-(-needed // room)) // granularity) * granularity
+
+
+def trainer_sizes(spec: Spec) -> list[int]:
+    """Return the sizes that a trainer may have: its pods are equal, so whole nodes or one part of one."""
+    per_node, granularity = spec.trainer.gpus_per_node, spec.trainer.gpu_granularity
+    sizes = range(granularity, spec.gpu_budget.total + 1, granularity)
+    return [size for size in sizes if size <= per_node or size % per_node == 0]
+
+
+def _rollout_group(spec: Spec, split: Split, places: Places) -> Group:
+    processes: list[Process] = []
+    for replica in range(split.num_replicas):
+        name = f"rollout-{replica}"
+        engine_host, engine_port = places.engine_address(replica)
+        health_host, health_port = places.health_address(replica)
+        health = f"http://{health_host}:{health_port}"
+        processes.append(
+            Process(
+                f"{name}-engine",
+                "rollout",
+                split.gpus_per_replica,
+                _engine_command(spec, split, places.config, engine_host, engine_port),
+                Probe(f"{health}/engine"),
+            )
+        )
+        worker = ["asyncrl-runtime", "worker", "--config", places.config, "--name", name]
+        worker += ["--engine-url", f"http://{engine_host}:{engine_port}"]
+        worker += ["--host", health_host, "--health-port", str(health_port)]
+        processes.append(Process(f"{name}-worker", "rollout", 0, tuple(worker), Probe(f"{health}/worker")))
+    return Group("rollout", split.num_replicas, split.rollout, tuple(processes))
+
+
+def _engine_command(spec: Spec, split: Split, config: str, host: str, port: int) -> tuple[str, ...]:
+    address = ("--host", host, "--port", str(port))
+    if spec.rollout.engine.type == "CPU":
+        return ("asyncrl-runtime", "engine", "--config", config, *address, *spec.rollout.engine.args)
+    dtype = "bfloat16" if spec.model.dtype == "BFloat16" else "float32"
+    model = ("--model-path", spec.model.source.removeprefix("hf://"), "--revision", spec.model.revision)
+    sizes = ("--tp-size", str(split.gpus_per_replica), "--context-length", str(spec.model.context_length))
+    options = ("--dtype", dtype, "--enable-metrics", "--skip-server-warmup", *spec.rollout.engine.args)
+    return ("python", "-m", "sglang.launch_server", *model, *address, *sizes, *options)
+
+
+def _trainer_group(split: Split, places: Places, attempt: int) -> Group:
+    command = trainer_command(places, attempt=attempt, ranks=split.trainer)
+    trainer = Process("trainer", "trainer", split.trainer, command)
+    return Group("trainer", 1, split.trainer, (trainer,))
+
+
+def trainer_command(
+    places: Places, *, attempt: int, ranks: int, extra: Sequence[str] = ()
+) -> tuple[str, ...]:
+    """Return the command of one attempt of the trainer on one node."""
+    command = ("asyncrl-runtime", "trainer", "--config", places.config, "--attempt", str(attempt))
+    return (*command, "--ranks", str(ranks), "--host", places.trainer_host(), *extra)

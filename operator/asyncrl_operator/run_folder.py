@@ -1,0 +1,151 @@
+"""The folder of a local run: made, found again, locked; what lies where in it."""
+
+import json
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from ruamel.yaml import YAML
+
+from asyncrl_api.exits import ExitCode, ExitError
+from asyncrl_api.job import AsyncRLJob, to_manifest
+from asyncrl_api.manifests import load_documents, parse_job
+from asyncrl_api.names import NatsAddress
+from asyncrl_api.rules import violations
+from asyncrl_api.run import RunConfig, live_values
+
+DEFAULT_NAMESPACE = "default"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of one run."""
+
+    path: Path
+
+    @property
+    def manifest(self) -> Path:
+        """As run: the user's manifest with `--set` applied."""
+        return self.path / "job.yaml"
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.json"
+
+    @property
+    def live(self) -> Path:
+        """The fields marked L; edit it while the job runs."""
+        return self.path / "live.json"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.json"
+
+    @property
+    def ledger(self) -> Path:
+        return self.path / "ledger.jsonl"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def nats(self) -> Path:
+        return self.path / "nats"
+
+    def log(self, process: str) -> Path:
+        return self.path / "logs" / f"{process}.log"
+
+    def last_attempt(self) -> int:
+        """Return the highest attempt that the ledger has seen; 0 if none."""
+        if not self.ledger.exists():
+            return 0
+        text = self.ledger.read_text()
+        lines = text[: text.rfind("\n") + 1].splitlines()
+        return max((int(json.loads(line)["attempt"]) for line in lines), default=0)
+
+
+def lock(folder: RunFolder) -> FileLock:
+    """Take the folder for this process; the kernel frees it when the process dies, however it dies.
+
+    Raises:
+        ExitError: another run holds it.
+    """
+    held = FileLock(folder.path / ".lock")
+    try:
+        held.acquire(timeout=0)
+    except Timeout as error:
+        raise ExitError(
+            ExitCode.USAGE,
+            f"{folder.path} is used by a run that is still going; end that one, or choose another --out",
+        ) from error
+    return held
+
+
+def check_is_new(folder: RunFolder) -> None:
+    """Refuse to mix two runs.
+
+    Raises:
+        ExitError: the folder holds something.
+    """
+    if folder.path.exists() and any(folder.path.iterdir()):
+        raise ExitError(
+            ExitCode.USAGE,
+            f"{folder.path} exists already; add --resume to go on with its run, or choose another --out",
+        )
+
+
+def check_may_resume(folder: RunFolder, job: AsyncRLJob) -> None:
+    """See whether the run in the folder can go on under this manifest.
+
+    Raises:
+        ExitError: there is no run, or a field changed that must not.
+    """
+    if not folder.manifest.exists():
+        raise ExitError(ExitCode.USAGE, f"{folder.path} holds no run; leave --resume out to begin one")
+    before = parse_job(load_documents(folder.manifest)[0])
+    changed = [
+        v for v in violations(to_manifest(job), to_manifest(before)) if v not in violations(to_manifest(job))
+    ]
+    if changed:
+        listed = "\n".join(f"  {violation.path}: {violation.message}" for violation in changed)
+        raise ExitError(
+            ExitCode.REFUSED,
+            f"the run in {folder.path} is of another manifest:\n{listed}\n"
+            "restore these values, or begin a new run with another --out",
+        )
+
+
+def write(folder: RunFolder, job: AsyncRLJob, *, nats_url: str, cache: Path, import_path: Path) -> RunConfig:
+    """Write what the processes read. A run keeps its uid for its whole life."""
+    (folder.path / "logs").mkdir(parents=True, exist_ok=True)
+    uid = str(uuid.uuid4())
+    if folder.config.exists():
+        uid = json.loads(folder.config.read_text())["uid"]
+    manifest = to_manifest(job)
+    with folder.manifest.open("w") as file:
+        _yaml().dump(manifest, file)
+    folder.live.write_text(json.dumps(live_values(job.spec), indent=1) + "\n")
+    config = RunConfig(
+        namespace=job.metadata.namespace or DEFAULT_NAMESPACE,
+        name=job.metadata.name,
+        uid=uid,
+        spec=job.spec,
+        nats=NatsAddress(url=nats_url),
+        job_folder=folder.path.absolute(),
+        live_file=folder.live.absolute(),
+        report_file=folder.report.absolute(),
+        model_cache=cache.absolute(),
+        import_paths=(import_path.absolute(),),
+    )
+    config.save(folder.config)
+    return config
+
+
+def _yaml() -> Any:
+    yaml: Any = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False
+    return yaml
