@@ -75,7 +75,7 @@ def _columns(report: Report) -> list[tuple[str, str]]:
             "staleness",
             ""
             if report.staleness_mean is None
-            else f"{report.staleness_mean:.1f} (max {report.staleness_max})",
+            else f"{staleness:.1f} (max {report.staleness_max})",
         ),
         ("tokens/s", "" if report.tokens_per_second is None else f"{report.tokens_per_second:,.0f}"),
         ("waited", "" if wait is None else f"{wait:.0%}"),

@@ -153,8 +153,9 @@ def test_token_logprobs_are_those_of_log_softmax(block: int, monkeypatch: pytest
     targets, temperatures = torch.randint(0, 13, (7,)), 0.5 + torch.rand(7, dtype=torch.float64)
     logprobs, entropies = token_logprobs(logits, targets, temperatures)
     expected = torch.log_softmax(logits / temperatures[:, None], -1)
-    torch.testing.assert_close(logprobs, expected.gather(1, targets[:, None])[:, 0])
-    torch.testing.assert_close(entropies, -(expected.exp() * expected).sum(-1))
+    picked, spread = expected.gather(1, targets[:, None])[:, 0], -(expected.exp() * expected).sum(-1)
+    torch.testing.assert_close(logprobs, picked)
+    torch.testing.assert_close(entropies, spread)
     for wanted in ([0], [1], [0, 1]):
 
         def chosen(values: Tensor, wanted: list[int] = wanted) -> tuple[Tensor, ...]:
@@ -162,6 +163,8 @@ def test_token_logprobs_are_those_of_log_softmax(block: int, monkeypatch: pytest
             return tuple(both[i] for i in wanted)
 
         assert torch.autograd.gradcheck(chosen, (logits,))
+    both = [(2 * one - 3 * two).sum() for one, two in ((logprobs, entropies), (picked, spread))]
+    torch.testing.assert_close(*(torch.autograd.grad(total, logits)[0] for total in both))
 
 
 def test_token_logprobs_of_bfloat16_logits_are_float32_and_their_gradient_is_not() -> None:

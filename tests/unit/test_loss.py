@@ -171,6 +171,14 @@ def test_without_proximal_logprobs_the_policy_is_its_own(case: Case, name: str) 
     assert implicit.sums[SCALARS.index("clipped")] == 0, "with a single minibatch the clip never binds"
 
 
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_only_the_policy_being_updated_has_a_gradient(case: Case, variant: dict[str, Any]) -> None:
+    case.proximal.requires_grad_()
+    loss = case.loss(algorithm_of(variant)).value
+    gradients: tuple[Tensor | None, ...] = torch.autograd.grad(loss, case.proximal, allow_unused=True)
+    assert gradients == (None,)
+
+
 def one_token(
     algorithm: AlgorithmSpec, *, ratio: float, weight: float, advantage: float
 ) -> tuple[float, float]:

@@ -82,6 +82,7 @@ class Controller:
         self.inbox = Inbox(position)
         self.counters = Counters()
         self._recorded = list(recorded)
+        self._is_recorded_lost = False
         self._pending: list[Discard] = []
         self._num_in_step = 0  # tickets of a step that is recorded and not published
         self._discard_count = DiscardCount()
@@ -96,15 +97,13 @@ class Controller:
 
         A discard is replaced at once; a trained batch only when its weights are published.
         """
-        return (
-            len(self._pending)
-            - self._num_in_step
-            + self.book.limit(
-                version=self.version,
-                batch_size=self.spec.training.batch_size,
-                max_versions=self.spec.staleness.max_versions,
-                max_steps=self.spec.training.max_steps,
-            )
+        return self.book.limit(
+            version=self.version,
+            batch_size=self.spec.training.batch_size,
+            max_versions=self.spec.staleness.max_versions,
+            max_steps=self.spec.training.max_steps,
+            num_in_step=self._num_in_step,
+            pending={discard.ticket for discard in self._pending},
         )
 
     def is_closed(self, ticket: int) -> bool:
@@ -113,7 +112,7 @@ class Controller:
     @property
     def num_open(self) -> int:
         """Tickets that were issued and are not closed."""
-        return max(0, self.num_issued - self.book.num_trained - self.book.num_discarded - len(self._pending))
+        return sum(not self.is_closed(ticket) for ticket in self.book.open_tickets(self.num_issued))
 
     # -- arriving
 
@@ -151,6 +150,7 @@ class Controller:
 
         Raises:
             EndlessDiscards: no batch will ever form.
+            RecordedBatchLost: a step cannot be repeated; `cut` is the way on.
         """
         if self._recorded:
             return self._recorded_batch(self._recorded[0])
@@ -178,6 +178,8 @@ class Controller:
 
     def _recorded_batch(self, step: RecordedStep) -> Batch | None:
         """Return a batch as it was recorded, under the values that were in force then."""
+        if self._is_recorded_lost:
+            raise RecordedBatchLost(f"step {step.version} was recorded, but its trajectories are lost")
         spec = with_recorded_values(self.spec, step.live)
         groups = []
         for ticket in step.tickets:
@@ -201,6 +203,7 @@ class Controller:
     def cut(self) -> None:
         """Give up the steps still to be repeated; their tickets are open again."""
         self._recorded.clear()
+        self._is_recorded_lost = False
         for group in list(self.inbox.arrived.values()):
             if (rejected := reject(group, self.spec.sampling.filter)) is not None:
                 self._discard(rejected, group)
@@ -227,13 +230,18 @@ class Controller:
         self._discard_count.step_ended(self.num_issued)
         self.inbox.changed.set()
 
+    @property
+    def last_ticket(self) -> int:
+        """The last ticket ever issued: above N where streams were made again and N has not come that far."""
+        return max(self.num_issued, self.book.highest, *(discard.ticket for discard in self._pending), 0)
+
     def left_over(self) -> dict[str, list[int]]:
         """Return what is discarded at the end, by reason: decided but not recorded, and still open."""
         by_reason: dict[str, list[int]] = defaultdict(list)
         for discard in self._pending:
             by_reason[discard.reason].append(discard.ticket)
         decided = {discard.ticket for discard in self._pending}
-        open_tickets = [t for t in self.book.open_tickets(self.num_issued) if t not in decided]
+        open_tickets = [t for t in self.book.open_tickets(self.last_ticket) if t not in decided]
         if open_tickets:
             by_reason["leftover"] = open_tickets
         return dict(by_reason)
@@ -244,9 +252,14 @@ class Controller:
             self._pending += [Discard(ticket, reason) for ticket in tickets if not self.is_closed(ticket)]
 
     def streams_lost(self) -> None:
-        """What has arrived is gone with its stream: every open ticket is issued again."""
+        """What has arrived is gone with its stream: every open ticket is issued again.
+
+        Steps still to be repeated are lost too. Their tickets will be sampled anew, and that is not what
+        was recorded.
+        """
         self.inbox.forget_all()
         self._pending.clear()
+        self._is_recorded_lost = bool(self._recorded)
 
     # -- helpers
 

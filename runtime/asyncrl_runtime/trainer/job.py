@@ -393,7 +393,7 @@ class TrainerJob:
             await self._checkpoint()
         export = self._parts.folder / "export" / "final"
         await self._export(export)
-        self._parts.ledger.end(self._controller.num_issued, self._controller.left_over())
+        self._parts.ledger.end(self._controller.last_ticket, self._controller.left_over())
         await self._parts.weights.leave()
         await self._parts.ranks.run(Stop())
         self._metrics.update(state="Finished", export=str(export), remaining_seconds=0.0)

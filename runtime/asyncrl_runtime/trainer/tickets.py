@@ -6,7 +6,7 @@ A ticket is open from its issue until it is trained in a step or counted as disc
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -63,15 +63,38 @@ class TicketBook:
             self.num_discarded += 1
         self._raise_low()
 
-    def limit(self, *, version: int, batch_size: int, max_versions: int, max_steps: int) -> int:
+    def limit(
+        self,
+        *,
+        version: int,
+        batch_size: int,
+        max_versions: int,
+        max_steps: int,
+        num_in_step: int = 0,
+        pending: Collection[int] = (),
+    ) -> int:
         """Return the highest ticket number that may be issued now.
 
-        `trained + discarded + min(eta + 1, maxSteps - v) * B`, where trained counts tickets in steps
-        whose weights were published or offered: at most eta + 1 batches are ahead of the policy, and
-        none beyond the last step.
+        At most `min(eta + 1, maxSteps - v) * B` tickets may be open: eta + 1 batches ahead of the policy, and
+        none beyond the last step. Where every closed ticket is among the N issued, that is
+        `N <= trained + discarded + min(eta + 1, maxSteps - v) * B`; a stream that was made again begins
+        below tickets that are closed, and passes over them.
+
+        Args:
+            num_in_step: tickets trained in a step whose weights are not published yet: still open here.
+            pending: tickets that will be discarded, though no ledger line says so yet.
         """
-        steps_ahead = min(max_versions + 1, max_steps - version)
-        return self.num_trained + self.num_discarded + max(0, steps_ahead) * batch_size
+        allowance = max(0, min(max_versions + 1, max_steps - version)) * batch_size - num_in_step
+        ticket, num_open = self.low, 0
+        while (is_closed := self.is_closed(ticket + 1) or ticket + 1 in pending) or num_open < allowance:
+            num_open += not is_closed
+            ticket += 1
+        return ticket
+
+    @property
+    def highest(self) -> int:
+        """The highest ticket that is closed; 0 if none."""
+        return max((self.low, *self.trained_above, *self.discarded_above))
 
     def open_tickets(self, num_issued: int) -> list[int]:
         return [ticket for ticket in range(self.low + 1, num_issued + 1) if not self.is_closed(ticket)]

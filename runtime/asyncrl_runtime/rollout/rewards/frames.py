@@ -1,0 +1,88 @@
+"""What the worker and a reward process tell each other: msgpack frames over a socket pair.
+
+Worker: `Setup`, then lists of `ScoreRequest`. Process: `Ready` or `Refused`, then, for each request of
+a list and in its order, `Scored` or `Failed`. A frame is its length in 4 bytes, then the message.
+"""
+
+import asyncio
+import math
+from typing import Any, BinaryIO, TypeVar
+
+import msgspec
+
+M = TypeVar("M")
+
+
+class ScoreRequest(msgspec.Struct, frozen=True, array_like=True):
+    """A response to be scored; the arguments of `asyncrl_api.protocols.Reward`."""
+
+    prompt: str
+    response: str
+    row: dict[str, Any]
+
+
+class Setup(msgspec.Struct, frozen=True, kw_only=True):
+    """Which reward a process holds: members of `spec.reward`, and where to import the user's code from."""
+
+    type: str
+    function: str
+    answer_field: str
+    timeout_seconds: float
+    import_paths: list[str]
+
+
+class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
+    """The reward is loaded and warm."""
+
+    note: str = ""
+    """For the log: which protections are in force."""
+    is_worker_exposed: bool = False
+    """Untrusted programs run as the worker's own user, so the worker has to hide its memory itself."""
+
+
+class Refused(msgspec.Struct, frozen=True, tag="refused"):
+    """The reward cannot be loaded."""
+
+    message: str
+
+
+class Scored(msgspec.Struct, frozen=True, array_like=True, tag="scored"):
+    reward: float
+    feedback: str
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.reward):
+            raise ValueError(f"the reward is {self.reward}")
+
+
+class Failed(msgspec.Struct, frozen=True, array_like=True, tag="failed"):
+    """The reward raised, or returned no finite number."""
+
+    message: str
+
+
+_encoder = msgspec.msgpack.Encoder()
+
+
+def pack(message: object) -> bytes:
+    """Return the frame of `message`."""
+    body = _encoder.encode(message)
+    return len(body).to_bytes(4, "little") + body
+
+
+async def receive(reader: asyncio.StreamReader, decoder: msgspec.msgpack.Decoder[M]) -> M:
+    """Return the next message.
+
+    Raises:
+        EOFError: the other side is gone.
+        msgspec.DecodeError: something else wrote to the socket.
+    """
+    length = int.from_bytes(await reader.readexactly(4), "little")
+    return decoder.decode(await reader.readexactly(length))
+
+
+def read(stream: BinaryIO, decoder: msgspec.msgpack.Decoder[M]) -> M | None:
+    """Wait for the next message; None when the worker is gone."""
+    length = int.from_bytes(stream.read(4), "little")
+    body = stream.read(length)
+    return decoder.decode(body) if body else None

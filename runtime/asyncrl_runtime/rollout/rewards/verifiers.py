@@ -1,0 +1,111 @@
+"""The rewards that live in a reward process, each as a callable like the user's own.
+
+Libraries are imported when a reward is made: reasoning-gym takes seconds, and a process holds one reward.
+"""
+
+import json
+import logging
+import pkgutil
+import re
+import sys
+from decimal import Decimal
+from functools import cache, partial
+from typing import Any
+
+from asyncrl_api.protocols import Reward, Row, Score
+from asyncrl_runtime.rollout.rewards.frames import Ready, Setup
+
+
+def load_reward(setup: Setup) -> tuple[Reward, Ready]:
+    """Make the reward that `setup` names, ready to score."""
+    match setup.type:
+        case "Math":
+            return MathAnswer(setup.answer_field), Ready()
+        case "ReasoningGym":
+            return ReasoningGymAnswer(), Ready()
+        case "Code":
+            from asyncrl_runtime.rollout.rewards.programs import ProgramTests
+
+            reward = ProgramTests(setup.timeout_seconds)
+            containment = reward.sandbox.containment
+            note = f"programs run {containment}"
+            return reward, Ready(note=note, is_worker_exposed=not containment.is_apart)
+        case "Function":
+            return load_function(setup.function, setup.import_paths), Ready()
+    raise ValueError(f"there is no reward of type {setup.type!r}")
+
+
+def load_function(target: str, import_paths: list[str]) -> Reward:
+    """Import the user's `pkg.module:name`; `import_paths` come first, in their order."""
+    sys.path[:0] = import_paths
+    function = pkgutil.resolve_name(target)
+    if not callable(function):
+        raise TypeError(f"{target} is a {type(function).__name__}, not a callable")
+    reward: Reward = function
+    return reward
+
+
+class MathAnswer:
+    """`Math`: 1 if math-verify finds the response's final answer equal to the row's, else 0.
+
+    Its own time limits are off: they need SIGALRM, and they count a comparison that was too slow as a
+    wrong answer. The pool's limit makes it an error.
+    """
+
+    def __init__(self, answer_field: str) -> None:
+        import math_verify
+
+        logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limits are off
+        self._parse = partial(math_verify.parse, parsing_timeout=None)
+        self._verify = partial(math_verify.verify, timeout_seconds=None)
+        self._answer_field = answer_field
+        self("", "$1$", {answer_field: 1})  # builds the grammar, so that the first sample need not
+
+    def __call__(self, prompt: str, response: str, row: Row, /) -> float | Score:
+        reference = self._parse(as_latex(row[self._answer_field]))
+        if not reference:
+            raise ValueError(f"no answer in the row's {self._answer_field}: {row[self._answer_field]!r:.100}")
+        answer = self._parse(response)
+        if not answer:
+            return Score(0.0, "The response holds no answer.")
+        return 1.0 if self._verify(reference, answer) else 0.0
+
+
+def as_latex(answer: object) -> str:
+    r"""Return a row's reference answer in the form in which math-verify takes it as a whole.
+
+    Only what stands behind `####` counts, as in GSM8K. A bare answer is put between dollars: as running
+    text, `2\sqrt{3}` would be searched for a number and found to hold 2.
+    """
+    text = str(answer).rpartition("####")[2].strip()
+    if re.fullmatch(r"[-+]?[\d,]*\.?\d+(e[-+]?\d+)?", text, re.IGNORECASE):
+        text = f"{Decimal(text.replace(',', '')):f}"  # 1e-5 would be read as a product with Euler's number
+    return text if re.search(r"\$|\\\(|\\\[|\\boxed", text) else f"${text}$"
+
+
+class ReasoningGymAnswer:
+    """`ReasoningGym`: the score of the data set that made the row, as its `metadata` names it.
+
+    The answer is what stands in the last `<answer>` of the response, or the whole response. Some data
+    sets give parts of a point, and a few look at their parameters when they score: those that differ
+    from the defaults stand in the row as `metadata.dataset_parameters`.
+    """
+
+    def __init__(self) -> None:
+        from reasoning_gym import create_dataset
+        from reasoning_gym.utils import extract_answer
+
+        self._extract_answer = extract_answer
+
+        @cache
+        def dataset(name: str, parameters: str) -> Any:
+            return create_dataset(name, **json.loads(parameters))
+
+        self._dataset = dataset
+
+    def __call__(self, prompt: str, response: str, row: Row, /) -> float:
+        metadata = row["metadata"]
+        parameters = json.dumps(metadata.get("dataset_parameters", {}), sort_keys=True)
+        dataset = self._dataset(metadata["source_dataset"], parameters)
+        answer = self._extract_answer(response)
+        return float(dataset.score_answer(response.strip() if answer is None else answer, row))

@@ -1,0 +1,88 @@
+"""What DeepSpeed is told. Pure."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+Dtype = Literal["BFloat16", "Float32"]
+
+BETAS = (0.9, 0.95)
+"""Of AdamW (AReaL, arXiv 2505.24298, table 3): a run has few updates, for which 0.999 remembers too long."""
+
+
+RESERVED = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "managed_gradient_accumulation",
+    "gradient_allreduce_op",
+    "scheduler",
+    "fp16",
+    "zero_optimization.stage",
+    "bf16.enabled",
+)
+"""What the trainer rests on. Another value would silently scale gradients, or contradict the manifest."""
+
+
+def derive_config(
+    *,
+    zero_stage: int,
+    dtype: Dtype,
+    gradient_clipping: float,
+    num_parameters: int,
+    overrides: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return DeepSpeed's config: ours, with `spec.trainer.deepspeed.config` merged over it.
+
+    Micro-batch size and accumulation steps mean nothing here: the policy tells where a minibatch ends, and
+    scales its loss itself. The learning rate is set anew at each step.
+
+    Args:
+        num_parameters: of the model. DeepSpeed's reduction buffers have room for 500 million otherwise.
+
+    Raises:
+        ValueError: `overrides` sets one of RESERVED.
+    """
+    for path in RESERVED:
+        if _is_set(overrides, path):
+            raise ValueError(f"trainer.deepspeed.config.{path} is set, but the trainer decides it")
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": gradient_clipping,
+        "zero_optimization": {
+            "stage": zero_stage,
+            "reduce_bucket_size": min(num_parameters, 500_000_000),
+            "allgather_bucket_size": min(num_parameters, 500_000_000),
+        },
+        # torch's own AdamW: DeepSpeed's are compiled on first use.
+        "optimizer": {
+            "type": "AdamW",
+            "params": {"lr": 0.0, "betas": list(BETAS), "eps": 1e-8, "torch_adam": True, "fused": True},
+        },
+        "timers": {"throughput": {"enabled": False}},
+        "wall_clock_breakdown": False,
+    }
+    if dtype == "BFloat16":
+        # Without the check a gradient that is not finite would be "clipped" to NaN and applied.
+        config["bf16"] = {"enabled": True, "check_grad_overflow": True}
+        if zero_stage >= 1:  # stage 0 knows only the model's own dtype
+            config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return deep_merge(config, overrides)
+
+
+def _is_set(config: Mapping[str, Any], path: str) -> bool:
+    key, _, rest = path.partition(".")
+    if key not in config or not rest:
+        return key in config
+    return isinstance(config[key], Mapping) and _is_set(config[key], rest)
+
+
+def deep_merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `base` with `over` laid on top; mappings are merged, everything else is replaced."""
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        merged[key] = (
+            deep_merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+        )
+    return merged

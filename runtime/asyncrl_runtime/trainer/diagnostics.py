@@ -1,0 +1,171 @@
+"""What a training step tells about itself, as numbers that JSON can hold.
+
+What concerns tokens is kept as sums: a float64 vector that adds up over micro-batches and, by one all-reduce,
+over ranks. Quantiles come from histograms in such a vector. A number that cannot be had (of no tokens, or
+not finite) is absent from a report, never NaN.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from asyncrl_runtime.trainer.packing import TrainingSample
+
+SCALARS = ("loss", "tokens", "live", "clipped", "capped", "weight", "squared_weight", "entropy", "kl")
+
+_MAGNITUDES = torch.logspace(-6, math.log10(20), 147, dtype=torch.float64)
+_EDGES = torch.cat([-_MAGNITUDES.flip(0), _MAGNITUDES])
+"""Of the histogram's bins, in log-ratio: 20 per decade on either side, one for what is within 1e-6 of 0."""
+_CENTERS = torch.cat([_EDGES[:1], (_EDGES[:-1] + _EDGES[1:]) / 2, _EDGES[-1:]])
+NUM_BINS = len(_CENTERS)
+
+QUANTILES = {"min": 0.0, "p05": 0.05, "p50": 0.5, "p95": 0.95, "p99": 0.99, "max": 1.0}
+
+Report = dict[str, float]
+
+
+def token_sums(
+    *,
+    loss: Tensor,
+    log_ratios: Tensor,
+    log_weights: Tensor,
+    weights: Tensor,
+    clipped: Tensor,
+    capped: Tensor,
+    entropies: Tensor,
+    kl: Tensor,
+    loss_mask: Tensor,
+) -> Tensor:
+    """Return one micro-batch's vector of sums, [len(SCALARS) + 2 * NUM_BINS] float64, detached.
+
+    Args:
+        loss: scalar, the micro-batch's share of the minibatch's mean.
+        log_ratios: [R] current policy against the one that the update is measured from.
+        log_weights: [R] importance weights before their bound.
+        weights: [R] importance weights as applied.
+        clipped: [R] bool, tokens whose gradient the clip takes away or bounds.
+        capped: [R] bool, tokens whose importance weight met its bound.
+        entropies: [R].
+        kl: [R] to the reference policy, zeros without one.
+        loss_mask: [R] bool; masked tokens enter none of these but `tokens`.
+    """
+    live = loss_mask.to(torch.float64)
+    columns = torch.stack([live, clipped, capped, weights, weights.square(), entropies, kl]).double()
+    sums = (columns * live).sum(1)
+    head = torch.stack([loss.double(), live.new_tensor(float(len(live)))])
+    histograms = [histogram(log_ratios, loss_mask), histogram(log_weights, loss_mask)]
+    return torch.cat([head, sums, *histograms]).detach()
+
+
+def histogram(values: Tensor, mask: Tensor) -> Tensor:
+    """Return [NUM_BINS] float64 counts of `values` where `mask`, both [R]."""
+    bins = torch.bucketize(values.detach().double(), _EDGES.to(values.device))
+    counts = torch.zeros(NUM_BINS, dtype=torch.float64, device=values.device)
+    return counts.index_add_(0, bins, mask.double())
+
+
+def report_tokens(sums: Tensor) -> Report:
+    """Turn the summed vector of a minibatch or step into a report.
+
+    `loss` adds up as it is, so over several minibatches it is their sum; the caller divides. The effective
+    sample size (Kish) is a share of the tokens in the loss: (sum w)^2 / (n sum w^2).
+    """
+    values = dict(zip(SCALARS, sums.tolist(), strict=False))
+    ratios, weights = sums[len(SCALARS) :].cpu().view(2, NUM_BINS)
+    report = {"loss": values["loss"], "num_tokens": values["tokens"], "num_live_tokens": values["live"]}
+    if (live := values["live"]) > 0:
+        report |= {
+            "clip_fraction": values["clipped"] / live,
+            "capped_fraction": values["capped"] / live,
+            "importance_weight_mean": values["weight"] / live,
+            "entropy": values["entropy"] / live,
+            "reference_kl": values["kl"] / live,
+        }
+        report |= {f"ratio_{name}": value for name, value in _quantiles(ratios).items()}
+        report |= {f"importance_weight_{name}": value for name, value in _quantiles(weights).items()}
+        if values["squared_weight"] > 0:
+            report["effective_sample_size"] = values["weight"] ** 2 / (live * values["squared_weight"])
+    return finite(report)
+
+
+def _quantiles(counts: Tensor) -> Report:
+    """Return quantiles of exp(x) for a histogram of x; each is off by half a bin at most."""
+    cumulative = counts.cumsum(0)
+    ranks = torch.tensor(list(QUANTILES.values()), dtype=torch.float64) * (cumulative[-1] - 1) + 1
+    bins = torch.searchsorted(cumulative, ranks).clamp(max=NUM_BINS - 1)
+    return dict(zip(QUANTILES, _CENTERS[bins].exp().tolist(), strict=True))
+
+
+def mismatch_sums(logprobs: Tensor, behavior_logprobs: Tensor, staleness: Tensor) -> Tensor:
+    """Return [4] float64 sums for `report_mismatch`, on the CPU.
+
+    Args:
+        logprobs: [R] under the trainer's weights at the version that trains, before any update.
+        behavior_logprobs: [R] as the engine sampled.
+        staleness: [R]; only tokens with 0 were sampled with these weights, the others do not count.
+    """
+    same = (staleness == 0).cpu().double()
+    gap = (logprobs.detach().cpu().double() - behavior_logprobs.cpu().double()).clamp(-20, 20)
+    columns = torch.stack([torch.ones_like(gap), -gap, gap.expm1() - gap, gap.abs()])
+    return (columns * same).sum(1)
+
+
+def report_mismatch(sums: Tensor) -> Report:
+    """KL of the engine's policy from the trainer's at one version, estimated on the engine's tokens.
+
+    Zero if both computed the same numbers. k1 is unbiased and may be negative; k3 is unbiased, never
+    negative, and less noisy (Schulman 2020, http://joschu.net/blog/kl-approx.html).
+    """
+    num_tokens, k1, k3, gap = sums.tolist()
+    if num_tokens == 0:
+        return {}
+    report = {"k1": k1 / num_tokens, "k3": k3 / num_tokens, "absolute_gap": gap / num_tokens}
+    return finite(
+        {f"mismatch_{name}": value for name, value in report.items()} | {"mismatch_tokens": num_tokens}
+    )
+
+
+def report_batch(samples: Sequence[TrainingSample], rewards: NDArray[np.float64]) -> Report:
+    """Rewards, lengths and staleness of a step's batch.
+
+    Args:
+        samples: N of them.
+        rewards: [N] as the verifier gave them.
+    """
+    lengths = np.array([s.num_sampled_tokens for s in samples])
+    tickets = np.array([s.ticket for s in samples])
+    uniform = [np.ptp(rewards[tickets == ticket]) == 0 for ticket in np.unique(tickets)]
+    report = {
+        "reward_mean": float(rewards.mean()),
+        "reward_std": float(rewards.std()),
+        "reward_min": float(rewards.min()),
+        "reward_max": float(rewards.max()),
+        "uniform_group_fraction": float(np.mean(uniform)),
+        "response_tokens_mean": float(lengths.mean()),
+        "response_tokens_max": float(lengths.max()),
+        "prompt_tokens_mean": float(np.mean([len(s.prompt_ids) for s in samples])),
+        "live_token_fraction": float(sum(s.loss_mask.sum() for s in samples) / lengths.sum()),
+    }
+    if histogram := staleness_histogram(samples):
+        total = sum(histogram.values())
+        report["staleness_mean"] = sum(versions * count for versions, count in histogram.items()) / total
+        report["staleness_max"] = float(max(histogram))
+    return finite(report)
+
+
+def staleness_histogram(samples: Iterable[TrainingSample]) -> dict[int, int]:
+    """Return versions of staleness -> sampled tokens, ascending; of the samples that know theirs."""
+    known = [s.staleness[s.sampled_mask] for s in samples if s.staleness is not None]
+    if not known:
+        return {}
+    versions, counts = np.unique(np.concatenate(known), return_counts=True)
+    return dict(zip(versions.tolist(), counts.tolist(), strict=True))
+
+
+def finite(values: Mapping[str, float]) -> Report:
+    """Return what of `values` JSON can hold."""
+    return {name: value for name, value in values.items() if math.isfinite(value)}

@@ -1,0 +1,237 @@
+"""Policy losses on flat tensors of R sampled tokens. Pure; each says which paper's equation it is.
+
+What all have in common: one denominator, the sampled tokens of the minibatch over all micro-batches and
+ranks, counted before anything is masked. So a token that leaves the loss (stale, or its weight above the
+cap) dilutes the gradient, does not inflate that of the others, and the split into micro-batches changes
+nothing.
+
+| loss | objective per token, to be maximized |
+|---|---|
+| DecoupledPPO | w min(u A, clip(u) A), u = pi_theta / pi_prox, w = bound(pi_prox / pi_behav) |
+| GSPO | the same with u and w per sequence: geometric means over its tokens |
+| PPO | min(u A, clip(u) A), u = pi_theta / pi_behav |
+| CISPO | sg(clip(u)) A log pi_theta, u = pi_theta / pi_behav |
+| TIS | sg(min(u, max)) A log pi_theta, u = pi_theta / pi_behav |
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from asyncrl_api.job import AlgorithmSpec, ClipSpec, ImportanceWeightSpec
+from asyncrl_runtime.trainer.diagnostics import token_sums
+from asyncrl_runtime.trainer.packing import MicroBatch
+
+MAX_LOG_RATIO = 20.0
+"""Log-ratios are cut here, without gradient beyond: exp(90) is infinite and infinity times 0 no gradient."""
+
+
+class Loss(NamedTuple):
+    value: Tensor
+    """Scalar; summed over the micro-batches and ranks of a minibatch it is the mean per sampled token."""
+    sums: Tensor
+    """Detached, see diagnostics.token_sums."""
+
+
+class Surrogate(NamedTuple):
+    """A policy objective per token, all [R]; only `objective` carries a gradient."""
+
+    objective: Tensor
+    log_ratios: Tensor
+    log_weights: Tensor
+    weights: Tensor
+    clipped: Tensor
+    capped: Tensor
+
+
+def compute_loss(
+    algorithm: AlgorithmSpec,
+    batch: MicroBatch,
+    logprobs: Tensor,
+    entropies: Tensor,
+    *,
+    proximal_logprobs: Tensor | None,
+    reference_logprobs: Tensor | None,
+    num_tokens: int,
+) -> Loss:
+    """Return the loss of one micro-batch and its diagnostics.
+
+    Args:
+        logprobs: [R] under the policy being updated; carries the gradient.
+        entropies: [R] of the same distributions.
+        proximal_logprobs: [R] under the policy at the step's start; None where that is the policy itself, as
+            in a step's first minibatch, and for losses that do not use it (`uses_proximal`).
+        reference_logprobs: [R]; None without KL term.
+        num_tokens: sampled tokens of the minibatch over all ranks and micro-batches.
+
+    Regularizers see every token of the loss mask, whatever its importance weight: they compare the policy
+    with the reference or with itself, not with the behavior policy.
+    """
+    # Detached: neither the trust region's center nor an importance weight carries a gradient.
+    proximal = (logprobs if proximal_logprobs is None else proximal_logprobs).detach()
+    surrogate = _SURROGATES[algorithm.policy_loss](algorithm, batch, logprobs, proximal)
+    per_token = -surrogate.objective
+    kl = torch.zeros_like(entropies)
+    if reference_logprobs is not None:
+        kl = k3(logprobs, reference_logprobs)
+        per_token = per_token + algorithm.kl_coefficient * kl
+    if algorithm.entropy_coefficient:
+        per_token = per_token - algorithm.entropy_coefficient * entropies
+    value = torch.where(batch.loss_mask, per_token, 0.0).sum() / num_tokens
+    sums = token_sums(
+        loss=value,
+        log_ratios=surrogate.log_ratios,
+        log_weights=surrogate.log_weights,
+        weights=surrogate.weights,
+        clipped=surrogate.clipped,
+        capped=surrogate.capped,
+        entropies=entropies,
+        kl=kl,
+        loss_mask=batch.loss_mask,
+    )
+    return Loss(value, sums)
+
+
+def uses_proximal(algorithm: AlgorithmSpec) -> bool:
+    """Whether a step of several minibatches needs the proximal pass."""
+    return algorithm.policy_loss in ("DecoupledPPO", "GSPO")
+
+
+def decoupled_ppo(
+    algorithm: AlgorithmSpec, batch: MicroBatch, logprobs: Tensor, proximal: Tensor
+) -> Surrogate:
+    """Decoupled PPO (AReaL, arXiv 2505.24298, eq. 5; Hilton et al., arXiv 2110.00641, section 2).
+
+    The weight corrects for who sampled the token; the clip limits movement from this step's start. The paper
+    does not bound the weight.
+    """
+    return _decoupled(
+        algorithm,
+        batch.advantages,
+        log_ratios=_log_ratio(logprobs, proximal),
+        log_weights=_log_ratio(proximal, batch.behavior_logprobs),
+    )
+
+
+def gspo(algorithm: AlgorithmSpec, batch: MicroBatch, logprobs: Tensor, proximal: Tensor) -> Surrogate:
+    """GSPO's length-normalized sequence ratio (arXiv 2507.18071, eq. 5 and 7) in the decoupled form.
+
+    The paper's pi_old samples and centers the clip at once. Its clip is so narrow (3e-4) that measured
+    from a stale behavior policy it would bind on nearly everything, so it stays at the proximal policy, and
+    the behavior policy is corrected for by a weight of the same kind, the geometric mean of
+    pi_prox / pi_behav over the sequence, bounded like that of a token (so `Mask` drops whole sequences).
+    Means are over the tokens in the loss. The paper averages over sequences; here, as in AReaL, each
+    counts by its tokens, which gives every token's score the same factor and no length an advantage.
+    """
+    return _decoupled(
+        algorithm,
+        batch.advantages,
+        log_ratios=_sequence_mean(_log_ratio(logprobs, proximal), batch),
+        log_weights=_sequence_mean(_log_ratio(proximal, batch.behavior_logprobs), batch),
+    )
+
+
+def ppo(algorithm: AlgorithmSpec, batch: MicroBatch, logprobs: Tensor, _: Tensor) -> Surrogate:
+    """PPO (arXiv 1707.06347, eq. 7) with the behavior policy as pi_old, which is also the clip's center."""
+    log_ratios = _log_ratio(logprobs, batch.behavior_logprobs)
+    ratios = log_ratios.exp()
+    objective, clipped = clipped_objective(ratios, batch.advantages, algorithm.clip)
+    return Surrogate(
+        objective, log_ratios, log_ratios, ratios.detach(), clipped, capped=torch.zeros_like(clipped)
+    )
+
+
+def cispo(algorithm: AlgorithmSpec, batch: MicroBatch, logprobs: Tensor, _: Tensor) -> Surrogate:
+    """CISPO (MiniMax-M1, arXiv 2506.13585, eq. 4 and 5): the weight is clipped, no token loses its gradient.
+
+    The ratio is to the behavior policy, which pi_old is in the paper.
+    """
+    log_ratios = _log_ratio(logprobs, batch.behavior_logprobs).detach()
+    ratios = log_ratios.exp()
+    weights = ratios.clamp(1 - algorithm.clip.low, 1 + algorithm.clip.high)
+    objective = weights * batch.advantages * logprobs
+    return Surrogate(
+        objective,
+        log_ratios,
+        log_ratios,
+        weights,
+        weights != ratios,
+        capped=torch.zeros_like(batch.loss_mask),
+    )
+
+
+def tis(algorithm: AlgorithmSpec, batch: MicroBatch, logprobs: Tensor, _: Tensor) -> Surrogate:
+    """REINFORCE with truncated importance sampling (IMPALA, arXiv 1802.01561, section 4.2; Ionides 2008).
+
+    rho = min(pi_theta / pi_behav, importanceWeight.max). To truncate is the method, so `onExceed` has no
+    part in it. (Truncating pi_prox / pi_behav in front of PPO's objective is DecoupledPPO with `Clamp`.)
+    """
+    log_ratios = _log_ratio(logprobs, batch.behavior_logprobs).detach()
+    ratios = log_ratios.exp()
+    weights = ratios.clamp(max=algorithm.importance_weight.max)
+    objective = weights * batch.advantages * logprobs
+    return Surrogate(
+        objective, log_ratios, log_ratios, weights, torch.zeros_like(batch.loss_mask), weights != ratios
+    )
+
+
+def clipped_objective(ratios: Tensor, advantages: Tensor, clip: ClipSpec) -> tuple[Tensor, Tensor]:
+    """Return min(u A, clip(u) A), [R], and where the bound took the gradient away, [R] bool.
+
+    With `dual`, what a negative advantage can cost is bounded too: max(that, dual A) where A < 0 (dual-clip
+    PPO, arXiv 1912.09729, eq. 5).
+    """
+    free = ratios * advantages
+    objective = torch.minimum(free, ratios.clamp(1 - clip.low, 1 + clip.high) * advantages)
+    if clip.dual is not None:
+        objective = torch.where(advantages < 0, objective.maximum(clip.dual * advantages), objective)
+    return objective, (objective != free).detach()
+
+
+def bounded_weights(log_weights: Tensor, rule: ImportanceWeightSpec) -> tuple[Tensor, Tensor]:
+    """Return importance weights within their cap, [R], and where they exceeded it, [R] bool.
+
+    `Mask`: such a token leaves the loss (weight 0), as in AReaL's code. `Clamp`: it stays with the cap.
+    """
+    weights = log_weights.exp()
+    exceeded = weights > rule.max
+    return weights.masked_fill(exceeded, 0.0 if rule.on_exceed == "Mask" else rule.max), exceeded
+
+
+def k3(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
+    """Return [R] estimates of KL(pi_theta || pi_ref), never negative (GRPO, arXiv 2402.03300, eq. 4)."""
+    gap = _log_ratio(reference_logprobs, logprobs)
+    return gap.exp() - gap - 1
+
+
+def _decoupled(
+    algorithm: AlgorithmSpec, advantages: Tensor, *, log_ratios: Tensor, log_weights: Tensor
+) -> Surrogate:
+    objective, clipped = clipped_objective(log_ratios.exp(), advantages, algorithm.clip)
+    weights, capped = bounded_weights(log_weights, algorithm.importance_weight)
+    return Surrogate(weights * objective, log_ratios.detach(), log_weights.detach(), weights, clipped, capped)
+
+
+def _log_ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    # Not clamp, whose gradient at NaN is 0: a model gone bad would look like one with nothing to learn.
+    return F.hardtanh(numerator - denominator, -MAX_LOG_RATIO, MAX_LOG_RATIO)
+
+
+def _sequence_mean(values: Tensor, batch: MicroBatch) -> Tensor:
+    """Return [R]: for each token the mean of `values` over its sequence's tokens in the loss."""
+    live = batch.loss_mask.to(values.dtype)
+    totals = values.new_zeros(batch.num_sequences).index_add(0, batch.sequences, values * live)
+    counts = live.new_zeros(batch.num_sequences).index_add(0, batch.sequences, live)
+    return (totals / counts.clamp(min=1))[batch.sequences]
+
+
+_SURROGATES: dict[str, Callable[[AlgorithmSpec, MicroBatch, Tensor, Tensor], Surrogate]] = {
+    "DecoupledPPO": decoupled_ppo,
+    "GSPO": gspo,
+    "PPO": ppo,
+    "CISPO": cispo,
+    "TIS": tis,
+}

@@ -1,0 +1,304 @@
+"""The policy: a Hugging Face causal LM under DeepSpeed, one code path for CPU (gloo) and GPU (nccl).
+
+Every data-parallel rank has one, and all ranks call the same methods with as many micro-batches: DeepSpeed's
+collectives are inside. DeepSpeed is imported on first use, since that takes seconds.
+"""
+
+import contextlib
+import json
+import logging
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from asyncrl_api.job import AlgorithmSpec, DeepSpeedSpec, TrainingSpec
+from asyncrl_runtime.model import attention
+from asyncrl_runtime.trainer.deepspeed_config import Dtype, derive_config
+from asyncrl_runtime.trainer.loss import compute_loss
+from asyncrl_runtime.trainer.packing import MicroBatch
+from asyncrl_runtime.trainer.token_logprobs import token_logprobs
+
+_TAG = "policy"
+_TORCH_DTYPES = {"BFloat16": torch.bfloat16, "Float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one optimizer update was like."""
+
+    sums: Tensor
+    """Diagnostics of the minibatch, summed over all ranks (diagnostics.report_tokens)."""
+    gradient_norm: float
+    """Before clipping; not finite if the gradient was not, in which case the weights stayed as they were."""
+    logprobs: list[Tensor]
+    """[R] of each micro-batch of this rank, under the weights before the update; detached."""
+
+
+class ResponseModel(nn.Module):
+    """A causal LM that says how probable the sampled tokens of a micro-batch are."""
+
+    def __init__(self, causal_lm: PreTrainedModel) -> None:
+        super().__init__()
+        self.causal_lm = causal_lm
+
+    def forward(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """Return log-probs and entropies, [R] float32, at the rows' temperatures.
+
+        Logits exist only where they predict a sampled token.
+        """
+        output = self.causal_lm(
+            input_ids=batch.input_ids[None],
+            position_ids=batch.position_ids[None],
+            attention_plan=batch.attention_plan,
+            logits_to_keep=batch.positions,
+            use_cache=False,
+        )
+        return token_logprobs(output.logits[0], batch.targets, batch.temperatures)
+
+
+class Policy:
+    """The model being trained, its optimizer, and the frozen reference if the algorithm has a KL term."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        dtype: Dtype,
+        training: TrainingSpec,
+        algorithm: AlgorithmSpec,
+        deepspeed: DeepSpeedSpec,
+        recompute_activations: bool | None = None,
+    ) -> None:
+        """Load the model; collective. The caller has made the process group (gloo or nccl) before.
+
+        Args:
+            folder: Hugging Face model, the same on all ranks; also the reference of the KL term.
+            recompute_activations: in the backward pass, layer by layer. By default on a GPU, whose memory
+                bounds `tokensPerMicroBatch`, and not on a CPU.
+        """
+        if deepspeed.zero_stage == 3:
+            raise ValueError("trainer.deepspeed.zeroStage is 3, the trainer knows 0, 1 and 2")
+        library = _import_deepspeed()  # before transformers does, and chooses the accelerator for us
+        self.device = _local_device()
+        self.world_size = dist.get_world_size()
+        self._algorithm = algorithm
+        self._zero_stage = deepspeed.zero_stage
+        self._dtype: Dtype = dtype
+        model = load_model(folder, dtype)
+        if self.device.type == "cuda" if recompute_activations is None else recompute_activations:
+            model.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+        config = derive_config(
+            zero_stage=deepspeed.zero_stage,
+            dtype=dtype,
+            gradient_clipping=training.gradient_clipping,
+            num_parameters=sum(p.numel() for p in model.parameters()),
+            overrides=deepspeed.config,
+        )
+        with _without_prints():
+            self._engine = library.initialize(
+                model=model, model_parameters=parameter_groups(model, training.weight_decay), config=config
+            )[0]
+        self._reference: ResponseModel | None = None
+        if algorithm.kl_coefficient > 0:
+            self._reference = load_model(folder, dtype).to(self.device).requires_grad_(False)
+
+    @torch.no_grad()
+    def logprobs(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
+        """Return [R] float32 of each micro-batch under the weights as they are."""
+        return [self._engine.module(batch.to(self.device))[0] for batch in micro_batches]
+
+    def update(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        *,
+        proximal_logprobs: Sequence[Tensor] | None,
+        num_tokens: int,
+        learning_rate: float,
+    ) -> Update:
+        """Make one optimizer update from one minibatch; collective.
+
+        Args:
+            micro_batches: this rank's; every rank has as many.
+            proximal_logprobs: [R] of each, from `logprobs` before the step's first update; None in the first,
+                whose proximal policy is the policy itself, and where `loss.uses_proximal` says no.
+            num_tokens: sampled tokens of the minibatch over all ranks, at least 1.
+        """
+        sums, logprobs = [], []
+        for number, batch in enumerate(micro_batches):
+            batch = batch.to(self.device)
+            # Before each: DeepSpeed's own count knows no minibatch of varying size.
+            self._engine.set_gradient_accumulation_boundary(number == len(micro_batches) - 1)
+            new_logprobs, entropies = self._engine(batch)
+            loss = compute_loss(
+                self._algorithm,
+                batch,
+                new_logprobs,
+                entropies,
+                proximal_logprobs=None if proximal_logprobs is None else proximal_logprobs[number],
+                reference_logprobs=self._reference_logprobs(batch),
+                num_tokens=num_tokens,
+            )
+            # DeepSpeed takes the mean of the ranks' gradients, where ours is a sum.
+            self._engine.backward(loss.value * self.world_size)
+            sums.append(loss.sums)
+            logprobs.append(new_logprobs.detach())
+        gradient_norm = self._step(learning_rate)
+        return Update(self.reduce(torch.stack(sums).sum(0)), gradient_norm, logprobs)
+
+    def reduce(self, sums: Tensor) -> Tensor:
+        """Return `sums` summed over ranks, on the CPU; collective."""
+        total = sums.to(self.device, copy=True)
+        dist.all_reduce(total)
+        return total.cpu()
+
+    def _step(self, learning_rate: float) -> float:
+        """Apply the gradient, unless it is not finite, and return its norm."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        if self._zero_stage == 0 and self._dtype == "Float32":
+            # Here DeepSpeed keeps no norm, and applies what is not finite. All ranks hold the same gradient.
+            grads = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
+            norm = float(nn.utils.get_total_norm(grads))
+            if not math.isfinite(norm):
+                self._engine.zero_grad()
+                return norm
+            self._engine.step()
+            return norm
+        self._engine.step()
+        return float(self._engine.get_global_grad_norm())
+
+    @torch.no_grad()
+    def _reference_logprobs(self, batch: MicroBatch) -> Tensor | None:
+        if self._reference is None:
+            return None
+        logprobs: Tensor = self._reference(batch)[0]
+        return logprobs
+
+    def parameters_in_buckets(self, max_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
+        """Yield the weights as (Hugging Face name, tensor), always in the same order; tied ones once.
+
+        All ranks go through it, though up to ZeRO 2 each holds all weights: under ZeRO 3 the gathering of a
+        bucket, which is collective, would stand around its `yield`. The tensors are the live ones, valid
+        until the next bucket is asked for, and not to be changed.
+
+        Args:
+            max_bytes: of a bucket; a tensor larger than that comes alone.
+        """
+        bucket: list[tuple[str, Tensor]] = []
+        num_bytes = 0
+        for name, parameter in self._engine.module.causal_lm.named_parameters():
+            if bucket and num_bytes + parameter.nbytes > max_bytes:
+                yield bucket
+                bucket, num_bytes = [], 0
+            bucket.append((name, parameter.detach()))
+            num_bytes += parameter.nbytes
+        if bucket:
+            yield bucket
+
+    def export(self, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        """Write a folder that `from_pretrained` loads, in the model's dtype. Rank 0 writes, nobody waits."""
+        if dist.get_rank() == 0:
+            self._engine.module.causal_lm.save_pretrained(folder)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+
+    def save(self, folder: Path) -> None:
+        """Write weights, optimizer and random state into `folder`; collective, and complete on return."""
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(_random_state(), folder / f"random_{dist.get_rank()}.pt")
+        if dist.get_rank() == 0:
+            (folder / "layout.json").write_text(json.dumps(self._layout))
+        self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """Take up what `save` wrote, to the bit; collective.
+
+        Raises:
+            ValueError: it was written by another number of ranks, ZeRO stage or dtype.
+        """
+        layout = json.loads((folder / "layout.json").read_text())
+        if layout != self._layout:
+            raise ValueError(f"checkpoint {folder} has layout {layout}, this trainer {self._layout}")
+        with _without_prints():
+            self._engine.load_checkpoint(str(folder), tag=_TAG)
+        _set_random_state(torch.load(folder / f"random_{dist.get_rank()}.pt", weights_only=True))
+
+    @property
+    def _layout(self) -> dict[str, int | str]:
+        return {"world_size": self.world_size, "zero_stage": self._zero_stage, "dtype": self._dtype}
+
+
+def load_model(folder: Path, dtype: Dtype) -> ResponseModel:
+    """Load a causal LM whose passes over the same tokens all give the same log-probs: dropout is off.
+
+    It is in training mode nevertheless, in which alone transformers recomputes activations.
+    """
+    transformers_logging.disable_progress_bar()
+    causal_lm = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=_TORCH_DTYPES[dtype], attn_implementation=attention.IMPLEMENTATION
+    )
+    for module in causal_lm.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return ResponseModel(causal_lm).train()
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Return AdamW's groups: weight decay for matrices and embeddings, none for norms and biases.
+
+    Decay pulls to zero, which is no neutral place for the scale of a norm.
+    """
+    parameters = list(model.parameters())
+    return [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def _local_device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def _import_deepspeed() -> Any:
+    """Import DeepSpeed such that it needs no compiler and says only what is wrong."""
+    if not torch.cuda.is_available():
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ.setdefault("LOCAL_RANK", "0")  # required, though nothing but torchrun sets it
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+    # Else the first process group compiles a shared-memory all-reduce with g++, for minutes.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+@contextlib.contextmanager
+def _without_prints() -> Iterator[None]:
+    """Hide what DeepSpeed prints past its logger, whose warnings go on."""
+    with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
+
+
+def _random_state() -> dict[str, Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _set_random_state(state: Mapping[str, Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])

@@ -1,0 +1,414 @@
+"""The policy under DeepSpeed, on one and on two gloo ranks, against plain PyTorch.
+
+Ranks are processes that run this very file; a session of them goes through all scenarios, since to start one
+takes longer than most of what it does. What they find they write into a folder, and the tests read it.
+"""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from asyncrl_api.job import AlgorithmSpec, DeepSpeedSpec, TrainingSpec
+from asyncrl_runtime.trainer.deepspeed_config import BETAS
+from asyncrl_runtime.trainer.diagnostics import report_tokens
+from asyncrl_runtime.trainer.packing import TrainingSample, distribute, pack, split_minibatches
+from asyncrl_runtime.trainer.policy import Policy, Update
+from naive_rl import NaiveTrainer
+
+STAGES = (0, 1, 2)
+NUM_STEPS = 3
+LEARNING_RATE = 3e-3
+CAPACITY = 60
+
+
+def write_model(folder: Path) -> None:
+    """Tied embeddings, grouped queries, norms on queries and keys."""
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=40,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+    )
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+
+
+def make_batch(step: int) -> list[TrainingSample]:
+    """Three groups: of four, of three, and of one, which leaves one of two ranks without a sequence."""
+    rng = np.random.default_rng(step)
+    samples = []
+    for ticket, size in enumerate((4, 3, 1)):
+        for index in range(size):
+            length = int(rng.integers(2, 20))
+            sampled = rng.random(length) < 0.9
+            sampled[-1] = True
+            samples.append(
+                TrainingSample(
+                    ticket=ticket,
+                    index=index,
+                    prompt_ids=rng.integers(0, 40, int(rng.integers(1, 6))).astype(np.int32),
+                    response_ids=rng.integers(0, 40, length).astype(np.int32),
+                    behavior_logprobs=rng.normal(-3.2, 0.7, length).astype(np.float32),
+                    sampled_mask=sampled,
+                    loss_mask=sampled & (rng.random(length) < 0.9),
+                    advantage=float(rng.normal()),
+                    temperature=(1.0, 0.7)[ticket % 2],
+                    staleness=np.zeros(length, np.int32),
+                )
+            )
+    return samples
+
+
+def algorithm_of(**changes: Any) -> AlgorithmSpec:
+    # Narrow, so that it binds within a few updates.
+    return AlgorithmSpec.model_validate({"clip": {"low": 0.02, "high": 0.02}} | changes)
+
+
+def make_policy(folder: Path, stage: int, *, dtype: Any = "Float32", **changes: Any) -> Policy:
+    return Policy(
+        folder,
+        dtype=dtype,
+        training=TrainingSpec(batch_size=3, max_steps=10, weight_decay=0.1, gradient_clipping=0.5),
+        algorithm=algorithm_of(**changes.pop("algorithm", {})),
+        deepspeed=DeepSpeedSpec(zero_stage=stage),
+        **changes,
+    )
+
+
+def train_step(policy: Policy, samples: Sequence[TrainingSample], capacity: int = CAPACITY) -> list[Update]:
+    """One step of three minibatches, as the trainer does it."""
+    minibatches = []
+    for chosen in split_minibatches([s.ticket for s in samples], 3):
+        mine = distribute([samples[i].num_tokens for i in chosen], capacity, dist.get_world_size())
+        packed = [pack([samples[chosen[i]] for i in part]) for part in mine[dist.get_rank()]]
+        minibatches.append((packed, sum(samples[i].num_sampled_tokens for i in chosen)))
+    proximal = [policy.logprobs(packed) for packed, _ in minibatches]
+    return [
+        policy.update(
+            packed,
+            proximal_logprobs=None if number == 0 else proximal[number],
+            num_tokens=num_tokens,
+            learning_rate=LEARNING_RATE,
+        )
+        for number, (packed, num_tokens) in enumerate(minibatches)
+    ]
+
+
+def weights_of(policy: Policy) -> dict[str, Tensor]:
+    buckets = policy.parameters_in_buckets(4096)
+    return {name: tensor.clone() for bucket in buckets for name, tensor in bucket}
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+# --- scenarios: each runs on all ranks; what rank 0 returns is the result ---------------------------------
+
+
+def run_updates(model: Path, _: Path, stage: int, capacity: int, **changes: Any) -> dict[str, Any]:
+    policy = make_policy(model, stage, **changes)
+    updates = [
+        update for step in range(NUM_STEPS) for update in train_step(policy, make_batch(step), capacity)
+    ]
+    return {
+        "losses": [report_tokens(u.sums)["loss"] for u in updates],
+        "norms": [u.gradient_norm for u in updates],
+        "clipped": sum(report_tokens(u.sums)["clip_fraction"] for u in updates),
+        "weights": weights_of(policy),
+    }
+
+
+def run_resume(model: Path, folder: Path, stage: int, dtype: str) -> dict[str, Any]:
+    policy = make_policy(model, stage, dtype=dtype)
+    train_step(policy, make_batch(0))
+    before = weights_of(policy)
+    policy.save(folder / "checkpoint")
+    noise = torch.rand(3)
+    train_step(policy, make_batch(1))
+
+    resumed = make_policy(model, stage, dtype=dtype)
+    untrained = weights_of(resumed)
+    resumed.load(folder / "checkpoint")
+    restored, repeated_noise = weights_of(resumed), torch.rand(3)
+    train_step(resumed, make_batch(1))
+    return {
+        "changed": not same(untrained, before),
+        "restored": same(restored, before),
+        "repeated": same(weights_of(resumed), weights_of(policy)),
+        "random": torch.equal(noise, repeated_noise),
+    }
+
+
+def run_foreign_checkpoint(model: Path, folder: Path) -> dict[str, Any]:
+    policy = make_policy(model, 2)
+    layout = folder / "checkpoint" / "layout.json"
+    policy.save(layout.parent)
+    if dist.get_rank() == 0:
+        layout.write_text(json.dumps(json.loads(layout.read_text()) | {"world_size": 3}))
+    dist.barrier()
+    with pytest.raises(ValueError) as refused:
+        policy.load(layout.parent)
+    return {"message": str(refused.value)}
+
+
+def run_not_finite(model: Path, _: Path, stage: int, dtype: str) -> dict[str, Any]:
+    policy = make_policy(model, stage, dtype=dtype)
+    batch = pack(make_batch(0))
+    before = weights_of(policy)
+    spoiled = [torch.full((batch.num_sampled_tokens,), float("nan"))]
+    norms = [
+        policy.update([batch], proximal_logprobs=proximal, num_tokens=99, learning_rate=1e-3).gradient_norm
+        for proximal in (spoiled, None)
+    ]
+    return {
+        "norms": norms,
+        "kept": same(before, weights_of(policy)),
+        "before": before,
+        "after": weights_of(policy),
+    }
+
+
+def run_reference(model: Path, _: Path) -> dict[str, Any]:
+    policy = make_policy(model, 2, algorithm={"klCoefficient": 0.5})
+    updates = [u for step in range(2) for u in train_step(policy, make_batch(step))]
+    return {"kl": [report_tokens(u.sums)["reference_kl"] for u in updates]}
+
+
+def run_export(model: Path, folder: Path) -> dict[str, Any]:
+    policy = make_policy(model, 2, dtype="BFloat16")
+    train_step(policy, make_batch(0))
+    policy.export(folder / "exported", tokenizer=None)
+    buckets = [[(name, t.nbytes) for name, t in bucket] for bucket in policy.parameters_in_buckets(4096)]
+    return {"weights": weights_of(policy), "buckets": buckets}
+
+
+Scenario = Callable[..., dict[str, Any]]
+SCENARIOS: dict[str, tuple[Scenario, dict[str, Any]]] = {
+    **{f"updates-{stage}": (run_updates, {"stage": stage, "capacity": CAPACITY}) for stage in STAGES},
+    "updates-wide": (run_updates, {"stage": 2, "capacity": 10_000}),
+    "updates-narrow": (run_updates, {"stage": 2, "capacity": 25}),
+    "updates-recompute": (run_updates, {"stage": 1, "capacity": CAPACITY, "recompute_activations": True}),
+    **{
+        # With a clip so narrow as above, rounding would decide whether a token has a gradient.
+        f"updates-{stage}-bf16": (
+            run_updates,
+            {"stage": stage, "capacity": CAPACITY, "dtype": "BFloat16", "algorithm": {"clip": {"low": 0.2}}},
+        )
+        for stage in STAGES
+    },
+    **{
+        f"resume-{stage}-{dtype}": (run_resume, {"stage": stage, "dtype": dtype})
+        for stage in STAGES
+        for dtype in ("Float32", "BFloat16")
+    },
+    **{
+        f"not-finite-{stage}-{dtype}": (run_not_finite, {"stage": stage, "dtype": dtype})
+        for stage in STAGES
+        for dtype in ("Float32", "BFloat16")
+    },
+    "foreign": (run_foreign_checkpoint, {}),
+    "reference": (run_reference, {}),
+    "export": (run_export, {}),
+}
+
+
+def main(model: Path, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    for name, (scenario, arguments) in SCENARIOS.items():
+        own = folder / name
+        own.mkdir(exist_ok=True)
+        result = scenario(model, own, **arguments)
+        if dist.get_rank() == 0:
+            torch.save(result, own / "result.pt")
+    dist.destroy_process_group()
+
+
+# --- tests ------------------------------------------------------------------------------------------------
+
+
+class Session:
+    """What the ranks found."""
+
+    def __init__(self, model: Path, folder: Path, num_ranks: int) -> None:
+        self.model, self.folder = model, folder
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        environment = os.environ | {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "WORLD_SIZE": str(num_ranks),
+            "OMP_NUM_THREADS": "1",
+            "TORCH_EXTENSIONS_DIR": str(folder / "compiled"),
+            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
+        }
+        command = [sys.executable, __file__, str(model), str(folder)]
+        log = folder / "log.txt"
+        with log.open("w") as output:
+            ranks = [
+                subprocess.Popen(
+                    command, env=environment | {"RANK": str(rank)}, stdout=output, stderr=subprocess.STDOUT
+                )
+                for rank in range(num_ranks)
+            ]
+            codes = [rank.wait(timeout=240) for rank in ranks]
+        self.log = log.read_text()
+        assert codes == [0] * num_ranks, self.log
+
+    def __getitem__(self, name: str) -> dict[str, Any]:
+        result: dict[str, Any] = torch.load(self.folder / name / "result.pt")
+        return result
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    write_model(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
+def session(
+    request: pytest.FixtureRequest, model_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Session:
+    return Session(model_folder, tmp_path_factory.mktemp("ranks"), request.param)
+
+
+@pytest.fixture(scope="module")
+def naive(model_folder: Path) -> dict[str, Any]:
+    return run_naively(model_folder, clip=0.02)
+
+
+@pytest.fixture(scope="module")
+def naive_with_wide_clip(model_folder: Path) -> dict[str, Any]:
+    return run_naively(model_folder, clip=0.2)
+
+
+def run_naively(model_folder: Path, *, clip: float) -> dict[str, Any]:
+    """The steps of `run_updates` by plain PyTorch, each sequence by itself."""
+    torch.set_num_threads(1)
+    trainer = NaiveTrainer(model_folder, weight_decay=0.1, gradient_clipping=0.5, betas=BETAS)
+    losses, norms = [], []
+    for step in range(NUM_STEPS):
+        samples = make_batch(step)
+        with torch.no_grad():
+            proximal = [trainer.logprobs(sample) for sample in samples]
+        for chosen in split_minibatches([s.ticket for s in samples], 3):
+            loss, norm = trainer.update(
+                [samples[i] for i in chosen],
+                [proximal[i] for i in chosen],
+                LEARNING_RATE,
+                clip=clip,
+                max_weight=5.0,
+            )
+            losses.append(loss)
+            norms.append(norm)
+    return {"losses": losses, "norms": norms, "weights": dict(trainer.model.named_parameters())}
+
+
+FLOAT32_RUNS = [name for name, (run, _) in SCENARIOS.items() if run is run_updates and "bf16" not in name]
+
+
+@pytest.mark.parametrize("name", FLOAT32_RUNS)
+def test_nine_updates_are_those_of_plain_pytorch(session: Session, naive: dict[str, Any], name: str) -> None:
+    result = session[name]
+    assert result["losses"] == pytest.approx(naive["losses"], rel=1e-5, abs=1e-5)
+    assert result["norms"] == pytest.approx(naive["norms"], rel=1e-4)
+    assert result["weights"].keys() == naive["weights"].keys()
+    for key, weight in naive["weights"].items():
+        torch.testing.assert_close(result["weights"][key], weight.detach(), rtol=0, atol=1e-5)
+
+
+def test_the_updates_above_clip_gradient_and_ratio(session: Session, naive: dict[str, Any]) -> None:
+    assert max(naive["norms"]) > 0.5
+    assert session["updates-2"]["clipped"] > 0
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_bfloat16_follows_float32(session: Session, naive_with_wide_clip: dict[str, Any], stage: int) -> None:
+    result, naive = session[f"updates-{stage}-bf16"], naive_with_wide_clip
+    assert {w.dtype for w in result["weights"].values()} == {torch.bfloat16}
+    assert result["losses"] == pytest.approx(naive["losses"], abs=0.05)
+    assert result["norms"] == pytest.approx(naive["norms"], rel=0.1)
+
+
+@pytest.mark.parametrize("dtype", ["Float32", "BFloat16"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_resumed_run_is_bit_equal(session: Session, stage: int, dtype: str) -> None:
+    expected = {"changed": True, "restored": True, "repeated": True, "random": True}
+    assert session[f"resume-{stage}-{dtype}"] == expected
+
+
+def test_a_checkpoint_of_another_world_size_is_refused(session: Session) -> None:
+    message = session["foreign"]["message"]
+    assert "has layout {'world_size': 3, 'zero_stage': 2, 'dtype': 'Float32'}, this trainer" in message
+
+
+@pytest.mark.parametrize("dtype", ["Float32", "BFloat16"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_gradient_that_is_not_finite_is_reported_and_not_applied(
+    session: Session, stage: int, dtype: str
+) -> None:
+    result = session[f"not-finite-{stage}-{dtype}"]
+    bad, good = result["norms"]
+    assert not np.isfinite(bad) and np.isfinite(good)
+    assert not result["kept"], "the next update is applied"
+    assert all(w.isfinite().all() for w in result["after"].values())
+
+
+def test_the_reference_is_where_training_began(session: Session) -> None:
+    kl = session["reference"]["kl"]
+    assert kl[0] == 0 and all(value > 0 for value in kl[1:])
+
+
+def test_an_export_is_a_hugging_face_folder(session: Session) -> None:
+    model: Any = AutoModelForCausalLM.from_pretrained(session.folder / "export" / "exported", dtype="auto")
+    assert model.dtype == torch.bfloat16 and model.config.tie_word_embeddings
+    expected = session["export"]["weights"]
+    assert same(dict(model.named_parameters()), expected), "tied weights once, under Hugging Face's names"
+    assert model(input_ids=torch.tensor([[1, 2, 3]])).logits.isfinite().all()
+
+
+def test_buckets_are_filled_up_to_their_size(session: Session) -> None:
+    buckets = session["export"]["buckets"]
+    sizes = [sum(nbytes for _, nbytes in bucket) for bucket in buckets]
+    assert all(size <= 4096 or len(bucket) == 1 for size, bucket in zip(sizes, buckets, strict=True))
+    for bucket, following in pairwise(buckets):
+        assert sum(nbytes for _, nbytes in bucket) + following[0][1] > 4096
+
+
+def test_nothing_is_compiled_and_nobody_chatters(session: Session) -> None:
+    assert not (session.folder / "compiled").exists()
+    # A warning is followed by the line of code that it is about.
+    chatter = [line for line in session.log.splitlines() if not re.search("warning|^  ", line, re.I)]
+    assert chatter == [], session.log
+
+
+def test_zero_3_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="zeroStage is 3, the trainer knows 0, 1 and 2"):
+        make_policy(tmp_path, 3)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,153 @@
+"""The `Service` reward against a real HTTP server on loopback."""
+
+import asyncio
+import json
+import socket
+import threading
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from asyncrl_api.protocols import Score
+from asyncrl_runtime.rollout.rewards.backend import RewardFailure
+from asyncrl_runtime.rollout.rewards.frames import ScoreRequest
+from asyncrl_runtime.rollout.rewards.scorer import Scorer
+from asyncrl_runtime.rollout.rewards.service import RewardService
+
+ANSWERS: dict[str, tuple[int, str]] = {
+    "number": (200, '{"reward": 1}'),
+    "feedback": (200, '{"reward": 0.5, "feedback": "close", "more": [1, 2]}'),
+    "error": (500, "out of order"),
+    "created": (201, '{"reward": 1}'),
+    "text": (200, '{"reward": "1"}'),
+    "null": (200, '{"reward": null}'),
+    "nan": (200, '{"reward": NaN}'),
+    "infinite": (200, '{"reward": 1e999}'),
+    "missing": (200, '{"score": 1}'),
+    "broken": (200, '{"reward": 1'),
+    "empty": (200, ""),
+}
+
+
+class Service(ThreadingHTTPServer):
+    """Answers as `row.answer` says, and keeps what it was sent."""
+
+    request_queue_size = 128
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.received: list[dict[str, Any]] = []
+        self.is_over = threading.Event()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/score"
+
+    def num_calls(self) -> Counter[str]:
+        return Counter(body["response"] for body in self.received)
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Service
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.received.append(body)
+        answer = body["row"]["answer"]
+        if answer == "slow":
+            self.server.is_over.wait()
+        if answer == "hangs up":
+            self.connection.shutdown(socket.SHUT_RDWR)
+            return
+        status, text = ANSWERS.get(answer, (200, "{}"))
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def service() -> Iterator[Service]:
+    server = Service()
+    thread = threading.Thread(target=server.serve_forever, args=[0.01])
+    thread.start()
+    yield server
+    server.is_over.set()
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture
+async def scorer(service: Service) -> AsyncIterator[Scorer]:
+    backend = RewardService(service.url, timeout_seconds=0.3)
+    async with Scorer(backend, max_attempts=3, backoff_seconds=0) as scorer:
+        yield scorer
+
+
+def request(answer: str, name: str = "a") -> ScoreRequest:
+    return ScoreRequest("What?", name, {"answer": answer, "level": 3})
+
+
+async def test_a_service_is_sent_prompt_response_and_row(service: Service, scorer: Scorer) -> None:
+    assert await scorer.score([request("number")]) == [Score(1.0)]
+    assert service.received == [{"prompt": "What?", "response": "a", "row": {"answer": "number", "level": 3}}]
+
+
+async def test_a_service_may_give_feedback(scorer: Scorer) -> None:
+    assert await scorer.score([request("feedback")]) == [Score(0.5, "close")]
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ("error", "answered 500: out of order"),
+        ("created", "answered 201"),
+        ("text", "sent no reward: Expected `float`, got `str` - at `$.reward`"),
+        ("null", "sent no reward: Expected `float`, got `null`"),
+        ("nan", "sent no reward: JSON is malformed"),
+        ("infinite", "sent no reward: "),
+        ("missing", "missing required field `reward`"),
+        ("broken", "sent no reward: Input data was truncated"),
+        ("empty", "sent no reward: Input data was truncated"),
+        ("hangs up", "RemoteProtocolError"),
+    ],
+)
+async def test_a_wrong_answer_is_an_error_after_all_attempts(
+    service: Service, scorer: Scorer, answer: str, message: str
+) -> None:
+    outcomes = await scorer.score([request("number", "b"), request(answer), request("number", "c")])
+    failed = outcomes.pop(1)
+    assert outcomes == [Score(1.0)] * 2
+    assert isinstance(failed, RewardFailure)
+    assert failed.reason == "reward_error"
+    assert message in failed.message
+    assert service.num_calls() == {"a": 3, "b": 1, "c": 1}
+
+
+async def test_a_slow_answer_is_a_timeout_after_all_attempts(service: Service, scorer: Scorer) -> None:
+    slow, quick = await scorer.score([request("slow"), request("number", "b")])
+    assert slow == RewardFailure("reward_timeout", f"no answer in 0.3 s from {service.url}")
+    assert quick == Score(1.0)
+    assert service.num_calls() == {"a": 3, "b": 1}
+
+
+async def test_a_service_that_is_not_there_is_an_error(unused_tcp_port: int) -> None:
+    url = f"http://127.0.0.1:{unused_tcp_port}"
+    async with Scorer(RewardService(url, timeout_seconds=5), max_attempts=2, backoff_seconds=0) as scorer:
+        (failed,) = await scorer.score([request("number")])
+    assert failed == RewardFailure("reward_error", f"{url}: ConnectError: All connection attempts failed")
+
+
+async def test_more_groups_than_connections_are_scored(service: Service) -> None:
+    async with RewardService(service.url, timeout_seconds=30) as backend:
+        groups = await asyncio.gather(*(backend.attempt([request("number")] * 8) for _ in range(10)))
+    assert groups == [[Score(1.0)] * 8] * 10

@@ -1,0 +1,435 @@
+"""The controller under every order of events, crashes, restarts from older checkpoints, and lost streams.
+
+The model around it is the smallest that is true: a prompt queue whose last sequence is N, a trajectory
+stream with sequences, a ledger of lines, checkpoints that hold a position. What the real ones do over NATS
+and on disk is tested elsewhere; here the decisions are.
+"""
+
+from dataclasses import dataclass, field
+
+import msgspec
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from asyncrl_api.job import Spec
+from asyncrl_api.manifests import parse_spec
+from asyncrl_runtime.contract.messages import Group, Sample, SampleFailure, Tombstone, VersionSpan, encode
+from asyncrl_runtime.trainer.controller import Batch, Controller, RecordedBatchLost, recorded_values
+from asyncrl_runtime.trainer.tickets import BookRecord, EndlessDiscards, TicketBook
+from asyncrl_runtime.transport.audit import audit
+from asyncrl_runtime.transport.ledger import History, LedgerLine, read_history
+from asyncrl_runtime.transport.reader import StreamMessage
+from samples import make_sample
+
+MAX_STEPS = 6
+
+
+BASE = parse_spec(
+    {
+        "model": {"source": "file://m"},
+        "dataset": {"source": "file://d"},
+        "reward": {"type": "Math"},
+        "sampling": {"groupSize": 2},
+        "training": {"batchSize": 2, "maxSteps": MAX_STEPS, "minibatches": 1},
+        "gpuBudget": {"total": 2},
+        "checkpoint": {"location": {"claimName": "c"}},
+    }
+)
+
+
+def make_spec(batch_size: int, max_versions: int, on_exceed: str, sample_filter: str, order: str) -> Spec:
+    staleness = {"max_versions": max_versions, "on_exceed": on_exceed, "order": order}
+    blocks = {
+        "training": BASE.training.model_copy(update={"batch_size": batch_size}),
+        "sampling": BASE.sampling.model_copy(update={"filter": sample_filter}),
+        "staleness": BASE.staleness.model_copy(update=staleness),
+    }
+    return BASE.model_copy(update=blocks)
+
+
+@dataclass
+class Saved:
+    """A checkpoint."""
+
+    version: int
+    book: BookRecord
+    position: int
+    stream: int
+
+
+@dataclass
+class World:
+    """What survives a crash of the trainer."""
+
+    lines: list[str] = field(default_factory=list)
+    checkpoints: list[Saved] = field(default_factory=list)
+    stream: list[tuple[int, bytes, int]] = field(default_factory=list)  # (sequence, data, ticket)
+    stream_number: int = 0
+    last_sequence: int = 0
+    last_ticket: int = 0
+    queued: set[int] = field(default_factory=set)
+    stored: set[int] = field(default_factory=set)  # message ids in the deduplication window
+
+    def write(self, line: LedgerLine) -> None:
+        self.lines.append(msgspec.json.encode(line).decode())
+
+    @property
+    def history(self) -> History:
+        return read_history(self.lines)
+
+
+class ControllerMachine(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.world = World()
+        self.attempt = 0
+        self.spec = make_spec(2, 1, "Mask", "None", "OldestFirst")
+        self.held: set[int] = set()
+        self.published: list[tuple[int, int]] = []
+        self.recorded: dict[int, Batch] = {}
+        self.finished = False
+        self._start()
+
+    # -- the trainer's life
+
+    @rule(data=st.data(), num_steps=st.integers(1, 3), save=st.booleans())
+    def go_on(self, data: st.DataObject, num_steps: int, save: bool) -> None:
+        """Some rounds in which nothing is in the way, so that faults meet a job that is under way."""
+        for _ in range(0 if self.finished else num_steps):
+            self.sample(data, num_tickets=6, num_delivered=100)
+            self.form_and_record()
+            self.publish(save)
+
+    def _start(self, checkpoint: int = -1) -> None:
+        world = self.world
+        self.attempt += 1
+        world.write(LedgerLine(attempt=self.attempt, uid="u"))
+        history = world.history
+        usable = [c for c in world.checkpoints if c.version <= history.version]
+        world.checkpoints = usable
+        saved = usable[max(checkpoint, -len(usable))] if usable else None
+        if saved is None:
+            self.controller = Controller(self.spec)
+            self._save()
+        else:
+            del world.checkpoints[world.checkpoints.index(saved) + 1 :]
+            self.controller = Controller(
+                self.spec,
+                version=saved.version,
+                book=TicketBook.restore(saved.book),
+                recorded=history.steps[saved.version :],
+                began=history.began,
+                position=saved.position,
+            )
+        self.next_sequence = self.controller.inbox.last_sequence + 1
+        self.controller.num_issued = world.last_ticket
+        self.has_begun = False
+        self.batch: Batch | None = None
+        if saved is not None and saved.stream != world.stream_number:
+            self._make_streams_again(lost=True)
+
+    def _save(self) -> None:
+        controller = self.controller
+        self.world.checkpoints = [c for c in self.world.checkpoints if c.version < controller.version]
+        self.world.checkpoints.append(
+            Saved(
+                controller.version,
+                controller.book.record(),
+                controller.inbox.position,
+                self.world.stream_number,
+            )
+        )
+        oldest = self.world.checkpoints[-2:][0].position
+        self.world.checkpoints = self.world.checkpoints[-2:]
+        self.world.stream = [entry for entry in self.world.stream if entry[0] > oldest]
+
+    def _make_streams_again(self, *, lost: bool) -> None:
+        world, controller = self.world, self.controller
+        if lost:
+            controller.streams_lost()
+            world.stream, world.stored = [], set()
+            world.stream_number += 1
+            world.last_sequence = controller.inbox.last_sequence
+            self.next_sequence = world.last_sequence + 1
+        world.queued.clear()
+        world.last_ticket = controller.num_issued = controller.book.low
+        self._save()
+
+    # -- rules
+
+    @rule(data=st.data(), num_tickets=st.integers(1, 6), num_delivered=st.integers(0, 8))
+    def sample_some(self, data: st.DataObject, num_tickets: int, num_delivered: int) -> None:
+        if not self.finished:
+            self.sample(data, num_tickets, num_delivered)
+
+    def sample(self, data: st.DataObject, num_tickets: int, num_delivered: int) -> None:
+        """Tickets are issued, workers take some, end some of what they hold, the reader takes some."""
+        self.issue()
+        for _ in range(num_tickets):
+            if self.world.queued:
+                self.held.add(self._draw(data, self.world.queued))
+        for _ in range(num_tickets):
+            is_slow = data.draw(st.integers(0, 3)) == 0
+            if self.held and not is_slow:
+                self._end_group(data, self._draw(data, self.held))
+        self.deliver(num_delivered)
+
+    def issue(self) -> None:
+        controller = self.controller
+        while controller.num_issued < controller.limit:
+            controller.num_issued += 1
+            ticket = self.world.last_ticket = controller.num_issued
+            if not controller.is_known(ticket):
+                self.world.queued.add(ticket)
+
+    def _draw(self, data: st.DataObject, tickets: set[int]) -> int:
+        ticket: int = data.draw(st.sampled_from(sorted(tickets)))
+        tickets.discard(ticket)
+        return ticket
+
+    def _end_group(self, data: st.DataObject, ticket: int) -> None:
+        """A worker ends with a ticket: stores what it has (once), or dies and it is queued again."""
+        fate = data.draw(st.sampled_from(["ok", "ok", "ok", "uniform", "one failed", "given up", "dies"]))
+        if fate == "dies":
+            self.world.queued.add(ticket)
+            return
+        labels = self.published[-4:] or [(self.attempt, 0)]
+        spans = sorted(data.draw(st.lists(st.sampled_from(labels), min_size=1, max_size=2)))
+        message: Group | Tombstone = self._group(ticket, spans, is_uniform=fate == "uniform")
+        if fate == "given up":
+            message = Tombstone(ticket=ticket, reason="generation_error")
+        elif fate == "one failed":
+            failure = SampleFailure(index=1, reason="reward_error")
+            samples = (self._sample(0, spans, 1.0),)
+            message = Group(ticket=ticket, group_size=2, samples=samples, failures=(failure,))
+        self._store(ticket, message)
+
+    def _store(self, ticket: int, message: Group | Tombstone) -> None:
+        """Publish with the ticket as its id: the second time nothing is stored."""
+        world = self.world
+        if ticket not in world.stored:
+            world.last_sequence += 1
+            world.stored.add(ticket)
+            world.stream.append((world.last_sequence, encode(message), ticket))
+
+    def _group(self, ticket: int, spans: list[tuple[int, int]], *, is_uniform: bool = False) -> Group:
+        samples = (self._sample(0, spans, float(is_uniform)), self._sample(1, spans, 1.0))
+        return Group(ticket=ticket, group_size=2, samples=samples)
+
+    def _sample(self, index: int, labels: list[tuple[int, int]], reward: float) -> Sample:
+        sample = make_sample(index, spans=[(0, 0, 2 * len(labels))], reward=reward)
+        spans = tuple(
+            VersionSpan(attempt, version, 2 * place)
+            for place, (attempt, version) in enumerate(labels, start=1)
+        )
+        return msgspec.structs.replace(sample, version_spans=spans)
+
+    def deliver(self, count: int) -> None:
+        """The reader takes the next messages."""
+        for sequence, data, ticket in list(self.world.stream):
+            if count and sequence >= self.next_sequence:
+                count -= 1
+                self.next_sequence = sequence + 1
+                self._take(StreamMessage(sequence, f"rl.j.traj.{ticket}", data))
+
+    def _take(self, message: StreamMessage) -> None:
+        try:
+            self.controller.take(message)
+        except EndlessDiscards:
+            self._start()
+
+    @rule()
+    def form_and_record(self) -> None:
+        """`next_batch` and `record` of the training loop."""
+        controller = self.controller
+        if self.finished or self.batch is not None or controller.version >= MAX_STEPS:
+            return
+        try:
+            batch = controller.next_batch()
+        except EndlessDiscards:
+            self._start()
+            return
+        except RecordedBatchLost:
+            self._cut()
+            return
+        caught_up = self.next_sequence > self.world.last_sequence
+        if batch is None and controller.missing_of_recorded() and caught_up:
+            self._cut()
+            return
+        if not controller.is_repeating and not self.has_begun:
+            self.world.write(LedgerLine(attempt=self.attempt, began=controller.version))
+            controller.began[self.attempt] = controller.version
+            self.has_begun = True
+            self.published.append((self.attempt, controller.version))
+        if batch is None:
+            return
+        self._check(batch)
+        if not batch.is_repeat:
+            self.recorded[batch.version] = batch
+            live = recorded_values(controller.spec)
+            discards = {reason: tuple(tickets) for reason, tickets in batch.discards.items()}
+            self.world.write(
+                LedgerLine(
+                    attempt=self.attempt,
+                    version=batch.version,
+                    tickets=batch.tickets,
+                    discards=discards,
+                    live=live,
+                )
+            )
+        controller.close(batch)
+        self.batch = batch
+
+    def _cut(self) -> None:
+        version = self.controller.version
+        self.world.write(LedgerLine(attempt=self.attempt, cut=version))
+        self.world.checkpoints = [c for c in self.world.checkpoints if c.version <= version]
+        self.controller.cut()
+        self._make_streams_again(lost=False)
+
+    @rule(save=st.booleans())
+    def publish(self, save: bool) -> None:
+        """`train_step`, `advance` and `checkpoint_if_due`."""
+        if self.batch is None:
+            return
+        if not self.batch.is_repeat:
+            self.published.append((self.attempt, self.batch.version + 1))
+        self.controller.advance(self.batch)
+        self.batch = None
+        if save:
+            self._save()
+
+    @rule(
+        kind=st.sampled_from(["crash", "crash", "lose streams", "lose streams and crash", "batch size"]),
+        checkpoint=st.sampled_from([-1, -1, -2]),
+        batch_size=st.integers(1, 4),
+    )
+    def fault(self, kind: str, checkpoint: int, batch_size: int) -> None:
+        """One rule for all faults, so that they are rarer than what they meet.
+
+        A crash may come at any point, and the newest checkpoint may turn out not to be whole.
+        """
+        if self.finished:
+            return
+        if kind == "lose streams":
+            if self.batch is None:  # the living trainer mends them at its next boundary
+                if self.has_begun:
+                    self._save()
+                self._make_streams_again(lost=True)
+            return
+        if kind == "lose streams and crash":
+            self.world.stream, self.world.stored, self.world.queued = [], set(), set()
+            self.world.stream_number += 1
+            self.world.last_sequence = self.world.last_ticket = 0
+        elif kind == "batch size":  # marked R: the trainer restarts
+            rule_ = self.spec.staleness
+            self.spec = make_spec(
+                batch_size, rule_.max_versions, rule_.on_exceed, self.spec.sampling.filter, rule_.order
+            )
+        self._start(checkpoint)
+
+    @rule(
+        max_versions=st.integers(0, 3),
+        on_exceed=st.sampled_from(["Mask", "Drop", "Keep"]),
+        sample_filter=st.sampled_from(["None", "DropUniformGroups"]),
+        order=st.sampled_from(["OldestFirst", "FreshestFirst"]),
+    )
+    def change_live_values(self, max_versions: int, on_exceed: str, sample_filter: str, order: str) -> None:
+        batch_size = self.spec.training.batch_size
+        self.spec = make_spec(batch_size, max_versions, on_exceed, sample_filter, order)
+        self.controller.spec = self.spec
+
+    @rule()
+    def finish(self) -> None:
+        if (
+            self.finished
+            or self.batch is not None
+            or self.controller.version < MAX_STEPS
+            or self.controller.is_repeating
+        ):
+            return
+        left_over = {reason: tuple(t) for reason, t in self.controller.left_over().items()}
+        self.world.write(
+            LedgerLine(attempt=self.attempt, issued=self.controller.last_ticket, discards=left_over)
+        )
+        self.finished = True
+
+    def teardown(self) -> None:
+        """Whatever happened, from here on nothing fails: the job must end, and its books close."""
+        self.spec = make_spec(2, 1, "Mask", "None", "OldestFirst")
+        self.controller.spec = self.spec
+        for _ in range(400):
+            if self.finished:
+                break
+            self.issue()
+            self.held |= self.world.queued
+            self.world.queued.clear()
+            for ticket in sorted(self.held):
+                self._store(ticket, self._group(ticket, [(self.attempt, self.controller.version)]))
+            self.held.clear()
+            self.deliver(100)
+            if self.batch is None:
+                self.form_and_record()
+            if self.batch is not None:
+                self.publish(save=False)
+            self.finish()
+        assert self.finished, (self.controller.version, self.controller.is_repeating)
+        self.nothing_is_closed_twice()
+
+    # -- what must hold
+
+    def _check(self, batch: Batch) -> None:
+        rule_ = self.spec.staleness
+        if not batch.is_repeat:
+            assert len(batch.groups) == self.spec.training.batch_size
+            for group in batch.groups:
+                for sample in group.samples:
+                    if rule_.on_exceed != "Keep":
+                        assert not (sample.loss_mask & (sample.staleness > rule_.max_versions)).any()
+        else:  # the very trajectories, not others of the same tickets
+            before = self.recorded[batch.version]
+            assert _content(batch) == _content(before)
+        assert len(set(batch.tickets)) == len(batch.tickets)
+
+    @invariant()
+    def nothing_is_closed_twice(self) -> None:
+        result = audit(self.world.history)
+        assert result.twice == ()
+        if self.finished:
+            assert result.missing == (), result
+
+    @invariant()
+    def the_gate_holds(self) -> None:
+        """Never more than eta + 1 batches ahead of the published version, counted independently."""
+        controller = self.controller
+        steps_ahead = min(self.spec.staleness.max_versions + 1, max(0, MAX_STEPS - controller.version))
+        if controller.limit <= controller.num_issued:
+            return
+        would_be_open = [n for n in range(1, controller.limit + 1) if not controller.is_closed(n)]
+        in_step = len(self.batch.tickets) if self.batch is not None else 0
+        assert len(would_be_open) + in_step <= steps_ahead * self.spec.training.batch_size
+
+    @invariant()
+    def every_open_ticket_is_somewhere(self) -> None:
+        """Queued, held by a worker, stored and not read yet, or arrived: so it will be closed."""
+        controller = self.controller
+        unread = {ticket for sequence, _, ticket in self.world.stream if sequence >= self.next_sequence}
+        for ticket in controller.book.open_tickets(min(controller.num_issued, self.world.last_ticket)):
+            assert (
+                ticket in self.world.queued
+                or ticket in self.held
+                or ticket in unread
+                or controller.is_known(ticket)
+            ), ticket
+
+
+def _content(batch: Batch) -> list[tuple[int, tuple[Sample, ...], list[list[bool]]]]:
+    return [
+        (group.ticket, tuple(s.sample for s in group.samples), [s.loss_mask.tolist() for s in group.samples])
+        for group in batch.groups
+    ]
+
+
+TestController = ControllerMachine.TestCase
+TestController.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
