@@ -227,7 +227,9 @@ class LocalRun:
         try:
             is_good = self._http.get(probe.url).status_code == 200
         except httpx.HTTPError:
-            is_good = not running.answered or running.process.name.endswith("-engine")
+            if not running.answered or running.process.name.endswith("-engine"):
+                return  # it still starts, or it is the worker that answers for it who is down
+            is_good = False
         running.answered |= is_good
         running.failed_probes = 0 if is_good else running.failed_probes + 1
         if running.failed_probes >= probe.failures:

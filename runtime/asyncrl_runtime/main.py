@@ -24,13 +24,23 @@ def engine(
     config: ConfigPath,
     host: Host = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Of the HTTP API.")] = 30000,
+    max_running_requests: Annotated[
+        int, typer.Option(help="Sequences sampled at a time; 0 = spec.rollout.maxConcurrency.")
+    ] = 0,
+    max_total_tokens: Annotated[int, typer.Option(help="Of all sequences in the cache.")] = 65536,
 ) -> None:
     """The CPU engine: SGLang's native HTTP API over the job's model."""
 
     def run(run_config: RunConfig) -> None:
         from asyncrl_runtime.engine.run import run_engine
 
-        run_engine(run_config, host, port)
+        run_engine(
+            run_config,
+            host,
+            port,
+            max_running_requests=max_running_requests,
+            max_total_tokens=max_total_tokens,
+        )
 
     _run(config, run)
 

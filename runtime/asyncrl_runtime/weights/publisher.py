@@ -7,7 +7,6 @@ anything went wrong is given up: the next epoch has a new name, fewer members, a
 
 import asyncio
 import logging
-import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -33,7 +32,7 @@ from asyncrl_runtime.contract.messages import (
 )
 from asyncrl_runtime.transport.broker import Broker
 from asyncrl_runtime.transport.held import Fleet
-from asyncrl_runtime.weights.group import host_group, leave_group, open_store
+from asyncrl_runtime.weights.group import GroupStore, host_group, leave_group, open_store
 
 log = logging.getLogger(__name__)
 
@@ -192,14 +191,13 @@ class WeightPublisher:
         frees them; who had answered before that, or does not answer after it, is to blame.
         """
         self._epoch += 1
-        listener = open_store(self._host)
-        port = listener.getsockname()[1]
+        store = open_store(self._host)
         world_size = 1 + len(members)
         requests = {
             member: JoinGroup(
                 group=self._group_name,
                 host=self._host,
-                port=port,
+                port=store.port,
                 rank=rank,
                 world_size=world_size,
                 backend=self._backend,
@@ -212,8 +210,9 @@ class WeightPublisher:
             for member, request in requests.items()
         }
         try:
-            self._group = await self._in_side_thread(self._host_group, listener, world_size)
+            self._group = await self._in_side_thread(self._host_group, store, world_size)
         except (RuntimeError, TimeoutError) as error:
+            store.close()
             early = {member for member, task in asked.items() if task.done()}
             replies = {member: await task for member, task in asked.items()}
             silent = {member for member, reply in replies.items() if reply is None}
@@ -222,8 +221,8 @@ class WeightPublisher:
         self._members = tuple(members)
         self._expect({member: await task for member, task in asked.items()}, "join")
 
-    def _host_group(self, listener: socket.socket, world_size: int) -> dist.ProcessGroup:
-        return host_group(listener, world_size, self._group_name, self._backend, self._timeout)
+    def _host_group(self, store: GroupStore, world_size: int) -> dist.ProcessGroup:
+        return host_group(store, world_size, self._group_name, self._backend, self._timeout)
 
     async def _transfer(
         self, members: list[Member], version: PolicyVersion, buckets: Iterator[Bucket]

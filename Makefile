@@ -1,0 +1,35 @@
+# Two commands from a fresh clone: `make quickstart` runs a job, `make test` passes the tests.
+# Both make .venv and install what they need.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+RUN := runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
+
+.PHONY: quickstart test unit lint clean
+
+quickstart: $(STAMP)
+	$(BIN)/asyncrl run examples/quickstart.yaml --out $(RUN)
+
+test: lint $(STAMP)
+	$(BIN)/pytest
+
+unit: $(STAMP)
+	$(BIN)/pytest tests/unit
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# torch first and pinned: any other spec may pull gigabytes of CUDA.
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[local,dev]'
+	touch $(STAMP)
+
+clean:
+	rm -rf $(VENV)
