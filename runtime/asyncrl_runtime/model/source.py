@@ -189,3 +189,9 @@ def load_tokenizer(folder: Path) -> Any:
             f"spec.model.source: the tokenizer in {folder} has no end-of-sequence token: no answer would end",
         )
     return tokenizer
+
+
+def vocab_size(folder: Path) -> int:
+    """Return the number of embeddings, beyond which a token id would kill an engine."""
+    config = json.loads((folder / "config.json").read_text())
+    return int(config.get("vocab_size") or config["text_config"]["vocab_size"])

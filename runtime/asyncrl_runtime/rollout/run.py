@@ -1,7 +1,6 @@
 """Puts a worker together and runs it to its end: the command `asyncrl-runtime worker`."""
 
 import asyncio
-import json
 import logging
 import os
 import signal
@@ -13,7 +12,7 @@ from nats.js.kv import KeyValue
 from asyncrl_api.exits import ExitCode, ExitError
 from asyncrl_api.run import RunConfig
 from asyncrl_runtime.contract.imports import ImportFailed
-from asyncrl_runtime.model.source import ensure_model, load_tokenizer
+from asyncrl_runtime.model.source import ensure_model, load_tokenizer, vocab_size
 from asyncrl_runtime.rollout.engine_client import EngineClient
 from asyncrl_runtime.rollout.health import serve_health
 from asyncrl_runtime.rollout.prompts import PromptRenderer
@@ -45,7 +44,7 @@ async def run_worker(config: RunConfig, name: str, engine_url: str, host: str, h
     try:
         async with _scorer(config) as scorer:
             await _run(
-                config, name, EngineClient(engine_url, _vocab_size(folder)), folder, scorer, host, health_port
+                config, name, EngineClient(engine_url, vocab_size(folder)), folder, scorer, host, health_port
             )
     except (ImportFailed, RewardNotLoaded) as error:
         raise ExitError(ExitCode.REFUSED, str(error)) from error
@@ -100,9 +99,3 @@ async def _bucket(broker: Broker, name: str) -> KeyValue:
         BUCKET_SECONDS,
         nats.js.errors.NotFoundError,
     )
-
-
-def _vocab_size(folder: Path) -> int:
-    """Return the number of embeddings, beyond which a token id would kill the server."""
-    config = json.loads((folder / "config.json").read_text())
-    return int(config.get("vocab_size") or config["text_config"]["vocab_size"])
