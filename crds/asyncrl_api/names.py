@@ -30,7 +30,7 @@ class JobNames(Wire):
 
     @property
     def state_bucket(self) -> str:
-        """`live` (the fields marked L) and `part.<ticket>` (what is kept of a ticket handed back)."""
+        """`live` (the fields marked L), `version`, and `part.<ticket>` (what is kept of one handed back)."""
         return f"rl_{self.job}"
 
     @property

@@ -202,6 +202,14 @@ class EvaluationResult(Message, frozen=True, kw_only=True, tag="evalresult.v1"):
     outcomes: tuple[Sample | SampleFailure, ...]
 
 
+class CurrentVersion(Message, frozen=True, kw_only=True, tag="version.v1"):
+    """What the controller is at, under the key `version`. An engine further behind than `max_versions` takes
+    no tickets: what it sampled would be too old before it could be trained."""
+
+    version: PolicyVersion
+    max_versions: int
+
+
 class HeldTickets(Message, frozen=True, kw_only=True, tag="held.v1"):
     """What a worker holds, so that someone else can hand it back when the worker is gone."""
 

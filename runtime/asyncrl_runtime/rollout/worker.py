@@ -19,6 +19,7 @@ from asyncrl_api.run import with_live_values
 from asyncrl_runtime.contract.messages import (
     EVALUATION_ROWS,
     CommitUpdate,
+    CurrentVersion,
     DrainEngine,
     Heartbeat,
     JoinGroup,
@@ -44,8 +45,8 @@ from asyncrl_runtime.transport.ticket_queue import KEEP_ALIVE_SECONDS, Delivery,
 log = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 1.0
-LIVE_POLL_SECONDS = 15.0
-"""Announcements of changed live fields are pushed; this repairs one that was missed."""
+STATE_POLL_SECONDS = 15.0
+"""Changes of the state bucket are pushed; this repairs one that was missed."""
 
 Work = Callable[[Delivery, Taken], Awaitable[None]]
 
@@ -92,6 +93,7 @@ class Worker:
         self._deliveries: set[Delivery] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopping = asyncio.Event()
+        self._current: CurrentVersion | None = None
         self._num_failures = 0
         self._last_error = ""
 
@@ -121,13 +123,13 @@ class Worker:
         if inherited := await hand_back_all(self._broker, self._live_bucket, self._name):
             log.info("handed back %d tickets of an earlier process of this worker", inherited)
         await self._broker.client.subscribe(self._names.control(self._name), cb=self._on_control)
-        await self._broker.client.subscribe(f"{self._names.announcements}.live", cb=self._on_announcement)
+        await self._broker.client.subscribe(f"{self._names.announcements}.*", cb=self._on_announcement)
         prompts = await TicketQueue.of_prompts(self._broker, self._names)
         questions = await TicketQueue.of_evaluation(self._broker, self._names)
         loops = {
             "heartbeat": self._send_heartbeats(),
             "engine": self._monitor.run(),
-            "live values": self._poll_live_values(),
+            "state": self._poll_state(),
             "keep alive": self._keep_alive(),
             "questions": self._pull(questions, self._work.answer, EVALUATION_ROWS),
             "prompts": self._pull(prompts, self._work.sample, self._spec.sampling.group_size),
@@ -153,7 +155,7 @@ class Worker:
     async def _pull(self, queue: TicketQueue, work: Work, size: int) -> None:
         """Take one message at a time while there is room, and work on each beside the others."""
         while not self._stopping.is_set():
-            if not (self._monitor.state == "ready" and self._limit.has_room(self._slots.num_taken)):
+            if not (self._is_fit() and self._limit.has_room(self._slots.num_taken)):
                 await asyncio.sleep(0.01)
                 continue
             delivery = await queue.take()
@@ -165,6 +167,13 @@ class Worker:
             task = asyncio.create_task(self._handle(delivery, work, self._slots.take(size)))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
+
+    def _is_fit(self) -> bool:
+        """Whether the engine can sample, with weights that are not too old already."""
+        mine, current = self._engine.weights.version, self._current
+        if self._monitor.state != "ready" or mine is None:
+            return False
+        return current is None or mine.version + current.max_versions >= current.version.version
 
     async def _handle(self, delivery: Delivery, work: Work, slots: Taken) -> None:
         self._deliveries.add(delivery)
@@ -220,16 +229,23 @@ class Worker:
         await message.respond(encode(reply))
 
     async def _on_announcement(self, message: Msg) -> None:
-        self._apply_live_values(message.data)
+        self._apply(message.subject.rpartition(".")[2], message.data)
 
-    async def _poll_live_values(self) -> None:
+    async def _poll_state(self) -> None:
         while True:
-            try:
-                entry = await self._state_bucket.get("live")
-                self._apply_live_values(entry.value or b"{}")
-            except (*TRANSIENT, nats.js.errors.APIError) as error:
-                log.debug("live values: %s", error)
-            await asyncio.sleep(LIVE_POLL_SECONDS)
+            for key in ("live", "version"):
+                try:
+                    entry = await self._state_bucket.get(key)
+                    self._apply(key, entry.value or b"")
+                except (*TRANSIENT, nats.js.errors.APIError) as error:
+                    log.debug("key %s: %s", key, error)
+            await asyncio.sleep(STATE_POLL_SECONDS)
+
+    def _apply(self, key: str, data: bytes) -> None:
+        if key == "version" and data:
+            self._current = decode(data, CurrentVersion)
+        elif key == "live" and data:
+            self._apply_live_values(data)
 
     def _apply_live_values(self, data: bytes) -> None:
         try:

@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import nats.js.errors
-from nats.aio.msg import Msg
 
 from asyncrl_api.base import parse_quantity
 from asyncrl_api.job import Spec
 from asyncrl_api.manifests import SpecError
 from asyncrl_api.names import JobNames
 from asyncrl_api.run import live_values, with_live_values
-from asyncrl_runtime.contract.messages import Heartbeat, Ticket, decode, encode
+from asyncrl_runtime.contract.messages import CurrentVersion, PolicyVersion, Ticket, encode
 from asyncrl_runtime.trainer.controller import Controller
 from asyncrl_runtime.trainer.dataset import PromptOrder, Row
 from asyncrl_runtime.transport.broker import (
@@ -91,14 +90,6 @@ class Control:
             "watch live values": self._watch_live_values(),
         }
 
-    async def hear_heartbeats(self) -> None:
-        """Subscribe to the workers' signs of life."""
-
-        async def heard(message: Msg) -> None:
-            self._fleet.heard(decode(message.data, Heartbeat))
-
-        await self._broker.client.subscribe(self._names.heartbeat("*"), cb=heard)
-
     async def open_streams(self, trajectory_identity: str | None) -> None:
         """Make what is missing, and see whether the trajectory stream is the one the checkpoint knows.
 
@@ -137,6 +128,11 @@ class Control:
         )
         self._controller.num_issued = first_open - 1
         self._suspected_holes.clear()
+
+    async def announce(self, version: PolicyVersion) -> None:
+        """Tell the workers the version that is current, before tickets of it are issued."""
+        current = CurrentVersion(version=version, max_versions=self._controller.spec.staleness.max_versions)
+        await self._put("version", encode(current))
 
     async def purge_behind(self, sequence: int) -> None:
         """Delete trajectories up to `sequence`: no restorable checkpoint needs them."""
@@ -309,8 +305,10 @@ class Control:
         return True
 
     async def _hand_on_live_values(self) -> None:
-        data = json.dumps(live_values(self._controller.spec)).encode()
+        await self._put("live", json.dumps(live_values(self._controller.spec)).encode())
+
+    async def _put(self, key: str, data: bytes) -> None:
         try:
-            await self._broker.jetstream.publish(f"$KV.{self._names.state_bucket}.live", data)
+            await self._broker.jetstream.publish(f"$KV.{self._names.state_bucket}.{key}", data)
         except (*TRANSIENT, nats.js.errors.APIError) as error:
-            log.warning("live values were not handed on: %s", error)
+            log.warning("key %s was not written: %s", key, error)

@@ -32,11 +32,14 @@ from asyncrl_runtime.trainer.packing import TrainingSample
 from asyncrl_runtime.trainer.ranks import Export, Logprobs, Ranks, Save, Stop, Train
 from asyncrl_runtime.trainer.schedule import learning_rate
 from asyncrl_runtime.trainer.step import plan_step
+from asyncrl_runtime.transport.held import Fleet
 from asyncrl_runtime.transport.ledger import Ledger
-from asyncrl_runtime.weights.publisher import Bucket, Published, WeightPublisher
+from asyncrl_runtime.weights.publisher import Bucket, WeightPublisher
 
 log = logging.getLogger(__name__)
 
+FIRST_HEARTBEAT_SECONDS = 1.5
+"""Every worker that lives has spoken by then."""
 BOUNDARY_SECONDS = 0.25
 """While the trainer waits, how often it looks for engines that lack the weights, and for lost streams."""
 MAX_FAILED_CHECKPOINTS = 3
@@ -61,6 +64,7 @@ class JobParts:
     control: Control
     ledger: Ledger
     ranks: Ranks
+    fleet: Fleet
     weights: WeightPublisher
     checkpoints: Checkpoints
     evaluator: Evaluator | None
@@ -84,7 +88,6 @@ class TrainerJob:
         self._first_evaluation = restored.first_evaluation if restored is not None else None
         self._step_began = parts.clock()
         self._waited = 0.0
-        self._published = Published()
         self._publish_seconds = 0.0
 
     @property
@@ -109,14 +112,18 @@ class TrainerJob:
 
         While recorded steps are repeated nothing is published: engines hold a later version already.
         """
-        if not self._controller.is_repeating:
-            await self._publish(self.version)
+        if self._controller.is_repeating:
+            return
+        # A trainer that has just begun does not know yet who is there.
+        await asyncio.sleep(max(0.0, FIRST_HEARTBEAT_SECONDS - self._parts.fleet.seconds_heard()))
+        await self._publish(self.version)
 
     async def _publish(self, version: int) -> None:
         began = self._parts.clock()
         label = PolicyVersion(self._parts.attempt, version)
         interrupt = self._controller.spec.rollout.interrupt
-        self._published = await self._parts.weights.publish(label, self._buckets, interrupt)
+        await self._parts.weights.publish(label, self._buckets, interrupt)
+        await self._control.announce(label)
         self._publish_seconds = self._parts.clock() - began
 
     def _buckets(self) -> Iterator[Bucket]:

@@ -16,10 +16,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from nats.aio.msg import Msg
 
 from asyncrl_api.exits import ExitCode, ExitError
 from asyncrl_api.report import EvaluationReport, Report
 from asyncrl_api.run import RunConfig
+from asyncrl_runtime.contract.messages import Heartbeat, decode
 from asyncrl_runtime.contract.rows import prompt_text
 from asyncrl_runtime.model.source import ensure_model, load_tokenizer, warmup_prompts
 from asyncrl_runtime.trainer.checkpoints import (
@@ -105,7 +107,8 @@ async def _control(config: RunConfig, options: Options, model_folder: Path, rank
         identity = f"{socket.gethostname()}-{os.getpid()}"
         lease = Lease(broker, config.names, Holder(options.attempt, identity))
         await lease.acquire()
-        job, control = await _open_job(config, options, model_folder, ranks, rows, broker)
+        fleet = await _hear_heartbeats(config, broker)
+        job, control = await _open_job(config, options, model_folder, ranks, rows, broker, fleet)
         await _run_beside(job, control, lease, broker, ranks)
     finally:
         await broker.close()
@@ -137,8 +140,25 @@ async def _run_beside(job: TrainerJob, control: Control, lease: Lease, broker: B
             task.cancel()
 
 
+async def _hear_heartbeats(config: RunConfig, broker: Broker) -> Fleet:
+    """Listen to the workers' signs of life."""
+    fleet = Fleet(time.monotonic)
+
+    async def heard(message: Msg) -> None:
+        fleet.heard(decode(message.data, Heartbeat))
+
+    await broker.client.subscribe(config.names.heartbeat("*"), cb=heard)
+    return fleet
+
+
 async def _open_job(
-    config: RunConfig, options: Options, model_folder: Path, ranks: Ranks, rows: Rows, broker: Broker
+    config: RunConfig,
+    options: Options,
+    model_folder: Path,
+    ranks: Ranks,
+    rows: Rows,
+    broker: Broker,
+    fleet: Fleet,
 ) -> tuple[TrainerJob, Control]:
     """Claim the history, restore the newest checkpoint of it, and find or make the streams."""
     ledger_path = config.job_folder / "ledger.jsonl"
@@ -153,10 +173,8 @@ async def _open_job(
     await _load_policy(config, ranks, checkpoint)
 
     controller = restore_controller(config, checkpoint, history)
-    fleet = Fleet(time.monotonic)
     control = Control(broker, config.names, controller, fleet, rows.training, config.spec, config.live_file)
     control.read_live_values()
-    await control.hear_heartbeats()
     if checkpoint is None:
         lease_bucket = f"KV_{config.names.lease_bucket}"
         await delete_streams(broker.jetstream, config.names, keep=[lease_bucket])  # an earlier object's
@@ -171,6 +189,7 @@ async def _open_job(
         control=control,
         ledger=ledger,
         ranks=ranks,
+        fleet=fleet,
         weights=_make_publisher(config, options, broker, fleet, ranks),
         checkpoints=checkpoints,
         evaluator=_make_evaluator(config, options, broker, control, rows),

@@ -23,8 +23,8 @@ async def train(job: TrainerJob) -> bool:
         job.record(batch)  # the ledger: from here on this step is history
         report = await job.train_step(batch)  # proximal log-probs, advantages, minibatches, updates
         await job.advance(batch)  # the new version is offered to every engine, and the gate moves
+        job.log_metrics(batch, report)  # before the checkpoint, or a crash in between would lose the line
         await job.checkpoint_if_due()  # holds the stream position: nothing else acknowledges
-        job.log_metrics(batch, report)
         job.evaluate_if_due()  # beside the training that goes on
 
     await job.finish()  # last evaluation, checkpoint, export, and the ledger's end

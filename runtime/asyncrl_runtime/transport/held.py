@@ -77,6 +77,10 @@ class Fleet:
     def heard(self, heartbeat: Heartbeat) -> None:
         self._last[heartbeat.worker] = (self._clock(), heartbeat)
 
+    def seconds_heard(self) -> float:
+        """How long this controller has been listening."""
+        return self._clock() - self._started
+
     @property
     def living(self) -> list[Heartbeat]:
         """The last word of every worker that is not silent, in order of their names."""

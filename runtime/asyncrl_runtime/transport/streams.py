@@ -10,6 +10,7 @@ import nats.js.errors
 from nats.js import JetStreamContext, api
 
 from asyncrl_api.names import JobNames
+from asyncrl_runtime.transport.broker import TransportError
 
 log = logging.getLogger(__name__)
 
@@ -21,6 +22,8 @@ ASK_CONSUMER, ANSWER_CONSUMER = "ask", "answer"
 ACK_WAIT_SECONDS = 300.0
 """Longest broker outage without redelivery: afterwards every prompt in flight would come again at once.
 Dead workers are noticed much sooner by the reaper."""
+
+NO_STORAGE = 10047
 
 TRAJECTORY_SHARE = 0.7
 """Of the storage; the rest is for prompts, evaluation and buckets."""
@@ -149,10 +152,15 @@ async def _add_stream(jetstream: JetStreamContext, config: api.StreamConfig) -> 
         try:
             await jetstream.add_stream(config)
             return
-        except nats.js.errors.ServerError as error:
-            # "error creating store for stream": seen when a stream of this name was deleted just before.
-            if attempt == 4:
+        except nats.js.errors.APIError as error:
+            if error.err_code == NO_STORAGE:
+                raise TransportError(
+                    f"stream {config.name}: the NATS server has no room for {config.max_bytes} bytes; "
+                    "raise its max_file_store, or lower spec.messaging.embedded.storage.size"
+                ) from error
+            if not isinstance(error, nats.js.errors.ServerError) or attempt == 4:
                 raise
+            # "error creating store for stream": seen when a stream of this name was deleted just before.
             log.warning("stream %s: %s; trying again", config.name, error.description)
             await asyncio.sleep(0.2 * 2**attempt)
 

@@ -1,0 +1,251 @@
+"""SGLang's control endpoints: pause, abort, cache, weights. Each runs on the scheduler's thread, in order."""
+
+import asyncio
+import hashlib
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import msgspec
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+
+from asyncrl_runtime.engine.fields import BadRequest
+from asyncrl_runtime.engine.gate import Gate
+from asyncrl_runtime.engine.generation import Generation
+from asyncrl_runtime.engine.scheduler import Scheduler
+from asyncrl_runtime.engine.weights_receiver import InitGroup, Tensors, WeightsReceiver
+
+T = TypeVar("T")
+
+FLUSH_POLL_SECONDS = 0.05
+
+
+class Abort(msgspec.Struct, frozen=True):
+    rid: str = ""
+    abort_all: bool = False
+
+
+class Pause(msgspec.Struct, frozen=True):
+    mode: Literal["abort", "retract", "in_place"] = "abort"
+
+
+class Nothing(msgspec.Struct, frozen=True):
+    """A body of which this engine needs nothing, but which must be there."""
+
+
+class SlowDown(msgspec.Struct, frozen=True):
+    forward_sleep_time: float | None = None
+
+
+class GroupName(msgspec.Struct, frozen=True):
+    group_name: str = "weight_update_group"
+
+
+class Folder(msgspec.Struct, frozen=True):
+    """`/update_weights_from_disk`."""
+
+    model_path: str
+    load_format: str | None = None
+    abort_all_requests: bool = False
+    weight_version: str | None = None
+    is_async: bool = False
+    flush_cache: bool = True
+
+
+class Version(msgspec.Struct, frozen=True):
+    new_version: str
+    abort_all_requests: bool = True
+
+
+class ParameterName(msgspec.Struct, frozen=True):
+    name: str
+    truncate_size: int = 100
+
+
+class Check(msgspec.Struct, frozen=True):
+    action: str
+
+
+class Control:
+    """The endpoints; belongs to one event loop."""
+
+    def __init__(
+        self, scheduler: Scheduler, receiver: WeightsReceiver, gate: Gate, generation: Generation
+    ) -> None:
+        self._scheduler = scheduler
+        self._receiver = receiver
+        self._gate = gate
+        self._generation = generation
+        self.model_path = str(scheduler.model.folder)
+        """Where the weights came from last."""
+
+    def routes(self) -> list[Route]:
+        both = ["GET", "POST"]
+        post: dict[str, Callable[[HttpRequest], Awaitable[Response]]] = {
+            "/abort_request": self.abort_request,
+            "/pause_generation": self.pause_generation,
+            "/continue_generation": self.continue_generation,
+            "/init_weights_update_group": self.init_weights_update_group,
+            "/destroy_weights_update_group": self.destroy_weights_update_group,
+            "/begin_weight_update": self.begin_weight_update,
+            "/update_weights_from_distributed": self.update_weights_from_distributed,
+            "/end_weight_update": self.end_weight_update,
+            "/update_weights_from_disk": self.update_weights_from_disk,
+            "/update_weight_version": self.update_weight_version,
+            "/weights_checker": self.weights_checker,
+        }
+        return [
+            *(Route(path, endpoint, methods=["POST"]) for path, endpoint in post.items()),
+            Route("/flush_cache", self.flush_cache, methods=both),
+            Route("/slow_down", self.slow_down, methods=both),
+            Route("/get_weights_by_name", self.get_weights_by_name, methods=both),
+        ]
+
+    async def abort_request(self, request: HttpRequest) -> Response:
+        """A live id also ends those that begin with it; what is not live is no error."""
+        body = await _parse(request, Abort)
+        if body.abort_all:
+            await self._abort_all()
+        elif body.rid and self._generation.is_live(body.rid):
+            await self._run(lambda: self._scheduler.abort(lambda rid: rid.startswith(body.rid)))
+        return Response(status_code=200)
+
+    async def pause_generation(self, request: HttpRequest) -> Response:
+        mode = (await _parse(request, Pause)).mode
+        self._gate.pause()
+        if mode == "abort":
+            await self._abort_all()
+            await self._gate.wait_for_readers()
+        else:
+            await self._run(lambda: self._scheduler.pause(retract=mode == "retract"))
+        return JSONResponse({"message": "Generation paused successfully.", "status": "ok"})
+
+    async def continue_generation(self, request: HttpRequest) -> Response:
+        await _parse(request, Nothing)
+        resumed = self._run(self._scheduler.resume)
+        self._gate.resume()  # what it lets in comes behind the command
+        await resumed
+        return JSONResponse({"message": "Generation continued successfully.", "status": "ok"})
+
+    async def flush_cache(self, request: HttpRequest) -> Response:
+        """Flush when nothing runs, waiting for that up to `?timeout=` seconds."""
+        try:
+            timeout = float(request.query_params.get("timeout", 0))
+        except ValueError as error:
+            raise BadRequest(f"timeout: {error}") from error
+        deadline = asyncio.get_running_loop().time() + timeout
+        while not await self._run(self._scheduler.flush_cache):
+            if asyncio.get_running_loop().time() >= deadline:
+                return PlainTextResponse("Flush cache failed.\n", status_code=400)
+            await asyncio.sleep(FLUSH_POLL_SECONDS)
+        return PlainTextResponse("Cache flushed.\n")
+
+    async def slow_down(self, request: HttpRequest) -> Response:
+        body = await _parse(request, SlowDown)
+        self._scheduler.forward_sleep_seconds = body.forward_sleep_time or 0.0
+        return Response(status_code=200)
+
+    async def init_weights_update_group(self, request: HttpRequest) -> Response:
+        body = await _parse(request, InitGroup)
+        return await _outcome(self._run(lambda: self._receiver.init_group(body)))
+
+    async def destroy_weights_update_group(self, request: HttpRequest) -> Response:
+        body = await _parse(request, GroupName)
+        return await _outcome(self._run(lambda: self._receiver.destroy_group(body.group_name)))
+
+    async def begin_weight_update(self, request: HttpRequest) -> Response:
+        return await _outcome(self._write(self._receiver.begin))
+
+    async def end_weight_update(self, request: HttpRequest) -> Response:
+        return await _outcome(self._write(self._receiver.end))
+
+    async def update_weights_from_distributed(self, request: HttpRequest) -> Response:
+        body = await _parse(request, Tensors)
+        return await _outcome(self._update(body, lambda: self._receiver.receive(body)))
+
+    async def update_weights_from_disk(self, request: HttpRequest) -> Response:
+        body = await _parse(request, Folder)
+        if body.is_async or body.load_format not in (None, "auto", "safetensors"):
+            raise BadRequest("`is_async` and other formats than safetensors are not implemented here")
+
+        async def update() -> str:
+            message = await self._update(body, lambda: self._receiver.load_folder(Path(body.model_path)))
+            self.model_path = body.model_path
+            return message
+
+        return await _outcome(update(), num_paused_requests=0)
+
+    async def update_weight_version(self, request: HttpRequest) -> Response:
+        """Move the label alone. As in SGLang, this aborts everything unless told otherwise."""
+        body = await _parse(request, Version)
+        if body.abort_all_requests:
+            await self._abort_all()
+        await self._run(lambda: self._scheduler.set_version(body.new_version))
+        message = f"Weight version updated to {body.new_version}"
+        return JSONResponse({"success": True, "message": message, "new_version": body.new_version})
+
+    async def get_weights_by_name(self, request: HttpRequest) -> Response:
+        body = await _parse(request, ParameterName)
+        return JSONResponse(await self._run(lambda: self._receiver.rows_of(body.name, body.truncate_size)))
+
+    async def weights_checker(self, request: HttpRequest) -> Response:
+        """Hashes by which engines prove to each other that they hold equal weights."""
+        body = await _parse(request, Check)
+        if body.action != "checksum":
+            raise BadRequest(f"action {body.action!r} is not implemented by this engine, only `checksum`")
+        checksums = await self._run(self._receiver.checksums)
+        whole = hashlib.sha256(msgspec.json.encode(checksums)).hexdigest()
+        parallelism = {"tp_rank": 0, "tp_size": 1, "dp_rank": 0, "dp_size": 1, "pp_rank": 0, "pp_size": 1}
+        rank = {"checksums": checksums, "per_gpu_checksum": whole, "parallelism_info": parallelism}
+        return JSONResponse(
+            {"success": True, "message": "Success.", "ranks": [rank], "per_engine_checksum": whole}
+        )
+
+    async def _abort_all(self) -> None:
+        await self._run(lambda: self._scheduler.abort(lambda _: True))
+
+    def _run(self, function: Callable[[], T]) -> "asyncio.Future[T]":
+        """Run on the scheduler's thread. It is queued at once, before the result is awaited."""
+        return asyncio.wrap_future(self._scheduler.call(function))
+
+    async def _write(self, function: Callable[[], T]) -> T:
+        """Run while nothing is sampled: in a pause, or when every running request has ended."""
+        async with self._gate.writing():
+            return await self._run(function)
+
+    async def _update(self, body: Tensors | Folder, load: Callable[[], str]) -> str:
+        """Load new weights; then, in the same turn, flush and move the label as `body` says."""
+
+        def update() -> str:
+            message = load()
+            if body.flush_cache and not self._scheduler.flush_cache():
+                raise BadRequest(
+                    "Weights were updated, but the cache was not flushed because requests are running: "
+                    "keep it with flush_cache=false, or pause with mode `retract` or `abort`."
+                )
+            if body.weight_version is not None:
+                self._scheduler.set_version(body.weight_version)
+                message += f" Weight version updated to {body.weight_version}."
+            return message
+
+        if body.abort_all_requests:
+            await self._abort_all()
+        return await self._write(update)
+
+
+async def _parse(request: HttpRequest, kind: type[T]) -> T:
+    """Raises BadRequest: the body is missing, no JSON, or lacks a field. Unknown fields are ignored."""
+    try:
+        return msgspec.json.decode(await request.body(), type=kind)
+    except msgspec.DecodeError as error:  # includes msgspec.ValidationError
+        raise BadRequest(f"{request.url.path}: {error}") from error
+
+
+async def _outcome(message: Awaitable[str], **extra: Any) -> Response:
+    """Answer 200 with the message, or 400 with that of the BadRequest."""
+    try:
+        return JSONResponse({"success": True, "message": await message, **extra})
+    except BadRequest as error:
+        return JSONResponse({"success": False, "message": str(error), **extra}, status_code=400)

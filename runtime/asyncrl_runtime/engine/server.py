@@ -1,0 +1,145 @@
+"""The engine process: one thread for HTTP, one for the model."""
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+import uvicorn
+
+from asyncrl_api.exits import ExitCode, ExitError
+from asyncrl_runtime.engine.app import EngineApp
+from asyncrl_runtime.engine.model import DTYPES, CausalModel, context_length_of
+from asyncrl_runtime.engine.scheduler import Limits, Scheduler, Update
+
+logger = logging.getLogger(__name__)
+
+DRAIN_SECONDS = 5
+"""Given to running requests at SIGTERM."""
+SWITCH_SECONDS = 0.0005
+"""How long one thread may keep the interpreter from the other."""
+
+
+def serve(
+    model_folder: Path,
+    host: str,
+    port: int,
+    *,
+    max_running_requests: int = 16,
+    max_total_tokens: int = 65536,
+    context_length: int = 0,
+    dtype: str = "float32",
+    threads: int = 1,
+    max_cached_tokens: int = 16384,
+    stream_interval: int = 1,
+    seed: int | None = None,
+) -> None:
+    """Serve SGLang's native HTTP API until SIGTERM or SIGINT.
+
+    An error that the engine cannot have survived, such as a token id outside the vocabulary, ends the
+    process with status 1, as it ends SGLang's.
+
+    Args:
+        model_folder: config, safetensors and tokenizer, as `save_pretrained` writes them.
+        port: 0 for any free one; the log line "serves ... at <url>" names it.
+        max_running_requests: rows of the batch.
+        max_total_tokens: of all rows together; when it is passed, the youngest request is retracted.
+        context_length: longest prompt and output; 0 for what the model's config says.
+        dtype: `float32` or `bfloat16`, of weights and cache.
+        threads: of the model; HTTP has one more.
+        max_cached_tokens: of prompts kept for reuse; 0 keeps none.
+        stream_interval: tokens between chunks of a stream.
+        seed: of the noise for requests without a `sampling_seed`; None for another at every start.
+
+    Raises:
+        ExitError: the port is taken, or the model folder cannot be served.
+    """
+    listener = _bind(host, port)  # first, since loading takes long
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(threads)
+    model = CausalModel(model_folder, DTYPES[dtype])
+    limits = Limits(
+        max_running_requests=max_running_requests,
+        max_total_tokens=max_total_tokens,
+        context_length=context_length or context_length_of(model_folder),
+        max_cached_tokens=max_cached_tokens,
+        stream_interval=stream_interval,
+    )
+    sys.setswitchinterval(SWITCH_SECONDS)
+    arguments = {"model_path": str(model_folder), "host": host, "dtype": dtype, "random_seed": seed}
+    asyncio.run(_run(model, limits, listener, np.random.default_rng(seed), arguments | limits._asdict()))
+
+
+async def _run(
+    model: CausalModel,
+    limits: Limits,
+    listener: socket.socket,
+    rng: np.random.Generator,
+    arguments: Mapping[str, object],
+) -> None:
+    loop = asyncio.get_running_loop()
+
+    def deliver(updates: list[Update]) -> None:
+        loop.call_soon_threadsafe(app.generation.deliver, updates)
+
+    scheduler = Scheduler(model, limits, rng, deliver)
+    app = EngineApp(scheduler, arguments)
+    worker = threading.Thread(target=_run_or_die, args=(scheduler,), name="scheduler", daemon=True)
+    worker.start()
+    # uvicorn raises the signal that stopped it once more after its shutdown; this one has been heeded.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app.build(),
+            http="httptools",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            timeout_keep_alive=75,
+            timeout_graceful_shutdown=DRAIN_SECONDS,
+        )
+    )
+    host, port = listener.getsockname()[:2]
+    logger.info("engine serves %s at http://%s:%d", model.folder, host, port)
+    await server.serve(sockets=[listener])
+    scheduler.post(scheduler.stop)
+    worker.join(timeout=1.0)
+    if worker.is_alive():  # in a join or a broadcast that may never end
+        logging.shutdown()
+        os._exit(ExitCode.DONE)
+
+
+def _run_or_die(scheduler: Scheduler) -> None:
+    try:
+        scheduler.run()
+    except BaseException:
+        logger.critical("the scheduler has failed, and the engine with it", exc_info=True)
+        logging.shutdown()
+        os._exit(1)
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # asyncio switches Nagle's delay off (40 ms a response) only where the protocol is spelled out.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise ExitError(
+            ExitCode.TRY_AGAIN,
+            f"engine: cannot listen on {host}:{port}: {error.strerror}. Stop what listens there, or choose "
+            "another address with --host and --port (0 for any free port)",
+        ) from error
+    return listener

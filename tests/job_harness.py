@@ -1,0 +1,205 @@
+"""A job's real processes under a test's control: started one by one, killed, started again.
+
+Commands, files and ports are those of the local runner; only who starts what, and when, is the test's.
+"""
+
+import asyncio
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from asyncrl_api.job import AsyncRLJob
+from asyncrl_api.manifests import parse_job
+from asyncrl_api.marks import merge
+from asyncrl_api.names import NatsAddress
+from asyncrl_api.report import Report
+from asyncrl_api.run import RunConfig
+from asyncrl_operator import run_folder
+from asyncrl_operator.local import LocalPlaces, environment, find_program, free_ports
+from asyncrl_operator.planner import Process, plan
+from asyncrl_operator.run_folder import RunFolder
+from asyncrl_runtime.contract.messages import Group, decode
+from asyncrl_runtime.transport.broker import Broker
+from asyncrl_runtime.transport.ledger import History, Ledger
+from asyncrl_runtime.transport.reader import OrderedReader
+from nats_server_fixture import NatsServer
+from tiny_models import tiny_model
+
+TESTS = Path(__file__).parent
+
+
+def build_job(model: Path | None = None, **overrides: Any) -> AsyncRLJob:
+    """A job so small that a step takes a tenth of a second; `overrides` are merged into its spec."""
+    spec: dict[str, Any] = {
+        "model": {"source": f"file://{model or tiny_model()}", "dtype": "Float32", "contextLength": 64},
+        "dataset": {"source": "harness_data:rows"},
+        "reward": {"type": "Function", "function": "harness_data:reward"},
+        "sampling": {"groupSize": 2, "maxNewTokens": 8},
+        "training": {
+            "batchSize": 2,
+            "maxSteps": 6,
+            "minibatches": 2,
+            "tokensPerMicroBatch": 512,
+            "learningRate": 1e-3,
+        },
+        "staleness": {"maxVersions": 2},
+        "gpuBudget": {"total": 2, "allocation": "None"},
+        "rollout": {"engine": {"type": "CPU"}},
+        "trainer": {"deepspeed": {"zeroStage": 0}},
+        "checkpoint": {"location": {"claimName": "c"}, "everySteps": 2},
+        "messaging": {"embedded": {"storage": {"size": "1Gi"}}},
+    }
+    return parse_job(
+        {
+            "apiVersion": "asyncrl.dev/v1alpha1",
+            "kind": "AsyncRLJob",
+            "metadata": {"name": "harness"},
+            "spec": merge(spec, overrides),
+        }
+    )
+
+
+class JobHarness:
+    """The processes of one job on one NATS server."""
+
+    def __init__(self, folder: Path, nats: NatsServer, job: AsyncRLJob) -> None:
+        self.nats = nats
+        self.job = job
+        self.folder = RunFolder(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.config: RunConfig = run_folder.write(
+            self.folder, job, nats_url=nats.url, cache=folder / "cache", import_path=TESTS
+        )
+        self._places = LocalPlaces(str(self.folder.config), None, free_ports(job.spec))
+        self._plan: dict[str, Process] = {p.name: p for p in plan(job, self._places).processes}
+        self._running: dict[str, subprocess.Popen[bytes]] = {}
+        self.attempt = 0
+
+    def __enter__(self) -> "JobHarness":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for name in list(self._running):
+            self.kill(name)
+
+    def start_rollout(self, replica: int = 0) -> None:
+        """Start an engine and its worker."""
+        self.start(f"rollout-{replica}-engine")
+        self.start(f"rollout-{replica}-worker")
+
+    def start(self, name: str) -> subprocess.Popen[bytes]:
+        command = list(self._plan[name].command)
+        return self._spawn(name, [find_program(command[0]), *command[1:]])
+
+    def start_trainer(self, *, kill_after: str | None = None, ranks: int = 1) -> subprocess.Popen[bytes]:
+        """Start the next attempt.
+
+        Args:
+            kill_after: `module:Class.method#n`: SIGKILL right after the n-th call of it returned.
+        """
+        self.attempt += 1
+        arguments = ["--config", str(self.folder.config), "--attempt", str(self.attempt)]
+        if kill_after is None:
+            command = [find_program("asyncrl-runtime"), "trainer", *arguments, "--ranks", str(ranks)]
+            return self._spawn("trainer", command)
+        driver = [sys.executable, str(TESTS / "kill_after.py"), kill_after, "rank", *arguments]
+        return self._spawn("trainer", driver)
+
+    def _spawn(self, name: str, command: Sequence[str]) -> subprocess.Popen[bytes]:
+        with self.folder.log(name).open("ab") as log:
+            process = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, cwd=TESTS, env=environment()
+            )
+        self._running[name] = process
+        return process
+
+    def signal(self, name: str, number: int) -> None:
+        self._running[name].send_signal(number)
+
+    def kill(self, name: str) -> None:
+        """SIGKILL, and wait for its end."""
+        process = self._running.pop(name)
+        process.send_signal(signal.SIGCONT)
+        process.kill()
+        process.wait()
+
+    def wait(self, name: str, seconds: float = 90) -> int:
+        """Wait for a process to end by itself."""
+        try:
+            code = self._running[name].wait(seconds)
+        except subprocess.TimeoutExpired as error:
+            raise AssertionError(f"{name} still runs after {seconds} s\n{self.log_tail(name)}") from error
+        del self._running[name]
+        return code
+
+    def wait_until(self, condition: Callable[[], bool], seconds: float = 90) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, f"{condition}\n{self.log_tail('trainer')}"
+            for name, process in self._running.items():
+                assert process.poll() is None, f"{name} ended\n{self.log_tail(name)}"
+            time.sleep(0.05)
+
+    def log_tail(self, name: str, lines: int = 30) -> str:
+        return "\n".join(self.folder.log(name).read_text(errors="replace").splitlines()[-lines:])
+
+    def log_text(self, name: str) -> str:
+        return self.folder.log(name).read_text(errors="replace")
+
+    @property
+    def report(self) -> Report | None:
+        return Report.load(self.folder.report)
+
+    @property
+    def step(self) -> int:
+        report = self.report
+        return report.step if report is not None else 0
+
+    @property
+    def history(self) -> History:
+        return Ledger.peek(self.folder.ledger)
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.folder.metrics.read_text().splitlines()]
+
+
+class Recorder:
+    """Keeps every prompt group that a job's workers publish, before the trainer purges it."""
+
+    def __init__(self, harness: JobHarness) -> None:
+        self.groups: dict[int, Group] = {}
+        self._harness = harness
+        self._task: asyncio.Task[None] | None = None
+        self._broker: Broker | None = None
+
+    async def __aenter__(self) -> "Recorder":
+        config = self._harness.config
+        self._broker = await Broker.connect(NatsAddress(url=config.nats.url), config.names, "recorder")
+        self._task = asyncio.create_task(self._read())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        assert self._task is not None and self._broker is not None
+        self._task.cancel()
+        await self._broker.close()
+
+    async def _read(self) -> None:
+        assert self._broker is not None
+        names = self._harness.config.names
+        async for message in OrderedReader(self._broker, names.trajectory_stream, 1):
+            group = decode(message.data, Group)
+            self.groups.setdefault(group.ticket, group)
+
+
+async def until(condition: Callable[[], bool], seconds: float = 90) -> None:
+    """Wait beside other tasks of the loop."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, condition
+        await asyncio.sleep(0.05)
