@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 from asyncrl_api.names import JobNames, NatsAddress
 from nats_server_fixture import NatsServer
@@ -37,3 +39,11 @@ def own_nats(tmp_path: Path) -> Iterator[NatsServer]:
 def names() -> JobNames:
     """A job of its own for each test on the shared server."""
     return JobNames(job=f"test_{uuid.uuid4().hex[:10]}")
+
+
+@pytest.fixture(scope="session")
+def process_group() -> Iterator[None]:
+    """A torch process group of this process alone; one for all tests, since DeepSpeed keeps what it finds."""
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

@@ -96,6 +96,9 @@ class JobHarness:
         command = list(self._plan[name].command)
         return self._spawn(name, [find_program(command[0]), *command[1:]])
 
+    def engine_port(self, replica: int) -> int:
+        return self._places.engine_address(replica)[1]
+
     def start_trainer(self, *, kill_after: str | None = None, ranks: int = 1) -> subprocess.Popen[bytes]:
         """Start the next attempt.
 

@@ -116,6 +116,13 @@ def test_logprobs_are_those_of_a_plain_forward(model: CausalModel) -> None:
         assert abs(request.output_logprobs - reference_logprobs(model, request)).max() < 1e-5
 
 
+def test_a_response_outgrows_its_slot(llama: CausalModel) -> None:
+    long, short = make_request("long", max_new_tokens=200), make_request("short", [9], 100)
+    Engine(llama).run(long, short)
+    for request in (long, short):
+        assert abs(request.output_logprobs - reference_logprobs(llama, request)).max() < 1e-5
+
+
 def test_greedy_output_is_the_likeliest_token_at_each_place(llama: CausalModel) -> None:
     request = make_request(max_new_tokens=40, temperature=0.0)
     Engine(llama).run(request)
@@ -284,7 +291,7 @@ def test_abort_ends_rows_and_queued_requests_with_what_they_have(llama: CausalMo
     assert reasons == ["Aborted", "Aborted", None, "Abort in waiting queue"]
     assert [len(r.output_ids) for r in requests] == [5, 5, 20, 0]
     assert requests[0].spans == [("default", 0, 5)]
-    assert [u.request.rid for u in engine.updates if u.request.finish_reason][-1] == "cd"
+    assert [u.request.rid for u in engine.updates if u.is_last][-1] == "cd"
 
 
 def test_weights_that_have_diverged_end_requests_with_an_error(llama: CausalModel) -> None:
@@ -307,6 +314,7 @@ def test_streams_are_published_at_their_interval(llama: CausalModel) -> None:
     request.stream = True
     engine.run(request)
     assert [len(u.output_ids) for u in engine.updates] == [1, 4, 8, 10]
+    assert [u.is_last for u in engine.updates] == [False, False, False, True]
 
 
 def test_a_token_outside_the_vocabulary_is_fatal(llama: CausalModel) -> None:
@@ -330,7 +338,7 @@ def test_rows_keep_their_content_when_others_leave() -> None:
             assert batch.remove(index).rid == rid
         else:
             prompt = rng.integers(3, 500, rng.integers(1, 30))
-            cache.reserve(len(batch) + 1, len(prompt))
+            cache.reserve(len(batch) + 1, len(prompt), len(batch), 30)
             row = batch.add(make_request(str(number), prompt.tolist()))
             cache.kv[:, :, row, : len(prompt)] = torch.rand(2, 2, len(prompt), 1, 3)
             expected[str(number)] = (prompt.tolist(), cache.export_row(row, len(prompt)))
@@ -339,12 +347,11 @@ def test_rows_keep_their_content_when_others_leave() -> None:
 
 def test_prefix_cache_drops_the_least_recently_used() -> None:
     cache = PrefixCache(max_tokens=10)
-    keys = {length: np.full(length, length).tobytes() for length in (3, 4, 5, 11)}
+    keys = {length: np.full(length, length).tobytes() for length in (3, 4, 5)}
     for length in (3, 4):
         cache.put("", keys[length], torch.zeros(1, 2, length, 1, 1))
     assert cache.find("", keys[3]) is not None
     cache.put("", keys[5], torch.zeros(1, 2, 5, 1, 1))
-    cache.put("", keys[11], torch.zeros(1, 2, 11, 1, 1))
-    assert cache.find("", keys[4]) is None and cache.find("", keys[11]) is None
+    assert cache.find("", keys[4]) is None
     assert cache.find("", keys[3]) is not None and cache.find("other", keys[3]) is None
     assert (cache.num_tokens, len(cache)) == (8, 2)
