@@ -288,6 +288,17 @@ def test_a_client_that_leaves_aborts_its_request(engine: EngineProcess, is_strea
     assert metric(engine, "num_aborted_requests_total") == aborted + 2
 
 
+def test_an_abandoned_id_can_be_used_again_at_once(engine: EngineProcess) -> None:
+    """What is left of the old request does not reach the new one."""
+    engine.post("/slow_down", {"forward_sleep_time": 0.1})
+    body = {"input_ids": PROMPT, "rid": "again", "sampling_params": sampling(max_new_tokens=300)}
+    leave_early(engine, body, lambda: metric(engine, "num_running_reqs") == 1)
+    response = engine.post("/generate", body | {"sampling_params": sampling(max_new_tokens=4)})
+    while response.status_code == 400:  # until the engine has seen that the client is gone
+        response = engine.post("/generate", body | {"sampling_params": sampling(max_new_tokens=4)})
+    assert response.json()["meta_info"]["finish_reason"] == {"type": "length", "length": 4}
+
+
 def test_the_youngest_are_retracted_when_the_budget_is_passed(engine: EngineProcess) -> None:
     params = [sampling(sampling_seed=i, max_new_tokens=400) for i in range(6)]
     answers = engine.generate(input_ids=[PROMPT] * 6, sampling_params=params, return_logprob=True)

@@ -13,6 +13,7 @@ from asyncrl_runtime.engine.cache import KvCache, PrefixCache
 from asyncrl_runtime.engine.fields import SamplingParams
 from asyncrl_runtime.engine.model import CausalModel
 from asyncrl_runtime.engine.requests import Request
+from asyncrl_runtime.engine.responses import build_response
 from asyncrl_runtime.engine.scheduler import Limits, Scheduler, Update
 from tiny_models import Family, tiny_model
 
@@ -315,6 +316,18 @@ def test_streams_are_published_at_their_interval(llama: CausalModel) -> None:
     engine.run(request)
     assert [len(u.output_ids) for u in engine.updates] == [1, 4, 8, 10]
     assert [u.is_last for u in engine.updates] == [False, False, False, True]
+
+
+def test_a_chunk_stays_one_although_its_request_has_ended(llama: CausalModel) -> None:
+    """Answers are built on another thread, later."""
+    engine = Engine(llama)
+    request = make_request(max_new_tokens=3)
+    request.stream = True
+    engine.run(request)
+    metas = [build_response(update, llama, "now")["meta_info"] for update in engine.updates]
+    assert [m["finish_reason"] for m in metas] == [None, None, {"type": "length", "length": 3}]
+    assert [m["weight_version"] for m in metas] == ["now", "now", "default"]
+    assert ["weight_versions" in m for m in metas] == [False, False, True]
 
 
 def test_a_token_outside_the_vocabulary_is_fatal(llama: CausalModel) -> None:

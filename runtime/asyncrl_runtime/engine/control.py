@@ -107,16 +107,16 @@ class Control:
         """A live id also ends those that begin with it; what is not live is no error."""
         body = await _parse(request, Abort)
         if body.abort_all:
-            await self._abort_all()
+            self._abort_all()
         elif body.rid and self._generation.is_live(body.rid):
-            await self._run(lambda: self._scheduler.abort(lambda rid: rid.startswith(body.rid)))
+            self._scheduler.post(lambda: self._scheduler.abort(lambda rid: rid.startswith(body.rid)))
         return Response(status_code=200)
 
     async def pause_generation(self, request: HttpRequest) -> Response:
         mode = (await _parse(request, Pause)).mode
         self._gate.pause()
         if mode == "abort":
-            await self._abort_all()
+            self._abort_all()
             await self._gate.wait_for_readers()
         else:
             await self._run(lambda: self._scheduler.pause(retract=mode == "retract"))
@@ -181,7 +181,7 @@ class Control:
         """Move the label alone. As in SGLang, this aborts everything unless told otherwise."""
         body = await _parse(request, Version)
         if body.abort_all_requests:
-            await self._abort_all()
+            self._abort_all()
         await self._run(lambda: self._scheduler.set_version(body.new_version))
         message = f"Weight version updated to {body.new_version}"
         return JSONResponse({"success": True, "message": message, "new_version": body.new_version})
@@ -203,8 +203,9 @@ class Control:
             {"success": True, "message": "Success.", "ranks": [rank], "per_engine_checksum": whole}
         )
 
-    async def _abort_all(self) -> None:
-        await self._run(lambda: self._scheduler.abort(lambda _: True))
+    def _abort_all(self) -> None:
+        """Ask for it; commands that follow find it done."""
+        self._scheduler.post(lambda: self._scheduler.abort(lambda _: True))
 
     def _run(self, function: Callable[[], T]) -> "asyncio.Future[T]":
         """Run on the scheduler's thread. It is queued at once, before the result is awaited."""
@@ -231,7 +232,7 @@ class Control:
             return message
 
         if body.abort_all_requests:
-            await self._abort_all()
+            self._abort_all()
         return await self._write(update)
 
 

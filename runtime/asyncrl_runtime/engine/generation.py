@@ -70,15 +70,17 @@ class Generation:
         self._parser = parser
         self._gate = gate
         self._observe = observe
-        self._live: dict[str, _Answers] = {}
-        """By request id, from arrival (held at the gate or not) until answered."""
+        self._live: set[str] = set()
+        """Request ids, from arrival (held at the gate or not) until answered."""
+        self._answers: dict[Request, _Answers] = {}
+        """Where updates go. By request and not by its id, which another may have after it was abandoned."""
 
     def deliver(self, updates: list[Update]) -> None:
         """Hand out what the scheduler has sampled."""
         for update in updates:
             if update.is_last:
                 self._observe(update.request)
-            answers = self._live.get(update.request.rid)
+            answers = self._answers.get(update.request)
             if answers is not None:  # else its client has left
                 answers.put(update)
 
@@ -140,7 +142,8 @@ class Generation:
         for rid in rids:
             if rid in self._live:
                 raise BadRequest(f"Duplicate request ID detected: {rid}")
-        self._live.update(dict.fromkeys(rids, answers))
+        self._live.update(rids)
+        self._answers.update(dict.fromkeys(call.requests, answers))
         try:
             await self._gate.enter()
             try:
@@ -151,8 +154,9 @@ class Generation:
                     self._scheduler.post(lambda: self._scheduler.abort(frozenset(rids).__contains__))
                 self._gate.leave()
         finally:
-            for rid in rids:
-                del self._live[rid]
+            self._live.difference_update(rids)
+            for request in call.requests:
+                del self._answers[request]
 
     def _build(self, update: Update) -> dict[str, Any]:
         return build_response(update, self._scheduler.model, self._scheduler.version)

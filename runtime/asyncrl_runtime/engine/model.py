@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -93,11 +94,18 @@ def load_weights(folder: Path, dtype: torch.dtype) -> Any:
             f"model folder {folder} has no config.json: name a folder as `save_pretrained` writes it",
         )
     try:
-        module = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation=ATTENTION, local_files_only=True
+        module, loading = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation=ATTENTION,
+            local_files_only=True,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ExitError(ExitCode.REFUSED, f"model folder {folder} cannot be loaded: {error}") from error
+    if loading["missing_keys"]:  # transformers would make them up
+        missing = ", ".join(sorted(loading["missing_keys"]))
+        raise ExitError(ExitCode.REFUSED, f"model folder {folder} lacks weights: {missing}")
     return module.eval().requires_grad_(False)
 
 

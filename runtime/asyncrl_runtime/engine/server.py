@@ -110,6 +110,7 @@ async def _run(
         )
     )
     host, port = listener.getsockname()[:2]
+    listener.listen()  # before anyone reads the address
     logger.info("engine serves %s at http://%s:%d", model.folder, host, port)
     await server.serve(sockets=[listener])
     scheduler.post(scheduler.stop)

@@ -72,7 +72,7 @@ class WeightsReceiver:
                 body.group_name,
                 body.backend,
             )
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, TypeError) as error:
             raise BadRequest(f"Failed to initialize custom process group: {_first_line(error)}.") from error
         self._groups[body.group_name] = group
         return "Succeeded to initialize custom process group."

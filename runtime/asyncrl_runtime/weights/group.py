@@ -5,9 +5,9 @@ same parts, as SGLang does: a TCP store on rank 0 and `_new_process_group_helper
 keys in the store and must be new for every group; a member that died spoils its group for good, and the
 way on is a new one.
 
-Members must all count themselves in the store (`wait_for_workers`), rank 0 included: the last one opens
-the door for the rest. A member has no deadline that rank 0 could not end: when rank 0 drops the store,
-whoever waits in the join fails within about two seconds.
+Everyone enters through `join_group`, rank 0 included, and so counts itself in the store
+(`wait_for_workers`), as SGLang's engines do; the store itself is served without waiting for anyone. A
+member needs no deadline of its own: when rank 0 drops the store, whoever waits in the join fails at once.
 """
 
 import socket
