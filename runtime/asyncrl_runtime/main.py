@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -153,11 +154,14 @@ def _fail(error: ExitError) -> NoReturn:
 
 
 def _end(code: int) -> NoReturn:
-    """Exit at once: a collective that was abandoned, or user code, may have left a thread that never ends."""
+    """Exit at once: an abandoned collective, or user code, may have left a thread that never ends."""
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code if code >= 0 else 128 - code)
+    if code < 0:  # a rank was ended by a signal: end by the same, so that it counts as a disruption
+        signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    os._exit(code)
 
 
 if __name__ == "__main__":

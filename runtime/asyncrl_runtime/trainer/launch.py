@@ -34,6 +34,7 @@ def launch(num_ranks: int, arguments: Sequence[str], *, node: int = 0, num_nodes
     environment.setdefault("MASTER_ADDR", "127.0.0.1")
     if num_nodes == 1:
         environment["MASTER_PORT"] = str(_free_port())
+    command = [sys.executable, "-m", "asyncrl_runtime.main", "rank", *arguments]
     ranks = []
     for local_rank in range(num_ranks):
         environment |= {
@@ -41,7 +42,8 @@ def launch(num_ranks: int, arguments: Sequence[str], *, node: int = 0, num_nodes
             "LOCAL_RANK": str(local_rank),
             "WORLD_SIZE": str(num_nodes * num_ranks),
         }
-        command = [sys.executable, "-m", "asyncrl_runtime.main", "rank", *arguments]
+        if num_nodes * num_ranks == 1:
+            os.execve(command[0], command, environment)  # nobody to watch over: become the rank
         # This process has one thread, so code between fork and exec is safe.
         ranks.append(
             subprocess.Popen(command, env=dict(environment), preexec_fn=die_with_parent)  # noqa: PLW1509
