@@ -24,7 +24,9 @@ log = logging.getLogger(__name__)
 
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>")
 CHARACTERS = "0123456789+="
+PRINTABLE = "\n" + "".join(map(chr, range(ord(" "), ord("~") + 1)))
 MAX_NUMBER = 100
+NUM_CHAINS = 10_000
 
 WARMUP_STEPS = 380
 WARMUP_BATCH = 128
@@ -60,8 +62,41 @@ def make_model(folder: Path, *, seed: int, context_length: int) -> Iterable[str]
 
     Deterministic in `seed`; takes about half a minute on one core.
     """
+    pairs = [(a, b) for a, b in _pairs() if not is_held_out(a, b)]
+    answers = [(f"{a}+{b}=", str(a + b)) for a, b in pairs]
+    _write_model(folder, build_tokenizer(), answers, seed, context_length)
+    return [prompt for prompt, _ in answers]
+
+
+def make_text_model(folder: Path, *, seed: int, context_length: int) -> Iterable[str]:
+    """Write a Llama of 0.88 M parameters over printable characters, for the examples beside the quickstart.
+
+    It knows the form of an answer and little else: numbers in answer to `Calculate 5 - 3 + 8.`, as
+    reasoning-gym asks, but always of three terms; and Python functions in answer to `f(x) = 2 * x + 1`, half
+    of them wrong, and a tenth of them held out. Takes about half a minute on one core.
+    """
+    rng = random.Random(seed)
+    answers = [_chain(rng) for _ in range(NUM_CHAINS)]
+    functions = [(a, b) for a in range(10) for b in range(10) if not is_held_out(a, b)]
+    for _ in range(NUM_CHAINS):
+        (a, b), (c, d) = rng.choice(functions), rng.choice(functions)
+        if rng.random() < 0.5:
+            c, d = a, b
+        answers.append((f"f(x) = {a} * x + {b}", f"def f(x): return {c} * x + {d}"))
+    _write_model(folder, build_tokenizer(PRINTABLE), answers, seed, context_length)
+    return [prompt for prompt, _ in answers]
+
+
+def _chain(rng: random.Random) -> tuple[str, str]:
+    a, b, c = (rng.randint(0, 10) for _ in range(3))
+    first, second = rng.choice("+-"), rng.choice("+-")
+    return f"Calculate {a} {first} {b} {second} {c}.", str(a + int(f"{first}{b}") + int(f"{second}{c}"))
+
+
+def _write_model(
+    folder: Path, tokenizer: Any, answers: list[tuple[str, str]], seed: int, context_length: int
+) -> None:
     torch.manual_seed(seed)
-    tokenizer = build_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -75,16 +110,14 @@ def make_model(folder: Path, *, seed: int, context_length: int) -> Iterable[str]
         eos_token_id=tokenizer.eos_token_id,
     )
     model = LlamaForCausalLM(config)
-    pairs = [(a, b) for a, b in _pairs() if not is_held_out(a, b)]
-    _warm_up(model, tokenizer, pairs, random.Random(seed))
+    _warm_up(model, tokenizer, answers, random.Random(seed))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return [f"{a}+{b}=" for a, b in pairs]
 
 
-def build_tokenizer() -> Any:
+def build_tokenizer(characters: str = CHARACTERS) -> Any:
     """Return a tokenizer of one token per character; it puts <bos> before a prompt."""
-    vocabulary = {token: number for number, token in enumerate((*SPECIAL_TOKENS, *CHARACTERS))}
+    vocabulary = {token: number for number, token in enumerate((*SPECIAL_TOKENS, *characters))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
@@ -100,18 +133,20 @@ def _pairs() -> Iterator[tuple[int, int]]:
     return ((a, b) for a in range(MAX_NUMBER) for b in range(MAX_NUMBER))
 
 
-def _warm_up(model: Any, tokenizer: Any, pairs: list[tuple[int, int]], rng: random.Random) -> None:
+def _warm_up(model: Any, tokenizer: Any, answers: list[tuple[str, str]], rng: random.Random) -> None:
     """Teach the form of an answer and some of its content, by plain supervised learning."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=WARMUP_LEARNING_RATE, weight_decay=0.01)
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     for step in range(WARMUP_STEPS):
-        batch = rng.sample(pairs, WARMUP_BATCH)
-        prompts = [tokenizer.encode(f"{a}+{b}=") for a, b in batch]
-        answers = [[*tokenizer.encode(str(a + b), add_special_tokens=False), eos] for a, b in batch]
-        width = max(len(p) + len(r) for p, r in zip(prompts, answers, strict=True))
+        chosen = rng.sample(answers, WARMUP_BATCH)
+        batch = [
+            (tokenizer.encode(prompt), [*tokenizer.encode(answer, add_special_tokens=False), eos])
+            for prompt, answer in chosen
+        ]
+        width = max(len(prompt) + len(answer) for prompt, answer in batch)
         ids = torch.full((WARMUP_BATCH, width), pad)
         labels = torch.full((WARMUP_BATCH, width), -100)
-        for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        for row, (prompt, answer) in enumerate(batch):
             end = len(prompt) + len(answer)
             ids[row, :end] = torch.tensor(prompt + answer)
             labels[row, len(prompt) : end] = torch.tensor(answer)

