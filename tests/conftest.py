@@ -43,7 +43,10 @@ def names() -> JobNames:
 
 @pytest.fixture(scope="session")
 def process_group() -> Iterator[None]:
-    """A torch process group of this process alone; one for all tests, since DeepSpeed keeps what it finds."""
-    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    """A torch process group of this process alone; one for all tests, since DeepSpeed keeps what it finds.
+
+    Tests that host a weight group have made one already (weights.group), and it stays.
+    """
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     yield
-    dist.destroy_process_group()

@@ -73,9 +73,7 @@ def _columns(report: Report) -> list[tuple[str, str]]:
         ("held-out", "" if evaluation is None else f"{evaluation.accuracy:.1%} (step {evaluation.step})"),
         (
             "staleness",
-            ""
-            if report.staleness_mean is None
-            else f"{staleness:.1f} (max {report.staleness_max})",
+            "" if report.staleness_mean is None else f"{staleness:.1f} (max {report.staleness_max})",
         ),
         ("tokens/s", "" if report.tokens_per_second is None else f"{report.tokens_per_second:,.0f}"),
         ("waited", "" if wait is None else f"{wait:.0%}"),

@@ -146,6 +146,11 @@ def processes_below(pid: int | None = None) -> set[psutil.Process]:
     return set(psutil.Process(pid).children(recursive=True))
 
 
+def reward_processes() -> list[psutil.Process]:
+    """Of this test's pool: the outer process of each pair. Other fixtures have children too."""
+    return [p for p in psutil.Process().children() if "asyncrl_runtime.rollout.rewards.process" in p.cmdline()]
+
+
 def daemons() -> list[psutil.Process]:
     """What `start_daemon` has left running."""
     return [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] == ["sleep", DAEMON_SECONDS]]
@@ -263,7 +268,7 @@ async def test_the_child_of_a_reward_that_forks_does_not_answer(bench: Bench) ->
 async def test_a_process_that_dies_between_two_groups_costs_no_attempt(bench: Bench) -> None:
     async with bench.scorer() as scorer:
         await scorer.score([bench.request("one")])
-        (outer,) = psutil.Process().children()
+        (outer,) = reward_processes()
         (inner,) = outer.children()
         inner.kill()
         await asyncio.to_thread(inner.wait)
@@ -274,7 +279,7 @@ async def test_callers_wait_while_all_processes_are_busy(bench: Bench) -> None:
     async with bench.scorer(num_processes=2) as scorer:
         groups = await asyncio.gather(*(scorer.score([bench.request("one")] * 8) for _ in range(20)))
         assert groups == [[Score(1.0)] * 8] * 20
-        assert len(psutil.Process().children()) == 2
+        assert len(reward_processes()) == 2
 
 
 async def test_a_hung_process_does_not_keep_others_from_scoring(bench: Bench) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 from pathlib import Path
+from typing import NamedTuple
 
 import httpx
 import numpy as np
@@ -16,17 +17,18 @@ from nats_server_fixture import NatsServer
 from replay import replay
 from tiny_models import tiny_model
 
-RETRACT_BOUND = 1e-4
-"""KV is recomputed under the new weights, so only float32 rounding of another batch shape is left."""
-IN_PLACE_BOUND = 0.05
-"""The prefix's KV stays that of older weights. At 8 steps of learning rate 1e-4 (AdamW: each weight moves by
-at most that a step) log-probs of this model move by up to 0.02 between versions; measured 0.003 and less."""
+EXACT = 1e-4
+"""KV was computed under the weights that sampled, so only float32 rounding of another batch shape is left."""
+IN_PLACE_DRIFTS = 2.0
+"""In place the prefix's KV stays that of older weights, so a token is sampled by something between the policy
+of its own version and that of the sample's first: it may be off by about as much as these two differ (the
+drift, measured on the same tokens), and twice that is the bound."""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("interrupt", "bound"), [("Retract", RETRACT_BOUND), ("InPlace", IN_PLACE_BOUND)])
+@pytest.mark.parametrize("interrupt", ["Retract", "InPlace"])
 async def test_logprobs_are_those_of_the_attested_versions(
-    own_nats: NatsServer, tmp_path: Path, process_group: None, interrupt: str, bound: float
+    own_nats: NatsServer, tmp_path: Path, process_group: None, interrupt: str
 ) -> None:
     job = build_job(
         sampling={"groupSize": 2, "maxNewTokens": 40},
@@ -47,12 +49,25 @@ async def test_logprobs_are_those_of_the_attested_versions(
         samples = [s for g in recorder.groups.values() for s in g.samples if len(s.version_spans) > 1]
         assert len(samples) >= 4, "too few samples span versions; is the engine slow enough?"
         model = AutoModelForCausalLM.from_pretrained(tiny_model())
-        distances = [distance(model, versions, sample) for sample in samples]
-        others = [distance(model, versions, sample, shift=1) for sample in samples]
-        print(f"{interrupt}: {len(samples)} samples, largest difference {max(distances):.2e}")
-        assert max(distances) < bound
-        if interrupt == "Retract":  # the test can tell versions apart
-            assert np.median(others) > 10 * bound
+        off = [compare(model, versions, sample) for sample in samples]
+        print(f"{interrupt}: {len(samples)} samples; {max(o.first for o in off):.1e} in first spans, ")
+        print(f"  {max(o.later for o in off):.1e} in later ones, drift {max(o.drift for o in off):.1e}")
+        assert max(o.first for o in off) < EXACT
+        if interrupt == "Retract":
+            assert max(o.later for o in off) < EXACT
+        else:
+            assert all(o.later < IN_PLACE_DRIFTS * o.drift + EXACT for o in off)
+        assert max(o.drift for o in off) > 10 * EXACT  # the test can tell versions apart
+
+
+class Off(NamedTuple):
+    """Largest differences between a sample's log-probs and those computed again, whole prefix included."""
+
+    first: float
+    """In its first span, which no update preceded."""
+    later: float
+    drift: float
+    """Of the later spans' tokens between the sample's first version and their own."""
 
 
 async def slow_down(harness: JobHarness, seconds: float) -> None:
@@ -68,19 +83,23 @@ async def slow_down(harness: JobHarness, seconds: float) -> None:
 
 
 @torch.no_grad()
-def distance(
-    model: torch.nn.Module, versions: list[dict[str, torch.Tensor]], sample: Sample, shift: int = 0
-) -> float:
-    """Largest difference of a sample's log-probs from those of its versions (or of others, for contrast)."""
+def compare(model: torch.nn.Module, versions: list[dict[str, torch.Tensor]], sample: Sample) -> Off:
     prompt, response = ids_from_bytes(sample.prompt_ids), ids_from_bytes(sample.response_ids)
-    behavior = floats_from_bytes(sample.behavior_logprobs)
+    behavior = torch.tensor(floats_from_bytes(sample.behavior_logprobs))
     ids = torch.tensor(np.concatenate([prompt, response]))[None].long()
-    start, largest = 0, 0.0
-    for span in sample.version_spans:
-        model.load_state_dict(versions[max(0, span.version - shift)], strict=False)
-        predicted = torch.log_softmax(model(ids).logits[0], -1)
-        for place in range(start, span.end):
-            logprob = predicted[len(prompt) + place - 1, int(response[place])]
-            largest = max(largest, abs(float(logprob) - float(behavior[place])))
+
+    def logprobs(version: int) -> torch.Tensor:
+        model.load_state_dict(versions[version], strict=False)
+        predicted = torch.log_softmax(model(ids).logits[0, len(prompt) - 1 : -1], -1)
+        return predicted.gather(1, ids[0, len(prompt) :, None])[:, 0]
+
+    oldest, *spans = sample.version_spans
+    before = logprobs(oldest.version)
+    first = (before - behavior)[: oldest.end].abs().max()
+    later, drift, start = torch.tensor(0.0), torch.tensor(0.0), oldest.end
+    for span in spans:
+        own = logprobs(span.version)[start : span.end]
+        later = torch.maximum(later, (own - behavior[start : span.end]).abs().max())
+        drift = torch.maximum(drift, (own - before[start : span.end]).abs().max())
         start = span.end
-    return largest
+    return Off(float(first), float(later), float(drift))

@@ -23,9 +23,7 @@ KEEP = StalenessSpec(max_versions=2, on_exceed="Keep")
 
 def test_a_token_of_an_abandoned_attempt_counts_as_sampled_where_the_histories_part() -> None:
     began = {1: 0, 2: 7, 3: 9}
-    assert (
-        surviving_version(PolicyVersion(1, 10), began) == 7
-    )  # 1.8 to 1.10 are no ancestors
+    assert surviving_version(PolicyVersion(1, 10), began) == 7  # 1.8 to 1.10 are no ancestors
     assert surviving_version(PolicyVersion(1, 5), began) == 5
     assert surviving_version(PolicyVersion(2, 12), began) == 9
     assert surviving_version(PolicyVersion(3, 12), began) == 12
