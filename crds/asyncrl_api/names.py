@@ -34,11 +34,6 @@ class JobNames(Wire):
         return f"rl_{self.job}"
 
     @property
-    def live_bucket(self) -> str:
-        """`held.<worker>`: the tickets a worker holds."""
-        return f"rl_{self.job}_live"
-
-    @property
     def lease_bucket(self) -> str:
         return f"rl_{self.job}_lease"
 

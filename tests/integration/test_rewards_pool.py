@@ -148,7 +148,9 @@ def processes_below(pid: int | None = None) -> set[psutil.Process]:
 
 def reward_processes() -> list[psutil.Process]:
     """Of this test's pool: the outer process of each pair. Other fixtures have children too."""
-    return [p for p in psutil.Process().children() if "asyncrl_runtime.rollout.rewards.process" in p.cmdline()]
+    return [
+        p for p in psutil.Process().children() if "asyncrl_runtime.rollout.rewards.process" in p.cmdline()
+    ]
 
 
 def daemons() -> list[psutil.Process]:

@@ -210,15 +210,6 @@ class CurrentVersion(Message, frozen=True, kw_only=True, tag="version.v1"):
     max_versions: int
 
 
-class HeldTickets(Message, frozen=True, kw_only=True, tag="held.v1"):
-    """What a worker holds, so that someone else can hand it back when the worker is gone."""
-
-    worker: str
-    incarnation: str
-    deliveries: dict[int, str]
-    """Ticket -> its acknowledgement subject."""
-
-
 class Heartbeat(Message, frozen=True, kw_only=True, tag="heartbeat.v1"):
     """A worker's sign of life, once a second."""
 
@@ -238,6 +229,8 @@ class Heartbeat(Message, frozen=True, kw_only=True, tag="heartbeat.v1"):
     num_failures: int = 0
     """Reported failures since the worker started."""
     last_error: str = ""
+    held: tuple[int, ...] = ()
+    """Tickets in this worker's hands; they are handed back when it falls silent."""
 
 
 ENGINE_STATES = ("down", "empty", "ready", "draining", "drained", "updating", "dirty")

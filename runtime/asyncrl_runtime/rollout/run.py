@@ -66,11 +66,8 @@ async def _run(
         load_tokenizer(folder), config.spec.dataset.prompt_field, config.spec.workflow.system_prompt
     )
     broker = await Broker.connect(config.nats, config.names, name)
-    live_bucket = await _bucket(broker, config.names.live_bucket)
     state_bucket = await _bucket(broker, config.names.state_bucket)
-    worker = Worker(
-        name, config.spec, config.names, broker, engine, renderer, workflow, scorer, live_bucket, state_bucket
-    )
+    worker = Worker(name, config.spec, config.names, broker, engine, renderer, workflow, scorer, state_bucket)
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, worker.stop)
     probes = asyncio.create_task(serve_health(host, health_port, worker.engine_fault))

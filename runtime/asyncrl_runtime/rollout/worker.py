@@ -38,9 +38,13 @@ from asyncrl_runtime.rollout.slots import Slots, Taken
 from asyncrl_runtime.rollout.ticket_work import TicketWork
 from asyncrl_runtime.rollout.weight_receiver import WeightReceiver
 from asyncrl_runtime.transport.broker import TRANSIENT, Broker, TransportError
-from asyncrl_runtime.transport.held import HeldRecord, hand_back_all
 from asyncrl_runtime.transport.parts import Parts
-from asyncrl_runtime.transport.ticket_queue import KEEP_ALIVE_SECONDS, Delivery, TicketQueue
+from asyncrl_runtime.transport.ticket_queue import (
+    QUESTION_ALIVE_SECONDS,
+    TICKET_ALIVE_SECONDS,
+    Delivery,
+    TicketQueue,
+)
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +72,6 @@ class Worker:
         renderer: PromptRenderer,
         workflow: Workflow,
         scorer: Scorer,
-        live_bucket: KeyValue,
         state_bucket: KeyValue,
     ) -> None:
         self._name = name
@@ -77,9 +80,7 @@ class Worker:
         self._names = names
         self._broker = broker
         self._engine = engine
-        self._live_bucket = live_bucket
         self._state_bucket = state_bucket
-        self._held = HeldRecord(live_bucket, name, self._incarnation)
         self._slots = Slots()
         self._limit = ConcurrencyLimit(spec.sampling.group_size, spec.rollout.max_concurrency)
         self._receiver = WeightReceiver(engine, lambda: self._slots.num_taken)
@@ -120,8 +121,6 @@ class Worker:
         Raises:
             TransportError: the broker closed this client for good.
         """
-        if inherited := await hand_back_all(self._broker, self._live_bucket, self._name):
-            log.info("handed back %d tickets of an earlier process of this worker", inherited)
         await self._broker.client.subscribe(self._names.control(self._name), cb=self._on_control)
         await self._broker.client.subscribe(f"{self._names.announcements}.*", cb=self._on_announcement)
         prompts = await TicketQueue.of_prompts(self._broker, self._names)
@@ -130,7 +129,8 @@ class Worker:
             "heartbeat": self._send_heartbeats(),
             "engine": self._monitor.run(),
             "state": self._poll_state(),
-            "keep alive": self._keep_alive(),
+            "keep tickets": self._keep_alive(TICKET_ALIVE_SECONDS, are_tickets=True),
+            "keep questions": self._keep_alive(QUESTION_ALIVE_SECONDS, are_tickets=False),
             "questions": self._pull(questions, self._work.answer, EVALUATION_ROWS),
             "prompts": self._pull(prompts, self._work.sample, self._spec.sampling.group_size),
             "stop": self._wait_for_the_end(),
@@ -178,8 +178,6 @@ class Worker:
     async def _handle(self, delivery: Delivery, work: Work, slots: Taken) -> None:
         self._deliveries.add(delivery)
         try:
-            if delivery.is_ticket:
-                await self._held.write(self._held_tickets())
             await work(delivery, slots)
         except Exception as error:  # the edge of this task: the ticket goes elsewhere, nothing is lost
             if not isinstance(error, TransportError):
@@ -190,15 +188,12 @@ class Worker:
             self._deliveries.discard(delivery)
             slots.close()
 
-    def _held_tickets(self) -> dict[int, str]:
-        return {held.sequence: held.ack_subject for held in self._deliveries if held.is_ticket}
-
-    async def _keep_alive(self) -> None:
+    async def _keep_alive(self, seconds: float, *, are_tickets: bool) -> None:
+        """Say again and again that what is in hand is being worked on."""
         while True:
-            await asyncio.sleep(KEEP_ALIVE_SECONDS)
-            for delivery in list(self._deliveries):
+            await asyncio.sleep(seconds)
+            for delivery in [held for held in self._deliveries if held.is_ticket == are_tickets]:
                 await delivery.keep_alive()
-            await self._held.write(self._held_tickets())
 
     async def _send_heartbeats(self) -> None:
         """Say once a second that this worker lives and how its engine is."""
@@ -215,6 +210,7 @@ class Worker:
                 num_sampled_tokens=self._runner.num_sampled_tokens,
                 num_failures=self._num_failures,
                 last_error=self._last_error,
+                held=tuple(sorted(d.sequence for d in self._deliveries if d.is_ticket)),
             )
             try:
                 await self._broker.client.publish(self._names.heartbeat(self._name), encode(beat))
@@ -270,4 +266,3 @@ class Worker:
         for delivery in list(self._deliveries):
             await delivery.hand_back()
         await self._receiver.leave()
-        await self._held.write({})

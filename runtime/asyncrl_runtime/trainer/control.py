@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import time
 from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from asyncrl_runtime.transport.broker import (
     TransportError,
     WrongLastSequence,
 )
-from asyncrl_runtime.transport.held import Fleet, Reaper
+from asyncrl_runtime.transport.fleet import Fleet, Reaper
 from asyncrl_runtime.transport.reader import OrderedReader
 from asyncrl_runtime.transport.streams import (
     TRAJECTORY_SHARE,
@@ -212,12 +213,12 @@ class Control:
             self._controller.take(message)
 
     async def _reap(self) -> None:
-        bucket = await self._broker.jetstream.key_value(self._names.live_bucket)
-        reaper = Reaper(self._broker, self._names, bucket, self._fleet)
+        reaper = Reaper(self._broker, self._names, self._fleet, time.monotonic)
+        controller = self._controller
         while True:
             await asyncio.sleep(REAP_SECONDS)
             try:
-                await reaper.reap()
+                await reaper.reap(controller.waiting_tickets)
             except (*TRANSIENT, nats.js.errors.APIError) as error:
                 log.info("reaper: %s: %s", type(error).__name__, error)
 

@@ -114,6 +114,12 @@ class Controller:
         """Tickets that were issued and are not closed."""
         return sum(not self.is_closed(ticket) for ticket in self.book.open_tickets(self.num_issued))
 
+    @property
+    def waiting_tickets(self) -> list[int]:
+        """Tickets that were issued and have brought nothing yet, or no whole group."""
+        open_tickets = self.book.open_tickets(self.num_issued)
+        return [t for t in open_tickets if t not in self.inbox.arrived and not self.is_closed(t)]
+
     # -- arriving
 
     def take(self, message: StreamMessage) -> None:

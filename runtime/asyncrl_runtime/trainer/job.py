@@ -32,7 +32,7 @@ from asyncrl_runtime.trainer.packing import TrainingSample
 from asyncrl_runtime.trainer.ranks import Export, Logprobs, Ranks, Save, Stop, Train
 from asyncrl_runtime.trainer.schedule import learning_rate
 from asyncrl_runtime.trainer.step import plan_step
-from asyncrl_runtime.transport.held import Fleet
+from asyncrl_runtime.transport.fleet import Fleet
 from asyncrl_runtime.transport.ledger import Ledger
 from asyncrl_runtime.weights.publisher import Bucket, WeightPublisher
 

@@ -42,7 +42,7 @@ from asyncrl_runtime.trainer.step import NumbersUnusable
 from asyncrl_runtime.trainer.tickets import EndlessDiscards, TicketBook
 from asyncrl_runtime.trainer.train import train
 from asyncrl_runtime.transport.broker import Broker, TransportError
-from asyncrl_runtime.transport.held import Fleet
+from asyncrl_runtime.transport.fleet import Fleet
 from asyncrl_runtime.transport.lease import Holder, Lease
 from asyncrl_runtime.transport.ledger import History, Ledger, LedgerError, Superseded
 from asyncrl_runtime.transport.streams import delete_streams, make_lease_bucket
@@ -143,6 +143,7 @@ async def _run_beside(job: TrainerJob, control: Control, lease: Lease, broker: B
 async def _hear_heartbeats(config: RunConfig, broker: Broker) -> Fleet:
     """Listen to the workers' signs of life."""
     fleet = Fleet(time.monotonic)
+    broker.on_reconnected = fleet.was_deaf
 
     async def heard(message: Msg) -> None:
         fleet.heard(decode(message.data, Heartbeat))

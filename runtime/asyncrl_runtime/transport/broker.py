@@ -76,6 +76,8 @@ class Broker:
         self.client = client
         self.jetstream: JetStreamContext = client.jetstream(timeout=3)
         self.closed = closed
+        self.on_reconnected: Callable[[], None] = lambda: None
+        """Called when a lost connection is back: what was said meanwhile has not been heard."""
         self._rng = rng
 
     @classmethod
@@ -104,12 +106,18 @@ class Broker:
         async def on_closed() -> None:
             closed.set()
 
+        async def on_reconnected() -> None:
+            broker.on_reconnected()
+
+        broker = cls(client, closed, rng)
+
         async def open_connection() -> None:
             await client.connect(
                 address.url,
                 name=client_name,
                 error_cb=on_error,
                 closed_cb=on_closed,
+                reconnected_cb=on_reconnected,
                 max_reconnect_attempts=-1,
                 # A random part, so that pods do not come back in one wave; floats work, the stub says int.
                 reconnect_time_wait=0.5 + 0.25 * rng.random(),  # type: ignore[arg-type]
@@ -125,7 +133,7 @@ class Broker:
             raise TransportError(
                 f"no NATS server at {address.url} within {deadline_seconds:.0f} s: {error or 'timeout'}"
             ) from error
-        return cls(client, closed, rng)
+        return broker
 
     async def close(self) -> None:
         """Flush what is buffered and disconnect; gives up after 2 s."""

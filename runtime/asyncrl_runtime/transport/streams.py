@@ -22,6 +22,8 @@ ASK_CONSUMER, ANSWER_CONSUMER = "ask", "answer"
 ACK_WAIT_SECONDS = 300.0
 """Longest broker outage without redelivery: afterwards every prompt in flight would come again at once.
 Dead workers are noticed much sooner by the reaper."""
+QUESTION_ACK_WAIT_SECONDS = 10.0
+"""Held-out prompts have no reaper; one that is answered twice costs little."""
 
 NO_STORAGE = 10047
 
@@ -32,7 +34,7 @@ TRAJECTORY_SHARE = 0.7
 def stream_configs(
     names: JobNames, storage_bytes: int, first_sequences: Mapping[str, int] | None = None
 ) -> list[api.StreamConfig]:
-    """Return the six streams of a job, buckets included.
+    """Return the five streams of a job, buckets included.
 
     Trajectories lie in a limits stream, not a work queue: a work queue forgets the message ids of
     acknowledged messages at a restart, and a limits stream lets a restored trainer read again.
@@ -74,7 +76,6 @@ def stream_configs(
             max_bytes=storage_bytes // 20,
         ),
         _bucket(names.state_bucket, history=1, republish=names.announcements),
-        _bucket(names.live_bucket, history=1),
         _bucket(names.lease_bucket, history=1, has_ttl=True),
     ]
 
@@ -102,21 +103,22 @@ def _bucket(name: str, *, history: int, republish: str = "", has_ttl: bool = Fal
 def consumer_configs(names: JobNames) -> list[tuple[str, api.ConsumerConfig]]:
     """The durable consumers. `max_deliver` is unlimited: kills must not use up a ticket's retry budget."""
 
-    def durable(name: str, filter_subject: str | None = None) -> api.ConsumerConfig:
+    def durable(name: str, ack_wait: float, filter_subject: str | None = None) -> api.ConsumerConfig:
         return api.ConsumerConfig(
             durable_name=name,
             ack_policy=api.AckPolicy.EXPLICIT,
-            ack_wait=ACK_WAIT_SECONDS,
+            ack_wait=ack_wait,
             max_deliver=-1,
             max_ack_pending=100_000,
             max_waiting=16_384,
             filter_subject=filter_subject,
         )
 
+    wait = QUESTION_ACK_WAIT_SECONDS
     return [
-        (names.prompt_stream, durable(PROMPT_CONSUMER)),
-        (names.evaluation_stream, durable(ASK_CONSUMER, names.evaluation("ask", ">"))),
-        (names.evaluation_stream, durable(ANSWER_CONSUMER, names.evaluation("answer", ">"))),
+        (names.prompt_stream, durable(PROMPT_CONSUMER, ACK_WAIT_SECONDS)),
+        (names.evaluation_stream, durable(ASK_CONSUMER, wait, names.evaluation("ask", ">"))),
+        (names.evaluation_stream, durable(ANSWER_CONSUMER, wait, names.evaluation("answer", ">"))),
     ]
 
 

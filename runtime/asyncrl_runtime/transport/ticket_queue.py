@@ -12,13 +12,20 @@ from nats.js import JetStreamContext
 
 from asyncrl_api.names import JobNames
 from asyncrl_runtime.transport.broker import TRANSIENT, Broker
-from asyncrl_runtime.transport.streams import ACK_WAIT_SECONDS, ASK_CONSUMER, PROMPT_CONSUMER
+from asyncrl_runtime.transport.streams import (
+    ACK_WAIT_SECONDS,
+    ASK_CONSUMER,
+    PROMPT_CONSUMER,
+    QUESTION_ACK_WAIT_SECONDS,
+)
 
 log = logging.getLogger(__name__)
 
 TAKE_SECONDS = 2.0
 """Of one pull. A server restart loses a waiting pull without a word, so it must be short."""
-KEEP_ALIVE_SECONDS = ACK_WAIT_SECONDS / 5
+TICKET_ALIVE_SECONDS = ACK_WAIT_SECONDS / 5
+QUESTION_ALIVE_SECONDS = QUESTION_ACK_WAIT_SECONDS / 5
+"""Between two signs that the work on a message goes on."""
 
 
 class Delivery:
@@ -27,7 +34,7 @@ class Delivery:
     def __init__(self, message: Msg, is_ticket: bool) -> None:
         self._message = message
         self.is_ticket = is_ticket
-        """Of the prompt stream; if its worker dies it must be handed back at once."""
+        """Of the prompt stream; not a question of an evaluation."""
 
     @property
     def data(self) -> bytes:
@@ -42,11 +49,6 @@ class Delivery:
     def is_redelivered(self) -> bool:
         """Whether somebody had it before: there may be a result, or a part of one."""
         return self._message.metadata.num_delivered > 1
-
-    @property
-    def ack_subject(self) -> str:
-        """Where anybody can acknowledge or hand back this delivery."""
-        return self._message.reply
 
     async def acknowledge(self, attempts: int = 3) -> None:
         """Remove the message from the queue, and know that it is.

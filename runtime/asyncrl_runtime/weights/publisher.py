@@ -31,7 +31,7 @@ from asyncrl_runtime.contract.messages import (
     encode,
 )
 from asyncrl_runtime.transport.broker import Broker
-from asyncrl_runtime.transport.held import Fleet
+from asyncrl_runtime.transport.fleet import Fleet
 from asyncrl_runtime.weights.group import GroupStore, host_group, leave_group, open_store
 
 log = logging.getLogger(__name__)

@@ -1,0 +1,78 @@
+"""Tickets of the dead come back through the real queue."""
+
+import time
+
+import pytest
+
+from asyncrl_api.names import JobNames, NatsAddress
+from asyncrl_runtime.contract.messages import Heartbeat
+from asyncrl_runtime.transport.broker import Broker
+from asyncrl_runtime.transport.fleet import UNHELD_SECONDS, Fleet, Reaper
+from asyncrl_runtime.transport.streams import make_streams
+from asyncrl_runtime.transport.ticket_queue import Delivery, TicketQueue
+
+
+async def take(queue: TicketQueue) -> Delivery:
+    delivery = await queue.take()
+    assert delivery is not None
+    return delivery
+
+
+async def test_what_nobody_holds_is_delivered_to_the_next_worker(
+    nats_address: NatsAddress, names: JobNames
+) -> None:
+    """Of five tickets one is done, one in a living worker's hands, two were never told of, one is queued."""
+    controller = await Broker.connect(nats_address, names, "controller")
+    await make_streams(controller.jetstream, names, 2**28)
+    for ticket in range(1, 6):
+        await controller.jetstream.publish(names.prompt(ticket), b"row")
+    dead = await Broker.connect(nats_address, names, "dead")
+    dead_queue = await TicketQueue.of_prompts(dead, names)
+    done, held, *_ = [await take(dead_queue) for _ in range(4)]
+    await done.acknowledge()
+
+    now = time.monotonic()
+    fleet = Fleet(lambda: now)
+    reaper = Reaper(controller, names, fleet, lambda: now)
+    assert await reaper.reap([2, 3, 4, 5]) == []
+    now += UNHELD_SECONDS
+    fleet.heard(
+        Heartbeat(
+            worker="w", incarnation="i", engine="e", engine_state="ready", version=None, held=(held.sequence,)
+        )
+    )
+    assert await reaper.reap([2, 3, 4, 5]) == [3, 4]
+
+    queue = await TicketQueue.of_prompts(controller, names)
+    began = time.monotonic()
+    taken = [await take(queue) for _ in range(3)]
+    assert sorted(delivery.sequence for delivery in taken) == [3, 4, 5]
+    assert {d.sequence for d in taken if d.is_redelivered} == {3, 4}
+    assert time.monotonic() - began < 2, "redelivery waited for something else than the hand-back"
+    await dead.close()
+    await controller.close()
+
+
+@pytest.mark.parametrize("ticket", [1, 2])
+async def test_a_hand_back_that_comes_too_late_does_no_harm(
+    nats_address: NatsAddress, names: JobNames, ticket: int
+) -> None:
+    """The ticket was acknowledged meanwhile, or is redelivered and acknowledged by its second holder."""
+    broker = await Broker.connect(nats_address, names, "b")
+    await make_streams(broker.jetstream, names, 2**28)
+    for number in (1, 2):
+        await broker.jetstream.publish(names.prompt(number), b"row")
+    queue = await TicketQueue.of_prompts(broker, names)
+    first, second = await take(queue), await take(queue)
+    await first.acknowledge()
+    now = 0.0
+    reaper = Reaper(broker, names, Fleet(lambda: now), lambda: now)
+    await reaper.reap([ticket])
+    now += UNHELD_SECONDS
+    assert await reaper.reap([ticket]) == [ticket]
+    again = await queue.take()
+    assert (again.sequence if again else None) == (None if ticket == 1 else 2)
+    await second.acknowledge()  # the first holder, who was believed dead: accepted
+    info = await broker.jetstream.stream_info(names.prompt_stream)
+    assert info.state.messages == 0
+    await broker.close()
