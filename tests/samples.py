@@ -1,7 +1,9 @@
-"""Builders of messages for tests."""
+"""Builders of jobs and messages for tests."""
 
 from collections.abc import Sequence
 
+from asyncrl_api.job import AsyncRLJob
+from asyncrl_api.manifests import apply_overrides, parse_job
 from asyncrl_runtime.contract.messages import (
     Group,
     Sample,
@@ -10,6 +12,23 @@ from asyncrl_runtime.contract.messages import (
     ids_to_bytes,
     mask_to_bytes,
 )
+
+
+def make_job(*overrides: str) -> AsyncRLJob:
+    """The smallest job, with fields of its spec set as by `--set`: `training.maxSteps=5`."""
+    document = {
+        "apiVersion": "asyncrl.dev/v1alpha1",
+        "kind": "AsyncRLJob",
+        "metadata": {"name": "gsm8k"},
+        "spec": {
+            "model": {"source": "hf://Qwen/Qwen3-1.7B"},
+            "dataset": {"source": "hf://openai/gsm8k"},
+            "training": {"batchSize": 64, "maxSteps": 200},
+            "gpuBudget": {"total": 8},
+            "checkpoint": {"location": {"claimName": "checkpoints"}},
+        },
+    }
+    return parse_job(apply_overrides(document, [f"spec.{override}" for override in overrides]))
 
 
 def make_sample(

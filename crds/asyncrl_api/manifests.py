@@ -55,7 +55,7 @@ def load_documents(path: Path) -> list[Any]:
     """
     try:
         documents = [each for each in _yaml().load_all(path.read_text(encoding="utf-8")) if each is not None]
-    except (YAMLError, UnicodeDecodeError) as error:
+    except (YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise SpecError([_syntax_error(str(path), error)]) from error
     if not documents:
         raise SpecError([FieldError(str(path), "holds no document")])
@@ -130,7 +130,7 @@ def _parse_value(path: str, text: str) -> Any:
         return ""
     try:
         return _yaml().load(text)
-    except YAMLError as error:
+    except (YAMLError, RecursionError) as error:
         raise SpecError([_syntax_error(f"--set {path}", error)]) from error
 
 
@@ -147,7 +147,9 @@ def _yaml() -> YAML:
     return yaml
 
 
-def _syntax_error(place: str, error: YAMLError | UnicodeDecodeError) -> FieldError:
+def _syntax_error(place: str, error: YAMLError | UnicodeDecodeError | RecursionError) -> FieldError:
+    if isinstance(error, RecursionError):
+        return FieldError(place, "is nested too deeply")
     if isinstance(error, MarkedYAMLError) and error.problem_mark is not None:
         return FieldError(f"{place}:{error.problem_mark.line + 1}", str(error.problem))
     return FieldError(place, f"not YAML: {error}".splitlines()[0])
@@ -157,7 +159,10 @@ def _check(document: Any) -> tuple[AsyncRLJob | None, list[FieldError]]:
     """Return the job, unless a field is wrong, and what is wrong."""
     if errors := _wrong_kind(document):
         return None, errors
-    errors = list(_not_json(document.get("spec", {}), "spec"))
+    try:
+        errors = list(_not_json(document.get("spec", {}), "spec"))
+    except RecursionError:
+        return None, [FieldError("spec", "is nested too deeply, or an alias stands within its own anchor")]
     try:
         job = AsyncRLJob.model_validate(document, by_alias=True, by_name=False)
     except ValidationError as error:

@@ -1,5 +1,6 @@
 """What a process of a job is told: RunConfig, and the fields that change while it runs."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -46,7 +47,10 @@ class RunConfig(Wire):
             raise ExitError(ExitCode.REFUSED, f"run configuration {path}: {error}") from error
 
     def save(self, path: Path) -> None:
-        path.write_text(self.model_dump_json(by_alias=True, exclude_none=True, indent=1))
+        """Replace the file at once, so that a kill never leaves half of it."""
+        scratch = path.with_suffix(".tmp")
+        scratch.write_text(self.model_dump_json(by_alias=True, exclude_none=True, indent=1))
+        scratch.replace(path)
 
 
 def live_values(spec: Spec) -> dict[str, Any]:
@@ -62,8 +66,16 @@ def with_live_values(spec: Spec, values: dict[str, Any]) -> Spec:
     """
     rest = split_live(spec)[1]
     changed = parse_spec(merge(rest, values))
-    if split_live(changed)[1] != rest:
-        raise SpecError(
-            [FieldError(path="live values", rule="only fields marked L may change", value=values)]
-        )
+    rule = "only fields marked L may change while the job runs"
+    if others := list(_differences(rest, split_live(changed)[1], "spec")):
+        raise SpecError(FieldError(path=path, rule=rule, value=value) for path, value in others)
     return changed
+
+
+def _differences(before: Any, after: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """Yield path and new value of every field that is not what it was."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        for name in sorted(before.keys() | after.keys()):
+            yield from _differences(before.get(name), after.get(name), f"{path}.{name}")
+    elif before != after:
+        yield path, after

@@ -1,6 +1,7 @@
 """`asyncrl`: run, plan, validate, audit, eval."""
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from rich.console import Console
 from asyncrl_api.exits import ExitCode, ExitError
 from asyncrl_api.job import AsyncRLJob
 from asyncrl_api.manifests import SpecError, apply_overrides, load_documents, parse_job, validate
+from asyncrl_api.report import Report
 from asyncrl_operator import run_folder
 from asyncrl_operator.local import (
     LocalPlaces,
@@ -62,33 +64,45 @@ def run(
             run_folder.check_is_new(folder)
         folder.path.mkdir(parents=True, exist_ok=True)
         with run_folder.lock(folder):
-            return _run_job(job, folder, file.absolute().parent, verify_weights)
+            settings = [word for override in overrides or [] for word in ("--set", override)]
+            words = ["asyncrl", "run", str(file), "--out", str(folder.path), "--resume", *settings]
+            again = shlex.join(words)
+            return _run_job(job, folder, file.absolute().parent, again, verify_weights)
 
     _exit(command)
 
 
-def _run_job(job: AsyncRLJob, folder: RunFolder, directory: Path, verify_weights: bool) -> int:
+def _run_job(job: AsyncRLJob, folder: RunFolder, directory: Path, again: str, verify_weights: bool) -> int:
+    """Run a job to its end and say where things lie.
+
+    Args:
+        again: the command that goes on with it.
+    """
     ports = free_ports(job.spec)
     shared = job.spec.messaging.shared.url if job.spec.messaging.mode == "Shared" else ""
     nats_url = shared or f"nats://127.0.0.1:{ports['nats']}"
     run_folder.write(folder, job, nats_url=nats_url, cache=_model_cache(), import_path=directory)
     nats_config = None if shared else str(write_nats_config(folder, job.spec, ports["nats"]).absolute())
     places = LocalPlaces(str(folder.config.absolute()), nats_config, ports)
-    console = Console()
-    local = LocalRun(job, folder, places, directory, Display(console), verify_weights=verify_weights)
-    report = local.run()
-    assert report is not None
-    console.print(
-        render_end(report, folder=str(folder.path), metrics=str(folder.metrics)),
-        highlight=False,
-        soft_wrap=True,
-    )
-    if report.state == "Finished":
+    local = LocalRun(job, folder, places, directory, Display(Console()), verify_weights=verify_weights)
+    is_finished = local.run()
+    report = Report.load(folder.report)
+    if report is not None:
+        print(render_end(report, folder=str(folder.path), metrics=str(folder.metrics)))
+    if is_finished:
         if job.spec.messaging.embedded.storage.type == "Ephemeral":
             shutil.rmtree(folder.nats, ignore_errors=True)
         return ExitCode.DONE
-    console.print(f"stopped at step {report.step}; go on with: asyncrl run ... --out {folder.path} --resume")
+    print(f"{_where_it_stopped(report)}; go on with: {again}")
     return STOPPED
+
+
+def _where_it_stopped(report: Report | None) -> str:
+    if report is not None and report.state == "Stopped":
+        return f"stopped at step {report.step}"
+    if report is None or report.last_checkpoint is None:
+        return "ended before the first checkpoint"
+    return f"ended without a checkpoint of its own, the last is of step {report.last_checkpoint.step}"
 
 
 @app.command()
@@ -111,22 +125,10 @@ def validate_files(
     files: Annotated[list[Path], typer.Argument(help="AsyncRLJob manifests (YAML).")],
 ) -> None:
     """List every error of every file, each with field, value and rule; exit 1 if there are any."""
-    num_errors = 0
-    for file in files:
-        try:
-            errors = [error for document in load_documents(file) for error in validate(document)]
-        except SpecError as error:
-            errors = list(error.errors)
-        except OSError as error:
-            print(f"{file}: {error.strerror}", file=sys.stderr)
-            num_errors += 1
-            continue
-        for each in errors:
-            print(f"{file}: {each}")
-        num_errors += len(errors)
-        if not errors:
-            print(f"{file}: valid")
-    raise typer.Exit(1 if num_errors else 0)
+    found = {file: _errors_of(file) for file in files}
+    for file, errors in found.items():
+        print("\n".join(errors or [f"{file}: valid"]))
+    raise typer.Exit(1 if any(found.values()) else 0)
 
 
 @app.command()
@@ -143,7 +145,10 @@ def evaluate(
     step: Annotated[int | None, typer.Option(help="Of the checkpoint; by default the newest.")] = None,
 ) -> None:
     """Score a checkpoint on the held-out prompts."""
-    arguments = ["eval", "--config", str(RunFolder(folder).config)]
+    config = RunFolder(folder).config
+    if not config.exists():
+        _fail(ExitError(ExitCode.USAGE, f"{folder} holds no run; name the folder of a run"))
+    arguments = ["eval", "--config", str(config)]
     _hand_over("asyncrl-runtime", *arguments, *(["--step", str(step)] if step is not None else []))
 
 
@@ -160,6 +165,22 @@ def render_plan(job_plan: Plan) -> str:
             lines.append(f"  {process.name}: {process.gpus} GPU(s)")
             lines.append(f"    {' '.join(process.command)}")
     return "\n".join(lines)
+
+
+def _errors_of(file: Path) -> list[str]:
+    """Return everything that is wrong with a file; each line names the file, and which of its documents."""
+    try:
+        documents = load_documents(file)
+    except SpecError as error:
+        return [str(each) for each in error.errors]
+    except OSError as error:
+        return [f"{file}: {error.strerror}"]
+    several = len(documents) > 1
+    return [
+        f"{file}{f', document {number}' if several else ''}: {error}"
+        for number, document in enumerate(documents, start=1)
+        for error in validate(document)
+    ]
 
 
 def _load(file: Path, overrides: list[str] | None) -> AsyncRLJob:
@@ -194,6 +215,10 @@ def _exit(command: Callable[[], int]) -> NoReturn:
         _fail(ExitError(ExitCode.REFUSED, str(error)))
     except ExitError as error:
         _fail(error)
+    except BrokenPipeError:  # whoever read the output has left
+        raise
+    except OSError as error:
+        _fail(ExitError(ExitCode.TRY_AGAIN, f"{error.filename or 'this machine'}: {error.strerror}"))
     raise typer.Exit(int(code))
 
 

@@ -28,7 +28,14 @@ from asyncrl_api.report import Report
 from asyncrl_operator.messaging import render_nats_config
 from asyncrl_operator.planner import Plan, Process, plan, plan_split, trainer_command
 from asyncrl_operator.progress import Display
-from asyncrl_operator.restart_policy import ContainerBackoff, GiveUp, Restart, TrainerBudget
+from asyncrl_operator.restart_policy import (
+    CONTAINER_RESET_SECONDS,
+    MESSAGING_MAX_FAILURES,
+    ContainerBackoff,
+    GiveUp,
+    Restart,
+    TrainerBudget,
+)
 from asyncrl_operator.run_folder import RunFolder
 
 LOOPBACK = "127.0.0.1"
@@ -37,6 +44,8 @@ GRACE_SECONDS = 10.0
 """For workers and engines to end; the trainer has `trainer.terminationGracePeriodSeconds`."""
 LOG_LINES = 15
 """Of a failed process's log, shown to the user."""
+LOG_BYTES = 2**16
+"""In which these lines are looked for."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +121,11 @@ class Running:
     answered: bool = False
     """Whether the probe of this life was ever good: until then it is still starting."""
 
+    def is_up(self, now: float) -> bool:
+        """Whether it runs; one that has failed is believed only after a while, for it may fail again."""
+        has_failed = self.backoff.num_failures > 0 and now - self.started_at < CONTAINER_RESET_SECONDS
+        return self.popen is not None and not has_failed
+
 
 class Failed(ExitError):
     """The run cannot go on."""
@@ -148,6 +162,9 @@ class LocalRun:
         self._attempt = folder.last_attempt()
         self._budget = TrainerBudget(job.spec.failure_policy.trainer)
         self._running = {process.name: Running(process) for process in self._plan.processes}
+        for running in self._running.values():
+            if running.process.role == "messaging":
+                running.backoff.max_failures = MESSAGING_MAX_FAILURES
         self._stop_requests = 0
         self._began = clock()
         self._below_minimum_since: float | None = None
@@ -155,11 +172,11 @@ class LocalRun:
         self._last_step = -1
         self._http = httpx.Client(timeout=2, trust_env=False)
 
-    def run(self) -> Report | None:
+    def run(self) -> bool:
         """Run until the trainer has finished, or was stopped with Ctrl-C.
 
         Returns:
-            The last report. After a stop its state is `Stopped`.
+            Whether it has finished.
 
         Raises:
             Failed: the job has failed; the message shows the log's last lines and names its file.
@@ -170,10 +187,12 @@ class LocalRun:
                     self._start(running)
                 while not self._tick():
                     time.sleep(TICK_SECONDS)
+                self._display.show(Report.load(self._folder.report), self._attempt)  # its last word
             finally:
                 self._end_all()
                 self._display.close()
-        return Report.load(self._folder.report)
+        trainer = self._running["trainer"].popen
+        return trainer is not None and trainer.returncode == ExitCode.DONE
 
     # -- one round
 
@@ -211,9 +230,10 @@ class LocalRun:
                 ExitCode(code) if code in set(ExitCode) else ExitCode.TRY_AGAIN,
                 f"{name} {_how(code)}: {decision.reason}\n{self._log_tail(name)}",
             )
+        why = "" if code < 0 else f": {self._last_line(name)}"
         self._display.note(
             f"{name} {_how(code)} after {lived:.0f} s; restarted in {decision.delay_seconds:.1f} s "
-            f"(log: {self._folder.log(name)})"
+            f"(log: {self._folder.log(name)}){why}"
         )
         running.restart_at = self._clock() + decision.delay_seconds
 
@@ -226,9 +246,10 @@ class LocalRun:
         running.probed_at = now
         try:
             is_good = self._http.get(probe.url).status_code == 200
-        except httpx.HTTPError:
-            if not running.answered or running.process.name.endswith("-engine"):
-                return  # it still starts, or it is the worker that answers for it who is down
+        except httpx.HTTPError as error:
+            is_starting = isinstance(error, httpx.ConnectError) and not running.answered
+            if is_starting or running.process.name.endswith("-engine"):
+                return  # or it is the worker that answers for it who is down
             is_good = False
         running.answered |= is_good
         running.failed_probes = 0 if is_good else running.failed_probes + 1
@@ -255,11 +276,12 @@ class LocalRun:
         self._check_minimum(now)
 
     def _check_minimum(self, now: float) -> None:
-        """Fail if too few engines have been up for too long."""
-        policy = self._spec.failure_policy.rollout
-        engines = [r for r in self._running.values() if r.process.name.endswith("-engine")]
-        up = sum(running.popen is not None for running in engines)
-        if up * 100 >= policy.min_available_percent * len(engines):
+        """Fail if too few replicas have been up for too long: engine and worker must be, as in a pod."""
+        policy, total = self._spec.failure_policy.rollout, self._plan.split.num_replicas
+        rollout = [running for running in self._running.values() if running.process.role == "rollout"]
+        down = [running.process.name for running in rollout if not running.is_up(now)]
+        up = total - len({name.rpartition("-")[0] for name in down})
+        if up * 100 >= policy.min_available_percent * total:
             self._below_minimum_since = None
             return
         self._below_minimum_since = self._below_minimum_since or now
@@ -269,9 +291,10 @@ class LocalRun:
         ):
             raise Failed(
                 ExitCode.TRY_AGAIN,
-                f"{up} of {len(engines)} engines are up for {policy.below_minimum_seconds} s; "
-                f"failurePolicy.rollout.minAvailablePercent is {policy.min_available_percent}\n"
-                f"{self._log_tail(engines[0].process.name)}",
+                f"only {up} of {total} rollout replicas are up, for more than "
+                f"{policy.below_minimum_seconds} s (failurePolicy.rollout.belowMinimumSeconds); "
+                f"minAvailablePercent is {policy.min_available_percent}\n"
+                f"{self._log_tail(down[0])}",
             )
 
     # -- start and stop
@@ -324,13 +347,12 @@ class LocalRun:
             ]
             for popen in alive:
                 popen.terminate()
-            deadline = self._clock() + (GRACE_SECONDS if self._stop_requests < 2 else 0)
+            deadline = self._clock() + GRACE_SECONDS
             for popen in alive:
-                try:
-                    popen.wait(max(0.0, deadline - self._clock()))
-                except subprocess.TimeoutExpired:
-                    popen.kill()
-                    popen.wait()
+                while popen.poll() is None and self._clock() < deadline and self._stop_requests < 2:
+                    time.sleep(TICK_SECONDS)
+                popen.kill()
+                popen.wait()
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
@@ -345,10 +367,21 @@ class LocalRun:
                 signal.signal(number, handler)
 
     def _log_tail(self, name: str) -> str:
+        shown = "\n".join(f"  | {line}" for line in self._log_lines(name)[-LOG_LINES:])
+        return f"the last lines of {self._folder.log(name)}:\n{shown}"
+
+    def _last_line(self, name: str) -> str:
+        """Return a process's last words: ours end with one line that names the cause and the remedy."""
+        return next((line for line in reversed(self._log_lines(name)) if line.strip()), "its log is empty")
+
+    def _log_lines(self, name: str) -> list[str]:
+        """Return the last lines of a log; the first of them may be torn."""
         path = self._folder.log(name)
-        lines = path.read_text(errors="replace").splitlines()[-LOG_LINES:] if path.exists() else []
-        shown = "\n".join(f"  | {line}" for line in lines)
-        return f"the last lines of {path}:\n{shown}"
+        if not path.exists():
+            return []
+        with path.open("rb") as log:
+            log.seek(max(0, path.stat().st_size - LOG_BYTES))
+            return log.read().decode(errors="replace").splitlines()
 
 
 def write_nats_config(folder: RunFolder, spec: Spec, port: int) -> Path:

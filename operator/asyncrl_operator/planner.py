@@ -1,5 +1,6 @@
 """From a GPU budget to groups and processes. Pure; local runner and operator execute the same plan."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -116,10 +117,11 @@ def plan_split(spec: Spec) -> Split:
         SpecError: nothing fits.
     """
     budget, size = spec.gpu_budget, gpus_per_replica(spec)
+    if size > spec.trainer.gpus_per_node:
+        rule = f"makes an engine take {size} GPUs, but a node has {spec.trainer.gpus_per_node}"
+        raise _too_small("spec.model.parameterCount", rule, spec.model.parameter_count)
     if budget.mode == "Manual":
-        assert budget.split is not None
-        trainer, rollout = budget.split.trainer, budget.split.rollout
-        return Split(trainer, rollout, budget.total - trainer - rollout, size, "Manual")
+        return _manual_split(spec, size)
     wanted = budget.total * budget.auto.initial_rollout_percent / 100
     reachable = min(wanted, spec.rollout.max_replicas * size)
 
@@ -136,10 +138,32 @@ def plan_split(spec: Spec) -> Split:
             rollout = replicas * size
             splits.append(Split(trainer, rollout, budget.total - trainer - rollout, size, "InitialRatio"))
     if not splits:
-        needed = min(sizes, default=smallest_trainer(spec)) + spec.rollout.min_replicas * size
+        needed = smallest_trainer(spec) + spec.rollout.min_replicas * size
         rule = f"holds no trainer and {spec.rollout.min_replicas} engine(s) of {size}: {needed} are needed"
-        raise SpecError([FieldError("spec.gpuBudget.total", f"{rule} (BudgetTooSmall)", budget.total)])
+        raise _too_small("spec.gpuBudget.total", rule, budget.total)
     return min(splits, key=distance)
+
+
+def _manual_split(spec: Spec, size: int) -> Split:
+    """Return the user's split; engines that it has no whole replica for, or beyond `maxReplicas`, are idle.
+
+    What the manifest tells has been checked by its rules; what is derived from the model's size is here.
+    """
+    split, total = spec.gpu_budget.split, spec.gpu_budget.total
+    assert split is not None
+    if split.trainer < (smallest := smallest_trainer(spec)):
+        rule = f"must be at least {smallest}, for a trainer of {spec.model.parameter_count} parameters"
+        raise _too_small("spec.gpuBudget.split.trainer", rule, split.trainer)
+    replicas, fewest = min(spec.rollout.max_replicas, split.rollout // size), spec.rollout.min_replicas
+    if replicas < fewest:
+        rule = f"must be at least {fewest * size}, for {fewest} engine(s) of {size}"
+        raise _too_small("spec.gpuBudget.split.rollout", rule, split.rollout)
+    rollout = replicas * size
+    return Split(split.trainer, rollout, total - split.trainer - rollout, size, "Manual")
+
+
+def _too_small(path: str, rule: str, value: int) -> SpecError:
+    return SpecError([FieldError(path, f"{rule} (BudgetTooSmall)", value)])
 
 
 def gpus_per_replica(spec: Spec) -> int:
@@ -158,13 +182,18 @@ def gpus_per_replica(spec: Spec) -> int:
 
 
 def smallest_trainer(spec: Spec) -> int:
-    """Return the fewest GPUs that hold weights, gradients and optimizer, where the sizes are told."""
-    granularity = spec.trainer.gpu_granularity
-    if not (spec.model.parameter_count and spec.gpu_budget.gpu_memory):
-        return granularity
-    needed = spec.model.parameter_count * TRAINER_BYTES_PER_PARAMETER
-    room = parse_quantity(spec.gpu_budget.gpu_memory) * TRAINER_MEMORY_SHARE
-    return -(-int(-(-needed // room)) // granularity) * granularity
+    """Return the least of the sizes that a trainer may have which holds weights, gradients and optimizer.
+
+    Where the sizes are not told, the least of all.
+    """
+    needed = 1
+    if spec.model.parameter_count and spec.gpu_budget.gpu_memory:
+        room = parse_quantity(spec.gpu_budget.gpu_memory) * TRAINER_MEMORY_SHARE
+        needed = math.ceil(spec.model.parameter_count * TRAINER_BYTES_PER_PARAMETER / room)
+    unit, per_node = spec.trainer.gpu_granularity, spec.trainer.gpus_per_node
+    if math.ceil(needed / unit) * unit > per_node:
+        unit = math.lcm(unit, per_node)
+    return math.ceil(needed / unit) * unit
 
 
 def trainer_sizes(spec: Spec) -> list[int]:
@@ -202,7 +231,8 @@ def _engine_command(spec: Spec, split: Split, config: str, host: str, port: int)
     if spec.rollout.engine.type == "CPU":
         return ("asyncrl-runtime", "engine", "--config", config, *address, *spec.rollout.engine.args)
     dtype = "bfloat16" if spec.model.dtype == "BFloat16" else "float32"
-    model = ("--model-path", spec.model.source.removeprefix("hf://"), "--revision", spec.model.revision)
+    source = spec.model.source.removeprefix("hf://").removeprefix("file://")
+    model = ("--model-path", source, "--revision", spec.model.revision)
     sizes = ("--tp-size", str(split.gpus_per_replica), "--context-length", str(spec.model.context_length))
     options = ("--dtype", dtype, "--enable-metrics", "--skip-server-warmup", *spec.rollout.engine.args)
     return ("python", "-m", "sglang.launch_server", *model, *address, *sizes, *options)

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 
+from rich.columns import Columns
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -30,7 +31,13 @@ class Display:
         self._state = ""
 
     def show(self, report: Report | None, attempt: int) -> None:
-        """Show how the job stands; cheap enough to be called ten times a second."""
+        """Show how the job stands; cheap enough to be called ten times a second.
+
+        Args:
+            attempt: of the trainer, as started last; what an earlier one reported is not what it does now.
+        """
+        if report is not None and report.attempt < attempt:
+            report = report.model_copy(update={"state": "Starting"})
         if self._console.is_terminal:
             if self._live is None:  # without a thread of its own: this process forks
                 self._live = Live(console=self._console, auto_refresh=False, transient=True)
@@ -43,12 +50,12 @@ class Display:
         state = report.state if report is not None else "Starting"
         is_news = state != self._state and state not in ("Training", "WaitingForBatch")
         if line != self._line and (is_news or self._clock() - self._line_at >= LINE_SECONDS):
-            self._console.print(line, highlight=False, soft_wrap=True)
+            self.note(line)
             self._line, self._line_at, self._state = line, self._clock(), state
 
     def note(self, message: str) -> None:
-        """Print one line that stays."""
-        self._console.print(message, highlight=False, soft_wrap=True)
+        """Print one line that stays, as it is: it may hold paths and words of a log."""
+        self._console.print(message, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
     def close(self) -> None:
         if self._live is not None:
@@ -89,11 +96,10 @@ def _panel(report: Report | None) -> Group:
     bar = ProgressBar(total=report.max_steps, completed=report.step, width=40)
     head = Table.grid(padding=(0, 2))
     head.add_row(f"step {report.step} of {report.max_steps}", bar, report.state)
-    table = Table.grid(padding=(0, 3))
-    columns = [(name, value) for name, value in _columns(report) if value]
-    table.add_row(*(Text(name, style="dim") for name, _ in columns))
-    table.add_row(*(value for _, value in columns))
-    return Group(head, table)
+    values = [
+        Text.assemble((f"{name}\n", "dim"), value, no_wrap=True) for name, value in _columns(report) if value
+    ]
+    return Group(head, Columns(values, padding=(0, 2)))  # on a narrow terminal they take more rows
 
 
 def _duration(seconds: float) -> str:

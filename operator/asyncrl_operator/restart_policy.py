@@ -13,6 +13,9 @@ CONTAINER_BACKOFF_SECONDS = 0.5
 CONTAINER_MAX_BACKOFF_SECONDS = 10.0
 CONTAINER_RESET_SECONDS = 60.0
 """A process that lived so long begins again with the shortest backoff."""
+MESSAGING_MAX_FAILURES = 4
+"""In a row. Without its broker a job waits in silence, and what keeps one from starting (its port is taken,
+its files are unusable) seldom passes."""
 FINAL_CODES = frozenset({ExitCode.USAGE, ExitCode.UNUSABLE, ExitCode.REFUSED})
 
 
@@ -64,14 +67,21 @@ class TrainerBudget:
     def _backoff(self) -> float:
         if self._failures_in_a_row < 2:
             return 0.0
-        doubled = self.spec.backoff_seconds * 2.0 ** (self._failures_in_a_row - 2)
-        return min(doubled, self.spec.max_backoff_seconds)
+        doublings = min(self._failures_in_a_row - 2, 31)  # no bound is further than 2**31 from a second
+        return min(self.spec.backoff_seconds * 2.0**doublings, self.spec.max_backoff_seconds)
 
 
 @dataclass
 class ContainerBackoff:
-    """Restarts a process for ever, ever more slowly while it keeps ending."""
+    """Restarts a process, ever more slowly while it keeps ending.
 
+    Args:
+        max_failures: exit codes in a row that are borne; None: a process may fail for ever.
+    """
+
+    max_failures: int | None = None
+    num_failures: int = field(default=0, init=False)
+    """Exit codes in a row. A process that lived for long, or until it was killed, can be started."""
     _delay: float = field(default=0.0, init=False)
 
     def ended(self, code: int, lived_seconds: float) -> Restart | GiveUp:
@@ -79,6 +89,12 @@ class ContainerBackoff:
             return GiveUp(f"exit code {code} is final")
         if lived_seconds >= CONTAINER_RESET_SECONDS:
             self._delay = 0.0
+        if lived_seconds >= CONTAINER_RESET_SECONDS or code < 0:
+            self.num_failures = 0
+        if code >= 0:
+            self.num_failures += 1
+        if self.max_failures is not None and self.num_failures > self.max_failures:
+            return GiveUp(f"it failed {self.num_failures} times in a row")
         delay, self._delay = self._delay, self._next(self._delay)
         return Restart(delay)
 

@@ -1,7 +1,10 @@
 """The folder of a local run: made, found again, locked; what lies where in it."""
 
+import io
 import json
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +16,11 @@ from asyncrl_api.exits import ExitCode, ExitError
 from asyncrl_api.job import AsyncRLJob, to_manifest
 from asyncrl_api.manifests import load_documents, parse_job
 from asyncrl_api.names import NatsAddress
-from asyncrl_api.rules import violations
+from asyncrl_api.rules import Violation, violations
 from asyncrl_api.run import RunConfig, live_values
 
 DEFAULT_NAMESPACE = "default"
+LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -62,35 +66,36 @@ class RunFolder:
         """Return the highest attempt that the ledger has seen; 0 if none."""
         if not self.ledger.exists():
             return 0
-        text = self.ledger.read_text()
-        lines = text[: text.rfind("\n") + 1].splitlines()
+        data = self.ledger.read_bytes()  # a torn last line may end within a character
+        lines = data[: data.rfind(b"\n") + 1].splitlines()
         return max((int(json.loads(line)["attempt"]) for line in lines), default=0)
 
 
-def lock(folder: RunFolder) -> FileLock:
-    """Take the folder for this process; the kernel frees it when the process dies, however it dies.
+@contextmanager
+def lock(folder: RunFolder) -> Iterator[None]:
+    """Hold the folder for this process; the kernel frees it when the process dies, however it dies.
 
     Raises:
         ExitError: another run holds it.
     """
-    held = FileLock(folder.path / ".lock")
     try:
-        held.acquire(timeout=0)
+        held = FileLock(folder.path / LOCK).acquire(timeout=0)
     except Timeout as error:
         raise ExitError(
             ExitCode.USAGE,
             f"{folder.path} is used by a run that is still going; end that one, or choose another --out",
         ) from error
-    return held
+    with held:
+        yield
 
 
 def check_is_new(folder: RunFolder) -> None:
-    """Refuse to mix two runs.
+    """Refuse to mix two runs; a lock alone is left by one that was refused before it began.
 
     Raises:
         ExitError: the folder holds something.
     """
-    if folder.path.exists() and any(folder.path.iterdir()):
+    if folder.path.exists() and any(entry.name != LOCK for entry in folder.path.iterdir()):
         raise ExitError(
             ExitCode.USAGE,
             f"{folder.path} exists already; add --resume to go on with its run, or choose another --out",
@@ -109,6 +114,8 @@ def check_may_resume(folder: RunFolder, job: AsyncRLJob) -> None:
     changed = [
         v for v in violations(to_manifest(job), to_manifest(before)) if v not in violations(to_manifest(job))
     ]
+    if (was := _full_name(before)) != (now := _full_name(job)):
+        changed.insert(0, Violation("metadata", f"a run keeps its name, {was}, and this one is {now}"))
     if changed:
         listed = "\n".join(f"  {violation.path}: {violation.message}" for violation in changed)
         raise ExitError(
@@ -124,10 +131,10 @@ def write(folder: RunFolder, job: AsyncRLJob, *, nats_url: str, cache: Path, imp
     uid = str(uuid.uuid4())
     if folder.config.exists():
         uid = json.loads(folder.config.read_text())["uid"]
-    manifest = to_manifest(job)
-    with folder.manifest.open("w") as file:
-        _yaml().dump(manifest, file)
-    folder.live.write_text(json.dumps(live_values(job.spec), indent=1) + "\n")
+    manifest = io.StringIO()
+    _yaml().dump(to_manifest(job), manifest)
+    _replace(folder.manifest, manifest.getvalue())
+    _replace(folder.live, json.dumps(live_values(job.spec), indent=1) + "\n")
     config = RunConfig(
         namespace=job.metadata.namespace or DEFAULT_NAMESPACE,
         name=job.metadata.name,
@@ -142,6 +149,17 @@ def write(folder: RunFolder, job: AsyncRLJob, *, nats_url: str, cache: Path, imp
     )
     config.save(folder.config)
     return config
+
+
+def _full_name(job: AsyncRLJob) -> str:
+    return f"{job.metadata.namespace or DEFAULT_NAMESPACE}/{job.metadata.name}"
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file at once: a run that is killed meanwhile can still be resumed."""
+    scratch = path.with_name(f"{path.name}.tmp")
+    scratch.write_text(text, encoding="utf-8")
+    scratch.replace(path)
 
 
 def _yaml() -> Any:

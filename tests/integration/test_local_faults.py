@@ -1,0 +1,238 @@
+"""What goes wrong in a local run: whoever fails is named, with its last words, and nothing hangs for ever."""
+
+import json
+import re
+import shutil
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from asyncrl_api.exits import ExitCode
+from asyncrl_operator.local import free_ports
+from asyncrl_operator.restart_policy import (
+    CONTAINER_RESET_SECONDS,
+    MESSAGING_MAX_FAILURES,
+    ContainerBackoff,
+    GiveUp,
+    Restart,
+)
+from cli_runs import CliRun, asyncrl, have_ended, write_job
+from job_harness import build_job
+from tiny_models import tiny_model
+
+pytestmark = pytest.mark.slow
+
+JOB = build_job()
+
+
+def settings(*overrides: str) -> list[str]:
+    return [word for override in overrides for word in ("--set", f"spec.{override}")]
+
+
+def run_to_its_failure(folder: Path, *overrides: str) -> tuple[int, str, str]:
+    """Return the exit code of a run, what it said before, and how it explained its end."""
+    with CliRun(write_job(folder, JOB), folder / "run", *settings(*overrides)) as run:
+        code = run.wait()
+    before, _, failure = run.output.partition("asyncrl: ")
+    assert failure, run.output
+    return code, before, failure
+
+
+def shown_log(failure: str, folder: Path) -> tuple[str, list[str]]:
+    """Return the name of the process whose log is shown, and the lines shown, which must be its last."""
+    _, named, *lines = failure.splitlines()
+    found = re.fullmatch(r"the last lines of (.+/logs/(.+)\.log):", named)
+    assert found is not None and Path(found[1]).parent == folder / "run" / "logs"
+    shown = [line.removeprefix("  | ") for line in lines]
+    assert shown == Path(found[1]).read_text().splitlines()[-len(shown) :]
+    return found[2], shown
+
+
+# A process that fails for good
+
+
+@pytest.mark.parametrize(
+    ("override", "process", "code", "cause"),
+    [
+        (
+            "reward.function=not_there:reward",
+            "rollout-0-worker",
+            ExitCode.REFUSED,
+            "spec.reward.function: not_there:reward (looked for in {folder}) cannot be loaded: ",
+        ),
+        (
+            "model.source=file://{folder}/bare",
+            ".*",  # whoever looks first
+            ExitCode.REFUSED,
+            "spec.model.source: file://{folder}/bare: no tokenizer in {folder}/bare; it must be a Hugging",
+        ),
+        (
+            "dataset.promptField=prompt",
+            "trainer",
+            ExitCode.UNUSABLE,
+            "spec.dataset.source: harness_data:rows: row 1: ",
+        ),
+        (
+            "dataset.parameters={{size: many}}",
+            "trainer",
+            ExitCode.UNUSABLE,
+            "spec.dataset.source: harness_data:rows: TypeError: ",
+        ),
+    ],
+    ids=["reward", "tokenizer", "field", "dataset"],
+)
+def test_a_process_that_fails_for_good_ends_the_run_with_its_last_words(
+    tmp_path: Path, override: str, process: str, code: ExitCode, cause: str
+) -> None:
+    shutil.copytree(tiny_model(), tmp_path / "bare", ignore=shutil.ignore_patterns("*token*", "*.jinja"))
+    ended_with, _, failure = run_to_its_failure(tmp_path, override.format(folder=tmp_path))
+    assert ended_with == code
+    name, lines = shown_log(failure, tmp_path)
+    assert re.fullmatch(process, name)
+    assert failure.startswith(f"{name} ended with exit code {int(code)}: exit code {int(code)} is final\n")
+    assert f"asyncrl-runtime: {cause.format(folder=tmp_path)}" in lines[-1]
+
+
+def test_a_signal_counts_against_max_disruptions_whoever_sent_it(tmp_path: Path) -> None:
+    changes = settings("failurePolicy.trainer={maxDisruptions: 1, maxRestarts: 0, hangSeconds: 5}")
+    with CliRun(write_job(tmp_path, JOB), tmp_path / "run", *changes) as run:
+        first = run.wait_for_child("trainer")
+        first.kill()
+        run.wait_until("it is restarted", lambda: "restarted in 0.0 s" in run.output)
+        second = run.wait_for_child("trainer")
+        second.suspend()
+        children = run.children()
+        assert run.wait(60) == ExitCode.TRY_AGAIN
+    assert first.pid != second.pid and have_ended(children)
+    killed, hung = (line for line in run.output.splitlines() if line.startswith("trainer "))
+    assert re.fullmatch(r"trainer was ended by SIGKILL after \d+ s; restarted in 0\.0 s \(log: .+\)", killed)
+    assert hung == "trainer made no step in 5 s (failurePolicy.trainer.hangSeconds): killed"
+    reason = "trainer was ended by SIGKILL: more than maxDisruptions = 1 signals ended it"
+    assert f"asyncrl: {reason}\nthe last lines of {run.folder.log('trainer')}:" in run.output
+
+
+def test_an_exit_code_counts_against_max_restarts(tmp_path: Path) -> None:
+    folder = tmp_path / "what [/is] [red]shown :smile:"  # is shown as it is
+    code, before, failure = run_to_its_failure(
+        folder,
+        "dataset.promptField=prompt",
+        "failurePolicy.trainer={maxRestarts: 1, maxDisruptions: 0, fatalExitCodes: [64]}",
+    )
+    assert code == ExitCode.UNUSABLE
+    log = folder / "run" / "logs" / "trainer.log"
+    cause = "asyncrl-runtime: spec.dataset.source: harness_data:rows: row 1: "
+    restarted = re.escape(f"restarted in 0.0 s (log: {log}): {cause}")
+    assert re.search(rf"trainer ended with exit code 65 after \d+ s; {restarted}", before)
+    assert failure.startswith("trainer ended with exit code 65: it failed more than maxRestarts = 1 times\n")
+    name, lines = shown_log(failure, folder)
+    assert name == "trainer" and "set spec.dataset.promptField, or mend the row" in lines[-1]
+
+
+# Taken ports
+
+
+@contextmanager
+def taken(port: int) -> Iterator[None]:
+    """Somebody else listens there."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", port))
+        other.listen()
+        yield
+
+
+WITH_PORTS = """\
+import json, sys
+from asyncrl_operator import cli
+ports = json.loads(sys.argv.pop(1))
+cli.free_ports = lambda spec: ports  # they were free when it looked
+cli.app()
+"""
+
+
+def run_with_ports(folder: Path, ports: dict[str, int], *overrides: str) -> CliRun:
+    program = [sys.executable, "-c", WITH_PORTS, json.dumps(ports)]
+    return CliRun(write_job(folder, JOB), folder / "run", *settings(*overrides), program=program)
+
+
+def test_a_broker_whose_port_is_taken_fails_the_run(tmp_path: Path) -> None:
+    ports = free_ports(JOB.spec)
+    with taken(ports["nats"]), run_with_ports(tmp_path, ports) as run:
+        assert run.wait(60) == ExitCode.TRY_AGAIN
+    failure = run.output.partition("asyncrl: ")[2]
+    assert failure.startswith(
+        f"nats ended with exit code 1: it failed {MESSAGING_MAX_FAILURES + 1} times in a row\n"
+    )
+    name, lines = shown_log(failure, tmp_path)
+    assert name == "nats"
+    assert f"127.0.0.1:{ports['nats']}" in lines[-1] and "address already in use" in lines[-1]
+
+
+def test_a_broker_that_lived_or_was_killed_can_be_started() -> None:
+    """Only exit codes in a row, each soon after the start, speak of a broker that never will."""
+    backoff = ContainerBackoff(MESSAGING_MAX_FAILURES)
+    soon, late = 1.0, CONTAINER_RESET_SECONDS
+    failures = [(1, soon)] * MESSAGING_MAX_FAILURES
+    for code, lived in [*failures, (-9, soon), *failures, (1, late), *failures[1:]]:
+        assert isinstance(backoff.ended(code, lived), Restart)
+    assert isinstance(backoff.ended(1, soon), GiveUp)
+    endless = ContainerBackoff()
+    assert all(isinstance(endless.ended(1, soon), Restart) for _ in range(100))
+
+
+@pytest.mark.parametrize(("server", "process"), [("engine-0", "engine"), ("health-0", "worker")])
+def test_a_replica_whose_port_is_taken_says_so_and_fails_the_run_in_time(
+    tmp_path: Path, server: str, process: str
+) -> None:
+    ports = free_ports(JOB.spec)
+    in_time = "failurePolicy.rollout.belowMinimumSeconds=1"
+    with taken(ports[server]), run_with_ports(tmp_path, ports, in_time) as run:
+        assert run.wait() == ExitCode.TRY_AGAIN
+    before, _, failure = run.output.partition("asyncrl: ")
+    note = rf"rollout-0-{process} ended with exit code 75 after \d+ s; restarted in 0\.0 s \(log: .+\): "
+    cause = f"asyncrl-runtime: {process}: cannot listen on 127.0.0.1:{ports[server]}: Address already in use"
+    assert re.search(note + re.escape(cause), before)
+    assert before.count("restarted in") < 4  # a life that is not over yet does not count as up
+    assert failure.startswith(
+        "only 0 of 1 rollout replicas are up, for more than 1 s (failurePolicy.rollout."
+    )
+    assert shown_log(failure, tmp_path)[0] == f"rollout-0-{process}"
+
+
+# What hangs
+
+
+SLOW_REWARD = """\
+import time
+def reward(prompt, response, row):
+    time.sleep(1)  # or the run would take this machine's time from what is started again
+    return len(response) / 10
+"""
+
+
+def test_whatever_hangs_is_killed_by_its_probe_and_the_run_goes_on(tmp_path: Path) -> None:
+    """An engine; a worker, whose engine is left alone; an engine whose worker does not live to tell."""
+    manifest = write_job(tmp_path, JOB)
+    (tmp_path / "slow.py").write_text(SLOW_REWARD)
+    more = ("gpuBudget.total=4", "training.maxSteps=1000000", "reward.function=slow:reward")
+    with CliRun(manifest, tmp_path / "run", *settings(*more)) as run:
+        run.wait_until("all engines sample", lambda: run.report is not None and run.report.num_engines == 3)
+        engines, workers = (
+            [run.wait_for_child(kind, replica) for replica in range(3)] for kind in ("engine", "worker")
+        )
+        for process in (engines[0], workers[1], engines[2]):
+            process.suspend()
+        workers[2].kill()
+        run.wait_until("all are killed", lambda: run.output.count("was ended by SIGKILL") == 4)
+        assert engines[1].is_running() and workers[0].is_running()
+        run.wait_until("all engines sample", lambda: run.report is not None and run.report.num_engines == 3)
+        run.interrupt()
+        assert run.wait() == 130
+    killed = re.findall(r"^(\S+) fails its liveness probe: killed$", run.output, re.MULTILINE)
+    assert sorted(killed) == ["rollout-0-engine", "rollout-1-worker", "rollout-2-engine"]
+    assert [line["step"] for line in run.steps] == list(range(1, len(run.steps) + 1))
+    audit = asyncrl("audit", run.folder.path)
+    assert audit.returncode == 0 and "missing 0  twice 0" in audit.stdout
