@@ -18,13 +18,14 @@ from torch._C._distributed_c10d import HashStore
 from asyncrl_api.exits import ExitCode, ExitError
 from asyncrl_api.processes import die_with_parent
 from asyncrl_api.run import RunConfig
-from asyncrl_runtime.contract.messages import EVALUATION_ROWS, PolicyVersion, Sample
+from asyncrl_runtime.contract.messages import EVALUATION_ROWS, PolicyVersion, Sample, SampleFailure
+from asyncrl_runtime.contract.rows import PromptError
 from asyncrl_runtime.model.source import ensure_model, load_tokenizer, vocab_size
 from asyncrl_runtime.rollout.engine_client import EngineClient, EngineLost
-from asyncrl_runtime.rollout.group_runner import GroupRunner, GroupTask, Outcome
+from asyncrl_runtime.rollout.group_runner import GroupRunner, GroupTask, HandedBack, Outcome
 from asyncrl_runtime.rollout.prompts import PromptRenderer
 from asyncrl_runtime.rollout.rewards.scorer import make_scorer
-from asyncrl_runtime.rollout.session import Limits
+from asyncrl_runtime.rollout.session import Limits, PromptTooLong
 from asyncrl_runtime.rollout.slots import Slots
 from asyncrl_runtime.rollout.workflows import make_workflow
 from asyncrl_runtime.trainer.checkpoints import Checkpoint, Checkpoints
@@ -116,7 +117,12 @@ async def _answer(
             chosen = dict(enumerate(rows[start : start + EVALUATION_ROWS], start=start))
             task = GroupTask(0, chosen, limits, seeds=lambda sample, turn: 0)
             async with gate:
-                return await runner.run(task, slots.take(len(chosen)))
+                try:
+                    return await runner.run(task, slots.take(len(chosen)))
+                except (PromptTooLong, PromptError) as error:
+                    return [SampleFailure(index=i, reason="unusable_row", message=str(error)) for i in chosen]
+                except HandedBack as error:
+                    raise ExitError(ExitCode.TRY_AGAIN, f"the engine went away: {error}") from error
 
         answered = await asyncio.gather(*(answer(s) for s in range(0, len(rows), EVALUATION_ROWS)))
     return [outcome for outcomes in answered for outcome in outcomes]

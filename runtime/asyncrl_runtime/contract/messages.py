@@ -5,6 +5,8 @@ added with a default and never renamed or reused. Per-token arrays are raw littl
 versions are spans, masks are bits: 8 bytes a token (no pickle, which would run code in the reader).
 """
 
+import functools
+import operator
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, Self, TypeVar, overload
@@ -18,7 +20,7 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=Fal
     """Base of all messages; subclasses carry a tag."""
 
 
-class PolicyVersion(msgspec.Struct, frozen=True, array_like=True, order=True):
+class PolicyVersion(msgspec.Struct, frozen=True, array_like=True, order=True, gc=False):
     """Names the weights that sampled a token: which start of the trainer published them, after which step.
 
     Engines carry it as the label `<attempt>.<version>`.
@@ -39,7 +41,7 @@ class PolicyVersion(msgspec.Struct, frozen=True, array_like=True, order=True):
         return cls(int(attempt), int(version))
 
 
-class VersionSpan(msgspec.Struct, frozen=True, array_like=True):
+class VersionSpan(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Tokens up to `end` (exclusive), from the previous span's end on, come from one policy version."""
 
     attempt: int
@@ -83,15 +85,18 @@ class Sample(Message, frozen=True, kw_only=True, tag="sample.v1"):
     num_turns: int = 1
 
     def __post_init__(self) -> None:
-        num_ids, num_logprobs = len(self.response_ids) // 4, len(self.behavior_logprobs) // 4
         covered = self.version_spans[-1].end if self.version_spans else 0
-        if not (num_ids == num_logprobs == covered and len(self.response_mask) == (num_ids + 7) // 8):
+        sizes = len(self.response_ids), len(self.behavior_logprobs), len(self.response_mask)
+        if sizes != (4 * covered, 4 * covered, (covered + 7) // 8):
             raise ValueError(
-                f"sample {self.index}: {num_ids} response tokens, {num_logprobs} log-probs, versions for "
-                f"{covered}, mask of {len(self.response_mask)} bytes"
+                f"sample {self.index}: versions for {covered} tokens, but {sizes[0]} bytes of response ids, "
+                f"{sizes[1]} of log-probs and {sizes[2]} of mask; must be 4, 4 and 1/8 a token"
             )
-        if num_ids == 0 or len(self.prompt_ids) < 4:
-            raise ValueError(f"sample {self.index}: empty prompt or response")
+        if covered == 0 or not self.prompt_ids or len(self.prompt_ids) % 4:
+            raise ValueError(
+                f"sample {self.index}: {len(self.prompt_ids)} bytes of prompt ids and {covered} response "
+                "tokens; neither may be empty, and an id has 4 bytes"
+            )
         if any(a.end >= b.end for a, b in pairwise(self.version_spans)) or self.version_spans[0].end <= 0:
             raise ValueError(f"sample {self.index}: version spans {self.version_spans} do not ascend")
 
@@ -139,6 +144,12 @@ class GroupPart(Message, frozen=True, kw_only=True, tag="grouppart.v1"):
     outcome: Sample | SampleFailure
     worker: str = ""
     seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.outcome.index < self.group_size:
+            raise ValueError(
+                f"ticket {self.ticket}: part {self.outcome.index} of a group of {self.group_size}"
+            )
 
 
 class Tombstone(Message, frozen=True, kw_only=True, tag="tombstone.v1"):
@@ -243,6 +254,10 @@ class DrainEngine(Message, frozen=True, kw_only=True, tag="drain.v1"):
     """Before phase 1 where samples are let finish: take no more tickets; `ok` once nothing is in flight."""
 
 
+class ProbeEngine(Message, frozen=True, kw_only=True, tag="probe.v1"):
+    """Before phase 1: `ok` if the engine answers. One that is gone would keep all others in the join."""
+
+
 class JoinGroup(Message, frozen=True, kw_only=True, tag="join.v1"):
     """Phase 1 of a weight epoch: leave any older group and enter this one; blocks until all are in."""
 
@@ -303,6 +318,7 @@ B = TypeVar("B", bound=Message)
 C = TypeVar("C", bound=Message)
 D = TypeVar("D", bound=Message)
 E = TypeVar("E", bound=Message)
+F = TypeVar("F", bound=Message)
 
 
 @overload
@@ -313,25 +329,39 @@ def decode(data: bytes, kind: type[A], other: type[B], /) -> A | B: ...
 def decode(data: bytes, kind: type[A], other: type[B], third: type[C], /) -> A | B | C: ...
 @overload
 def decode(
-    data: bytes, kind: type[A], other: type[B], third: type[C], fourth: type[D], fifth: type[E], /
-) -> A | B | C | D | E: ...
+    data: bytes, kind: type[A], b: type[B], c: type[C], d: type[D], e: type[E], f: type[F], /
+) -> A | B | C | D | E | F: ...
 def decode(data: bytes, *kinds: type[Message]) -> Message:
     """Return the message in `data`, which must be one of `kinds`.
 
     Raises:
         ValueError: the bytes are no such message, or of a version that this code does not know; names both.
     """
-    wanted: Any = kinds[0]
-    for kind in kinds[1:]:
-        wanted = wanted | kind
     try:
-        result: Message = msgspec.msgpack.decode(data, type=wanted)
-    except (msgspec.DecodeError, msgspec.ValidationError) as error:
-        names = ", ".join(kind.__name__ for kind in kinds)
+        result: Message = _decoder(kinds).decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        expected = " or ".join(str(kind.__struct_config__.tag) for kind in kinds)
         raise ValueError(
-            f"not a message of kind {names}: {error} ({len(data)} bytes: {data[:24]!r})"
+            f"expected {expected}, got {_tag(data)}: {error} ({len(data)} bytes: {data[:24]!r})"
         ) from error
     return result
+
+
+def _tag(data: bytes) -> str:
+    """Return what `data` calls itself."""
+    try:
+        match msgspec.msgpack.decode(data):
+            case [str(tag), *_]:
+                return tag
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        pass
+    return "no message"
+
+
+@functools.cache
+def _decoder(kinds: tuple[type[Message], ...]) -> Any:
+    """Make a decoder once: that takes longer than to decode a small message."""
+    return msgspec.msgpack.Decoder(functools.reduce(operator.or_, kinds))
 
 
 _encoder = msgspec.msgpack.Encoder()

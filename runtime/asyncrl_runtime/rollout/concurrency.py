@@ -1,5 +1,6 @@
 """How many samples an engine is given: grown while it has room, cut when it thrashes. Pure."""
 
+import math
 from dataclasses import dataclass
 
 
@@ -13,7 +14,9 @@ class EngineLoad:
     num_retracted: int
     """Since it started: running requests thrown out of the cache because it was full."""
     num_generated_tokens: int
-    """Since it started."""
+    """Since it started, of requests that have ended."""
+    num_used_tokens: int = 0
+    """In the cache, of requests that run: grows with each token."""
 
 
 class ConcurrencyLimit:
@@ -46,15 +49,15 @@ class ConcurrencyLimit:
         if self.ceiling:
             self.limit = max(self.group_size, self.ceiling)
         elif retracted > 0:
-            self._set(self.limit * 0.8)
+            self._set(math.floor(self.limit * 0.8))
         elif load.kv_usage > 0.8 or load.num_queued > self.group_size:
-            self._set(self.limit * 0.9)
+            self._set(math.floor(self.limit * 0.9))
         elif load.kv_usage < 0.6 and num_running + self.group_size > self.limit:
-            self._set(self.limit * 1.25)
+            self._set(math.ceil(self.limit * 1.25))  # away from where it was: rounding would stick at 2
 
     def has_room(self, num_running: int) -> bool:
         """Whether one more group may start."""
-        return num_running + self.group_size <= self.limit or num_running == 0
+        return num_running + self.group_size <= self.limit
 
-    def _set(self, limit: float) -> None:
-        self.limit = min(self.HIGHEST, max(self.group_size, round(limit)))
+    def _set(self, limit: int) -> None:
+        self.limit = max(self.group_size, min(self.HIGHEST, limit))

@@ -40,6 +40,10 @@ class EngineTimeout(EngineLost):
     """The engine did not answer a control call in time: it hangs."""
 
 
+class EngineAbsent(EngineLost):
+    """Nobody listens there: the engine is dead, or has yet to start."""
+
+
 class EngineRefused(Exception):
     """The engine answered that this request can never work."""
 
@@ -70,8 +74,9 @@ class Generation:
 class BrokenStream(EngineLost):
     """The engine went away in mid answer; `earned` is what can be kept of it, finish reason `abort`."""
 
-    def __init__(self, message: str, earned: Generation) -> None:
-        super().__init__(message)
+    def __init__(self, cause: EngineLost, earned: Generation) -> None:
+        super().__init__(str(cause))
+        self.is_reported = cause.is_reported
         self.earned = earned
 
 
@@ -90,12 +95,17 @@ class EngineClient:
     def __init__(self, base_url: str, vocab_size: int) -> None:
         self.base_url = base_url
         self.weights = WeightsSeen()
+        self.is_in_doubt = False
+        """A request has failed, and the engine has not answered a probe since: it may be gone."""
+        self.num_requests = 0
+        """In flight: asked for tokens and not answered yet."""
         self._vocab_size = vocab_size
         # No read timeout: a long answer takes as long as it takes, and the worker's monitor ends requests
         # to an engine that hangs. No connection limit: the ticket gate bounds what is in flight.
         self._http = httpx.AsyncClient(
             base_url=base_url,
             timeout=httpx.Timeout(PROBE_SECONDS, read=None, pool=None),
+            trust_env=False,  # a pod's HTTP_PROXY is not meant for loopback
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=256),
         )
         self._lost = asyncio.Event()
@@ -127,16 +137,18 @@ class EngineClient:
 
         Raises:
             BrokenStream: the engine went away in mid answer.
+            EngineLost: the engine failed at it, or attests weights that are not this job's: nothing is kept.
             EngineRefused: the request can never work.
         """
         answer = _Answer(self.weights)
         try:
             await self._until_lost(self._receive(self._single_body(request, cache_salt), answer))
-            if answer.is_whole:
-                return _generation(answer.last)
-            raise EngineLost(f"{self.base_url}: the stream ended without an end")
+            if not answer.is_whole:
+                raise EngineLost(f"{self.base_url}: the stream ended without an end")
         except EngineLost as error:
-            raise BrokenStream(str(error), answer.earned()) from error
+            if not answer.is_whole:  # else nothing was lost: going on would sample behind the answer's end
+                raise BrokenStream(error, answer.earned()) from error
+        return _generation(answer.last)
 
     async def _receive(self, body: dict[str, Any], answer: "_Answer") -> None:
         async with self._http.stream("POST", "/generate", json=body) as response:
@@ -161,7 +173,9 @@ class EngineClient:
         Raises:
             EngineLost: no answer within PROBE_SECONDS.
         """
-        return await self.get("/model_info", PROBE_SECONDS)
+        info = await self.get("/model_info", PROBE_SECONDS)
+        self.is_in_doubt = False
+        return info
 
     async def metrics(self) -> str:
         """The engine's metrics in Prometheus' text format."""
@@ -193,13 +207,19 @@ class EngineClient:
             return self._checked(await asyncio.wait_for(operation, timeout_seconds))
         except TimeoutError as error:
             raise EngineTimeout(f"{self.base_url}{path}: no answer in {timeout_seconds:.0f} s") from error
+        except httpx.ConnectError as error:
+            raise EngineAbsent(f"{self.base_url}{path}: {error}") from error
         except httpx.HTTPError as error:
             raise EngineLost(f"{self.base_url}{path}: {type(error).__name__}: {error}") from error
 
     def _body(self, requests: Sequence[SamplingRequest], cache_salt: str | None) -> dict[str, Any]:
         for request in requests:
-            if not all(0 <= token < self._vocab_size for token in request.input_ids):
-                raise EngineRefused(f"a token id is outside the vocabulary of {self._vocab_size}")
+            for token in request.input_ids:
+                if not 0 <= token < self._vocab_size:
+                    raise EngineRefused(
+                        f"token id {token} is outside the vocabulary of {self._vocab_size}; "
+                        "is the tokenizer the model's own?"
+                    )
         return {
             "input_ids": [list(request.input_ids) for request in requests],
             "rid": [uuid.uuid4().hex for _ in requests],
@@ -230,14 +250,17 @@ class EngineClient:
         """Await an HTTP operation, but no longer than the engine is believed to live."""
         task = asyncio.ensure_future(operation)
         lost = asyncio.ensure_future(self._lost.wait())
+        self.num_requests += 1
         try:
             await asyncio.wait({task, lost}, return_when=asyncio.FIRST_COMPLETED)
             if not task.done():
                 raise EngineLost(f"{self.base_url}: given up")
             return task.result()
         except httpx.HTTPError as error:
+            self.is_in_doubt = True
             raise EngineLost(f"{self.base_url}: {type(error).__name__}: {error}") from error
         finally:
+            self.num_requests -= 1
             lost.cancel()
             task.cancel()
 
@@ -261,8 +284,8 @@ class _Answer:
         self.last: dict[str, Any] = {}
         self._weights = weights
         self._version = weights.version
-        self._begun = weights.num_updates_begun
         self._completed = weights.num_updates_completed
+        self._updates = self._updates_now()
         self._num_before_update = 0
 
     @property
@@ -271,7 +294,7 @@ class _Answer:
 
     def take(self, chunk: dict[str, Any]) -> None:
         self.last = chunk
-        if self._weights.num_updates_begun == self._begun:
+        if self._updates_now() == self._updates:
             self._num_before_update = len(chunk["output_ids"])
 
     def earned(self) -> Generation:
@@ -284,6 +307,10 @@ class _Answer:
             self.last["output_ids"][:count], _logprobs(self.last)[:count], (span,) if count else (), "abort"
         )
 
+    def _updates_now(self) -> tuple[int, int]:
+        """Both counts: an update that was under way when the request began has been begun already."""
+        return self._weights.num_updates_begun, self._weights.num_updates_completed
+
 
 def _logprobs(answer: dict[str, Any]) -> list[float]:
     return [entry[0] for entry in answer["meta_info"]["output_token_logprobs"]]
@@ -291,10 +318,13 @@ def _logprobs(answer: dict[str, Any]) -> list[float]:
 
 def _generation(answer: dict[str, Any]) -> Generation:
     meta = answer["meta_info"]
+    reason = meta["finish_reason"]
+    if status := reason.get("status_code"):  # failed after its stream had begun as a 200
+        raise (EngineRefused if status < 500 else EngineFailed)(f"{status}: {reason['message']}")
     spans = []
     for span in meta["weight_versions"]:
         version = PolicyVersion.parse(span["version"])
         if version is None:
             raise EngineLost(f"sampled with weights that are not this job's: {span['version']!r}")
         spans.append(VersionSpan(version.attempt, version.version, span["end"]))
-    return Generation(answer["output_ids"], _logprobs(answer), tuple(spans), meta["finish_reason"]["type"])
+    return Generation(answer["output_ids"], _logprobs(answer), tuple(spans), reason["type"])

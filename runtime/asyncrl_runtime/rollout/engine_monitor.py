@@ -8,7 +8,13 @@ from collections.abc import Callable
 from prometheus_client.parser import text_string_to_metric_families
 
 from asyncrl_runtime.rollout.concurrency import EngineLoad
-from asyncrl_runtime.rollout.engine_client import EngineClient, EngineLost, EngineRefused
+from asyncrl_runtime.rollout.engine_client import (
+    EngineAbsent,
+    EngineClient,
+    EngineLost,
+    EngineRefused,
+    EngineTimeout,
+)
 from asyncrl_runtime.rollout.weight_receiver import WeightReceiver
 
 log = logging.getLogger(__name__)
@@ -39,9 +45,10 @@ class EngineMonitor:
         self._on_load = on_load
         self._clock = clock
         self._is_up = False
+        self._is_absent = False
         self._answered_at: float | None = None
         self._progressed_at = clock()
-        self._num_tokens = -1
+        self._num_tokens = (-1, -1)
         self._dirty_since: float | None = None
         self.incarnation = 0
         """Counts the engine processes seen; weights and groups belong to one of them."""
@@ -49,21 +56,31 @@ class EngineMonitor:
 
     @property
     def state(self) -> str:
-        """One of messages.ENGINE_STATES."""
-        return self._receiver.state if self._is_up else "down"
+        """One of messages.ENGINE_STATES. Down at a request's failure already, or its ticket came right back.
+
+        One that has missed a deadline is down until it is restarted: nobody knows what it will still do.
+        """
+        is_known = not self._engine.is_in_doubt and not self._receiver.has_missed_deadline
+        return self._receiver.state if self._is_up and is_known else "down"
 
     def fault(self) -> str | None:
         """Return why the engine must be restarted, or None."""
         now = self._clock()
+        if self._is_absent:
+            return None  # it is being started already, and killing it meanwhile would never end
         if self._receiver.has_missed_deadline:
             return "it did not answer a control call within its deadline"
         if self._answered_at is not None and not self._is_up and now - self._answered_at > DOWN_SECONDS:
             return f"it has not answered for {now - self._answered_at:.0f} s"
         if self._dirty_since is not None and now - self._dirty_since > DIRTY_SECONDS:
             return f"it has waited for a full set of weights for {now - self._dirty_since:.0f} s"
-        if self.state == "ready" and self._num_running() and now - self._progressed_at > STUCK_SECONDS:
+        if self._is_sampling() and now - self._progressed_at > STUCK_SECONDS:
             return f"it has sampled no token for {now - self._progressed_at:.0f} s"
         return None
+
+    def _is_sampling(self) -> bool:
+        """Whether tokens must come: not in an update, and not while rewards alone are waited for."""
+        return self.state in ("ready", "draining") and self._engine.num_requests > 0
 
     async def run(self) -> None:
         """Poll for ever. A poll that fails ends every request in flight, which then goes elsewhere."""
@@ -76,6 +93,7 @@ class EngineMonitor:
 
     async def _poll(self) -> None:
         label = (await self._engine.model_info())["weight_version"]
+        self._is_absent = False
         version = self._engine.weights.version
         is_ours = version is not None and label == str(version)
         if not self._is_up or (self._receiver.state in ("ready", "draining", "drained") and not is_ours):
@@ -101,13 +119,20 @@ class EngineMonitor:
         self._progressed_at = self._clock()
 
     def _observe(self, load: EngineLoad) -> None:
-        if load.num_generated_tokens != self._num_tokens or not self._num_running():
+        # A request counts as generated when it ends, which may take hours; meanwhile the cache grows.
+        num_tokens = load.num_generated_tokens, load.num_used_tokens
+        if num_tokens != self._num_tokens or not self._is_sampling():
             self._progressed_at = self._clock()
-        self._num_tokens = load.num_generated_tokens
+        self._num_tokens = num_tokens
         self.load = load
         self._on_load(load, self._num_running())
 
     def _gone(self, error: Exception) -> None:
+        self._is_absent = isinstance(error, EngineAbsent)
+        if self._is_absent:  # the next process has all its time
+            self._answered_at = self._dirty_since = None
+        elif self._answered_at is None and isinstance(error, EngineTimeout):
+            self._answered_at = self._clock()  # it listens, so it has started: it hung before we came
         if self._is_up:
             log.warning("engine is gone: %s", error)
             self._engine.give_up()
@@ -125,4 +150,5 @@ def _parse_load(text: str) -> EngineLoad:
         num_queued=int(sum(values.get("num_queue_reqs", [0]))),
         num_retracted=int(sum(values.get("num_retracted_requests_total", [0]))),
         num_generated_tokens=int(sum(values.get("generation_tokens_total", [0]))),
+        num_used_tokens=int(sum(values.get("num_used_tokens", [0]))),
     )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from asyncrl_api.protocols import RewardFailed, Row, Score, Workflow
 from asyncrl_runtime.contract.messages import ResumePoint, Sample, SampleFailure, TurnRecord
+from asyncrl_runtime.contract.rows import PromptError
 from asyncrl_runtime.rollout.engine_client import (
     EngineClient,
     EngineLost,
@@ -19,7 +20,7 @@ from asyncrl_runtime.rollout.prompts import PromptRenderer
 from asyncrl_runtime.rollout.rewards.backend import RewardFailure
 from asyncrl_runtime.rollout.rewards.frames import ScoreRequest
 from asyncrl_runtime.rollout.rewards.scorer import Scorer
-from asyncrl_runtime.rollout.session import Limits, SampleSession
+from asyncrl_runtime.rollout.session import Limits, PromptTooLong, SampleSession
 from asyncrl_runtime.rollout.slots import Taken
 from asyncrl_runtime.rollout.together import Together
 
@@ -81,7 +82,8 @@ class GroupRunner:
 
         Raises:
             HandedBack: the engine is gone; finished samples are kept in the resume point.
-            PromptTooLong, PromptError: no sample of this row can ever be.
+            PromptTooLong, PromptError: none of the rows can ever be sampled. Where some can, as in an
+                evaluation, the others are failures among the outcomes.
         """
         resume = task.resume or ResumePoint(ticket=task.ticket)
         known = {outcome.index: outcome for outcome in resume.outcomes}
@@ -110,11 +112,22 @@ class GroupRunner:
                 score_response,
                 lambda turn: task.seeds(index, turn),
                 replay,
+                self._clock,
             )
 
-        sessions = {
-            index: open_session(index, replays.get(index, ())) for index in task.rows if index not in known
-        }
+        sessions: dict[int, SampleSession] = {}
+        unusable: dict[int, PromptTooLong | PromptError] = {}
+        for index in task.rows:
+            try:
+                if index not in known:
+                    sessions[index] = open_session(index, replays.get(index, ()))
+            except (PromptTooLong, PromptError) as error:
+                unusable[index] = error
+                known[index] = SampleFailure(index=index, reason="unusable_row", message=str(error))
+        if len(unusable) == len(task.rows):
+            raise unusable[min(unusable)]
+        for _ in known:
+            slots.free_one()
 
         async def run_sample(session: SampleSession) -> "Outcome | _Unfinished":
             try:
@@ -148,13 +161,16 @@ class GroupRunner:
                 sample = session.sample(await self._with_idle_limit(session))
                 self.num_sampled_tokens += sample.num_tokens
                 return sample
-            except EngineLost as error:
-                return _Unfinished(session, error)
             except _ScoringFailed as error:
                 return SampleFailure(index=session.index, reason=error.reason, message=str(error))
-            except EngineRefused as error:
-                return SampleFailure(index=session.index, reason="generation_error", message=str(error))
-            except Exception as error:  # the workflow is user code and may raise anything
+            except Exception as error:  # the workflow is user code and may raise anything, for any reason
+                match session.engine_error:
+                    case EngineLost() as lost:
+                        return _Unfinished(session, lost)
+                    case EngineRefused() as refused:
+                        return SampleFailure(
+                            index=session.index, reason="generation_error", message=str(refused)
+                        )
                 cause = f"{type(error).__name__}: {error}"
                 log.warning("workflow, sample %d, attempt %d: %s", session.index, attempt, cause)
                 session = reopen(session.index, session.progress.turns)

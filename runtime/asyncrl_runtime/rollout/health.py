@@ -5,6 +5,7 @@ engine is not asked directly: only the worker knows that it hangs in a collectiv
 """
 
 import contextlib
+import socket
 from collections.abc import Callable, Iterator
 
 import uvicorn
@@ -12,6 +13,8 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
+
+from asyncrl_api.exits import ExitCode, ExitError
 
 
 class _Server(uvicorn.Server):
@@ -21,10 +24,31 @@ class _Server(uvicorn.Server):
         yield
 
 
-async def serve_health(host: str, port: int, engine_fault: Callable[[], str | None]) -> None:
+def bind_health(host: str, port: int) -> socket.socket:
+    """Take the port for probes; connections are refused until `serve_health` answers them.
+
+    Raises:
+        ExitError: the port is taken.
+    """
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise ExitError(
+            ExitCode.TRY_AGAIN,
+            f"worker: cannot listen on {host}:{port}: {error.strerror}. Stop what listens there, or choose "
+            "another address with --host and --health-port",
+        ) from error
+    return listener
+
+
+async def serve_health(listener: socket.socket, engine_fault: Callable[[], str | None]) -> None:
     """Answer probes until cancelled.
 
     Args:
+        listener: as bound by `bind_health`.
         engine_fault: why the engine must be restarted; None while it need not be.
     """
 
@@ -36,5 +60,5 @@ async def serve_health(host: str, port: int, engine_fault: Callable[[], str | No
         return PlainTextResponse(fault or "ok", status_code=503 if fault else 200)
 
     app = Starlette(routes=[Route("/worker", worker), Route("/engine", engine)])
-    config = uvicorn.Config(app, host=host, port=port, log_level="warning", access_log=False)
-    await _Server(config).serve()
+    config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off")
+    await _Server(config).serve(sockets=[listener])

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from asyncrl_runtime.contract.rows import prompt_text
+from asyncrl_runtime.contract.rows import PromptError, prompt_text
 
 
 class PromptRenderer:
@@ -24,7 +24,11 @@ class PromptRenderer:
         return prompt_text(row, self._field)
 
     def prompt_ids(self, row: Mapping[str, Any]) -> list[int]:
-        """Return the token ids of a row's prompt, up to where the policy goes on."""
+        """Return the token ids of a row's prompt, up to where the policy goes on.
+
+        Raises:
+            PromptError: the row has no prompt, or one without any token.
+        """
         text, value = self.text(row), row[self._field]
         if self.tokenizer.chat_template is None:
             ids = self.tokenizer.encode(self._system_prompt + text)
@@ -33,6 +37,8 @@ class PromptRenderer:
             if self._system_prompt:
                 messages = [{"role": "system", "content": self._system_prompt}, *messages]
             ids = self._encode(self._render(messages, add_generation_prompt=True))
+        if not ids:
+            raise PromptError(f"field {self._field!r} is empty: there is nothing to go on from")
         return [int(token) for token in ids]
 
     def next_turn_ids(self, message: str, last_token: int) -> list[int]:

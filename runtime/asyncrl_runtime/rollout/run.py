@@ -4,6 +4,7 @@ import asyncio
 import logging
 import os
 import signal
+import socket
 from pathlib import Path
 
 import nats.js.errors
@@ -14,7 +15,7 @@ from asyncrl_api.run import RunConfig
 from asyncrl_runtime.contract.imports import ImportFailed
 from asyncrl_runtime.model.source import ensure_model, load_tokenizer, vocab_size
 from asyncrl_runtime.rollout.engine_client import EngineClient
-from asyncrl_runtime.rollout.health import serve_health
+from asyncrl_runtime.rollout.health import bind_health, serve_health
 from asyncrl_runtime.rollout.prompts import PromptRenderer
 from asyncrl_runtime.rollout.rewards.pool import RewardNotLoaded
 from asyncrl_runtime.rollout.rewards.scorer import Scorer, make_scorer
@@ -40,14 +41,15 @@ async def run_worker(config: RunConfig, name: str, engine_url: str, host: str, h
         ExitError: it cannot work; the message names the cause.
     """
     spec = config.spec
+    listener = bind_health(host, health_port)  # first, since loading takes long
     folder = await asyncio.to_thread(ensure_model, spec.model, config.model_cache, spec.training.seed)
     try:
         async with _scorer(config) as scorer:
-            await _run(
-                config, name, EngineClient(engine_url, vocab_size(folder)), folder, scorer, host, health_port
-            )
-    except (ImportFailed, RewardNotLoaded) as error:
+            await _run(config, name, EngineClient(engine_url, vocab_size(folder)), folder, scorer, listener)
+    except ImportFailed as error:
         raise ExitError(ExitCode.REFUSED, str(error)) from error
+    except RewardNotLoaded as error:
+        raise ExitError(ExitCode.REFUSED, f"{_describe(config)} cannot be loaded: {error}") from error
     except TransportError as error:
         raise ExitError(ExitCode.TRY_AGAIN, str(error)) from error
 
@@ -58,8 +60,7 @@ async def _run(
     engine: EngineClient,
     folder: Path,
     scorer: Scorer,
-    host: str,
-    health_port: int,
+    listener: socket.socket,
 ) -> None:
     workflow = make_workflow(config.spec.workflow)
     renderer = PromptRenderer(
@@ -70,7 +71,7 @@ async def _run(
     worker = Worker(name, config.spec, config.names, broker, engine, renderer, workflow, scorer, state_bucket)
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, worker.stop)
-    probes = asyncio.create_task(serve_health(host, health_port, worker.engine_fault))
+    probes = asyncio.create_task(serve_health(listener, worker.engine_fault))
     try:
         await worker.run()
     finally:
@@ -86,6 +87,14 @@ def _scorer(config: RunConfig) -> Scorer:
         import_paths=config.import_paths,
         num_processes=max(1, (os.cpu_count() or 1) // 2),
     )
+
+
+def _describe(config: RunConfig) -> str:
+    """Return what reward a job has, and where user code is looked for."""
+    if config.spec.reward.type != "Function":
+        return f"spec.reward.type: {config.spec.reward.type}"
+    folders = ", ".join(map(str, config.import_paths)) or "the installed packages"
+    return f"spec.reward.function: {config.spec.reward.function} (looked for in {folders})"
 
 
 async def _bucket(broker: Broker, name: str) -> KeyValue:

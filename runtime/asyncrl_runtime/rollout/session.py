@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import hashlib
+import math
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,13 @@ from asyncrl_runtime.contract.messages import (
     ids_to_bytes,
     mask_to_bytes,
 )
-from asyncrl_runtime.rollout.engine_client import BrokenStream, EngineLost, Generation, SamplingRequest
+from asyncrl_runtime.rollout.engine_client import (
+    BrokenStream,
+    EngineLost,
+    EngineRefused,
+    Generation,
+    SamplingRequest,
+)
 from asyncrl_runtime.rollout.prompts import PromptRenderer
 
 Sampler = Callable[[SamplingRequest], Awaitable[Generation]]
@@ -109,6 +116,8 @@ class SampleSession:
         self._response = _Response()
         self._prompt_ids = renderer.prompt_ids(row)
         self._finish_reason = "length"
+        self.engine_error: EngineLost | EngineRefused | None = None
+        """Why this sample cannot be finished here, whatever the workflow makes of it."""
         self._clock = clock
         self._num_waiting = 0
         self._idle_since = clock()
@@ -124,9 +133,11 @@ class SampleSession:
         Raises:
             EngineLost: the engine is gone; `progress` has what this sample had earned.
         """
+        if self.engine_error is not None:
+            raise self.engine_error
         before = [*self._prompt_ids, *self._response.ids]
-        bound = min(max_new_tokens or self._limits.max_new_tokens, self._limits.max_new_tokens)
-        room = min(bound, self._limits.context_length - len(before))
+        bound = self._limits.max_new_tokens if max_new_tokens is None else max_new_tokens
+        room = min(bound, self._limits.max_new_tokens, self._limits.context_length - len(before))
         if room <= 0:
             return Turn("", [], "length")
         earned = self._recorded(before)
@@ -166,16 +177,23 @@ class SampleSession:
     @property
     def progress(self) -> SampleProgress:
         """What this sample has earned so far, for whoever goes on with it."""
-        return SampleProgress(index=self.index, turns=tuple(self._turns))
+        return SampleProgress(index=self.index, turns=(*self._turns, *self._replay))
 
     def sample(self, reward: float) -> Sample:
         """Return the finished sample. Tokens told after the last answer are left out.
 
         Raises:
-            ValueError: nothing was sampled.
+            EngineLost, EngineRefused: as `generate` did; a workflow that hides it has not made a sample.
+            ValueError: nothing was sampled, or the reward is no finite number.
         """
+        if self.engine_error is not None:
+            raise self.engine_error
+        if not math.isfinite(reward):
+            raise ValueError(f"the workflow returned {reward} as reward; it must be a finite number")
         response = self._response
         end = max((place + 1 for place, sampled in enumerate(response.mask) if sampled), default=0)
+        if not end:
+            raise ValueError("the workflow returned before any token was sampled with session.generate")
         spans = [VersionSpan(s.attempt, s.version, min(s.end, end)) for s in response.spans]
         return Sample(
             index=self.index,
@@ -214,17 +232,18 @@ class SampleSession:
         try:
             with self._waiting():
                 more = await self._sampler(request)
-        except BrokenStream as error:
-            self._turns.append(_record(before, _joined(earned, error.earned)))
-            raise
-        except (EngineLost, asyncio.CancelledError):
+            if more.finish_reason == "abort":
+                raise BrokenStream(EngineLost("broken off on request"), more)
+        except asyncio.CancelledError:
             self._turns.append(_record(before, earned))
             raise
-        whole = _joined(earned, more)
-        if more.finish_reason == "abort":
-            self._turns.append(_record(before, whole))
-            raise EngineLost("broken off on request")
-        return whole
+        except (EngineLost, EngineRefused) as error:
+            if isinstance(error, BrokenStream):
+                earned = _joined(earned, error.earned)
+            self._turns.append(_record(before, earned))
+            self.engine_error = error
+            raise
+        return _joined(earned, more)
 
 
 def _joined(first: Generation, second: Generation) -> Generation:

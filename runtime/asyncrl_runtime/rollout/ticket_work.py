@@ -73,7 +73,7 @@ class TicketWork:
                 await self._parts.write(result)
                 await delivery.hand_back()
                 return
-            await self._publish(result)
+            await publish_result(self._broker, self._names, result)
         await delivery.acknowledge()
         if resume is not None:
             await self._parts.delete(number)
@@ -131,25 +131,26 @@ class TicketWork:
         self._report_failure(f"ticket {number} is given up: {reason}: {error}")
         return Tombstone(ticket=number, reason=reason, message=str(error)[:1000], worker=self._worker)
 
-    async def _publish(self, result: Group | Tombstone) -> None:
-        """Store the result; the id is the ticket, so that whoever comes second changes nothing."""
-        data = encode(result)
-        number = result.ticket
-        if len(data) <= MAX_GROUP_BYTES:
-            await self._broker.publish(self._names.trajectory(number), data, message_id=str(number))
-            return
-        assert isinstance(result, Group)
-        outcomes: list[Outcome] = [*result.samples, *result.failures]
-        for outcome in outcomes:
-            part = GroupPart(
-                ticket=number,
-                group_size=result.group_size,
-                outcome=outcome,
-                worker=result.worker,
-                seconds=result.seconds,
-            )
-            await self._broker.publish(
-                self._names.trajectory(number, outcome.index),
-                encode(part),
-                message_id=f"{number}/{outcome.index}",
-            )
+
+async def publish_result(broker: Broker, names: JobNames, result: Group | Tombstone) -> None:
+    """Store what became of a ticket; the id is the ticket, so that whoever comes second changes nothing."""
+    data = encode(result)
+    number = result.ticket
+    if len(data) <= MAX_GROUP_BYTES:
+        await broker.publish(names.trajectory(number), data, message_id=str(number))
+        return
+    assert isinstance(result, Group)
+    outcomes: list[Outcome] = [*result.samples, *result.failures]
+    for outcome in outcomes:
+        part = GroupPart(
+            ticket=number,
+            group_size=result.group_size,
+            outcome=outcome,
+            worker=result.worker,
+            seconds=result.seconds,
+        )
+        await broker.publish(
+            names.trajectory(number, outcome.index),
+            encode(part),
+            message_id=f"{number}/{outcome.index}",
+        )

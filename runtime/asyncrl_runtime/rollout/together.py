@@ -39,6 +39,8 @@ class Together(Generic[Item, Result]):
     async def _run(self, waiting: list[tuple[Item, asyncio.Future[Result]]]) -> None:
         try:
             results = await self._call([item for item, _ in waiting])
+            if len(results) != len(waiting):  # whoever got none would wait for good
+                raise ValueError(f"{len(waiting)} were asked together, but {len(results)} answers came")
         except Exception as error:  # whoever asked gets it, whatever it is
             for _, future in waiting:
                 if not future.done():

@@ -16,11 +16,12 @@ from asyncrl_runtime.contract.messages import (
     DrainEngine,
     JoinGroup,
     PrepareUpdate,
+    ProbeEngine,
     ReceiveBucket,
 )
 from asyncrl_runtime.rollout.engine_client import EngineClient, EngineLost, EngineRefused, EngineTimeout
 
-Request = DrainEngine | JoinGroup | PrepareUpdate | ReceiveBucket | CommitUpdate
+Request = DrainEngine | ProbeEngine | JoinGroup | PrepareUpdate | ReceiveBucket | CommitUpdate
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +78,8 @@ class WeightReceiver:
         if isinstance(request, DrainEngine):
             self._is_draining = True
             return ControlReply(ok=self._num_running() == 0)
+        if isinstance(request, ProbeEngine):
+            return await self._probe()
         async with self._lock:
             self._stop_watchdog()
             try:
@@ -85,6 +88,15 @@ class WeightReceiver:
                 log.warning("%s of %s failed: %s", type(request).__name__, request.group, error)
                 await self._retreat()
                 return ControlReply(ok=False, message=str(error))
+
+    async def _probe(self) -> ControlReply:
+        if self.has_missed_deadline:
+            return ControlReply(ok=False, message="it has missed a deadline, and waits to be restarted")
+        try:
+            await self._engine.model_info()
+        except (EngineLost, EngineRefused) as error:
+            return ControlReply(ok=False, message=str(error))
+        return ControlReply(ok=True)
 
     async def leave(self) -> None:
         """Leave the group for good, on the way out."""
@@ -163,8 +175,8 @@ class WeightReceiver:
         # The version first: a sample that is answered right after the engine goes on must find it.
         self._seen.version = request.version
         self._seen.num_updates_completed += 1
-        self._num_buckets, self.is_dirty, self._is_draining = None, False, False
         await self._call("/continue_generation", {})
+        self._num_buckets, self.is_dirty, self._is_draining = None, False, False
         return checksum
 
     async def _retreat(self) -> None:
@@ -172,29 +184,29 @@ class WeightReceiver:
         received, self._num_buckets = self._num_buckets, None
         self.is_dirty = self.is_dirty or bool(received)
         if received is not None:
-            await self._try(self._end_session())
+            await self._try("/end_weight_update", {})
         await self._leave_group()
         if received is not None and not self.is_dirty:
-            await self._try(self._call("/continue_generation", {}))
+            await self._try("/continue_generation", {})
 
     async def _end_update(self) -> None:
-        """Close an update that nothing was received of, to open another one; stay paused."""
+        """Close an update that was given up, to open another one; stay paused."""
         received, self._num_buckets = self._num_buckets, None
         self.is_dirty = self.is_dirty or bool(received)
-        await self._end_session()
-
-    async def _end_session(self) -> None:
         await self._call("/end_weight_update", {})
 
     async def _leave_group(self) -> None:
         if self._group is None:
             return
         group, self._group = self._group, None
-        await self._try(self._call("/destroy_weights_update_group", {"group_name": group}))
+        await self._try("/destroy_weights_update_group", {"group_name": group})
 
-    async def _try(self, operation: Any) -> None:
+    async def _try(self, path: str, body: dict[str, Any]) -> None:
+        """Call for cleaning up, unless the engine hangs: it is restarted, and each call costs a deadline."""
+        if self.has_missed_deadline:
+            return
         try:
-            await operation
+            await self._call(path, body)
         except (UpdateFailed, EngineLost, EngineRefused) as error:
             log.info("while cleaning up: %s", error)
 

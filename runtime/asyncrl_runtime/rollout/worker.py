@@ -24,6 +24,7 @@ from asyncrl_runtime.contract.messages import (
     Heartbeat,
     JoinGroup,
     PrepareUpdate,
+    ProbeEngine,
     ReceiveBucket,
     decode,
     encode,
@@ -51,6 +52,8 @@ log = logging.getLogger(__name__)
 HEARTBEAT_SECONDS = 1.0
 STATE_POLL_SECONDS = 15.0
 """Changes of the state bucket are pushed; this repairs one that was missed."""
+DRAIN_SECONDS = 30
+"""At the end, for samples that are being scored."""
 
 Work = Callable[[Delivery, Taken], Awaitable[None]]
 
@@ -161,9 +164,9 @@ class Worker:
             delivery = await queue.take()
             if delivery is None:
                 continue
-            if self._stopping.is_set():
+            if self._stopping.is_set() or not self._is_fit():  # not any more; others may be
                 await delivery.hand_back()
-                return
+                continue
             task = asyncio.create_task(self._handle(delivery, work, self._slots.take(size)))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
@@ -220,7 +223,9 @@ class Worker:
 
     async def _on_control(self, message: Msg) -> None:
         """One phase of a weight epoch; nats-py calls this for one message after the other."""
-        request = decode(message.data, DrainEngine, JoinGroup, PrepareUpdate, ReceiveBucket, CommitUpdate)
+        request = decode(
+            message.data, DrainEngine, ProbeEngine, JoinGroup, PrepareUpdate, ReceiveBucket, CommitUpdate
+        )
         reply = await self._receiver.handle(request)
         await message.respond(encode(reply))
 
@@ -256,13 +261,15 @@ class Worker:
         """Break off what is in flight, so that its tokens are attested and handed on; leave the group."""
         log.info("draining: %d tickets in hand", len(self._deliveries))
         await asyncio.wait(pulls, timeout=5)
-        try:
-            await self._engine.abort_all()
-        except EngineLost as error:
-            log.info("while draining: %s", error)
-            self._engine.give_up()
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=30)
+        for _ in range(DRAIN_SECONDS):
+            try:
+                await self._engine.abort_all()
+            except EngineLost as error:
+                log.info("while draining: %s", error)
+                self._engine.give_up()
+            if not self._tasks:
+                break
+            await asyncio.wait(self._tasks, timeout=1)  # a sample between two turns will ask once more
         for delivery in list(self._deliveries):
             await delivery.hand_back()
         await self._receiver.leave()

@@ -50,7 +50,14 @@ def make_workflow(spec: WorkflowSpec) -> Workflow:
     if spec.type == "MultiTurn":
         return MultiTurn(spec.max_turns)
     assert spec.class_name is not None
-    workflow: Workflow = load_object(spec.class_name, "spec.workflow.class")()
+    factory = load_object(spec.class_name, "spec.workflow.class")
+    try:
+        workflow: Workflow = factory()
+    except Exception as error:  # user code may raise anything
+        raise ImportFailed(
+            f"spec.workflow.class: {spec.class_name!r}: cannot be made without arguments: "
+            f"{type(error).__name__}: {error}"
+        ) from error
     if not callable(getattr(workflow, "run", None)):
         raise ImportFailed(f"spec.workflow.class: {spec.class_name!r}: has no method run(session)")
     return workflow

@@ -1,0 +1,375 @@
+"""Small stand-ins with state, for tests of one part without the others."""
+
+import asyncio
+import json
+import selectors
+import zlib
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal, Self, TypeVar
+
+from asyncrl_api.protocols import Score
+from asyncrl_runtime.contract.messages import PolicyVersion, VersionSpan
+from asyncrl_runtime.rollout.engine_client import (
+    PROBE_SECONDS,
+    BrokenStream,
+    EngineClient,
+    EngineLost,
+    EngineRefused,
+    EngineTimeout,
+    Generation,
+    SamplingRequest,
+    WeightsSeen,
+)
+from asyncrl_runtime.rollout.rewards.backend import RewardFailure
+from asyncrl_runtime.rollout.rewards.frames import ScoreRequest
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Cut:
+    """An answer that ends after `num_tokens`, if it has more."""
+
+    num_tokens: int
+    how: Literal["broken", "aborted", "lost"] = "broken"
+    """broken: the engine goes away in mid stream. aborted: on request. lost: nothing can be kept of it."""
+
+
+class FakeEngine:
+    """Samples as an engine whose noise is a function of seed and absolute position; has EngineClient's calls.
+
+    A token depends on everything before it as well, so a sample that goes on wrongly differs at once.
+    """
+
+    EOS = 2
+    NUM_SPECIAL = 6
+
+    def __init__(self, vocab_size: int = 256, num_tokens_mean: int = 12) -> None:
+        self.version = PolicyVersion(1, 0)
+        self.faults: deque[Cut | Exception | None] = deque()
+        """What happens to the next calls; None: nothing."""
+        self.calls: list[list[SamplingRequest]] = []
+        self.salts: list[str | None] = []
+        self.streams = 0
+        self._vocab_size = vocab_size
+        self._num_tokens_mean = num_tokens_mean
+
+    @property
+    def requests(self) -> list[SamplingRequest]:
+        return [request for call in self.calls for request in call]
+
+    async def generate(
+        self, requests: Sequence[SamplingRequest], *, cache_salt: str | None = None
+    ) -> list[Generation]:
+        self.calls.append(list(requests))
+        self.salts.append(cache_salt)
+        fault = self.faults.popleft() if self.faults else None
+        await asyncio.sleep(0)  # an answer takes at least a turn of the event loop
+        if isinstance(fault, Exception):
+            raise fault
+        return [self._cut(self.sample(request), fault) for request in requests]
+
+    async def stream(self, request: SamplingRequest, *, cache_salt: str | None = None) -> Generation:
+        self.streams += 1
+        return (await self.generate([request], cache_salt=cache_salt))[0]
+
+    def sample(self, request: SamplingRequest) -> Generation:
+        """The whole answer to a request."""
+        ids, logprobs = list(request.input_ids), list[float]()
+        first = len(ids)
+        while len(ids) - first < request.max_new_tokens and not (logprobs and ids[-1] == self.EOS):
+            noise = zlib.crc32(f"{request.seed}/{len(ids)}".encode())
+            draw = zlib.crc32(f"{noise}/{ids}".encode())
+            is_end = draw % self._num_tokens_mean == 0
+            ids.append(
+                self.EOS if is_end else self.NUM_SPECIAL + draw % (self._vocab_size - self.NUM_SPECIAL)
+            )
+            logprobs.append(-(draw % 997) / 100)
+        output = ids[first:]
+        span = VersionSpan(self.version.attempt, self.version.version, len(output))
+        return Generation(output, logprobs, (span,), "stop" if output[-1] == self.EOS else "length")
+
+    def _cut(self, whole: Generation, cut: Cut | None) -> Generation:
+        if cut is None or cut.num_tokens >= len(whole.output_ids):
+            return whole
+        if cut.how == "lost":
+            raise EngineLost("the engine is gone")
+        count = cut.num_tokens
+        span = VersionSpan(self.version.attempt, self.version.version, count)
+        earned = Generation(
+            whole.output_ids[:count], whole.logprobs[:count], (span,) if count else (), "abort"
+        )
+        if cut.how == "broken":
+            raise BrokenStream(EngineLost("the engine is gone"), earned)
+        return earned
+
+
+class FakeBackend:
+    """Scores as told; remembers which responses came together."""
+
+    def __init__(self, judge: Callable[[ScoreRequest], Score | RewardFailure]) -> None:
+        self._judge = judge
+        self.calls: list[list[ScoreRequest]] = []
+
+    async def attempt(self, requests: Sequence[ScoreRequest]) -> list[Score | RewardFailure]:
+        self.calls.append(list(requests))
+        return [self._judge(request) for request in requests]
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+
+class _JumpingSelector(selectors.DefaultSelector):
+    """Where it would wait for a timer it moves the clock instead."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0.0
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        if timeout is None:
+            return super().select(None)
+        events = super().select(0)
+        if not events:
+            self.now += max(0.0, timeout)
+        return events
+
+
+class VirtualTimeLoop(asyncio.SelectorEventLoop):
+    """An event loop whose hours take no time. For code that waits for timers, not for sockets."""
+
+    def __init__(self) -> None:
+        self._clock = _JumpingSelector()
+        super().__init__(self._clock)
+
+    def time(self) -> float:
+        return self._clock.now
+
+
+def run_in_virtual_time(main: Coroutine[Any, Any, T]) -> T:
+    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
+        return runner.run(main)
+
+
+class Exchange:
+    """One HTTP request, and the means to answer it as no good server would."""
+
+    def __init__(self, method: str, path: str, body: Any, writer: asyncio.StreamWriter) -> None:
+        self.method = method
+        self.path = path
+        self.body = body
+        self._writer = writer
+
+    async def answer(self, content: Any, status: int = 200) -> None:
+        data = content.encode() if isinstance(content, str) else json.dumps(content).encode()
+        await self._write(f"HTTP/1.1 {status} -\r\ncontent-length: {len(data)}\r\n\r\n".encode() + data)
+
+    async def events(self, *events: Mapping[str, Any] | str) -> None:
+        """Send server-sent events; the first ones begin the answer."""
+        if not getattr(self, "_has_begun", False):
+            self._has_begun = True
+            await self._write(
+                b"HTTP/1.1 200 -\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+            )
+        for event in events:
+            data = f"data: {event if isinstance(event, str) else json.dumps(event)}\n\n".encode()
+            await self._write(b"%x\r\n%b\r\n" % (len(data), data))
+
+    async def end(self) -> None:
+        """End a stream of events as HTTP has it."""
+        await self._write(b"0\r\n\r\n")
+
+    def drop(self) -> None:
+        """Cut the connection, as a kill does."""
+        self._writer.transport.abort()
+
+    async def _write(self, data: bytes) -> None:
+        self._writer.write(data)
+        await self._writer.drain()
+
+
+class ScriptedServer:
+    """An HTTP server on loopback whose every answer is the test's."""
+
+    def __init__(self, reply: Callable[[Exchange], Awaitable[None]]) -> None:
+        self.reply = reply
+        self.exchanges: list[Exchange] = []
+        self.url = ""
+
+    @property
+    def bodies(self) -> list[Any]:
+        return [exchange.body for exchange in self.exchanges]
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while head := await reader.readuntil(b"\r\n\r\n"):
+                line, *headers = head.decode().split("\r\n")
+                fields = dict(header.lower().split(": ", 1) for header in headers if header)
+                data = await reader.readexactly(int(fields.get("content-length", 0)))
+                method, path, _ = line.split(" ")
+                exchange = Exchange(method, path, json.loads(data) if data else None, writer)
+                self.exchanges.append(exchange)
+                await self.reply(exchange)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass  # the client has left
+        finally:
+            writer.close()
+
+
+@asynccontextmanager
+async def scripted_server(reply: Callable[[Exchange], Awaitable[None]]) -> AsyncIterator[ScriptedServer]:
+    """A ScriptedServer for the length of a `with` block."""
+    scripted = ScriptedServer(reply)
+    server = await asyncio.start_server(scripted._serve, "127.0.0.1", 0)
+    scripted.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    try:
+        yield scripted
+    finally:
+        server.close()
+
+
+class UpdatableEngine(EngineClient):
+    """An engine that can be updated, without model and HTTP: it knows groups, sessions and pauses."""
+
+    def __init__(self) -> None:  # not the parent's, which opens an HTTP client
+        self.base_url = "http://engine"
+        self.weights = WeightsSeen()
+        self.is_in_doubt = False
+        self.num_requests = 0
+        self._lost = asyncio.Event()
+        self.calls: list[tuple[str, dict[str, Any]]] = []
+        self.faults: dict[str, Exception] = {}
+        """What the calls of an endpoint fail with."""
+        self.hangs = False
+        self.start()
+
+    def start(self) -> None:
+        """As a new process, which knows nothing of what was before."""
+        self.label = "default"
+        self.is_paused = self.has_session = False
+        self.groups: set[str] = set()
+        self.num_tokens = 0
+
+    @property
+    def paths(self) -> list[str]:
+        return [path for path, _ in self.calls]
+
+    async def call(
+        self, path: str, body: dict[str, Any], timeout_seconds: float = PROBE_SECONDS
+    ) -> dict[str, Any]:
+        self.calls.append((path, body))
+        await self._answer(path, timeout_seconds)
+        match path:
+            case "/init_weights_update_group":
+                self.groups.add(body["group_name"])
+            case "/destroy_weights_update_group":
+                self._refuse_unless(body["group_name"] in self.groups, "no such group")
+                self.groups.remove(body["group_name"])
+            case "/pause_generation":
+                self.is_paused = True
+            case "/continue_generation":
+                self.is_paused = False
+            case "/begin_weight_update":
+                self._refuse_unless(not self.has_session, "a session is open")
+                self.has_session = True
+            case "/end_weight_update":
+                self._refuse_unless(self.has_session, "no session is open")
+                self.has_session = False
+            case "/update_weights_from_distributed":
+                self._refuse_unless(self.has_session and body["group_name"] in self.groups, "no session")
+                self.label = body.get("weight_version", self.label)
+        return {"success": True, "per_engine_checksum": "c0ffee"}
+
+    async def lost(self) -> None:
+        """A request in flight, which is answered when the engine is given up."""
+        await self._lost.wait()
+
+    async def model_info(self) -> dict[str, Any]:
+        await self._answer("/model_info", PROBE_SECONDS)
+        return {"weight_version": self.label}
+
+    async def metrics(self) -> str:
+        await self._answer("/metrics", PROBE_SECONDS)
+        return f'sglang:generation_tokens_total{{model_name="m"}} {self.num_tokens}\n'
+
+    async def _answer(self, path: str, timeout_seconds: float) -> None:
+        await asyncio.sleep(timeout_seconds if self.hangs else 0)
+        if self.hangs:
+            raise EngineTimeout(f"{path}: no answer in {timeout_seconds:.0f} s")
+        if fault := self.faults.get(path):
+            raise fault
+
+    def _refuse_unless(self, is_right: bool, message: str) -> None:
+        if not is_right:
+            raise EngineRefused(message)
+
+
+class FakeEvaluator:
+    """Has the same answers to every evaluation; `may_end` says when."""
+
+    def __init__(self, evaluated: Any) -> None:
+        self.evaluated = evaluated
+        self.may_end: Callable[[], bool] = lambda: True
+        self.num_running = 0
+
+    async def run(self, step: int, max_new_tokens: int, tick: Callable[[], Awaitable[None]]) -> Any:
+        self.num_running += 1
+        try:
+            while not self.may_end():
+                await tick()
+                await asyncio.sleep(1)
+        finally:
+            self.num_running -= 1
+        return self.evaluated
+
+
+class FakeRanks:
+    """Remembers what the trainer's ranks were told to do."""
+
+    def __init__(self, answer: Callable[[Any], Any]) -> None:
+        self._answer = answer
+        self.commands: list[Any] = []
+
+    async def run(self, command: Any) -> Any:
+        self.commands.append(command)
+        return self._answer(command)
+
+
+class FakeWeights:
+    """A publisher whose engines lack the weights until they are published."""
+
+    def __init__(self) -> None:
+        self.are_behind = False
+        self.published: list[PolicyVersion] = []
+
+    def behind(self, version: PolicyVersion) -> list[tuple[str, str]]:
+        return [("w", "e")] if self.are_behind else []
+
+    async def publish(self, version: PolicyVersion, buckets: Any, interrupt: str) -> None:
+        self.published.append(version)
+        self.are_behind = False
+
+    async def leave(self) -> None:
+        pass
+
+
+class FakeControl:
+    """Streams that nothing happens to."""
+
+    trajectories_lost = prompts_lost = is_nearly_full = False
+    trajectory_identity = ""
+
+    async def announce(self, version: PolicyVersion) -> None:
+        pass
+
+    async def purge_behind(self, sequence: int) -> None:
+        pass

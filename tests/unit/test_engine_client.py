@@ -1,0 +1,396 @@
+"""The engine's client against a server on loopback that answers, refuses, breaks off and dies as told."""
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from asyncrl_runtime.contract.messages import PolicyVersion, VersionSpan
+from asyncrl_runtime.rollout.engine_client import (
+    BrokenStream,
+    EngineClient,
+    EngineFailed,
+    EngineLost,
+    EngineRefused,
+    EngineTimeout,
+    SamplingRequest,
+)
+from fakes import Exchange, ScriptedServer, scripted_server
+
+VOCAB_SIZE = 50
+REQUEST = SamplingRequest(input_ids=[1, 2, 3], max_new_tokens=40, temperature=0.5, seed=9)
+Reply = Callable[[Exchange], Awaitable[None]]
+
+
+def chunk(num_tokens: int, finish: str | None = None, versions: Sequence[tuple[str, int]] = ()) -> Any:
+    """What an engine has said so far: tokens 10, 11, 12 ... and versions with where each ends."""
+    ids = [10 + place for place in range(num_tokens)]
+    meta: dict[str, Any] = {
+        "finish_reason": finish and {"type": finish},
+        "output_token_logprobs": [[-token / 10, token, None] for token in ids],
+    }
+    if finish:
+        meta["weight_versions"] = [{"version": version, "end": end} for version, end in versions]
+    return {"output_ids": ids, "meta_info": meta}
+
+
+@asynccontextmanager
+async def talking(reply: Reply) -> AsyncIterator[tuple[EngineClient, ScriptedServer]]:
+    async with scripted_server(reply) as server:
+        client = EngineClient(server.url, VOCAB_SIZE)
+        client.weights.version = PolicyVersion(1, 3)
+        try:
+            yield client, server
+        finally:
+            await client.close()
+
+
+def answering(content: Any, status: int = 200) -> Reply:
+    async def reply(exchange: Exchange) -> None:
+        await exchange.answer(content, status)
+
+    return reply
+
+
+async def drop(exchange: Exchange) -> None:
+    exchange.drop()
+
+
+async def hang(exchange: Exchange) -> None:
+    await asyncio.Event().wait()
+
+
+# -- what is sent
+
+
+async def test_a_group_goes_out_as_one_request_and_comes_back_in_order() -> None:
+    first, second = chunk(2, "stop", [("1.3", 2)]), chunk(3, "length", [("1.3", 1), ("2.4", 3)])
+    async with talking(answering([first, second])) as (client, server):
+        one, two = await client.generate([REQUEST, REQUEST], cache_salt="1.3")
+    assert (one.output_ids, one.logprobs, one.finish_reason) == ([10, 11], [-1.0, -1.1], "stop")
+    assert one.spans == (VersionSpan(1, 3, 2),)
+    assert two.spans == (VersionSpan(1, 3, 1), VersionSpan(2, 4, 3)) and two.finish_reason == "length"
+    [exchange] = server.exchanges
+    rids = exchange.body.pop("rid")
+    sampling = {"max_new_tokens": 40, "temperature": 0.5, "sampling_seed": 9}
+    assert (exchange.method, exchange.path) == ("POST", "/generate") and len(set(rids)) == 2
+    assert exchange.body == {
+        "input_ids": [[1, 2, 3]] * 2,
+        "sampling_params": [sampling] * 2,
+        "return_logprob": True,
+        "cache_salt": "1.3",
+    }
+
+
+async def test_a_stream_is_asked_for_one_sequence_and_takes_the_last_piece() -> None:
+    async def reply(exchange: Exchange) -> None:
+        await exchange.events(chunk(1), chunk(4), chunk(6, "stop", [("1.3", 2), ("1.4", 6)]), "[DONE]")
+        await exchange.end()
+
+    async with talking(reply) as (client, server):
+        generation = await client.stream(REQUEST)
+    assert generation.output_ids == list(range(10, 16)) and generation.finish_reason == "stop"
+    assert generation.spans == (VersionSpan(1, 3, 2), VersionSpan(1, 4, 6))
+    [body] = server.bodies
+    assert body["stream"] and body["input_ids"] == [1, 2, 3] and "cache_salt" not in body
+    assert isinstance(body["rid"], str) and body["sampling_params"]["sampling_seed"] == 9
+
+
+async def test_no_request_id_is_the_beginning_of_another() -> None:
+    """An abort matches by prefix."""
+    async with talking(answering([chunk(1, "stop", [("1.3", 1)])] * 8)) as (client, server):
+        for _ in range(4):
+            await client.generate([REQUEST] * 8)
+    rids = [rid for body in server.bodies for rid in body["rid"]]
+    assert len(set(rids)) == 32 and all(re.fullmatch("[0-9a-f]{32}", rid) for rid in rids)
+
+
+@pytest.mark.parametrize("token", [VOCAB_SIZE, -1])
+@pytest.mark.parametrize("is_streamed", [False, True])
+async def test_a_token_outside_the_vocabulary_never_leaves(token: int, is_streamed: bool) -> None:
+    """It would kill the engine."""
+    bad = SamplingRequest([1, token, 3], 4, 1.0, 0)
+    async with talking(drop) as (client, server):
+        with pytest.raises(EngineRefused, match=f"token id {token} is outside the vocabulary of 50"):
+            await (client.stream(bad) if is_streamed else client.generate([REQUEST, bad]))
+    assert not server.exchanges
+
+
+async def test_an_engine_is_reached_without_the_proxy_of_its_pod(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    async with talking(answering({"weight_version": "1.3"})) as (client, _):
+        assert await client.model_info() == {"weight_version": "1.3"}
+
+
+# -- what comes back instead of an answer
+
+
+CALLS: dict[str, Callable[[EngineClient], Awaitable[Any]]] = {
+    "generate": lambda client: client.generate([REQUEST]),
+    "stream": lambda client: client.stream(REQUEST),
+    "call": lambda client: client.call("/pause_generation", {"mode": "retract"}),
+    "get": lambda client: client.model_info(),
+}
+calls = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+
+
+@calls
+@pytest.mark.parametrize("status", [400, 404])
+async def test_what_can_never_work_is_refused_with_the_engines_words(call: Any, status: int) -> None:
+    async with talking(answering({"error": {"message": "too long"}}, status)) as (client, _):
+        with pytest.raises(EngineRefused, match="too long"):
+            await call(client)
+
+
+@calls
+async def test_a_failure_of_the_engines_own_is_reported(call: Any) -> None:
+    """So it uses up the ticket's retry budget, streamed or not."""
+    async with talking(answering("scheduler: out of memory", 500)) as (client, _):
+        with pytest.raises(EngineLost, match="500: scheduler: out of memory") as lost:
+            await call(client)
+    assert lost.value.is_reported
+
+
+@calls
+async def test_a_lost_connection_is_a_lost_engine_and_nobodys_failure(call: Any) -> None:
+    async with talking(drop) as (client, _):
+        with pytest.raises(EngineLost) as lost:
+            await call(client)
+    assert not lost.value.is_reported and not isinstance(lost.value, EngineTimeout)
+    assert client.base_url in str(lost.value)
+
+
+@calls
+async def test_an_engine_that_is_not_there_is_lost(call: Any) -> None:
+    async with talking(drop) as (client, _):
+        pass
+    client = EngineClient(client.base_url, VOCAB_SIZE)
+    with pytest.raises(EngineLost, match=f"{client.base_url}.*connection attempts failed") as lost:
+        await call(client)
+    assert not lost.value.is_reported
+    await client.close()
+
+
+async def test_an_engine_that_does_not_answer_in_time_hangs() -> None:
+    async with talking(hang) as (client, _):
+        with pytest.raises(EngineTimeout, match=r"/begin_weight_update: no answer in 0 s") as late:
+            await client.call("/begin_weight_update", {}, timeout_seconds=0.01)
+    assert not late.value.is_reported
+
+
+async def test_a_request_that_fails_casts_doubt_until_the_engine_answers_again() -> None:
+    replies = [drop, drop, answering({})]
+
+    async def reply(exchange: Exchange) -> None:
+        await replies.pop(0)(exchange)
+
+    async with talking(reply) as (client, _):
+        assert not client.is_in_doubt
+        with pytest.raises(EngineLost):
+            await client.generate([REQUEST])
+        assert client.is_in_doubt
+        with pytest.raises(EngineLost):
+            await client.model_info()
+        assert client.is_in_doubt
+        await client.model_info()
+        assert not client.is_in_doubt
+
+
+@pytest.mark.parametrize("label", ["default", "", "1", "1.x", "1.-3"])
+async def test_weights_that_are_not_this_jobs_make_no_sample(label: str) -> None:
+    async def reply(exchange: Exchange) -> None:
+        answer = chunk(3, "stop", [("1.3", 1), (label, 3)])
+        if exchange.body.get("stream"):
+            await exchange.events(chunk(2), answer)
+            await exchange.end()
+        else:
+            await exchange.answer([answer])
+
+    async with talking(reply) as (client, _):
+        for call in (client.generate([REQUEST]), client.stream(REQUEST)):
+            with pytest.raises(EngineLost, match=f"not this job's: '{label}'") as lost:
+                await call
+            assert not isinstance(lost.value, BrokenStream)  # which weights the others came from is unknown
+
+
+async def test_a_request_broken_off_is_an_answer() -> None:
+    async with talking(answering([chunk(2, "abort", [("1.3", 2)])])) as (client, _):
+        [generation] = await client.generate([REQUEST])
+    assert (generation.finish_reason, len(generation.output_ids)) == ("abort", 2)
+
+
+# -- answers that break in the middle
+
+
+async def test_of_a_broken_stream_all_is_kept_where_no_update_came() -> None:
+    async def reply(exchange: Exchange) -> None:
+        await exchange.events(chunk(2), chunk(5))
+        exchange.drop()
+
+    async with talking(reply) as (client, _):
+        with pytest.raises(BrokenStream) as broken:
+            await client.stream(REQUEST)
+    earned = broken.value.earned
+    assert (earned.output_ids, earned.finish_reason) == ([10, 11, 12, 13, 14], "abort")
+    assert earned.logprobs == [-1.0, -1.1, -1.2, -1.3, -1.4] and earned.spans == (VersionSpan(1, 3, 5),)
+    assert not broken.value.is_reported
+
+
+def begin(client: EngineClient) -> None:
+    client.weights.num_updates_begun += 1
+
+
+def complete(client: EngineClient) -> None:
+    client.weights.num_updates_completed += 1
+    client.weights.version = PolicyVersion(1, 4)
+
+
+def nothing(client: EngineClient) -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("before", "events", "num_kept"),
+    [
+        (nothing, [2, begin, complete, 5], 2),  # up to the update
+        (nothing, [2, begin, 3, complete, 5], 2),  # what came meanwhile may be of either version
+        (nothing, [begin, complete, 5], 0),
+        (nothing, [2, begin, complete, 3, begin, complete, 5], 2),
+        (nothing, [2, begin, 5], 5),  # nothing arrived of it: it was given up, or the engine is paused
+        (nothing, [2, begin, 3, begin, complete, 5], 2),
+        (begin, [complete, 5], 0),  # it was under way when the request began
+        (begin, [2, complete, 5], 2),
+        (begin, [5], 5),
+    ],
+)
+async def test_a_broken_stream_is_kept_up_to_the_update_that_the_worker_saw(
+    before: Callable[[EngineClient], None], events: list[Any], num_kept: int
+) -> None:
+    async def reply(exchange: Exchange) -> None:
+        if exchange.path != "/generate":
+            await exchange.answer({})
+            return
+        for event in events:
+            if callable(event):
+                event(client)
+            else:
+                await exchange.events(chunk(event))
+                # Answered after the piece was sent, so the client has read the piece by then.
+                await client.model_info()
+        exchange.drop()
+
+    async with talking(reply) as (client, _):
+        before(client)
+        with pytest.raises(BrokenStream) as broken:
+            await client.stream(REQUEST)
+    earned = broken.value.earned
+    assert len(earned.output_ids) == len(earned.logprobs) == num_kept
+    assert earned.spans == ((VersionSpan(1, 3, num_kept),) if num_kept else ())
+
+
+async def test_nothing_is_kept_of_an_engine_whose_version_the_worker_never_saw() -> None:
+    async def reply(exchange: Exchange) -> None:
+        await exchange.events(chunk(2))
+        exchange.drop()
+
+    async with talking(reply) as (client, _):
+        client.weights.version = None
+        with pytest.raises(BrokenStream) as broken:
+            await client.stream(REQUEST)
+    assert broken.value.earned.output_ids == [] and broken.value.earned.spans == ()
+
+
+async def test_an_answer_that_was_whole_is_not_lost_with_its_connection() -> None:
+    """Nor is it broken off: whoever went on with it would sample behind its end."""
+
+    async def reply(exchange: Exchange) -> None:
+        await exchange.events(chunk(2), chunk(3, "stop", [("1.3", 3)]))
+        exchange.drop()
+
+    async with talking(reply) as (client, _):
+        generation = await client.stream(REQUEST)
+    assert (len(generation.output_ids), generation.finish_reason) == (3, "stop")
+
+
+async def test_a_stream_that_ends_without_an_end_is_broken() -> None:
+    async def reply(exchange: Exchange) -> None:
+        await exchange.events(chunk(2), "[DONE]")
+        await exchange.end()
+
+    async with talking(reply) as (client, _):
+        with pytest.raises(BrokenStream, match="ended without an end") as broken:
+            await client.stream(REQUEST)
+    assert len(broken.value.earned.output_ids) == 2
+
+
+@pytest.mark.parametrize(
+    ("last", "error"),
+    [
+        ({"error": {"message": "bad request", "code": 400}}, EngineRefused),
+        ("500", EngineFailed),
+        ("400", EngineRefused),
+    ],
+)
+async def test_an_error_within_a_stream_is_the_error_it_would_have_been(last: Any, error: Any) -> None:
+    if isinstance(last, str):
+        status, last = int(last), chunk(2, "abort")
+        last["meta_info"]["finish_reason"] |= {"status_code": status, "message": "bad request"}
+
+    async def reply(exchange: Exchange) -> None:
+        await exchange.events(chunk(1), last, "[DONE]")
+        await exchange.end()
+
+    async with talking(reply) as (client, _):
+        with pytest.raises(error, match="bad request") as raised:
+            await client.stream(REQUEST)
+    assert type(raised.value) is error
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+async def test_giving_up_ends_what_is_in_flight_and_nothing_later(is_streamed: bool) -> None:
+    arrived = asyncio.Semaphore(0)
+
+    async def reply(exchange: Exchange) -> None:
+        if is_streamed:
+            await exchange.events(chunk(2))
+        if len(server.exchanges) <= 3:
+            arrived.release()
+            await asyncio.Event().wait()
+        if is_streamed:
+            await exchange.events(chunk(3, "stop", [("1.3", 3)]))
+            await exchange.end()
+        else:
+            await exchange.answer([chunk(3, "stop", [("1.3", 3)])])
+
+    async with talking(reply) as (client, server), asyncio.timeout(30):
+
+        def ask() -> Awaitable[Any]:
+            return client.stream(REQUEST) if is_streamed else client.generate([REQUEST])
+
+        flying = asyncio.gather(ask(), ask(), ask(), return_exceptions=True)
+        for _ in range(3):
+            await arrived.acquire()
+        client.give_up()
+        for error in await flying:
+            assert isinstance(error, EngineLost) and str(error).endswith("given up")
+            assert not error.is_reported
+        await ask()
+
+
+async def test_control_answers_are_read_where_they_are_json() -> None:
+    contents = iter(["", "Cache flushed.\n", {"success": False, "message": "no group"}])
+
+    async def reply(exchange: Exchange) -> None:
+        await exchange.answer(next(contents))
+
+    async with talking(reply) as (client, server):
+        await client.abort_all()
+        assert await client.call("/flush_cache", {}) == {}
+        assert await client.call("/end_weight_update", {}) == {"success": False, "message": "no group"}
+    assert server.bodies == [{"abort_all": True}, {}, {}]
