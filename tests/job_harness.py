@@ -7,7 +7,6 @@ import asyncio
 import json
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,20 +22,26 @@ from asyncrl_operator import run_folder
 from asyncrl_operator.local import LocalPlaces, environment, find_program, free_ports
 from asyncrl_operator.planner import Process, plan
 from asyncrl_operator.run_folder import RunFolder
-from asyncrl_runtime.contract.messages import Group, decode
+from asyncrl_runtime.contract.messages import Group, GroupPart, Tombstone, decode
 from asyncrl_runtime.transport.broker import Broker
 from asyncrl_runtime.transport.ledger import History, Ledger
 from asyncrl_runtime.transport.reader import OrderedReader
-from nats_server_fixture import NatsServer
+from forked_processes import ForkedProcess
+from nats_server_fixture import NatsServer, free_port
 from tiny_models import tiny_model
 
 TESTS = Path(__file__).parent
+AnyProcess = ForkedProcess | subprocess.Popen[bytes]
 
 
-def build_job(model: Path | None = None, **overrides: Any) -> AsyncRLJob:
+def build_job(model_folder: Path | None = None, **overrides: Any) -> AsyncRLJob:
     """A job so small that a step takes a tenth of a second; `overrides` are merged into its spec."""
     spec: dict[str, Any] = {
-        "model": {"source": f"file://{model or tiny_model()}", "dtype": "Float32", "contextLength": 64},
+        "model": {
+            "source": f"file://{model_folder or tiny_model()}",
+            "dtype": "Float32",
+            "contextLength": 64,
+        },
         "dataset": {"source": "harness_data:rows"},
         "reward": {"type": "Function", "function": "harness_data:reward"},
         "sampling": {"groupSize": 2, "maxNewTokens": 8},
@@ -77,7 +82,7 @@ class JobHarness:
         )
         self._places = LocalPlaces(str(self.folder.config), None, free_ports(job.spec))
         self._plan: dict[str, Process] = {p.name: p for p in plan(job, self._places).processes}
-        self._running: dict[str, subprocess.Popen[bytes]] = {}
+        self._running: dict[str, AnyProcess] = {}
         self.attempt = 0
 
     def __enter__(self) -> "JobHarness":
@@ -92,32 +97,40 @@ class JobHarness:
         self.start(f"rollout-{replica}-engine")
         self.start(f"rollout-{replica}-worker")
 
-    def start(self, name: str) -> subprocess.Popen[bytes]:
-        command = list(self._plan[name].command)
-        return self._spawn(name, [find_program(command[0]), *command[1:]])
+    def start(self, name: str) -> ForkedProcess:
+        return self._fork(name, self._plan[name].command[1:])
 
     def engine_port(self, replica: int) -> int:
         return self._places.engine_address(replica)[1]
 
-    def start_trainer(self, *, kill_after: str | None = None, ranks: int = 1) -> subprocess.Popen[bytes]:
-        """Start the next attempt.
+    def start_trainer(self, *, kill_after: str | None = None, ranks: int = 1) -> AnyProcess:
+        """Start the next attempt; a single rank without its launcher.
 
         Args:
             kill_after: `module:Class.method#n`: SIGKILL right after the n-th call of it returned.
         """
         self.attempt += 1
         arguments = ["--config", str(self.folder.config), "--attempt", str(self.attempt)]
-        if kill_after is None:
-            command = [find_program("asyncrl-runtime"), "trainer", *arguments, "--ranks", str(ranks)]
-            return self._spawn("trainer", command)
-        driver = [sys.executable, str(TESTS / "kill_after.py"), kill_after, "rank", *arguments]
-        return self._spawn("trainer", driver)
-
-    def _spawn(self, name: str, command: Sequence[str]) -> subprocess.Popen[bytes]:
-        with self.folder.log(name).open("ab") as log:
+        if ranks == 1:
+            return self._fork("trainer", ["rank", *arguments], kill_after)
+        command = [find_program("asyncrl-runtime"), "trainer", *arguments, "--ranks", str(ranks)]
+        with self.folder.log("trainer").open("ab") as log:
             process = subprocess.Popen(
                 command, stdout=log, stderr=subprocess.STDOUT, cwd=TESTS, env=environment()
             )
+        self._running["trainer"] = process
+        return process
+
+    def _fork(self, name: str, arguments: Sequence[str], kill_after: str | None = None) -> ForkedProcess:
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", **address}
+        process = ForkedProcess(
+            arguments,
+            cwd=TESTS,
+            env=environment() | alone,
+            log=self.folder.log(name),
+            kill_after=kill_after,
+        )
         self._running[name] = process
         return process
 
@@ -196,8 +209,9 @@ class Recorder:
         assert self._broker is not None
         names = self._harness.config.names
         async for message in OrderedReader(self._broker, names.trajectory_stream, 1):
-            group = decode(message.data, Group)
-            self.groups.setdefault(group.ticket, group)
+            result = decode(message.data, Group, GroupPart, Tombstone)
+            if isinstance(result, Group):
+                self.groups.setdefault(result.ticket, result)
 
 
 async def until(condition: Callable[[], bool], seconds: float = 90) -> None:

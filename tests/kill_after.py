@@ -1,12 +1,10 @@
-"""Runs `asyncrl-runtime` and kills itself after the n-th call of one function: kill_after.py M:C.f#n ..."""
+"""Has this process kill itself after the n-th call of one function."""
 
 import functools
 import importlib
 import inspect
 import os
 import signal
-import socket
-import sys
 from typing import Any
 
 
@@ -42,20 +40,3 @@ def arm(target: str) -> None:
         return wait()
 
     setattr(owner, name, wrapper)
-
-
-def main() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    target = sys.argv.pop(1)
-    arm(target)
-    from asyncrl_runtime.main import app
-
-    app()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,12 +1,13 @@
 """Trains a ledger's recorded batches one after the other, in one process that nothing interrupts."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from asyncrl_api.job import Spec
-from asyncrl_runtime.contract.messages import Group
+from asyncrl_runtime.contract.messages import Group, Sample, floats_from_bytes, ids_from_bytes
 from asyncrl_runtime.trainer.controller import with_recorded_values
 from asyncrl_runtime.trainer.policy import Policy
 from asyncrl_runtime.trainer.schedule import learning_rate
@@ -54,3 +55,21 @@ def replay(
 def _weights(policy: Policy) -> dict[str, torch.Tensor]:
     [bucket] = policy.parameters_in_buckets(2**40)
     return {name: tensor.clone() for name, tensor in bucket}
+
+
+@torch.no_grad()
+def logprob_error(
+    model: torch.nn.Module, versions: Sequence[Mapping[str, torch.Tensor]], sample: Sample
+) -> float:
+    """Return how far a sample's log-probs are from those computed again under the versions it attests."""
+    prompt, response = ids_from_bytes(sample.prompt_ids), ids_from_bytes(sample.response_ids)
+    ids = torch.tensor(np.concatenate([prompt, response]))[None].long()
+    behavior = torch.tensor(floats_from_bytes(sample.behavior_logprobs))
+    error, start = 0.0, 0
+    for span in sample.version_spans:
+        model.load_state_dict(versions[span.version], strict=False)
+        predicted = torch.log_softmax(model(ids).logits[0, len(prompt) - 1 : -1], -1)
+        own = predicted.gather(1, ids[0, len(prompt) :, None])[:, 0]
+        error = max(error, float((own - behavior)[start : span.end].abs().max()))
+        start = span.end
+    return error

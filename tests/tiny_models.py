@@ -71,8 +71,12 @@ def build_model(
     context_length: int = 1024,
     tie_word_embeddings: bool = False,
     dtype: torch.dtype = torch.float32,
+    initializer_range: float = 0.2,
 ) -> Path:
-    """Write a random model and its tokenizer into `folder`; equal arguments give equal files."""
+    """Write a random model and its tokenizer into `folder`; equal arguments give equal files.
+
+    Weights are spread so far that predictions are far from uniform, and a wrong log-prob shows.
+    """
     kind, config_kind = {
         "llama": (LlamaForCausalLM, LlamaConfig),
         "qwen3": (Qwen3ForCausalLM, Qwen3Config),
@@ -90,7 +94,7 @@ def build_model(
         bos_token_id=BOS,
         eos_token_id=EOS,
         tie_word_embeddings=tie_word_embeddings,
-        initializer_range=0.2,  # far from uniform, so that a wrong log-prob shows
+        initializer_range=initializer_range,
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -1,6 +1,7 @@
 """`asyncrl-runtime`: one command per process of a job."""
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
@@ -159,7 +160,8 @@ def _end(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     if code < 0:  # a rank was ended by a signal: end by the same, so that it counts as a disruption
-        signal.signal(-code, signal.SIG_DFL)
+        with contextlib.suppress(OSError):  # SIGKILL has no handler to be taken back
+            signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
     os._exit(code)
 

@@ -6,11 +6,13 @@ Each shows the trap where that is possible, and that our way does not fall into 
 import asyncio
 import contextlib
 import socket
+from collections.abc import Awaitable, Callable
 
 import nats
 import nats.errors
 import nats.js.errors
 import pytest
+from nats.aio.msg import Msg
 from nats.js import api
 
 from asyncrl_api.names import JobNames, NatsAddress
@@ -23,7 +25,7 @@ from asyncrl_runtime.transport.broker import (
 )
 from asyncrl_runtime.transport.lease import Holder, Lease
 from asyncrl_runtime.transport.ledger import Superseded
-from asyncrl_runtime.transport.reader import OrderedReader
+from asyncrl_runtime.transport.reader import PULL_MESSAGES, OrderedReader
 from asyncrl_runtime.transport.streams import delete_streams, identity_of, make_streams, stream_info
 from asyncrl_runtime.transport.ticket_queue import TicketQueue, is_stored
 from cut_proxy import CutProxy
@@ -202,8 +204,8 @@ async def test_reader_notices_what_a_full_client_buffer_dropped(
     reader = OrderedReader(broker, names.trajectory_stream, 1)
     subscribe = broker.client.subscribe
 
-    async def small_buffer(subject: str) -> object:
-        return await subscribe(subject, pending_bytes_limit=1_000_000)
+    async def small_buffer(subject: str, cb: Callable[[Msg], Awaitable[None]]) -> object:
+        return await subscribe(subject, cb=cb, pending_bytes_limit=150_000)  # for one, and two come together
 
     broker.client.subscribe = small_buffer  # type: ignore[method-assign,assignment]  # forces the drop
     seen = []
@@ -213,6 +215,54 @@ async def test_reader_notices_what_a_full_client_buffer_dropped(
             break
     assert seen == list(range(1, 61))
     assert reader.num_holes >= 1
+    await broker.close()
+
+
+async def test_reader_notices_that_the_last_message_was_lost(
+    nats_address: NatsAddress, names: JobNames
+) -> None:
+    """Trap: no later message shows the hole, and heartbeats go on as if nothing were amiss."""
+    broker = await broker_with_streams(nats_address, names)
+    for number in (1, 2, 3):
+        await broker.publish(names.trajectory(number), b"x", message_id=str(number))
+    subscribe = broker.client.subscribe
+    lost: list[Msg] = []
+
+    async def lossy(subject: str, cb: Callable[[Msg], Awaitable[None]]) -> object:
+        async def lose_the_third_once(message: Msg) -> None:
+            if message.subject == names.trajectory(3) and not lost:
+                lost.append(message)
+                return
+            await cb(message)
+
+        return await subscribe(subject, cb=lose_the_third_once)
+
+    broker.client.subscribe = lossy  # type: ignore[method-assign,assignment]
+    reader = OrderedReader(broker, names.trajectory_stream, 1)
+    messages = aiter(reader)
+    for number in (1, 2, 3):
+        assert (await asyncio.wait_for(anext(messages), 20)).sequence == number
+    assert lost and reader.num_holes == 1
+    await broker.close()
+
+
+async def test_reader_never_has_more_than_one_pull_waiting(
+    nats_address: NatsAddress, names: JobNames
+) -> None:
+    """Trap: that a pull with a byte limit is complete is told when the next one is under way already."""
+    broker = await broker_with_streams(nats_address, names)
+    total = 4 * PULL_MESSAGES + 1
+    for number in range(1, total + 1):
+        await broker.publish(names.trajectory(number), b"x", message_id=str(number))
+    messages = aiter(OrderedReader(broker, names.trajectory_stream, 1))
+    for _ in range(total):
+        await asyncio.wait_for(anext(messages), 20)
+    waiting = asyncio.ensure_future(anext(messages))
+    await broker.client.flush()
+    [consumer] = await broker.jetstream.consumers_info(names.trajectory_stream)
+    assert consumer.num_waiting == 1
+    await broker.publish(names.trajectory(total + 1), b"x", message_id=str(total + 1))
+    await asyncio.wait_for(waiting, 20)
     await broker.close()
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import msgspec
 
+from asyncrl_api.exits import ExitCode, ExitError
 from asyncrl_runtime.trainer.tickets import BookRecord
 
 log = logging.getLogger(__name__)
@@ -72,16 +73,20 @@ class Checkpoints:
         self.folder = job_folder / FOLDER
 
     def restorable(self) -> list[Checkpoint]:
-        """Return the whole checkpoints of this job, newest first; says which ones are not whole."""
+        """Return the whole checkpoints of this job, newest first; says which ones are not whole.
+
+        Raises:
+            ExitError: one was written by another version of this program.
+        """
         found = []
-        for folder in sorted(self.folder.glob("step-*[0-9]"), reverse=True):
+        for folder in self.folder.glob("step-*[0-9]"):
             if (fault := _fault(folder)) is not None:
                 log.warning("checkpoint %s is not used: %s", folder, fault)
                 continue
-            position = msgspec.json.decode((folder / "position.json").read_bytes(), type=Position)
+            position = _read_position(folder)
             if position.uid == self._uid:
                 found.append(Checkpoint(folder, position))
-        return found
+        return sorted(found, key=lambda checkpoint: checkpoint.position.version, reverse=True)
 
     async def save(
         self, position: Position, save_policy: Callable[[Path], Awaitable[None]] | None
@@ -95,7 +100,7 @@ class Checkpoints:
             CheckpointFailed: nothing has changed on disk.
         """
         place = self.folder / f"step-{position.version:06d}"
-        scratch = place.with_suffix(".tmp")
+        scratch, replaced = place.with_suffix(".tmp"), place.with_suffix(".old")
         try:
             shutil.rmtree(scratch, ignore_errors=True)
             scratch.mkdir(parents=True)
@@ -103,17 +108,21 @@ class Checkpoints:
                 await save_policy(scratch / "policy")
             (scratch / "position.json").write_bytes(msgspec.json.encode(position))
             _seal(scratch)
+            shutil.rmtree(replaced, ignore_errors=True)  # of a crash at this very place
             if place.exists():  # of an attempt whose history was cut there
-                place.rename(place.with_suffix(".old"))
+                place.rename(replaced)
             scratch.rename(place)
             _sync(self.folder)
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        except (OSError, RuntimeError) as error:  # torch hides a full disk in a RuntimeError
+            free = _free_space(self._job_folder)  # before what was written is deleted
             shutil.rmtree(scratch, ignore_errors=True)
+            if replaced.exists() and not place.exists():
+                replaced.rename(place)
             raise CheckpointFailed(
-                f"checkpoint {place}: {_disk_error(error)}; earlier checkpoints are untouched. "
-                f"{_free_space(self._job_folder)}"
+                f"checkpoint {place}: {_disk_error(error)}; {free}. Earlier checkpoints are untouched; free "
+                "some space, or enlarge the volume"
             ) from error
-        shutil.rmtree(place.with_suffix(".old"), ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
         return Checkpoint(place, position)
 
     def prune(self, keep: int) -> None:
@@ -136,20 +145,26 @@ def set_aside_strangers(job_folder: Path, uid: str, ledger_uid: str | None) -> P
     Returns:
         Where it is now; None if there was nothing.
     """
-    uids = {json.loads(path.read_bytes())["uid"] for path in job_folder.glob(f"{FOLDER}/*/position.json")}
-    if ledger_uid is not None:
-        uids.add(ledger_uid)
-    strangers = uids - {uid}
+    uids = {_uid_of(path) for path in job_folder.glob(f"{FOLDER}/*/position.json")}
+    strangers = {*uids, ledger_uid} - {uid, None}
     if not strangers:
         return None
     number = 1 + len(list(job_folder.glob("set-aside-*")))
-    aside = job_folder / f"set-aside-{number}-{min(strangers)[:8]}"
+    aside = job_folder / f"set-aside-{number}-{min(filter(None, strangers))[:8]}"
     aside.mkdir()
-    for name in (FOLDER, "ledger.jsonl", "metrics.jsonl", "export"):
+    for name in (FOLDER, "ledger.jsonl", "metrics.jsonl", "evaluations.jsonl", "export"):
         if (job_folder / name).exists():
             (job_folder / name).rename(aside / name)
     log.warning("%s holds another object's checkpoints; they lie in %s now", job_folder, aside)
     return aside
+
+
+def _uid_of(path: Path) -> str | None:
+    """Return whose a position.json is; None for one that a crash has left half written."""
+    try:
+        return str(json.loads(path.read_bytes())["uid"])
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def _seal(folder: Path) -> None:
@@ -170,12 +185,26 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def _read_position(folder: Path) -> Position:
+    try:
+        return msgspec.json.decode((folder / "position.json").read_bytes(), type=Position)
+    except msgspec.ValidationError as error:  # not skipped: training would begin anew beside it
+        raise ExitError(
+            ExitCode.REFUSED,
+            f"checkpoint {folder} was written by another version of asyncrl (position.json: {error}); "
+            "go on with that version, or begin in another folder",
+        ) from error
+
+
 def _fault(folder: Path) -> str | None:
     """Return what is wrong with a checkpoint, or None."""
     try:
-        sizes: dict[str, int] = json.loads((folder / "files.json").read_text())
-    except (OSError, ValueError) as error:
-        return f"files.json: {error}"
+        sizes = msgspec.json.decode((folder / "files.json").read_bytes(), type=dict[str, int])
+        msgspec.json.decode((folder / "position.json").read_bytes())
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        return f"its books cannot be read: {error}"
     for name, size in sizes.items():
         path = folder / name
         if not path.is_file():
@@ -186,9 +215,9 @@ def _fault(folder: Path) -> str | None:
 
 
 def _disk_error(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error) else type(error).__name__
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _free_space(folder: Path) -> str:
     free = shutil.disk_usage(folder).free
-    return f"{free / 2**20:.0f} MB are free there"
+    return f"{free / 2**20:.0f} MB were free there"

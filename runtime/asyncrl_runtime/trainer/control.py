@@ -70,7 +70,7 @@ class Control:
         self._order = PromptOrder(len(rows), base_spec.dataset.seed)
         self._base_spec = base_spec
         self._live_file = live_file
-        self._live_text = ""
+        self._live_text, self._live_fault = "", ""
         self._storage_bytes = parse_quantity(base_spec.messaging.embedded.storage.size)
         self._reader = OrderedReader(broker, names.trajectory_stream, controller.inbox.last_sequence + 1)
         self._suspected_holes: set[int] = set()
@@ -121,6 +121,7 @@ class Control:
             await delete_stream(jetstream, names.trajectory_stream)
         await delete_stream(jetstream, names.prompt_stream)
         first_open = self._controller.book.low + 1
+        log.warning("the prompt stream is made again from ticket %d on", first_open)
         await self._make_streams(
             {
                 names.prompt_stream: first_open,
@@ -290,12 +291,15 @@ class Control:
         try:
             text = self._live_file.read_text()
             if text == self._live_text:
+                self._live_fault = ""
                 return False
             spec = with_live_values(self._base_spec, json.loads(text))
         except (OSError, ValueError, SpecError) as error:
-            log.warning("live values in %s are ignored: %s", self._live_file, error)
+            if str(error) != self._live_fault:  # once, though it is read again and again
+                log.warning("live values in %s are ignored: %s", self._live_file, error)
+                self._live_fault = str(error)
             return False
-        self._live_text = text
+        self._live_text, self._live_fault = text, ""
         current = self._controller.spec
         if spec.training.max_steps < current.training.max_steps:
             log.warning("spec.training.maxSteps may only grow; it stays %d", current.training.max_steps)

@@ -276,13 +276,25 @@ class Controller:
         )
 
     def _discard(self, discard: Discard, group: Group | Tombstone) -> None:
-        cause = f": {group.message}" if isinstance(group, Tombstone) and group.message else ""
-        log.info("ticket %d is discarded: %s%s", discard.ticket, discard.reason, cause)
+        log.info(
+            "ticket %d is discarded: %s",
+            discard.ticket,
+            ": ".join([discard.reason, *_causes(discard, group)]),
+        )
         self._pending.append(discard)
         self.inbox.set_aside(discard.ticket)
         self.counters.discards[discard.reason] += 1
         self._discard_count.add(discard, self.spec.training.batch_size)
         self.inbox.changed.set()
+
+
+def _causes(discard: Discard, group: Group | Tombstone) -> list[str]:
+    """Return in words why a ticket was given up, where somebody has told: of many failures the first."""
+    if isinstance(group, Tombstone):
+        return [group.message] if group.message else []
+    if discard.reason != "failed":
+        return []
+    return [f"{failure.reason}: {failure.message}" for failure in group.failures[:1]]
 
 
 def recorded_values(spec: Spec) -> dict[str, Any]:

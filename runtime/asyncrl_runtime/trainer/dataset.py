@@ -93,18 +93,25 @@ def _load_split(dataset: DatasetSpec, evaluation: EvaluationSpec | None) -> list
     block = "spec.dataset" if evaluation is None else "spec.evaluation"
     chosen = dataset if evaluation is None else evaluation
     where = f"{block}.source: {chosen.source}"
-    rows = [dict(row) for row in _from_source(chosen.source, chosen.split, chosen.parameters, dataset, where)]
-    if not rows:
-        raise ExitError(ExitCode.UNUSABLE, f"{where}: split {chosen.split!r} has no rows")
-    for number, row in enumerate(rows, start=1):
+    found = _from_source(chosen.source, chosen.split, chosen.parameters, dataset, where)
+    rows: list[Row] = []
+    for number, item in enumerate(found, start=1):
+        if not isinstance(item, Mapping):
+            raise ExitError(
+                ExitCode.UNUSABLE, f"{where}: row {number} is {type(item).__name__}; must be a mapping"
+            )
+        row = dict(item)
+        rows.append(row)
         try:
             prompt_text(row, dataset.prompt_field)
-            msgspec.msgpack.encode(row)
-        except (PromptError, TypeError) as error:
+            msgspec.msgpack.decode(msgspec.msgpack.encode(row), type=Row)  # as it reaches a worker
+        except (PromptError, TypeError, ValueError, OverflowError) as error:
             raise ExitError(
                 ExitCode.UNUSABLE,
                 f"{where}: row {number}: {error}; set spec.dataset.promptField, or mend the row",
             ) from error
+    if not rows:
+        raise ExitError(ExitCode.UNUSABLE, f"{where}: split {chosen.split!r} has no rows")
     return rows
 
 
@@ -131,9 +138,12 @@ def _from_source(
 def _from_file(path: Path, where: str) -> list[Row]:
     rows = []
     try:
-        lines = path.read_text().splitlines()
+        with path.open(encoding="utf-8") as file:
+            lines = list(file)  # splitlines() would cut at U+2028, which may stand within a string
     except OSError as error:
         raise ExitError(ExitCode.REFUSED, f"{where}: {error.strerror or error}: {path}") from error
+    except UnicodeDecodeError as error:
+        raise ExitError(ExitCode.UNUSABLE, f"{where}: is not UTF-8: {error}") from error
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue

@@ -145,8 +145,13 @@ class Evaluator:
         return [outcomes[index] for index in sorted(outcomes)]
 
     async def _ask_open(self, evaluation: str, answered: Iterable[int], max_new_tokens: int) -> None:
-        """Ask what has no answer yet, and nothing else: questions of an earlier evaluation are dropped."""
-        await self._broker.jetstream.purge_stream(self._names.evaluation_stream)
+        """Ask what has no answer yet, and nothing else: questions of an earlier evaluation are dropped.
+
+        Answers stay: the server knows their ids over a purge, so what is answered again would not be stored.
+        """
+        await self._broker.jetstream.purge_stream(
+            self._names.evaluation_stream, subject=self._names.evaluation("ask", ">")
+        )
         done = set(answered)
         for start in range(0, len(self._rows), EVALUATION_ROWS):
             if start not in done:  # a ticket's rows are answered together

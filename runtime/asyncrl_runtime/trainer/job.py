@@ -42,6 +42,8 @@ FIRST_HEARTBEAT_SECONDS = 1.5
 """Every worker that lives has spoken by then."""
 BOUNDARY_SECONDS = 0.25
 """While the trainer waits, how often it looks for engines that lack the weights, and for lost streams."""
+FULL_SECONDS = 3.0
+"""How long a batch is waited for while the stream has hardly room for it, before more is purged."""
 MAX_FAILED_CHECKPOINTS = 3
 """In a row; then the job ends, since it could not be resumed where it stands."""
 MISMATCH_SAMPLES = 32
@@ -84,6 +86,7 @@ class TrainerJob:
         self._stopping = asyncio.Event()
         self._saved: list[Position] = [restored] if restored is not None else []
         self._num_failed_checkpoints = 0
+        self._purged_behind = 0
         self._evaluation: asyncio.Task[None] | None = None
         self._first_evaluation = restored.first_evaluation if restored is not None else None
         self._step_began = parts.clock()
@@ -168,6 +171,8 @@ class TrainerJob:
             self._metrics.update(state="WaitingForBatch", queue_depth=len(self._controller.inbox.arrived))
             with contextlib.suppress(_StopRequested):
                 await self._boundary()
+            if self._control.is_nearly_full:
+                await self._make_room(self._parts.clock() - began)
             if self._controller.missing_of_recorded() and await self._control.has_read_everything():
                 missing = self._controller.missing_of_recorded()
                 log.warning(
@@ -267,6 +272,26 @@ class TrainerJob:
         if spec.export_every_steps and self.version % spec.export_every_steps == 0:
             await self._export(self._parts.folder / "export" / f"step-{self.version:06d}")
 
+    async def _make_room(self, waited_seconds: float) -> None:
+        """Keep a stream that fills up from ending the job: with no room for a batch there is no next step.
+
+        What fills it may be needed by the older of the two restorable checkpoints alone. That one is given up
+        then: restored nevertheless, it would find its batches lost, and the history would be cut there.
+        """
+        if not self._saved or self._saved[-1].version < self.version:
+            log.warning("the trajectory stream is nearly full: checkpoint, to purge behind it")
+            await self._checkpoint()
+        elif waited_seconds > FULL_SECONDS and self._saved[-1].stream_sequence > self._purged_behind:
+            log.warning(
+                "the trajectory stream is full, and no batch can form: purged behind the newest checkpoint, "
+                "so that it alone can be restored; raise spec.messaging.embedded.storage.size"
+            )
+            await self._purge_behind(self._saved[-1])
+
+    async def _purge_behind(self, position: Position) -> None:
+        self._purged_behind = position.stream_sequence
+        await self._control.purge_behind(position.stream_sequence)
+
     async def open_history(self) -> None:
         """At a job's very start: a checkpoint of the books alone, so that the streams' identity is known."""
         await self._checkpoint()
@@ -288,7 +313,7 @@ class TrainerJob:
         self._num_failed_checkpoints = 0
         self._saved = [*[p for p in self._saved if p.version < position.version], position][-2:]
         self._parts.checkpoints.prune(self._controller.spec.checkpoint.keep)
-        await self._control.purge_behind(self._saved[0].stream_sequence)
+        await self._purge_behind(self._saved[0])
         self._metrics.update(
             last_checkpoint=CheckpointReport(
                 step=self.version,
@@ -326,7 +351,7 @@ class TrainerJob:
         self._metrics.update(state="Evaluating")
         evaluated = None
         with contextlib.suppress(_StopRequested):
-            evaluated = await self._evaluate(self._boundary)
+            evaluated = await self._evaluate(self._boundary, trainer_waits=True)
         if evaluated is not None:
             self._first_evaluation = evaluated.report.model_dump(by_alias=True)
             self._metrics.update(first_evaluation=evaluated.report)
@@ -348,9 +373,11 @@ class TrainerJob:
         async def tick() -> None:
             """The training loop itself sees to its boundaries."""
 
-        await self._evaluate(tick)
+        await self._evaluate(tick, trainer_waits=False)
 
-    async def _evaluate(self, tick: Callable[[], Awaitable[None]]) -> Evaluated | None:
+    async def _evaluate(
+        self, tick: Callable[[], Awaitable[None]], *, trainer_waits: bool
+    ) -> Evaluated | None:
         evaluator = self._parts.evaluator
         assert evaluator is not None
         evaluated = await evaluator.run(self.version, self._controller.spec.sampling.max_new_tokens, tick)
@@ -359,7 +386,8 @@ class TrainerJob:
         report = evaluated.report
         log.info("step %d: held-out accuracy %.3f of %d", report.step, report.accuracy, report.num_prompts)
         mismatch = {}
-        if report.lowest_version == report.highest_version == self.version:
+        # Beside training the trainer's weights may be those of the next version already.
+        if trainer_waits and report.lowest_version == report.highest_version == self.version:
             mismatch = await self._mismatch(evaluated.samples)
         self._metrics.log_evaluation({**report.model_dump(by_alias=True), **mismatch})
         self._metrics.update(last_evaluation=report)
@@ -375,6 +403,22 @@ class TrainerJob:
         ]
         return diagnostics.report_mismatch(torch.stack(sums).sum(0)) if sums else {}
 
+    async def _end_evaluation_beside(self) -> None:
+        """Wait for an evaluation that began beside training: from now on its boundaries are made here.
+
+        Raises:
+            _StopRequested: it is broken off then.
+        """
+        if self._evaluation is None:
+            return
+        try:
+            while not self._evaluation.done():
+                await self._boundary()
+                await asyncio.wait({self._evaluation}, timeout=BOUNDARY_SECONDS)
+            self._evaluation.result()
+        finally:
+            self._evaluation.cancel()
+
     # -- the end
 
     async def stop(self) -> None:
@@ -389,12 +433,11 @@ class TrainerJob:
 
     async def finish(self) -> None:
         """The last step is trained: measure, save, export, close the ledger."""
-        if self._evaluation is not None:
-            await self._evaluation
         if self._parts.evaluator is not None:
             self._metrics.update(state="Evaluating")
             with contextlib.suppress(_StopRequested):
-                await self._evaluate(self._boundary)
+                await self._end_evaluation_beside()
+                await self._evaluate(self._boundary, trainer_waits=True)
         self._metrics.update(state="Exporting")
         if not self._saved or self._saved[-1].version < self.version:
             await self._checkpoint()

@@ -76,7 +76,7 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
             log.warning("rank %d did not end with its peer: killed", ranks.index(rank))
             rank.kill()
             rank.wait()
-    return int(failed[0])
+    return int(min(failed))  # of those found together, one that a signal ended took the others with it
 
 
 def _free_port() -> int:

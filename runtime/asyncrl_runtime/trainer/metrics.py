@@ -39,13 +39,15 @@ class Metrics:
         if not self._path.exists():
             return
         kept = []
-        for line in self._path.read_text().splitlines():
+        for line in self._path.read_text(errors="replace").splitlines():
             try:
                 if json.loads(line)["step"] <= version:
                     kept.append(line)
             except (ValueError, KeyError):
                 continue  # torn by a crash
-        self._path.write_text("".join(line + "\n" for line in kept))
+        scratch = self._path.with_suffix(".tmp")
+        scratch.write_text("".join(line + "\n" for line in kept))
+        scratch.replace(self._path)
 
     def log_step(self, values: Mapping[str, Any]) -> None:
         """Append one step's line and renew the report.

@@ -7,7 +7,7 @@ that a backward pass never holds up a heartbeat. The other ranks have nothing bu
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
@@ -66,6 +66,10 @@ class Stop:
     pass
 
 
+class PeerLost(Exception):
+    """Another rank has died or hangs; this one cannot go on without it."""
+
+
 Command = Train | Save | Load | Export | Logprobs | Ping | Stop
 
 
@@ -112,20 +116,22 @@ class Ranks:
         """The other ranks: do what rank 0 says until it says stop.
 
         Raises:
-            RuntimeError: rank 0 is gone, or has said nothing for COMMAND_SECONDS.
+            PeerLost: rank 0 is gone, or has said nothing for COMMAND_SECONDS.
         """
         while True:
             box: list[Command | None] = [None]
-            dist.broadcast_object_list(box, src=0, group=self._control)
-            if isinstance(box[0], Stop):
-                return
-            assert box[0] is not None
-            self._execute(box[0])
+            with _naming_lost_peers():
+                dist.broadcast_object_list(box, src=0, group=self._control)
+                if isinstance(box[0], Stop):
+                    return
+                assert box[0] is not None
+                self._execute(box[0])
 
     def _run_everywhere(self, command: Command) -> Any:
-        if dist.get_world_size() > 1:
-            dist.broadcast_object_list([command], src=0, group=self._control)
-        return self._execute(command)
+        with _naming_lost_peers():
+            if dist.get_world_size() > 1:
+                dist.broadcast_object_list([command], src=0, group=self._control)
+            return self._execute(command)
 
     def _execute(self, command: Command) -> Any:
         match command:
@@ -148,3 +154,14 @@ def make_control_group() -> dist.ProcessGroup:
     group = dist.new_group(backend="gloo", timeout=timedelta(seconds=COMMAND_SECONDS))
     assert isinstance(group, dist.ProcessGroup)
     return group
+
+
+@contextlib.contextmanager
+def _naming_lost_peers() -> Iterator[None]:
+    """Raise PeerLost for what collectives raise then: gloo has no type of its own for it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "/gloo/transport/" in str(error):
+            raise PeerLost(f"another rank is gone; its log says why: {str(error).splitlines()[0]}") from error
+        raise

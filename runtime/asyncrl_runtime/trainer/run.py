@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Coroutine
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch.distributed as dist
 from nats.aio.msg import Msg
 
 from asyncrl_api.exits import ExitCode, ExitError
-from asyncrl_api.report import EvaluationReport, Report
+from asyncrl_api.report import CheckpointReport, EvaluationReport, Report
 from asyncrl_api.run import RunConfig
 from asyncrl_runtime.contract.messages import Heartbeat, decode
 from asyncrl_runtime.contract.rows import prompt_text
@@ -37,7 +37,7 @@ from asyncrl_runtime.trainer.evaluation import Evaluator
 from asyncrl_runtime.trainer.job import JobParts, TrainerJob, origin_of
 from asyncrl_runtime.trainer.metrics import Metrics
 from asyncrl_runtime.trainer.policy import Policy
-from asyncrl_runtime.trainer.ranks import COMMAND_SECONDS, Load, Ranks, make_control_group
+from asyncrl_runtime.trainer.ranks import COMMAND_SECONDS, Load, PeerLost, Ranks, make_control_group
 from asyncrl_runtime.trainer.step import NumbersUnusable
 from asyncrl_runtime.trainer.tickets import EndlessDiscards, TicketBook
 from asyncrl_runtime.trainer.train import train
@@ -88,8 +88,10 @@ def run_rank(config: RunConfig, options: Options) -> None:
         if dist.get_rank() == 0:
             asyncio.run(_control(config, options, folder, ranks))
         else:
+            for number in (signal.SIGTERM, signal.SIGINT):  # rank 0 heeds them, and needs this one to do so
+                signal.signal(number, signal.SIG_IGN)
             ranks.follow()
-    except (Superseded, TransportError, CheckpointFailed, OSError) as error:
+    except (Superseded, TransportError, CheckpointFailed, PeerLost, OSError) as error:
         raise ExitError(ExitCode.TRY_AGAIN, f"{type(error).__name__}: {error}") from error
     except (EndlessDiscards, NumbersUnusable, ChecksumMismatch, LedgerError) as error:
         raise ExitError(ExitCode.UNUSABLE, str(error)) from error
@@ -318,7 +320,8 @@ def _open_metrics(
         max_steps=controller.spec.training.max_steps,
         state="Starting",
         first_evaluation=None if first is None else EvaluationReport.model_validate(first),
-        last_evaluation=None if before is None else before.last_evaluation,
+        last_evaluation=None if before is None or checkpoint is None else before.last_evaluation,
+        last_checkpoint=None if checkpoint is None else _report_of(checkpoint),
         num_held_out_in_training=count_shared(training, rows.held_out, field),
         num_held_out_in_warmup=count_shared(warmup_prompts(model_folder), rows.held_out, field),
     )
@@ -333,3 +336,12 @@ def _open_metrics(
         report.num_held_out_in_warmup,
     )
     return metrics
+
+
+def _report_of(checkpoint: Checkpoint) -> CheckpointReport:
+    made_at = datetime.fromtimestamp(checkpoint.folder.stat().st_mtime, UTC)
+    return CheckpointReport(
+        step=checkpoint.position.version,
+        path=str(checkpoint.folder),
+        time=made_at.isoformat(timespec="seconds"),
+    )

@@ -132,6 +132,17 @@ class EndlessDiscards(Exception):
     """So many tickets were discarded since the last step that no batch will ever form."""
 
 
+REMEDIES = {
+    "failed": "see why samples fail in the log lines above: reward or workflow raise, or run out of time",
+    "generation_error": "see the engines' logs",
+    "prompt_too_long": "raise spec.model.contextLength, or leave long prompts out of spec.dataset",
+    "stale": "raise spec.staleness.maxVersions, or set spec.staleness.onExceed to Keep",
+    "uniform": "set spec.sampling.filter to None, or choose prompts that are neither too easy nor too hard",
+    "unusable_row": "mend the rows of spec.dataset that the log lines above name",
+}
+"""Of discards without end, by their reason."""
+
+
 @dataclass
 class DiscardCount:
     """Counts the discards since the last step, to end a job whose prompts can never form a batch.
@@ -160,7 +171,8 @@ class DiscardCount:
         self.reasons[discard.reason] += 1
         if (total := self.reasons.total()) >= 10 * batch_size:
             by_reason = ", ".join(f"{reason}: {count}" for reason, count in self.reasons.most_common())
+            [(most_common, _)] = self.reasons.most_common(1)
             raise EndlessDiscards(
-                f"{total} prompt groups in a row were discarded without a step ({by_reason}); "
-                f"the limit is 10 x batchSize = {10 * batch_size}"
+                f"{total} prompt groups in a row were discarded without a step ({by_reason}); the limit is "
+                f"10 x batchSize = {10 * batch_size}; " + REMEDIES.get(most_common, "see the log lines above")
             )

@@ -9,9 +9,11 @@ after four minutes by default; `publish` swallows a cancellation, so loops end b
 import asyncio
 import logging
 import random
+import time
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
+import msgspec
 import nats
 import nats.errors
 import nats.js.errors
@@ -19,13 +21,6 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.js import JetStreamContext
 from nats.js.api import PubAck
-from tenacity import (
-    AsyncRetrying,
-    RetryCallState,
-    retry_if_exception_type,
-    stop_after_delay,
-    wait_exponential_jitter,
-)
 
 from asyncrl_api.names import JobNames, NatsAddress
 
@@ -35,6 +30,9 @@ T = TypeVar("T")
 
 MAX_HEADER_BYTES = 1024
 """Room left under max_payload: the server counts headers, the client does not."""
+
+FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.1, 2.0
+"""Between two attempts, doubled each time; and up to twice as long, so that callers do not come in waves."""
 
 STREAM_FULL = 10077
 WRONG_LAST_SEQUENCE = 10071
@@ -136,11 +134,15 @@ class Broker:
         return broker
 
     async def close(self) -> None:
-        """Flush what is buffered and disconnect; gives up after 2 s."""
-        try:
-            await asyncio.wait_for(self.client.drain(), 2)
-        except (TimeoutError, nats.errors.Error):
-            log.info("NATS: closed without a full drain")
+        """Send what is buffered and disconnect; gives up after 2 s each.
+
+        Not `drain`: it waits as long again for messages that have come and that nobody will take any more.
+        """
+        for step in (self.client.flush, self.client.close):
+            try:
+                await asyncio.wait_for(step(), 2)
+            except (TimeoutError, nats.errors.Error) as error:
+                log.info("NATS: closing: %s: %s", type(error).__name__, error)
 
     def check_size(self, payload: bytes) -> None:
         """Raise PayloadTooLarge for what the server would refuse."""
@@ -171,14 +173,16 @@ class Broker:
 
         async def attempt() -> PubAck:
             headers = {"Nats-Msg-Id": message_id}  # fresh each time: nats-py mutates what it is given
-            try:
-                return await self.jetstream.publish(
-                    subject, payload, timeout=attempt_timeout_seconds, headers=headers
-                )
-            except nats.js.errors.APIError as error:
-                if error.err_code == STREAM_FULL:
-                    raise StreamFull(f"{subject}: {error.description}") from error
-                raise
+            # As `jetstream.publish` does, but for its parsing of the answer, a fifth of what a message costs.
+            reply = await self.client.request(
+                subject, payload, timeout=attempt_timeout_seconds, headers=headers
+            )
+            answer = _answers.decode(reply.data)
+            if (error := answer.error) is None:
+                return PubAck(stream=answer.stream, seq=answer.seq, duplicate=answer.duplicate)
+            if error.get("err_code") == STREAM_FULL:
+                raise StreamFull(f"{subject}: {error.get('description')}")
+            raise nats.js.errors.APIError.from_error(error)
 
         return await self.retry(attempt, f"publish {message_id} on {subject}", deadline_seconds, StreamFull)
 
@@ -236,24 +240,30 @@ class Broker:
         Raises:
             TransportError: it still failed at the deadline, or the client is closed for good.
         """
-
-        def note(state: RetryCallState) -> None:
-            error = state.outcome.exception() if state.outcome else None
-            log.warning("%s: %s: %s; trying again", what, type(error).__name__, error)
-
+        # By hand: tenacity costs 28 us a call, a tenth of what the rest of a publish takes.
         transient: tuple[type[Exception], ...] = (*TRANSIENT, *also)
-        gave_up: tuple[type[Exception], ...] = (*transient, nats.errors.ConnectionClosedError)
-        retrying = AsyncRetrying(
-            retry=retry_if_exception_type(transient),
-            wait=wait_exponential_jitter(multiplier=0.1, max=2),
-            stop=stop_after_delay(deadline_seconds),
-            before_sleep=note,
-            reraise=True,
-        )
-        try:
-            async for round_ in retrying:
-                with round_:
-                    result = await attempt()
-            return result
-        except gave_up as error:
-            raise TransportError(f"{what}: {type(error).__name__}: {error}") from error
+        deadline = time.monotonic() + deadline_seconds
+        pause = FIRST_PAUSE_SECONDS
+        while True:
+            try:
+                return await attempt()
+            except transient as error:
+                if time.monotonic() >= deadline:
+                    raise TransportError(f"{what}: {type(error).__name__}: {error}") from error
+                log.warning("%s: %s: %s; trying again", what, type(error).__name__, error)
+            except nats.errors.ConnectionClosedError as error:
+                raise TransportError(f"{what}: {type(error).__name__}: {error}") from error
+            await asyncio.sleep(pause * (1 + self._rng.random()))
+            pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+
+
+class _Answer(msgspec.Struct):
+    """To a publish: where it is stored, or the error that it is not."""
+
+    stream: str = ""
+    seq: int = 0
+    duplicate: bool | None = None
+    error: dict[str, Any] | None = None
+
+
+_answers = msgspec.json.Decoder(_Answer)

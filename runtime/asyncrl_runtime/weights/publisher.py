@@ -26,6 +26,7 @@ from asyncrl_runtime.contract.messages import (
     Message,
     PolicyVersion,
     PrepareUpdate,
+    ProbeEngine,
     ReceiveBucket,
     decode,
     encode,
@@ -46,6 +47,10 @@ MAX_EPOCHS = 4
 """Tries of one publication; each leaves out who failed in the one before."""
 BASE_SECONDS = 15.0
 SLOWEST_BYTES_PER_SECOND = 50e6
+PROBE_SECONDS = 6.0
+"""A worker's own probe of its engine lasts 5 s at most."""
+SUSPECT_SECONDS = 1.0
+"""After a broadcast that broke, for the words of those who broke it."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,7 @@ class WeightPublisher:
         attempt: of the trainer; with the epoch's number it names the group.
         host: where engines reach this process.
         timeout_seconds: of a phase; 0 scales it by the model's bytes.
-        verify: compare the engines' checksums after each publication.
+        verify: compare the checksums of all engines that were brought to the same version.
     """
 
     def __init__(
@@ -95,23 +100,32 @@ class WeightPublisher:
         self._timeout = timeout_seconds or BASE_SECONDS + model_bytes / SLOWEST_BYTES_PER_SECOND
         self._verify = verify
         self._epoch = 0
+        self._store: GroupStore | None = None  # as long as the group: NCCL meets there at its first broadcast
         self._group: dist.ProcessGroup | None = None
         self._members: tuple[Member, ...] = ()
         self._at: dict[Member, PolicyVersion] = {}
+        self._failed_after: dict[str, Heartbeat] = {}  # worker -> its last word before it failed
+        self._published: PolicyVersion | None = None
+        self._checksums: dict[str, str] = {}  # of that version, by worker
         self._buffer = torch.empty(0, dtype=torch.uint8)
         self._side = ThreadPoolExecutor(1, thread_name_prefix="weights")
 
     def behind(self, version: PolicyVersion) -> list[Member]:
-        """Return the engines that live and are not known to have `version`."""
+        """Return the engines that live and are not known to have `version`.
+
+        One that has failed is asked again when it has spoken again: it may be dead, and not silent for long.
+        """
         return [
             (beat.worker, beat.engine)
             for beat in self._fleet.living
-            if beat.engine_state != "down" and not self._has(beat, version)
+            if beat.engine_state != "down"
+            and not self._has(beat, version)
+            and beat is not self._failed_after.get(beat.worker)
         ]
 
     def num_engines(self, version: PolicyVersion) -> int:
         """Return how many living engines sample with `version`."""
-        return sum(self._has(beat, version) for beat in self._fleet.living)
+        return sum(beat.engine_state != "down" and self._has(beat, version) for beat in self._fleet.living)
 
     async def publish(
         self, version: PolicyVersion, buckets: Callable[[], Iterator[Bucket]], interrupt: str
@@ -129,6 +143,7 @@ class WeightPublisher:
             ChecksumMismatch: with `verify`.
         """
         failed: set[Member] = set()
+        suspected: set[Member] = set()
         checksums: dict[str, str] = {}
         num_epochs = 0
         while num_epochs < MAX_EPOCHS:
@@ -139,13 +154,19 @@ class WeightPublisher:
                 break
             num_epochs += 1
             try:
-                checksums |= await self._run_epoch(members, version, buckets(), interrupt)
+                await self._run_epoch(members, version, buckets(), interrupt, checksums)
             except _EpochFailed as error:
                 log.warning("weights %s, epoch %d: %s", version, self._epoch, error)
-                failed |= error.culprits
+                failed |= error.culprits | (error.suspects & suspected)
+                suspected |= error.suspects
+                self._failed_after |= {
+                    beat.worker: beat for beat in self._fleet.living if (beat.worker, beat.engine) in failed
+                }
                 await self.leave()
-        if len(set(checksums.values())) > 1:
-            raise ChecksumMismatch(f"version {version}: {checksums}")
+        earlier = self._checksums if version == self._published else {}
+        self._published, self._checksums = version, earlier | checksums
+        if len(set(self._checksums.values())) > 1:
+            raise ChecksumMismatch(f"version {version}: {self._checksums}")
         return Published(tuple(checksums), tuple(worker for worker, _ in failed), num_epochs, checksums)
 
     async def _drained(self, members: list[Member]) -> list[Member]:
@@ -158,11 +179,23 @@ class WeightPublisher:
         group, self._group, self._members = self._group, None, ()
         if group is not None:
             await asyncio.to_thread(leave_group, group)
+        if self._store is not None:
+            self._store.close()
+            self._store = None
 
     async def _run_epoch(
-        self, members: list[Member], version: PolicyVersion, buckets: Iterator[Bucket], interrupt: str
-    ) -> dict[str, str]:
-        """Return worker -> checksum of those that have the version now: all of `members`."""
+        self,
+        members: list[Member],
+        version: PolicyVersion,
+        buckets: Iterator[Bucket],
+        interrupt: str,
+        checksums: dict[str, str],
+    ) -> None:
+        """Add worker -> checksum to `checksums` for those that have the version now.
+
+        Raises:
+            _EpochFailed: not all of `members`; those who have committed keep it nevertheless.
+        """
         if set(self._members) != set(members):
             await self.leave()
             await self._join(members)
@@ -177,8 +210,8 @@ class WeightPublisher:
         for member, reply in replies.items():
             if reply is not None and reply.ok:
                 self._at[member] = version
+                checksums[member[0]] = reply.checksum
         self._expect(replies, "commit")
-        return {worker: reply.checksum for (worker, _), reply in replies.items() if reply is not None}
 
     @property
     def _group_name(self) -> str:
@@ -187,10 +220,13 @@ class WeightPublisher:
     async def _join(self, members: list[Member]) -> None:
         """Form a group of this process and `members`.
 
-        All engines block in the join until everyone is there. If time runs out the store is dropped, which
-        frees them; who had answered before that, or does not answer after it, is to blame.
+        All engines block in the join until everyone is there, so who is gone is left out before. It cannot be
+        broken off as soon as one says no: an engine that comes to a dropped store hangs. If time runs out the
+        store is dropped, which frees them; who had answered before that, or does not answer after it, is to
+        blame.
         """
         self._epoch += 1
+        self._expect(await self._ask(members, ProbeEngine(), PROBE_SECONDS), "probe")
         store = open_store(self._host)
         world_size = 1 + len(members)
         requests = {
@@ -218,7 +254,7 @@ class WeightPublisher:
             silent = {member for member, reply in replies.items() if reply is None}
             # Where all were freed alike nobody is to blame, and all are tried again in a new epoch.
             raise _EpochFailed(f"join: {_first_line(error)}", early | silent) from error
-        self._members = tuple(members)
+        self._store, self._members = store, tuple(members)
         self._expect({member: await task for member, task in asked.items()}, "join")
 
     def _host_group(self, store: GroupStore, world_size: int) -> dist.ProcessGroup:
@@ -237,14 +273,30 @@ class WeightPublisher:
                 is_last=is_last,
                 timeout_seconds=self._timeout,
             )
-            asked = asyncio.create_task(self._ask(members, request, self._timeout + 10))
+            asked = {
+                member: asyncio.create_task(self._ask_one(member, request, self._timeout + 10))
+                for member in members
+            }
             try:
                 await self._in_side_thread(self._broadcast, bucket)
             except (RuntimeError, TimeoutError) as error:
-                replies = await asked
-                culprits = {member for member, reply in replies.items() if reply is None or not reply.ok}
-                raise _EpochFailed(f"broadcast: {_first_line(error)}", culprits) from error
-            self._expect(await asked, "transfer")
+                raise await self._broken_broadcast(asked, error) from error
+            self._expect({member: await task for member, task in asked.items()}, "transfer")
+
+    async def _broken_broadcast(
+        self, asked: Mapping[Member, "asyncio.Task[ControlReply | None]"], error: Exception
+    ) -> "_EpochFailed":
+        """Leave the group, to free those who wait for what will not be sent any more, and find who broke it.
+
+        Who says no before that has broken it, or had its data from one who is gone and fails the next probe.
+        """
+        await asyncio.wait(asked.values(), timeout=SUSPECT_SECONDS)
+        early = [member for member, task in asked.items() if task.done()]
+        await self.leave()
+        replies = {member: await task for member, task in asked.items()}
+        silent = {member for member, reply in replies.items() if reply is None}
+        suspects = {member for member in early if (reply := replies[member]) and not reply.ok}
+        return _EpochFailed(f"broadcast: {_first_line(error)}", silent, suspects)
 
     def _broadcast(self, bucket: Bucket) -> None:
         """Send one bucket as a flat array of bytes, from a buffer that is used again."""
@@ -256,7 +308,14 @@ class WeightPublisher:
         for _, tensor in bucket:
             flat[start : start + tensor.nbytes].copy_(tensor.reshape(-1).view(torch.uint8))
             start += tensor.nbytes
-        dist.broadcast(flat, src=0, group=self._group)
+        failure = ""
+        try:
+            dist.broadcast(flat, src=0, group=self._group)
+        except RuntimeError as error:
+            failure = str(error)
+        if failure:
+            # Not from the error itself: its traceback would keep the group, and so its connections, alive.
+            raise RuntimeError(failure)
 
     async def _in_side_thread(self, function: Callable[..., T], *arguments: object) -> T:
         """Run a collective where it can be abandoned: what hangs keeps its thread, and a new one is made."""
@@ -293,13 +352,19 @@ class WeightPublisher:
 
     def _has(self, beat: Heartbeat, version: PolicyVersion) -> bool:
         """What we saw committed counts before the heartbeat, which is up to a second old."""
-        return self._at.get((beat.worker, beat.engine), beat.version) == version
+        said = None if beat.engine_state == "dirty" else beat.version
+        return self._at.get((beat.worker, beat.engine), said) == version
 
 
 class _EpochFailed(Exception):
-    def __init__(self, message: str, culprits: set[Member]) -> None:
+    """`suspects` are to blame if they are suspected once more."""
+
+    def __init__(
+        self, message: str, culprits: set[Member], suspects: frozenset[Member] | set[Member] = frozenset()
+    ) -> None:
         super().__init__(message)
         self.culprits = culprits
+        self.suspects = suspects
 
 
 def _with_last(buckets: Iterator[Bucket]) -> Iterator[tuple[Bucket, bool]]:

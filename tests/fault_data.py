@@ -1,0 +1,46 @@
+"""Rows, rewards and a workflow for jobs that meet faults, imported by their processes by name."""
+
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from asyncrl_api.protocols import Session
+
+SHORT = "short: "
+SCORING_SECONDS = 3.0
+
+
+def some_too_long(*, split: str, seed: int, size: int = 40) -> Iterable[dict[str, Any]]:
+    """Every fourth prompt fills the context of a small job."""
+    return [{"question": "7 + " * (100 if n % 4 == 0 else 1) + f"{n} ="} for n in range(size)]
+
+
+def all_too_long(*, split: str, seed: int) -> Iterable[dict[str, Any]]:
+    return [{"question": "7 + " * 100 + f"{n} ="} for n in range(40)]
+
+
+class FirstGroupShort:
+    """One answer: of few tokens in a worker's first group of two, of as many as are allowed in all others."""
+
+    def __init__(self) -> None:
+        self._num_samples = 0
+
+    async def run(self, session: Session) -> float:
+        self._num_samples += 1
+        is_short = self._num_samples <= 2
+        turn = await session.generate(8 if is_short else None)
+        return (await session.score(SHORT + turn.text if is_short else turn.text)).reward
+
+
+def slow_for_short(prompt: str, response: str, row: Mapping[str, Any]) -> float:
+    if response.startswith(SHORT):
+        time.sleep(SCORING_SECONDS)
+    return float(sum(character.isdigit() for character in response)) / 100
+
+
+def raises(prompt: str, response: str, row: Mapping[str, Any]) -> float:
+    raise ValueError(f"cannot score {prompt!r}")
+
+
+def constant(prompt: str, response: str, row: Mapping[str, Any]) -> float:
+    return 1.0

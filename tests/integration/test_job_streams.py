@@ -1,0 +1,107 @@
+"""The broker dies, its streams are lost, or have no room: no ticket is lost or trained twice."""
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from job_harness import JobHarness, build_job
+from job_witness import Engine, Witness, finish
+from nats_server_fixture import NatsServer
+
+LONG_JOB: dict[str, Any] = {
+    "training": {"maxSteps": 14},
+    "checkpoint": {"everySteps": 4},
+}
+
+
+@pytest.mark.slow
+async def test_a_broker_that_comes_back_and_streams_that_are_lost(
+    own_nats: NatsServer, tmp_path: Path
+) -> None:
+    """One after the other in one job, in the middle of sampling: what is lost is made again."""
+    with JobHarness(tmp_path / "run", own_nats, build_job(**LONG_JOB)) as harness:
+        names = harness.config.names
+        async with Witness(harness) as witness:
+            harness.start_rollout(0)
+            await Engine(harness, 0).slow_down(0.05)
+            harness.start_trainer()
+
+            async def go_on(steps: int = 2) -> None:
+                goal = harness.step + steps
+                await witness.until(f"step {goal}", lambda: harness.step >= goal)
+
+            await go_on()
+            own_nats.kill()
+            await asyncio.sleep(1.5)  # long enough for every request in flight to fail
+            own_nats.start()
+            await go_on()
+            own_nats.kill()
+            own_nats.lose_files()
+            own_nats.start()
+            await go_on()
+            await witness.delete_stream(names.prompt_stream)
+            await go_on()
+            await witness.delete_stream(names.trajectory_stream)
+            await go_on()
+            await Engine(harness, 0).slow_down(0)
+            result = await finish(harness)
+            assert result.num_steps == 14
+        log = harness.log_text("trainer")
+        assert log.count("the trajectory stream is lost: open tickets are issued again") == 2
+
+
+@pytest.mark.slow
+async def test_recorded_batches_that_are_lost_with_their_stream_leave_the_history(
+    own_nats: NatsServer, tmp_path: Path
+) -> None:
+    """The trainer is down when the streams are lost, with steps recorded behind its checkpoint."""
+    job = build_job(training={"maxSteps": 8}, checkpoint={"everySteps": 4})
+    with JobHarness(tmp_path / "run", own_nats, job) as harness:
+        harness.start_rollout(0)
+        trainer = harness.start_trainer(kill_after="asyncrl_runtime.trainer.job:TrainerJob.train_step#6")
+        await asyncio.to_thread(trainer.wait, 120)
+        abandoned = harness.history.steps[4:]
+        assert len(abandoned) == 2
+        own_nats.kill()
+        own_nats.lose_files()
+        own_nats.start()
+        harness.start_trainer()
+        result = await finish(harness)
+        assert result.num_steps == 8
+        lines = [json.loads(line) for line in harness.folder.ledger.read_text().splitlines()]
+        assert [line for line in lines if "cut" in line] == [{"attempt": 2, "cut": 4}]
+        assert [step.attempt for step in harness.history.steps] == [1] * 4 + [2] * 4
+        sampled_again = {ticket for step in harness.history.steps[4:] for ticket in step.tickets}
+        assert {ticket for step in abandoned for ticket in step.tickets} <= sampled_again
+
+
+@pytest.mark.slow
+async def test_a_stream_that_fills_up_is_purged_and_one_that_is_full_loses_nothing(
+    own_nats: NatsServer, tmp_path: Path
+) -> None:
+    """Some twelve groups fill the stream, twenty may be open, and no checkpoint is due for long."""
+    job = build_job(
+        messaging={"embedded": {"storage": {"size": "80Ki"}}},
+        sampling={"groupSize": 8, "maxNewTokens": 48},
+        training={"batchSize": 4, "maxSteps": 8},
+        staleness={"maxVersions": 4},
+        checkpoint={"everySteps": 1000},
+    )
+    with JobHarness(tmp_path / "run", own_nats, job) as harness:
+        async with Witness(harness) as witness:
+            harness.start_rollout(0)
+            await Engine(harness, 0).slow_down(0.2)
+            harness.start_trainer()
+            await witness.until("the worker holds tickets", lambda: bool(witness.held(0)))
+            harness.kill("trainer")
+            await Engine(harness, 0).slow_down(0)
+            await witness.until(
+                "the stream is full", lambda: "StreamFull" in harness.log_text("rollout-0-worker")
+            )
+            harness.start_trainer()
+            result = await finish(harness)
+            assert result.num_steps == 8 and result.num_trained == 32
+        assert "the trajectory stream is nearly full: checkpoint" in harness.log_text("trainer")

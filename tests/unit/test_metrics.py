@@ -1,0 +1,159 @@
+"""metrics.jsonl, one line per step whatever restarts, and the report beside it."""
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from asyncrl_api.report import EvaluationReport, Report
+from asyncrl_runtime.trainer.metrics import RECENT_STEPS, Metrics
+
+NOW = datetime(2026, 1, 2, 3, 4, 5, 678_000, tzinfo=UTC)
+
+
+@pytest.fixture
+def metrics(tmp_path: Path) -> Metrics:
+    return open_metrics(tmp_path)
+
+
+def open_metrics(folder: Path) -> Metrics:
+    report = Report(attempt=2, step=0, max_steps=100, state="Training")
+    return Metrics(folder, folder / "report.json", report, lambda: NOW)
+
+
+def step(number: int, **values: Any) -> dict[str, Any]:
+    return {"step": number, "step_seconds": 2.0, "wait_seconds": 0.5, "num_tokens": 100, **values}
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def report(folder: Path) -> Report:
+    found = Report.load(folder / "report.json")
+    assert found is not None
+    return found
+
+
+def test_a_step_is_a_line_with_its_time_and_all_that_was_measured(metrics: Metrics, tmp_path: Path) -> None:
+    metrics.log_step(step(1, loss=0.25, discards={"stale": 2}))
+    metrics.log_step(step(2))
+    first, second = lines(tmp_path)
+    assert first == {"time": "2026-01-02T03:04:05.678+00:00", **step(1, loss=0.25, discards={"stale": 2})}
+    assert second["step"] == 2
+
+
+def test_the_report_says_how_the_last_steps_went(metrics: Metrics, tmp_path: Path) -> None:
+    metrics.log_step(step(9))
+    metrics.log_step(
+        step(
+            10,
+            step_seconds=6.0,
+            wait_seconds=3.5,
+            reward_mean=0.5,
+            staleness_mean=1.25,
+            staleness_max=3.0,
+        )
+    )
+    found = report(tmp_path)
+    assert (found.attempt, found.step, found.max_steps, found.state) == (2, 10, 100, "Training")
+    assert (found.reward, found.staleness_mean, found.staleness_max) == (0.5, 1.25, 3)
+    assert found.tokens_per_second == 200 / 8
+    assert found.wait_share == 4 / 8
+    assert found.remaining_seconds == 90 * 4.0
+    assert found.time == "2026-01-02T03:04:05+00:00"
+
+
+def test_rates_are_those_of_recent_steps_alone(metrics: Metrics) -> None:
+    metrics.log_step(step(1, step_seconds=1e6, num_tokens=10**9))
+    for number in range(2, RECENT_STEPS + 2):
+        metrics.log_step(step(number))
+    assert metrics.report.tokens_per_second == 50 and metrics.report.wait_share == 0.25
+
+
+def test_a_step_that_measured_nothing_makes_no_rates(metrics: Metrics, tmp_path: Path) -> None:
+    """A repeated step may take no time and have no tokens; the report stays readable."""
+    metrics.log_step({"step": 1, "step_seconds": 0.0, "wait_seconds": 0.0})
+    found = report(tmp_path)
+    assert (found.tokens_per_second, found.wait_share, found.reward) == (None, None, None)
+    assert found.staleness_max == 0
+
+
+def test_an_update_changes_what_it_names_and_keeps_the_rest(metrics: Metrics, tmp_path: Path) -> None:
+    evaluation = EvaluationReport(step=0, accuracy=0.5, num_prompts=4, lowest_version=0, highest_version=0)
+    metrics.log_step(step(1, reward_mean=0.5))
+    metrics.update(state="Evaluating", first_evaluation=evaluation)
+    assert report(tmp_path) == metrics.report
+    assert (metrics.report.state, metrics.report.reward) == ("Evaluating", 0.5)
+    assert metrics.report.first_evaluation == evaluation
+    assert not (tmp_path / "metrics.jsonl").read_text().count("Evaluating")
+
+
+def test_evaluations_have_a_file_of_their_own(metrics: Metrics, tmp_path: Path) -> None:
+    metrics.log_evaluation({"step": 0, "accuracy": 0.25})
+    metrics.log_evaluation({"step": 20, "accuracy": 0.5})
+    found = (tmp_path / "evaluations.jsonl").read_text().splitlines()
+    assert [json.loads(line)["accuracy"] for line in found] == [0.25, 0.5]
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_steps_that_are_trained_again_are_written_once(metrics: Metrics, tmp_path: Path) -> None:
+    for number in range(1, 6):
+        metrics.log_step(step(number, attempt=1))
+    restarted = open_metrics(tmp_path)
+    restarted.rewind(3)
+    for number in range(4, 7):
+        restarted.log_step(step(number, attempt=2))
+    assert [(line["step"], line["attempt"]) for line in lines(tmp_path)] == [
+        (1, 1),
+        (2, 1),
+        (3, 1),
+        (4, 2),
+        (5, 2),
+        (6, 2),
+    ]
+
+
+@pytest.mark.parametrize(
+    "torn", [b'{"step": 3, "los', b"{", b"\n\n", b"\0\0\0\0", b'{"time": "now"}', b'{"step": 3, "\xff']
+)
+def test_a_line_torn_by_a_crash_is_dropped_and_the_rest_kept(
+    metrics: Metrics, tmp_path: Path, torn: bytes
+) -> None:
+    metrics.log_step(step(1))
+    metrics.log_step(step(2))
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(torn)
+    metrics.rewind(2)
+    metrics.log_step(step(3))
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
+
+
+def test_there_need_not_be_a_file_to_rewind(metrics: Metrics, tmp_path: Path) -> None:
+    metrics.rewind(0)
+    assert not (tmp_path / "metrics.jsonl").exists()
+    metrics.log_step(step(1))
+    metrics.rewind(0)
+    assert lines(tmp_path) == []
+
+
+def test_a_kill_while_rewinding_loses_no_line(
+    metrics: Metrics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All lines are in place until all that are kept have been written."""
+    for number in range(1, 4):
+        metrics.log_step(step(number))
+
+    def killed(path: Path, text: str) -> int:
+        with path.open("w") as file:
+            file.write(text[:20])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "write_text", killed)
+        metrics.rewind(2)
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
+    metrics.rewind(2)
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2]

@@ -1,0 +1,293 @@
+"""A worker's part in weight epochs: in which state the engine is after whatever went wrong."""
+
+import asyncio
+
+import pytest
+
+from asyncrl_runtime.contract.messages import (
+    CommitUpdate,
+    ControlReply,
+    DrainEngine,
+    JoinGroup,
+    PolicyVersion,
+    PrepareUpdate,
+    ProbeEngine,
+    ReceiveBucket,
+)
+from asyncrl_runtime.rollout.engine_client import EngineLost, EngineRefused
+from asyncrl_runtime.rollout.weight_receiver import CONTROL_SECONDS, Request, WeightReceiver
+from fakes import UpdatableEngine, run_in_virtual_time
+
+V0, V1 = PolicyVersion(1, 0), PolicyVersion(1, 1)
+PHASE_SECONDS = 30.0
+
+JOIN = "/init_weights_update_group"
+LEAVE = "/destroy_weights_update_group"
+PAUSE = "/pause_generation"
+BEGIN = "/begin_weight_update"
+RECEIVE = "/update_weights_from_distributed"
+END = "/end_weight_update"
+CHECK = "/weights_checker"
+CONTINUE = "/continue_generation"
+
+
+class Controller:
+    """Asks a receiver for the phases of an epoch, in order."""
+
+    def __init__(self, num_running: int = 0) -> None:
+        self.engine = UpdatableEngine()
+        self.num_running = num_running
+        self.receiver = WeightReceiver(self.engine, lambda: self.num_running)
+
+    async def ask(self, *requests: Request) -> list[ControlReply]:
+        """Stops at the first no, as the controller does."""
+        replies: list[ControlReply] = []
+        for request in requests:
+            replies.append(await self.receiver.handle(request))
+            if not replies[-1].ok:
+                break
+        return replies
+
+    async def update(self, version: PolicyVersion, interrupt: str = "Retract") -> bool:
+        """A whole epoch of two buckets; returns whether all was answered with yes."""
+        return all(reply.ok for reply in await self.ask(*epoch(version, interrupt)))
+
+
+def epoch(version: PolicyVersion, interrupt: str = "Retract", group: str = "") -> list[Request]:
+    group = group or f"wu-{version}"
+    return [
+        JoinGroup(
+            group=group,
+            host="h",
+            port=1,
+            rank=2,
+            world_size=3,
+            backend="gloo",
+            timeout_seconds=PHASE_SECONDS + 5,
+        ),
+        PrepareUpdate(group=group, version=version, interrupt=interrupt, timeout_seconds=PHASE_SECONDS),
+        bucket(version, group, is_last=False),
+        bucket(version, group, is_last=True),
+        CommitUpdate(group=group, version=version, checksum=True),
+    ]
+
+
+def bucket(version: PolicyVersion, group: str, *, is_last: bool) -> ReceiveBucket:
+    return ReceiveBucket(
+        group=group,
+        version=version,
+        names=("w",),
+        dtypes=("float32",),
+        shapes=((2, 3),),
+        is_last=is_last,
+        timeout_seconds=PHASE_SECONDS,
+    )
+
+
+# -- a whole epoch
+
+
+async def test_an_epoch_makes_these_calls_and_the_engine_samples_with_the_version() -> None:
+    controller = Controller()
+    receiver, engine = controller.receiver, controller.engine
+    states = [receiver.state]
+    for request in epoch(V1):
+        [reply] = await controller.ask(request)
+        states.append(receiver.state)
+    assert states == ["empty", "empty", "updating", "updating", "updating", "ready"]
+    assert engine.paths == [JOIN, PAUSE, BEGIN, RECEIVE, RECEIVE, END, CHECK, CONTINUE]
+    assert reply.checksum == "c0ffee" and engine.weights.version == V1 and engine.label == "1.1"
+    assert not engine.is_paused and not engine.has_session
+    assert (engine.weights.num_updates_begun, engine.weights.num_updates_completed) == (1, 1)
+    join, buckets = engine.calls[0][1], [body for path, body in engine.calls if path == RECEIVE]
+    assert (join["rank_offset"], join["world_size"], join["group_name"]) == (2, 3, "wu-1.1")
+    assert ["weight_version" in body for body in buckets] == [False, True]
+    assert buckets[0]["names"] == ("w",) and buckets[0]["load_format"] == "flattened_bucket"
+
+
+@pytest.mark.parametrize(
+    ("interrupt", "mode", "flushes"),
+    [("Retract", "retract", True), ("InPlace", "in_place", False), ("Drain", "retract", True)],
+)
+async def test_the_cache_is_flushed_with_the_last_bucket_unless_it_is_kept(
+    interrupt: str, mode: str, flushes: bool
+) -> None:
+    controller = Controller()
+    assert await controller.update(V1, interrupt)
+    bodies = dict(controller.engine.calls)  # of each endpoint the last
+    assert bodies[PAUSE] == {"mode": mode} and bodies[RECEIVE]["flush_cache"] == flushes
+
+
+async def test_a_group_is_used_again_and_left_for_another() -> None:
+    controller = Controller()
+    await controller.ask(*epoch(V0, group="first"))
+    assert all(reply.ok for reply in await controller.ask(*epoch(V1, group="first")[1:]))
+    assert await controller.update(V1)
+    assert controller.engine.groups == {"wu-1.1"}
+
+
+# -- something fails
+
+
+@pytest.mark.parametrize(
+    ("path", "num_earlier", "state", "is_paused"),
+    [
+        (JOIN, 0, "ready", False),
+        (PAUSE, 0, "ready", False),
+        (BEGIN, 0, "ready", False),
+        (RECEIVE, 0, "dirty", True),
+        (RECEIVE, 1, "dirty", True),
+        (END, 0, "dirty", True),
+        (CHECK, 0, "dirty", True),
+        (CONTINUE, 0, "dirty", True),
+    ],
+)
+async def test_after_a_refusal_it_goes_on_at_the_old_version_or_waits_for_everything(
+    path: str, num_earlier: int, state: str, is_paused: bool
+) -> None:
+    """It goes on where no bucket had begun; else it is paused, and clean again after the next epoch."""
+    controller = Controller()
+    engine = controller.engine
+    assert await controller.update(V0)
+    requests = epoch(V1)
+    if num_earlier:
+        await controller.ask(*requests[: 2 + num_earlier])
+        requests = requests[2 + num_earlier :]
+    engine.faults[path] = EngineRefused("told to")
+    replies = await controller.ask(*requests)
+    assert not replies[-1].ok and replies[-1].message == "told to"
+    assert (controller.receiver.state, engine.is_paused) == (state, is_paused)
+    assert engine.groups == set() and engine.has_session == (path == END)
+    assert not controller.receiver.has_missed_deadline
+
+    engine.faults.clear()
+    engine.has_session = False
+    assert await controller.update(V1)
+    assert controller.receiver.state == "ready" and engine.label == "1.1" and not engine.is_paused
+
+
+async def test_an_epoch_that_was_given_up_elsewhere_is_followed_by_another() -> None:
+    """This engine was ready, or had a bucket, when another one failed: it hears of the next epoch alone."""
+    for done in (2, 3):
+        controller = Controller()
+        await controller.ask(*epoch(V1, group="given-up")[:done])
+        assert await controller.update(V1)
+        assert controller.receiver.state == "ready" and controller.engine.groups == {"wu-1.1"}
+
+
+@pytest.mark.parametrize("place", [1, 2, 4])
+async def test_a_phase_of_another_group_is_refused(place: int) -> None:
+    controller = Controller()
+    await controller.ask(*epoch(V1)[:place])
+    [reply] = await controller.ask(epoch(V1, group="wu-9-9")[place])
+    assert reply.message == "asked for group wu-9-9, but this engine is in wu-1.1"
+
+
+async def test_buckets_and_commits_without_an_update_are_refused() -> None:
+    controller = Controller()
+    join, prepare, *_, commit = epoch(V1)
+    assert (await controller.ask(join, bucket(V1, "wu-1.1", is_last=True)))[-1].message == "no update is open"
+    assert (await controller.ask(join, prepare, commit))[-1].message == "nothing was received"
+    assert controller.receiver.state == "empty" and controller.engine.weights.version is None
+
+
+async def test_a_dead_engine_is_known_by_the_answer_and_by_the_probe() -> None:
+    controller = Controller()
+    assert [reply.ok for reply in await controller.ask(ProbeEngine())] == [True]
+    for path in ("/model_info", JOIN):
+        controller.engine.faults[path] = EngineLost("connection refused")
+    assert (await controller.ask(ProbeEngine()))[0].message == "connection refused"
+    assert (await controller.ask(epoch(V1)[0]))[0].message == "connection refused"
+
+
+# -- time
+
+
+@pytest.mark.parametrize(
+    ("place", "seconds"),
+    [(0, PHASE_SECONDS + 5), (1, CONTROL_SECONDS), (2, PHASE_SECONDS), (4, CONTROL_SECONDS)],
+)
+def test_an_engine_that_hangs_costs_one_deadline_and_is_to_be_restarted(place: int, seconds: float) -> None:
+    """No call follows the one that was not answered: each would last as long."""
+
+    async def check() -> None:
+        controller = Controller()
+        receiver, engine = controller.receiver, controller.engine
+        await controller.ask(*epoch(V1)[:place])
+        engine.hangs = True
+        num_calls, now = len(engine.calls), asyncio.get_running_loop().time()
+        [reply] = await controller.ask(epoch(V1)[place])
+        assert not reply.ok and "no answer in" in reply.message
+        assert len(engine.calls) == num_calls + 1
+        assert asyncio.get_running_loop().time() - now == pytest.approx(seconds)
+        assert receiver.has_missed_deadline
+        [reply] = await controller.ask(ProbeEngine())
+        assert not reply.ok and "waits to be restarted" in reply.message
+        await receiver.leave()
+        assert len(engine.calls) == num_calls + 1
+
+        engine.hangs = False
+        engine.start()
+        receiver.engine_restarted()
+        assert receiver.state == "empty" and not receiver.has_missed_deadline
+        assert await controller.update(V1) and receiver.state == "ready"
+
+    run_in_virtual_time(check())
+
+
+@pytest.mark.parametrize(("place", "state", "is_paused"), [(1, "ready", False), (3, "dirty", True)])
+def test_a_silent_controller_is_left_after_the_deadline_of_a_phase(
+    place: int, state: str, is_paused: bool
+) -> None:
+    async def check() -> None:
+        controller = Controller()
+        receiver, engine = controller.receiver, controller.engine
+        assert await controller.update(V0)
+        for request in epoch(V1)[: place + 1]:
+            await controller.ask(request)
+            await asyncio.sleep(PHASE_SECONDS - 1)  # each phase has all its time
+        assert receiver.state == "updating" and engine.has_session
+        await asyncio.sleep(2)
+        assert (receiver.state, engine.is_paused) == (state, is_paused)
+        assert not engine.has_session and not engine.groups
+        [reply] = await controller.ask(epoch(V1)[place + 1])
+        assert not reply.ok
+
+    run_in_virtual_time(check())
+
+
+def test_outside_an_update_nobody_waits_for_the_controller() -> None:
+    async def check() -> None:
+        controller = Controller()
+        await controller.ask(epoch(V1)[0])
+        await asyncio.sleep(10 * PHASE_SECONDS)
+        assert all(reply.ok for reply in await controller.ask(*epoch(V1)[1:]))
+        num_calls = len(controller.engine.calls)
+        await asyncio.sleep(10 * PHASE_SECONDS)
+        assert controller.receiver.state == "ready" and len(controller.engine.calls) == num_calls
+
+    run_in_virtual_time(check())
+
+
+# -- draining, leaving
+
+
+async def test_draining_ends_with_the_last_sample_and_is_over_with_the_update() -> None:
+    controller = Controller(num_running=2)
+    assert await controller.update(V0)
+    assert (await controller.ask(DrainEngine()))[0].ok is False
+    assert controller.receiver.state == "draining"
+    controller.num_running = 0
+    assert controller.receiver.state == "drained"
+    assert (await controller.ask(DrainEngine()))[0].ok is True
+    assert await controller.update(V1, "Drain")
+    assert controller.receiver.state == "ready"
+
+
+@pytest.mark.parametrize("num_phases", range(6))
+async def test_a_worker_that_ends_leaves_the_group_and_the_update(num_phases: int) -> None:
+    controller = Controller()
+    await controller.ask(*epoch(V1)[:num_phases])
+    await controller.receiver.leave()
+    assert not controller.engine.groups and not controller.engine.has_session
+    assert controller.engine.is_paused == (num_phases in (3, 4))  # weights of two versions must not sample
