@@ -1,0 +1,16 @@
+"""A workflow of one's own: how one sample comes about, turn by turn. See asyncrl_api.protocols.Workflow."""
+
+from asyncrl_api.protocols import Session
+
+
+class SecondTry:
+    """Two tries: the second one is worth half."""
+
+    async def run(self, session: Session) -> float:
+        turn = await session.generate()
+        score = await session.score(turn.text)
+        if score.reward == 1:
+            return 1.0
+        session.tell(f"\nNo. {session.prompt}")
+        turn = await session.generate()
+        return (await session.score(turn.text)).reward / 2

@@ -1,0 +1,199 @@
+"""A whole weight update against a raw gloo broadcast of the same bytes to the same number of processes.
+
+update: `WeightPublisher.publish` through all its phases, from a Policy's parameters in buckets, over NATS to
+    the workers of two CPU engines, as the local runner starts them: pause and begin, flatten and broadcast,
+    load into the live parameters, end and continue. It ends when both workers have said so; then both engines
+    must attest the version. `with join`: the same after the group was left, so that a store is opened and a
+    group of three is formed again, as where an engine came or went.
+raw: `torch.distributed.broadcast` of one tensor of uint8 from this process to two others that do nothing
+    else, until both have it.
+
+Engines have one thread each and nothing to sample. Runs alternate; the ratio is that of the medians. At the
+end the engines' checksums are compared with the policy's weights, which were changed meanwhile.
+
+    python tests/bench/bench_weights.py [--repeats 11]
+"""
+
+import argparse
+import asyncio
+import hashlib
+import multiprocessing
+import statistics
+import sys
+import tempfile
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from asyncrl_runtime.weights.group import host_group, join_group, open_store
+from asyncrl_runtime.weights.publisher import Bucket
+from job_harness import build_job
+from policy_and_engines import LOOPBACK, PolicyAndEngines, load_policy, open_engines, prepare_process
+from tiny_models import build_model
+
+NUM_ENGINES = 2
+GROUP = "raw"
+TIMEOUT_SECONDS = 60.0
+
+
+class Size(NamedTuple):
+    dtype: str
+    shape: dict[str, Any]
+    reach: str
+
+
+SIZES = {
+    "3.4 MB, fp32": Size(
+        "Float32",
+        {"hidden_size": 128, "num_layers": 4, "vocabulary_size": 512, "tie_word_embeddings": True},
+        "raw + 40 ms",
+    ),
+    "270 MB, bf16": Size(
+        "BFloat16",
+        {"hidden_size": 1024, "num_layers": 10, "vocabulary_size": 4096, "initializer_range": 0.02},
+        "1.7",
+    ),
+    "270 MB, fp32": Size(
+        "Float32",
+        {"hidden_size": 1024, "num_layers": 5, "vocabulary_size": 2048, "initializer_range": 0.02},
+        "1.7",
+    ),
+}
+
+
+class RawBroadcast:
+    """Two processes that receive one tensor again and again."""
+
+    def __init__(self, num_bytes: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        store = open_store(LOOPBACK)
+        self._pipes: list[Connection] = []
+        for rank in range(1, NUM_ENGINES + 1):
+            ours, theirs = context.Pipe()
+            arguments = (store.port, rank, num_bytes, theirs)
+            context.Process(target=receive_for_ever, args=arguments, daemon=True).start()
+            self._pipes.append(ours)
+        self._tensor = torch.randint(0, 256, (num_bytes,), dtype=torch.uint8)
+        self._group = host_group(store, 1 + NUM_ENGINES, GROUP, "gloo", TIMEOUT_SECONDS)
+        self._store = store
+
+    def run(self) -> float:
+        """Return the seconds until both processes have the tensor."""
+        for pipe in self._pipes:
+            pipe.send(True)
+            pipe.recv()  # it is about to receive
+        began = time.monotonic()
+        dist.broadcast(self._tensor, src=0, group=self._group)
+        ended: float = max(pipe.recv() for pipe in self._pipes)
+        return ended - began
+
+    def end(self) -> None:
+        for pipe in self._pipes:
+            pipe.send(False)
+        dist.destroy_process_group(self._group)
+        self._store.close()
+
+
+def receive_for_ever(port: int, rank: int, num_bytes: int, pipe: Connection) -> None:
+    torch.set_num_threads(1)
+    group = join_group(LOOPBACK, port, rank, 1 + NUM_ENGINES, GROUP, "gloo", TIMEOUT_SECONDS)
+    tensor = torch.zeros(num_bytes, dtype=torch.uint8)
+    while pipe.recv():
+        pipe.send(True)
+        dist.broadcast(tensor, src=0, group=group)
+        pipe.send(time.monotonic())
+
+
+async def measure(name: str, folder: Path, repeats: int) -> str:
+    """Return the line of the table for one size."""
+    size = SIZES[name]
+    dtype = torch.bfloat16 if size.dtype == "BFloat16" else torch.float32
+    model = build_model(folder / "model", dtype=dtype, **size.shape)
+    job = build_job(
+        model,
+        model={"dtype": size.dtype},
+        gpuBudget={
+            "total": 1 + NUM_ENGINES,
+            "mode": "Manual",
+            "split": {"trainer": 1, "rollout": NUM_ENGINES},
+        },
+    )
+    async with open_engines(folder, job, lambda: load_policy(model, job), NUM_ENGINES) as engines:
+        raw = RawBroadcast(engines.num_bytes)
+        seconds: dict[str, list[float]] = {"raw": [], "update": [], "with join": []}
+        for repeat in range(repeats + 1):
+            times = {
+                "raw": await asyncio.to_thread(raw.run),
+                "update": await engines.publish(),
+            }
+            await engines.publisher.leave()
+            times["with join"] = await engines.publish()
+            if repeat:  # the first makes the buffers
+                for side, value in times.items():
+                    seconds[side].append(value)
+        await _compare_checksums(engines)
+        raw.end()
+        return _row(name, engines.num_bytes, seconds, size.reach)
+
+
+async def _compare_checksums(engines: PolicyAndEngines) -> None:
+    """The engines hold the policy's weights, which have never been in a folder."""
+    [parameters] = engines.policy.parameters_in_buckets(2**62)
+    await asyncio.to_thread(_change, parameters)
+    await engines.publish()
+    expected = {
+        name: hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().data).hexdigest()
+        for name, tensor in parameters
+    }
+    async with httpx.AsyncClient(timeout=120) as http:
+        for url in engines.urls:
+            answer = (await http.post(f"{url}/weights_checker", json={"action": "checksum"})).json()
+            assert expected.items() <= answer["ranks"][0]["checksums"].items(), (
+                url
+            )  # tied ones have two names
+
+
+@torch.no_grad()
+def _change(parameters: Bucket) -> None:
+    for _, tensor in parameters:
+        tensor.add_(0.125)
+
+
+def _row(name: str, num_bytes: int, seconds: dict[str, list[float]], reach: str) -> str:
+    raw, update, join = (statistics.median(seconds[side]) for side in ("raw", "update", "with join"))
+    pairs = [a / b for a, b in zip(seconds["update"], seconds["raw"], strict=True)]
+    columns = [
+        name,
+        f"{num_bytes / 1e6:.1f}",
+        f"{raw * 1e3:.1f}",
+        f"{update * 1e3:.1f}",
+        f"{(update - raw) * 1e3:.1f}",
+        f"{update / raw:.2f}",
+        f"{min(pairs):.2f} .. {statistics.median(pairs):.2f} .. {max(pairs):.2f}",
+        f"{join * 1e3:.1f}",
+        reach,
+    ]
+    return "| " + " | ".join(columns) + " |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--repeats", type=int, default=11)
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    options = parser.parse_args()
+    prepare_process()
+    print("| weights | MB | raw, ms | update, ms | more, ms | ratio | of the pairs | with join, ms | reach |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for name in options.sizes:
+        with tempfile.TemporaryDirectory() as folder:
+            print(asyncio.run(measure(name, Path(folder), options.repeats)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
