@@ -256,7 +256,8 @@ async def test_a_job_measures_itself_on_prompts_that_it_does_not_train_on(
             for ticket in trained(harness)
             for sample in witness.groups[ticket].samples
         ]
-        assert len(prompts) == 16 and not any(text in prompt for text in held_out for prompt in prompts)
+        assert len(prompts) == 16
+        assert not any(f"<|user|>{text}" in prompt for text in held_out for prompt in prompts)
 
 
 def running(witness: Witness) -> list[str]:

@@ -188,6 +188,19 @@ def test_another_seed_context_or_dtype_is_another_model(tmp_path: Path, spec: Mo
     assert len(made) == 2
 
 
+def test_a_factory_whose_file_was_changed_is_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = tmp_path / "changing_factory.py"
+    monkeypatch.syspath_prepend(str(tmp_path))
+    spec = ModelSpec(source="changing_factory:make", context_length=64)
+    folders = []
+    for comment in ("", "", "# better"):
+        module.write_text(f"from {__name__} import factory as make {comment}\n")
+        folders.append(ensure_model(spec, tmp_path / "cache", 7))
+    assert folders[0] == folders[1] != folders[2] and len(made) == 2
+
+
 def test_a_factory_that_raises_leaves_no_half_and_may_be_run_again(tmp_path: Path) -> None:
     script.append(raise_in_the_middle)
     code, text = refusal(MADE_HERE, tmp_path)

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import logging
 import re
@@ -46,7 +47,8 @@ def ensure_model(spec: ModelSpec, cache: Path, seed: int) -> Path:
     if source.startswith("package://"):
         package, _, inside = source.removeprefix("package://").partition("/")
         return _once(cache, source, source, lambda scratch: _from_package(package, inside, scratch))
-    key = f"{source} seed={seed} context={spec.context_length} dtype={spec.dtype}"
+    code = _digest_of_code(source)
+    key = f"{source} code={code} seed={seed} context={spec.context_length} dtype={spec.dtype}"
     return _once(cache, source, key, lambda scratch: _from_factory(spec, seed, scratch))
 
 
@@ -142,6 +144,16 @@ def _package_folder(package: str, target: Path) -> Path:
             f"{result.stderr.strip()[-300:]}; install it with: pip install --no-deps {package}",
         )
     return target / module
+
+
+def _digest_of_code(source: str) -> str:
+    """Return a digest of the file that a factory stands in: one that was changed makes its model again."""
+    try:
+        found = importlib.util.find_spec(source.partition(":")[0])
+        code = Path(found.origin).read_bytes() if found is not None and found.origin else b""
+    except (ImportError, OSError, ValueError):
+        code = b""  # the import will say what is wrong
+    return hashlib.sha256(code).hexdigest()
 
 
 def _from_factory(spec: ModelSpec, seed: int, scratch: Path) -> None:

@@ -201,8 +201,8 @@ class Ledger:
 def _complete_lines(path: Path) -> list[str]:
     if not path.exists():
         return []
-    text = path.read_text()
-    return text[: text.rfind("\n") + 1].splitlines()
+    data = path.read_bytes()  # a torn last line may end within a character
+    return data[: data.rfind(b"\n") + 1].decode().splitlines()
 
 
 def _drop_torn_line(path: Path) -> None:
