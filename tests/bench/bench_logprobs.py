@@ -5,11 +5,12 @@ key-value cache; the trainer packs prompts and responses, and makes one forward 
 fp32 on both sides. What differs is the order of sums, so the difference grows with the logits: "spread"
 weights are random with a deviation of 0.2, ten times the usual.
 
-    python tests/bench/bench_logprobs.py
+    python tests/bench/bench_logprobs.py [FOLDER...]
 """
 
 import argparse
 import asyncio
+import json
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -94,8 +95,7 @@ def gaps(policy: Policy, samples: Sequence[TrainingSample]) -> torch.Tensor:
 
 
 def measure(name: str, folder: Path) -> str:
-    build_model(folder, **MODELS[name])
-    vocabulary_size = MODELS[name].get("vocabulary_size", 512)
+    vocabulary_size = json.loads((folder / "config.json").read_text())["vocab_size"]
     with running_engine(folder) as engine:
         samples = asyncio.run(sample(engine.url, vocabulary_size))
     policy = Policy(
@@ -111,14 +111,18 @@ def measure(name: str, folder: Path) -> str:
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folders", nargs="*", type=Path, help="of more models, measured too")
+    folders = parser.parse_args().folders
     torch.set_num_threads(1)
     print("| model | tokens | lowest log-prob | largest difference | mean |")
     print("|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as name:
         dist.init_process_group("gloo", init_method=f"file://{name}/rendezvous", rank=0, world_size=1)
-        for number, model in enumerate(MODELS):
-            print(measure(model, Path(name, str(number))), flush=True)
+        for number, (model, settings) in enumerate(MODELS.items()):
+            print(measure(model, build_model(Path(name, str(number)), **settings)), flush=True)
+        for folder in folders:
+            print(measure(folder.name, folder), flush=True)
 
 
 if __name__ == "__main__":
