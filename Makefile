@@ -12,8 +12,9 @@ RUN := runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 quickstart: $(STAMP)
 	$(BIN)/asyncrl run examples/quickstart.yaml --out $(RUN)
 
+# Two at a time: most of them wait more than they compute. A file's tests share what they start.
 test: lint $(STAMP)
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2 --dist loadfile --durations 10
 
 unit: $(STAMP)
 	$(BIN)/pytest tests/unit

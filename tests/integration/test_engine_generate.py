@@ -311,6 +311,18 @@ def test_the_youngest_are_retracted_when_the_budget_is_passed(engine: EngineProc
         assert found == pytest.approx(of_tokens(plain_logprobs(ids), ids)[4:], abs=1e-5)
 
 
+def test_a_row_much_longer_than_the_others_is_attended_as_it_would_be_alone(engine: EngineProcess) -> None:
+    long = [3 + i % 500 for i in range(700)]
+    prompts = [PROMPT, long, PROMPT[1:], PROMPT[2:]]
+    answers = engine.generate(
+        input_ids=prompts, sampling_params=[sampling(sampling_seed=7)] * 4, return_logprob=True
+    )
+    for prompt, answer in zip(prompts, answers, strict=True):
+        ids = prompt + answer["output_ids"]
+        found = [t[0] for t in answer["meta_info"]["output_token_logprobs"]]
+        assert found == pytest.approx(of_tokens(plain_logprobs(ids), ids)[len(prompt) - 1 :], abs=2e-5)
+
+
 def test_many_small_groups_at_once(engine: EngineProcess) -> None:
     """Every sample of 32 groups of 8 comes back to the request that asked for it."""
     answers: dict[int, Any] = {}

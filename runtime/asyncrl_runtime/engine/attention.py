@@ -12,6 +12,8 @@ from asyncrl_runtime.engine.cache import KvCache
 
 ATTENTION = "asyncrl_slots"
 """A name without a mask function of its own: transformers then builds no mask."""
+CALL_TOKENS = 256
+"""What one more call of the attention kernel costs, in tokens of one row that could be read meanwhile."""
 
 
 class Segment(NamedTuple):
@@ -49,9 +51,9 @@ class Window:
         self._cache = cache.kv
         self._flat = cache.kv.flatten(2, 3)
         if self.num_decoding:
-            longest = int(last.max()) + 1
-            self._decoding = cache.kv[:, :, : self.num_decoding, :longest].transpose(3, 4)
-            hidden = torch.arange(longest) > last[:, None, None, None]
+            common, self._long = split_by_length((last + 1).tolist())
+            self._decoding = cache.kv[:, :, : self.num_decoding, :common].transpose(3, 4)
+            hidden = torch.arange(common) > last[:, None, None, None]
             self._mask = torch.zeros(hidden.shape, dtype=cache.kv.dtype).masked_fill_(hidden, float("-inf"))
 
     def store(self, layer: int, keys: Tensor, values: Tensor) -> None:
@@ -62,11 +64,16 @@ class Window:
     def decode(self, layer: int, query: Tensor, scaling: float) -> Tensor:
         """[n, heads, size] of one new token for each decoding row, each over its whole sequence.
 
-        Query heads that share a key head become its queries, which halves the time.
+        Query heads that share a key head become its queries, which halves the time. The few rows that are
+        much longer than the others are computed once more, by themselves, so that others need not be as long.
         """
         keys, values = self._decoding[layer]
         folded = query.reshape(query.shape[0], keys.shape[1], -1, query.shape[2])
         out = F.scaled_dot_product_attention(folded, keys, values, attn_mask=self._mask, scale=scaling)
+        for row, length in self._long:
+            keys, values = self._cache[layer, :, row, :length].transpose(1, 2)[:, None]
+            one = folded[row : row + 1]
+            out[row] = F.scaled_dot_product_attention(one, keys, values, scale=scaling)[0]
         return out.reshape(query.shape)
 
     def fill(self, layer: int, segment: Segment, query: Tensor, scaling: float) -> Tensor:
@@ -86,6 +93,21 @@ class Window:
             enable_gqa=True,
         )
         return out[0].transpose(0, 1)
+
+
+def split_by_length(lengths: Sequence[int]) -> tuple[int, list[tuple[int, int]]]:
+    """Return the length at which all rows are read together, and (row, length) of those that are longer.
+
+    All rows of one call are read as far as the longest of them, so lengths with a long tail make it read
+    mostly nothing. Chosen is what reads least, calls included.
+    """
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    best, best_cost, alone = 0, len(lengths) * lengths[order[0]], 0
+    for num_long in range(1, len(lengths)):
+        alone += lengths[order[num_long - 1]] + CALL_TOKENS
+        if (cost := len(lengths) * lengths[order[num_long]] + alone) < best_cost:
+            best, best_cost = num_long, cost
+    return lengths[order[best]], [(row, lengths[row]) for row in order[:best]]
 
 
 def attend(
