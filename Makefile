@@ -12,9 +12,9 @@ RUN := runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 quickstart: $(STAMP)
 	$(BIN)/asyncrl run examples/quickstart.yaml --out $(RUN)
 
-# Two at a time: most of them wait more than they compute. A file's tests share what they start.
+# Two files at a time: most tests wait more than they compute. In order, since the quick ones stand last.
 test: lint $(STAMP)
-	$(BIN)/pytest --numprocesses 2 --dist loadfile --durations 10
+	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 10
 
 unit: $(STAMP)
 	$(BIN)/pytest tests/unit

@@ -259,7 +259,7 @@ def test_an_object_as_the_api_server_returns_it_is_read() -> None:
     assert to_manifest(job)["metadata"] == metadata
 
 
-@pytest.mark.parametrize("block", {*blocks()}, ids=lambda block: block.__name__)
+@pytest.mark.parametrize("block", dict.fromkeys(blocks()), ids=lambda block: block.__name__)
 def test_every_field_is_described_and_every_text_and_list_bounded(block: type[ApiType]) -> None:
     for name, info in block.model_fields.items():
         assert info.description and info.description.endswith("."), f"{block.__name__}.{name}"
