@@ -56,7 +56,14 @@ def test_job_survives_random_kills(tmp_path: Path, seed: int) -> None:
         training={"batchSize": 4, "maxSteps": STEPS_AHEAD, "minibatches": 2, "learningRate": 1e-4},
         gpuBudget={"total": 3},
         checkpoint={"everySteps": 5},
-        failurePolicy={"trainer": {"maxRestarts": 1000, "maxDisruptions": 1000, "backoffSeconds": 1}},
+        failurePolicy={
+            "trainer": {
+                "maxRestarts": 1000,
+                "maxDisruptions": 1000,
+                "backoffSeconds": 1,
+                "maxBackoffSeconds": 4,
+            }
+        },
     )
     shutil.copy(TESTS / "harness_data.py", tmp_path)  # user code lies beside the manifest
     manifest = tmp_path / "job.yaml"
