@@ -14,8 +14,8 @@ from nats_server_fixture import NatsServer
 
 @pytest.fixture(scope="session")
 def shared_nats(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NatsServer]:
-    """One server for all tests that do not kill it."""
-    server = NatsServer(tmp_path_factory.mktemp("nats"))
+    """One server for all tests that do not kill it; the streams that each reserves room for add up."""
+    server = NatsServer(tmp_path_factory.mktemp("nats"), store_bytes=2**40)
     server.start()
     yield server
     server.kill()

@@ -92,7 +92,8 @@ def test_output_logprobs_are_those_of_a_plain_forward(engine: EngineProcess, tem
     ids = PROMPT + answer["output_ids"]
     logprobs = plain_logprobs(ids, temperature or 1.0)
     found = [t[0] for t in answer["meta_info"]["output_token_logprobs"]]
-    assert found == pytest.approx(of_tokens(logprobs, ids)[4:], abs=1e-5)
+    # These weights are spread ten times as wide as usual, and so is what float32 rounds.
+    assert found == pytest.approx(of_tokens(logprobs, ids)[4:], abs=5e-5)
     if temperature == 0.0:
         assert answer["output_ids"] == logprobs.argmax(-1)[4:].tolist()
 
@@ -104,7 +105,7 @@ def test_scoring_a_text(engine: EngineProcess) -> None:
     meta = answer["meta_info"]
     first, *rest = meta["input_token_logprobs"]
     assert first == [None, 20, None] and [t[1] for t in rest] == ids[1:]
-    assert [t[0] for t in rest] == pytest.approx(of_tokens(plain_logprobs(ids), ids), abs=1e-5)
+    assert [t[0] for t in rest] == pytest.approx(of_tokens(plain_logprobs(ids), ids), abs=5e-5)
     assert meta["finish_reason"] == {"type": "length", "length": 0}
     assert answer["output_ids"] == [] == meta["output_token_logprobs"] == meta["weight_versions"]
 
@@ -114,7 +115,7 @@ def test_scoring_from_a_later_place(engine: EngineProcess) -> None:
     body = {"input_ids": ids, "sampling_params": sampling(), "return_logprob": True, "logprob_start_len": 15}
     triples = engine.generate(**body)["meta_info"]["input_token_logprobs"]
     assert triples[0] == [None, 35, None]
-    assert [t[0] for t in triples[1:]] == pytest.approx(of_tokens(plain_logprobs(ids), ids)[15:], abs=1e-5)
+    assert [t[0] for t in triples[1:]] == pytest.approx(of_tokens(plain_logprobs(ids), ids)[15:], abs=5e-5)
 
 
 def test_text_in_and_out(engine: EngineProcess) -> None:
@@ -308,7 +309,7 @@ def test_the_youngest_are_retracted_when_the_budget_is_passed(engine: EngineProc
     for answer in answers:
         ids = PROMPT + answer["output_ids"]
         found = [t[0] for t in answer["meta_info"]["output_token_logprobs"]]
-        assert found == pytest.approx(of_tokens(plain_logprobs(ids), ids)[4:], abs=1e-5)
+        assert found == pytest.approx(of_tokens(plain_logprobs(ids), ids)[4:], abs=5e-5)
 
 
 def test_a_row_much_longer_than_the_others_is_attended_as_it_would_be_alone(engine: EngineProcess) -> None:
@@ -320,7 +321,7 @@ def test_a_row_much_longer_than_the_others_is_attended_as_it_would_be_alone(engi
     for prompt, answer in zip(prompts, answers, strict=True):
         ids = prompt + answer["output_ids"]
         found = [t[0] for t in answer["meta_info"]["output_token_logprobs"]]
-        assert found == pytest.approx(of_tokens(plain_logprobs(ids), ids)[len(prompt) - 1 :], abs=2e-5)
+        assert found == pytest.approx(of_tokens(plain_logprobs(ids), ids)[len(prompt) - 1 :], abs=5e-5)
 
 
 def test_many_small_groups_at_once(engine: EngineProcess) -> None:
