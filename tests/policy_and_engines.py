@@ -113,8 +113,11 @@ async def open_engines(
                 model_bytes=sum(tensor.nbytes for bucket in buckets for _, tensor in bucket),
             )
             states = ["empty"] * num_engines
-            are_up = lambda: [beat.engine_state for beat in fleet.living] == states  # noqa: E731
-            await asyncio.to_thread(harness.wait_until, are_up, 180)
+            await asyncio.to_thread(
+                harness.wait_until,
+                lambda: [beat.engine_state for beat in fleet.living] == states,
+                180,
+            )
             urls = [f"http://{LOOPBACK}:{harness.engine_port(replica)}" for replica in range(num_engines)]
             yield PolicyAndEngines(policy, publisher, fleet, urls, job.spec.weight_sync.bucket_megabytes)
             await publisher.leave()

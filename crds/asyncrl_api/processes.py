@@ -1,9 +1,12 @@
-"""What every process that starts others needs: they must not outlive it."""
+"""What processes of a job share: children must not outlive them, and a port may be taken."""
 
 import ctypes
 import os
 import signal
+import socket
 import sys
+
+from asyncrl_api.exits import ExitCode, ExitError
 
 PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None, use_errno=True)  # loaded before any fork
@@ -21,3 +24,28 @@ def die_with_parent() -> None:
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died before the call
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def bind(host: str, port: int, who: str, options: str) -> socket.socket:
+    """Take a port; connections are refused until somebody listens.
+
+    Args:
+        who: wants it; with `options`, which choose another, for the message.
+
+    Raises:
+        ExitError: the port is taken.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # asyncio switches Nagle's delay off (40 ms a response) only where the protocol is spelled out.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise ExitError(
+            ExitCode.TRY_AGAIN,
+            f"{who}: cannot listen on {host}:{port}: {error.strerror}. Stop what listens there, or choose "
+            f"another address with {options}",
+        ) from error
+    return listener

@@ -15,7 +15,8 @@ import torch
 import transformers
 import uvicorn
 
-from asyncrl_api.exits import ExitCode, ExitError
+from asyncrl_api.exits import ExitCode
+from asyncrl_api.processes import bind
 from asyncrl_runtime.engine.app import EngineApp
 from asyncrl_runtime.engine.model import DTYPES, CausalModel, context_length_of
 from asyncrl_runtime.engine.scheduler import Limits, Scheduler, Update
@@ -62,7 +63,9 @@ def serve(
     Raises:
         ExitError: the port is taken, or the model folder cannot be served.
     """
-    listener = _bind(host, port)  # first, since loading takes long
+    listener = bind(
+        host, port, "engine", "--host and --port (0 for any free port)"
+    )  # first, since loading takes long
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(threads)
     model = CausalModel(model_folder, DTYPES[dtype])
@@ -127,20 +130,3 @@ def _run_or_die(scheduler: Scheduler) -> None:
         logger.critical("the scheduler has failed, and the engine with it", exc_info=True)
         logging.shutdown()
         os._exit(1)
-
-
-def _bind(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # asyncio switches Nagle's delay off (40 ms a response) only where the protocol is spelled out.
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-    except OSError as error:
-        listener.close()
-        raise ExitError(
-            ExitCode.TRY_AGAIN,
-            f"engine: cannot listen on {host}:{port}: {error.strerror}. Stop what listens there, or choose "
-            "another address with --host and --port (0 for any free port)",
-        ) from error
-    return listener

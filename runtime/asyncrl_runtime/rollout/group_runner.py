@@ -56,6 +56,9 @@ class GroupTask:
     resume: ResumePoint | None = None
 
 
+Opener = Callable[[int, Sequence[TurnRecord]], SampleSession]
+
+
 class GroupRunner:
     """Runs groups on one engine. Groups run beside each other; samples of a group too."""
 
@@ -115,17 +118,17 @@ class GroupRunner:
                 self._clock,
             )
 
-        sessions: dict[int, SampleSession] = {}
-        unusable: dict[int, PromptTooLong | PromptError] = {}
-        for index in task.rows:
-            try:
-                if index not in known:
-                    sessions[index] = open_session(index, replays.get(index, ()))
-            except (PromptTooLong, PromptError) as error:
-                unusable[index] = error
-                known[index] = SampleFailure(index=index, reason="unusable_row", message=str(error))
+        opened = {
+            index: _open(open_session, index, replays.get(index, ()))
+            for index in task.rows
+            if index not in known
+        }
+        sessions = [each for each in opened.values() if isinstance(each, SampleSession)]
+        unusable = {index: each for index, each in opened.items() if not isinstance(each, SampleSession)}
         if len(unusable) == len(task.rows):
             raise unusable[min(unusable)]
+        for index, error in unusable.items():
+            known[index] = SampleFailure(index=index, reason="unusable_row", message=str(error))
         for _ in known:
             slots.free_one()
 
@@ -135,25 +138,15 @@ class GroupRunner:
             finally:
                 slots.free_one()
 
-        results = await asyncio.gather(*map(run_sample, sessions.values()))
+        results = await asyncio.gather(*map(run_sample, sessions))
         outcomes = [result for result in results if not isinstance(result, _Unfinished)]
         unfinished = [result for result in results if isinstance(result, _Unfinished)]
         everything = sorted([*known.values(), *outcomes], key=lambda outcome: outcome.index)
         if unfinished:
-            raise HandedBack(
-                str(unfinished[0].cause),
-                ResumePoint(
-                    ticket=task.ticket,
-                    num_failures=resume.num_failures + any(u.cause.is_reported for u in unfinished),
-                    outcomes=tuple(everything),
-                    progress=tuple(u.session.progress for u in unfinished),
-                ),
-            )
+            raise _handed_back(resume, everything, unfinished)
         return everything
 
-    async def _run_sample(
-        self, session: SampleSession, reopen: Callable[[int, Sequence[TurnRecord]], SampleSession]
-    ) -> "Outcome | _Unfinished":
+    async def _run_sample(self, session: SampleSession, reopen: Opener) -> "Outcome | _Unfinished":
         """Run the workflow, again if user code fails: with the turns that were sampled already."""
         cause = ""
         for attempt in range(1, MAX_WORKFLOW_ATTEMPTS + 1):
@@ -198,6 +191,30 @@ class _Unfinished:
 
     session: SampleSession
     cause: EngineLost
+
+
+def _open(
+    open_session: Opener, index: int, replay: Sequence[TurnRecord]
+) -> SampleSession | PromptTooLong | PromptError:
+    """Return the session of a row, or why it can never have one."""
+    try:
+        return open_session(index, replay)
+    except (PromptTooLong, PromptError) as error:
+        return error
+
+
+def _handed_back(
+    resume: ResumePoint, outcomes: Sequence[Outcome], unfinished: Sequence[_Unfinished]
+) -> HandedBack:
+    return HandedBack(
+        str(unfinished[0].cause),
+        ResumePoint(
+            ticket=resume.ticket,
+            num_failures=resume.num_failures + any(u.cause.is_reported for u in unfinished),
+            outcomes=tuple(outcomes),
+            progress=tuple(u.session.progress for u in unfinished),
+        ),
+    )
 
 
 class _ScoringFailed(RewardFailed):

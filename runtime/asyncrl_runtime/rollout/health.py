@@ -14,8 +14,6 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
-from asyncrl_api.exits import ExitCode, ExitError
-
 
 class _Server(uvicorn.Server):
     @contextlib.contextmanager
@@ -24,31 +22,11 @@ class _Server(uvicorn.Server):
         yield
 
 
-def bind_health(host: str, port: int) -> socket.socket:
-    """Take the port for probes; connections are refused until `serve_health` answers them.
-
-    Raises:
-        ExitError: the port is taken.
-    """
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-    except OSError as error:
-        listener.close()
-        raise ExitError(
-            ExitCode.TRY_AGAIN,
-            f"worker: cannot listen on {host}:{port}: {error.strerror}. Stop what listens there, or choose "
-            "another address with --host and --health-port",
-        ) from error
-    return listener
-
-
 async def serve_health(listener: socket.socket, engine_fault: Callable[[], str | None]) -> None:
     """Answer probes until cancelled.
 
     Args:
-        listener: as bound by `bind_health`.
+        listener: as bound by `processes.bind`.
         engine_fault: why the engine must be restarted; None while it need not be.
     """
 

@@ -11,11 +11,12 @@ import nats.js.errors
 from nats.js.kv import KeyValue
 
 from asyncrl_api.exits import ExitCode, ExitError
+from asyncrl_api.processes import bind
 from asyncrl_api.run import RunConfig
 from asyncrl_runtime.contract.imports import ImportFailed
 from asyncrl_runtime.model.source import ensure_model, load_tokenizer, vocab_size
 from asyncrl_runtime.rollout.engine_client import EngineClient
-from asyncrl_runtime.rollout.health import bind_health, serve_health
+from asyncrl_runtime.rollout.health import serve_health
 from asyncrl_runtime.rollout.prompts import PromptRenderer
 from asyncrl_runtime.rollout.rewards.pool import RewardNotLoaded
 from asyncrl_runtime.rollout.rewards.scorer import Scorer, make_scorer
@@ -41,7 +42,9 @@ async def run_worker(config: RunConfig, name: str, engine_url: str, host: str, h
         ExitError: it cannot work; the message names the cause.
     """
     spec = config.spec
-    listener = bind_health(host, health_port)  # first, since loading takes long
+    listener = bind(
+        host, health_port, "worker", "--host and --health-port"
+    )  # first, since loading takes long
     folder = await asyncio.to_thread(ensure_model, spec.model, config.model_cache, spec.training.seed)
     try:
         async with _scorer(config) as scorer:

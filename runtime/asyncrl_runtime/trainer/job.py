@@ -298,11 +298,14 @@ class TrainerJob:
 
     async def _checkpoint(self) -> None:
         position = self._position()
-        save: Callable[[Path], Awaitable[None]] | None = None
-        if position.version > 0:
-            save = lambda folder: self._parts.ranks.run(Save(folder))  # noqa: E731
+
+        async def save_policy(folder: Path) -> None:
+            await self._parts.ranks.run(Save(folder))
+
         try:
-            checkpoint = await self._parts.checkpoints.save(position, save)
+            checkpoint = await self._parts.checkpoints.save(
+                position, save_policy if position.version > 0 else None
+            )
         except CheckpointFailed as error:
             self._num_failed_checkpoints += 1
             log.error("%s (%d in a row)", error, self._num_failed_checkpoints)
