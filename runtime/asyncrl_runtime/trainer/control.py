@@ -97,6 +97,7 @@ class Control:
         Args:
             trajectory_identity: the checkpoint's; None for a job that begins.
         """
+        self.trajectory_identity = trajectory_identity or ""
         info = await stream_info(self._broker.jetstream, self._names.trajectory_stream)
         self.prompts_lost = (
             await stream_info(self._broker.jetstream, self._names.prompt_stream) is None
@@ -114,10 +115,15 @@ class Control:
         Whatever had arrived through a lost trajectory stream is open again; a ticket above the first open
         one that is closed takes its sequence as an empty message, which workers acknowledge.
         """
+        while self.trajectories_lost or self.prompts_lost:  # twice if the other is lost in between
+            await self._make_lost_streams()
+
+    async def _make_lost_streams(self) -> None:
         jetstream, names = self._broker.jetstream, self._names
         if self.trajectories_lost:
             log.warning("the trajectory stream is lost: open tickets are issued again")
             self._controller.streams_lost()
+            self.trajectory_identity = ""
             await delete_stream(jetstream, names.trajectory_stream)
         await delete_stream(jetstream, names.prompt_stream)
         first_open = self._controller.book.low + 1
@@ -153,9 +159,11 @@ class Control:
         trajectories = await stream_info(jetstream, names.trajectory_stream)
         prompts = await stream_info(jetstream, names.prompt_stream)
         assert trajectories is not None and prompts is not None
-        self.trajectory_identity = identity_of(trajectories)
+        known, self.trajectory_identity = self.trajectory_identity, identity_of(trajectories)
         self._controller.num_issued = prompts.state.last_seq
-        self.trajectories_lost = self.prompts_lost = False
+        self.prompts_lost = False
+        # It may have gone unnoticed until now, and be another one.
+        self.trajectories_lost = known not in ("", self.trajectory_identity)
         self.stream_generation += 1
         await self._hand_on_live_values()
 
