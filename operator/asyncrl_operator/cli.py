@@ -17,6 +17,8 @@ from asyncrl_api.job import AsyncRLJob
 from asyncrl_api.manifests import SpecError, apply_overrides, load_documents, parse_job, validate
 from asyncrl_api.report import Report
 from asyncrl_operator import run_folder
+from asyncrl_operator.layout import Plan
+from asyncrl_operator.layout import plan as plan_job
 from asyncrl_operator.local import (
     LocalPlaces,
     LocalRun,
@@ -25,8 +27,6 @@ from asyncrl_operator.local import (
     free_ports,
     write_nats_config,
 )
-from asyncrl_operator.planner import Plan
-from asyncrl_operator.planner import plan as plan_job
 from asyncrl_operator.progress import Display, render_end
 from asyncrl_operator.run_folder import RunFolder
 

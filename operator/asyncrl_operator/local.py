@@ -25,8 +25,8 @@ from asyncrl_api.job import AsyncRLJob, Spec
 from asyncrl_api.manifests import FieldError, SpecError
 from asyncrl_api.processes import die_with_parent
 from asyncrl_api.report import Report
+from asyncrl_operator.layout import Plan, Process, plan, plan_split, trainer_command
 from asyncrl_operator.messaging import render_nats_config
-from asyncrl_operator.planner import Plan, Process, plan, plan_split, trainer_command
 from asyncrl_operator.progress import Display
 from asyncrl_operator.restart_policy import (
     CONTAINER_RESET_SECONDS,
@@ -50,7 +50,7 @@ LOG_BYTES = 2**16
 
 @dataclass(frozen=True)
 class LocalPlaces:
-    """Implements planner.Places: everything on loopback, on ports that were free."""
+    """Implements layout.Places: everything on loopback, on ports that were free."""
 
     config: str
     nats_config: str | None

@@ -1,0 +1,187 @@
+"""What one pass sees of a job, and what it decides: plain values between `cluster`, planner and executor.
+
+`cluster` makes an Observed from its caches; the planner turns it into an Outcome; the executor renders
+`Desired` (manifests.py), applies what differs, and deletes what is to go.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from asyncrl_api.report import Report
+from asyncrl_api.status import Status
+from asyncrl_operator.layout import Role
+
+Seconds = float
+"""Of Unix time."""
+
+
+@dataclass(frozen=True)
+class ContainerEnd:
+    """A container that has terminated, for the last time that is known of."""
+
+    container: str
+    exit_code: int
+    reason: str = ""
+    """OOMKilled, Error, Completed ..."""
+
+
+@dataclass(frozen=True)
+class Pod:
+    """A pod with our label `asyncrl.dev/job`."""
+
+    name: str
+    uid: str
+    group: Role
+    is_ours: bool = True
+    """False: made for an earlier object of the same name (label `asyncrl.dev/job-uid`)."""
+    attempt: int = 0
+    """Of the trainer; 0 in other groups."""
+    template: str = ""
+    """Of a rollout pod: the hash that its template had, label `asyncrl.dev/template`."""
+    gpus: int = 0
+    """Annotation `asyncrl.dev/gpus`: what it counts against the budget."""
+    phase: Literal["Pending", "Running", "Succeeded", "Failed", "Unknown"] = "Pending"
+    is_ready: bool = False
+    node: str = ""
+    """Empty until it is scheduled."""
+    created_at: Seconds = 0.0
+    deleted_at: Seconds | None = None
+    """When its grace period ends, if it is being deleted (`deletionTimestamp`)."""
+    disruption: str = ""
+    """Reason of its condition DisruptionTarget: preemption, eviction, a taint."""
+    unschedulable: str = ""
+    """The scheduler's message, while it finds no node."""
+    waiting: str = ""
+    """Reason and message of a container that cannot start: `ImagePullBackOff: ...`."""
+    ends: tuple[ContainerEnd, ...] = ()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it may still run, hence counts against the budget."""
+        return self.phase not in ("Succeeded", "Failed")
+
+
+@dataclass(frozen=True)
+class TrainerJob:
+    """The Job of one attempt."""
+
+    name: str
+    attempt: int
+    is_complete: bool = False
+    is_failed: bool = False
+    """It has condition Failed or FailureTarget."""
+    message: str = ""
+    is_deleting: bool = False
+
+
+@dataclass(frozen=True)
+class StatefulSet:
+    """The rollout or messaging group."""
+
+    name: str
+    replicas: int
+    template: str = ""
+    is_deleting: bool = False
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node that one of the pods is on."""
+
+    is_ready: bool
+    since: Seconds
+    """When that changed last."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why the operator cannot act on the spec as it is. A later pass may find it gone."""
+
+    reason: str
+    """NameConflict, MissingReference, InvalidSpec, BudgetTooSmall, CRDTooOld: the reason of Stalled."""
+    message: str
+
+
+@dataclass(frozen=True)
+class Observed:
+    """All that a pass knows of the cluster."""
+
+    trainer_jobs: tuple[TrainerJob, ...] = ()
+    rollout: StatefulSet | None = None
+    messaging: StatefulSet | None = None
+    pods: tuple[Pod, ...] = ()
+    nodes: Mapping[str, Node] | None = None
+    """The nodes of these pods; one that is missing is gone. None: the operator may not see nodes."""
+    report: Report | None = None
+    problem: Problem | None = None
+    blocked: Problem | None = None
+    """A write that the API server refused in the last pass (QuotaExceeded, say): told, and tried again."""
+    has_children: bool = True
+    """Whether any object of ours is left, those without pods included."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """The Job that is to be there."""
+
+    number: int
+    gpus: int
+
+
+@dataclass(frozen=True)
+class Desired:
+    """What is to be there. None: left as it is, or not made."""
+
+    shared: bool = True
+    """Services, ConfigMaps, RBAC, Secret, PDB, NetworkPolicy."""
+    messaging_replicas: int | None = None
+    trainer: Attempt | None = None
+    rollout_replicas: int | None = None
+
+
+@dataclass(frozen=True)
+class DeletePod:
+    name: str
+    uid: str
+    is_forced: bool
+    """Without grace: nobody answers for it any more."""
+
+
+@dataclass(frozen=True)
+class DeleteTrainerJob:
+    """In the foreground: the Job stays until its pods are gone."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class DeleteChildren:
+    """All of them: the job has finished and its TTL is over."""
+
+
+Deletion = DeletePod | DeleteTrainerJob | DeleteChildren
+
+
+@dataclass(frozen=True)
+class Event:
+    """What the user is told in `kubectl describe`."""
+
+    reason: str
+    message: str
+    type: Literal["Normal", "Warning"] = "Normal"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one pass decides. The executor follows it in the order of the fields."""
+
+    write_status_first: bool
+    """Attempt or split differ from what is stored: `status` is written before anything is done."""
+    desired: Desired | None
+    """None: nothing is applied."""
+    deletions: tuple[Deletion, ...]
+    status: Status
+    wake_at: Seconds | None
+    """When to look again though nothing has changed."""
+    events: tuple[Event, ...] = field(default=())
