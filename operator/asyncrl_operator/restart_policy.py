@@ -40,8 +40,10 @@ class TrainerBudget:
     spec: TrainerFailureSpec
     num_restarts: int = 0
     num_disruptions: int = 0
-    _failures_in_a_row: int = field(default=0, init=False)
-    _step: int = field(default=-1, init=False)
+    failures_in_a_row: int = 0
+    """Ends since a step was made."""
+    step: int = -1
+    """At the last end."""
 
     def ended(self, code: int, step: int) -> Restart | GiveUp:
         """Decide on a trainer that ended.
@@ -50,8 +52,8 @@ class TrainerBudget:
             code: its exit code; minus the signal's number if a signal ended it.
             step: of the policy when it ended, as far as reported.
         """
-        self._failures_in_a_row = 1 if step > self._step else self._failures_in_a_row + 1
-        self._step = max(step, self._step)
+        self.failures_in_a_row = 1 if step > self.step else self.failures_in_a_row + 1
+        self.step = max(step, self.step)
         if code in self.spec.fatal_exit_codes:
             return GiveUp(f"exit code {code} is final")
         if code < 0:
@@ -65,9 +67,9 @@ class TrainerBudget:
         return Restart(self._backoff())
 
     def _backoff(self) -> float:
-        if self._failures_in_a_row < 2:
+        if self.failures_in_a_row < 2:
             return 0.0
-        doublings = min(self._failures_in_a_row - 2, 31)  # no bound is further than 2**31 from a second
+        doublings = min(self.failures_in_a_row - 2, 31)  # no bound is further than 2**31 from a second
         return min(self.spec.backoff_seconds * 2.0**doublings, self.spec.max_backoff_seconds)
 
 

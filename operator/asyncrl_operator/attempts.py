@@ -1,0 +1,244 @@
+"""How the present attempt of the trainer stands, and when there is a next one. Pure.
+
+An attempt ends as a whole: collectives do not survive a lost rank. Why it ended is read from all its pods
+together, since the peers of a lost pod crash with ordinary exit codes at about the same moment.
+"""
+
+import signal
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from asyncrl_api.job import Spec
+from asyncrl_api.report import Report
+from asyncrl_api.status import AttemptStatus
+from asyncrl_api.times import to_seconds, to_text
+from asyncrl_operator.hashes import trainer_hash
+from asyncrl_operator.observed import Observed, Pod, TrainerJob
+from asyncrl_operator.restart_policy import GiveUp, TrainerBudget
+from asyncrl_operator.rolling import is_on_dead_node
+
+TRAINER_CONTAINER = "trainer"
+UNSCHEDULABLE_SECONDS = 300.0
+"""How long some pods of an attempt may hold GPUs while others find no node."""
+RETRY_SPREAD_SECONDS = 60.0
+"""After that, jobs that block each other try again at different times."""
+REMEMBERED = {"last_reason", "restarts", "disruptions", "failures_in_a_row", "step"}
+"""What an attempt knows of those before it."""
+SIGNAL_CODES = {128 + signal.SIGKILL, 128 + signal.SIGTERM}
+
+Charge = Literal["", "restart", "disruption"]
+
+
+@dataclass(frozen=True)
+class Running:
+    """It goes on; when to look again though nothing has changed."""
+
+    wake_at: float | None = None
+
+
+@dataclass(frozen=True)
+class Complete:
+    """Its Job succeeded."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """It has to end, or has ended."""
+
+    reason: str
+    message: str
+    charge: Charge = ""
+    code: int = 0
+    """Exit code that the restart policy judges; minus a signal's number for a disruption."""
+    delay_seconds: float = 0.0
+
+
+def judge(
+    spec: Spec,
+    attempt: AttemptStatus,
+    seen: Observed,
+    *,
+    trainer_gpus: int,
+    uid: str,
+    now: float,
+) -> Running | Complete | Ended:
+    """Return how the attempt stands, whose Job has been seen at least once.
+
+    Args:
+        trainer_gpus: what the split gives the trainer now.
+        uid: of the AsyncRLJob; spreads retries.
+    """
+    job = job_of(attempt, seen)
+    pods = pods_of(attempt, seen)
+    if job is not None and job.is_complete:
+        return Complete()
+    return (
+        _disrupted(job, pods, seen, now)
+        or _failed(spec, pods)
+        or _vanished(job, pods)
+        or _changed(spec, attempt, trainer_gpus)
+        or _hung(spec, attempt, pods, seen.report, now)
+        or _partly_scheduled(attempt, pods, uid, now)
+        or Running(_next_look(spec, attempt, pods, seen.report))
+    )
+
+
+def end(spec: Spec, attempt: AttemptStatus, ended: Ended, step: int, now: float) -> AttemptStatus | GiveUp:
+    """Return the attempt as it is remembered once it has ended, or that there is none after it.
+
+    Args:
+        step: of the policy, as far as reported.
+    """
+    if not ended.charge:
+        changes = {"next_retry_time": to_text(now + ended.delay_seconds), "last_reason": ended.reason}
+        return attempt.model_copy(update=changes)
+    budget = TrainerBudget(
+        spec.failure_policy.trainer,
+        num_restarts=attempt.restarts,
+        num_disruptions=attempt.disruptions,
+        failures_in_a_row=attempt.failures_in_a_row,
+        step=attempt.step,
+    )
+    decision = budget.ended(ended.code, step)
+    if isinstance(decision, GiveUp):
+        return decision
+    return attempt.model_copy(
+        update={
+            "next_retry_time": to_text(now + decision.delay_seconds),
+            "last_reason": ended.reason,
+            "restarts": budget.num_restarts,
+            "disruptions": budget.num_disruptions,
+            "failures_in_a_row": budget.failures_in_a_row,
+            "step": budget.step,
+        }
+    )
+
+
+def next_attempt(
+    name: str, spec: Spec, before: AttemptStatus | None, seen: Observed, gpus: int
+) -> AttemptStatus:
+    """Return the attempt after `before`; its number is above that of every Job there is."""
+    number = max([before.number if before else 0, *(job.attempt for job in seen.trainer_jobs)]) + 1
+    return AttemptStatus(
+        number=number,
+        job_name=f"{name}-trainer-{number}",
+        config_hash=trainer_hash(spec),
+        gpus=gpus,
+        **(before.model_dump(include=REMEMBERED) if before else {}),
+    )
+
+
+def job_of(attempt: AttemptStatus, seen: Observed) -> TrainerJob | None:
+    """Return the Job of an attempt."""
+    return next((job for job in seen.trainer_jobs if job.attempt == attempt.number), None)
+
+
+def pods_of(attempt: AttemptStatus, seen: Observed) -> list[Pod]:
+    """Return the pods of an attempt."""
+    return [
+        pod for pod in seen.pods if pod.is_ours and pod.group == "trainer" and pod.attempt == attempt.number
+    ]
+
+
+def _disrupted(job: TrainerJob | None, pods: Sequence[Pod], seen: Observed, now: float) -> Ended | None:
+    """Nobody's fault: preempted, evicted, or its node is lost."""
+    if job is None or job.is_deleting:
+        return _disruption("JobDeleted", "the Job of the trainer was deleted")
+    for pod in pods:
+        if pod.disruption:
+            return _disruption("Disrupted", f"pod {pod.name}: {pod.disruption}")
+        if pod.is_alive and is_on_dead_node(pod, seen.nodes, now):
+            return _disruption("NodeLost", f"pod {pod.name}: its node {pod.node} is gone or not ready")
+    return None
+
+
+def _vanished(job: TrainerJob | None, pods: Sequence[Pod]) -> Ended | None:
+    """A pod was deleted by hand; one that its Job deletes, since another failed, is none of these."""
+    for pod in pods:
+        if pod.deleted_at is not None:
+            return _disruption("PodDeleted", f"pod {pod.name} was deleted")
+    if job is not None and job.is_failed:
+        return _disruption("PodsLost", f"the Job of the trainer failed without an exit code: {job.message}")
+    return None
+
+
+def _disruption(reason: str, message: str) -> Ended:
+    return Ended(reason, message, "disruption", -signal.SIGKILL)
+
+
+def _failed(spec: Spec, pods: Sequence[Pod]) -> Ended | None:
+    """A rank ended with an exit code. A fatal one counts more than what its peers died of."""
+    fatal = spec.failure_policy.trainer.fatal_exit_codes
+    failures = [
+        (each.exit_code in fatal, each.reason == "OOMKilled", each.exit_code not in SIGNAL_CODES, pod, each)
+        for pod in pods
+        if pod.deleted_at is None
+        for each in pod.ends
+        if each.container == TRAINER_CONTAINER and each.exit_code != 0
+    ]
+    if not failures:
+        return None
+    *_, pod, worst = max(failures, key=lambda failure: failure[:3])
+    if worst.reason == "OOMKilled":
+        text = f"container {worst.container} of pod {pod.name} used more memory than its limit allows"
+        return Ended("OOMKilled", text, "restart", worst.exit_code)
+    text = f"pod {pod.name}: exit code {worst.exit_code}"
+    if worst.exit_code in fatal:
+        return Ended("FatalExit", text, "restart", worst.exit_code)
+    if worst.exit_code in SIGNAL_CODES:
+        return Ended("Killed", text, "disruption", 128 - worst.exit_code)
+    return Ended("TrainerFailed", text, "restart", worst.exit_code)
+
+
+def _changed(spec: Spec, attempt: AttemptStatus, trainer_gpus: int) -> Ended | None:
+    """A field marked R was edited, or the split gives the trainer another size: no fault, no charge."""
+    if attempt.config_hash != trainer_hash(spec):
+        return Ended("ConfigChanged", "a field marked R was changed")
+    if attempt.gpus != trainer_gpus:
+        return Ended("Resized", f"the trainer goes from {attempt.gpus} to {trainer_gpus} GPUs")
+    return None
+
+
+def _hung(
+    spec: Spec, attempt: AttemptStatus, pods: Sequence[Pod], report: Report | None, now: float
+) -> Ended | None:
+    limit, sign = spec.failure_policy.trainer.hang_seconds, last_sign(attempt, report)
+    if not limit or sign is None or now < sign + limit or not any(pod.phase == "Running" for pod in pods):
+        return None
+    return Ended("Hung", f"the trainer has not reported for {limit} s", "restart", code=1)
+
+
+def last_sign(attempt: AttemptStatus, report: Report | None) -> float | None:
+    """Return when the attempt reported last, or else began; None before its Job was made."""
+    if attempt.start_time is None:
+        return None
+    times = [to_seconds(attempt.start_time)]
+    if report is not None and report.attempt == attempt.number and report.time:
+        times.append(to_seconds(report.time))
+    return max(times)
+
+
+def _partly_scheduled(attempt: AttemptStatus, pods: Sequence[Pod], uid: str, now: float) -> Ended | None:
+    """Some pods hold GPUs while others find no node, for too long: give them back, so that a job may start."""
+    without = [pod for pod in pods if pod.unschedulable]
+    if not without or len(without) == len(pods) or attempt.start_time is None:
+        return None
+    if now < to_seconds(attempt.start_time) + UNSCHEDULABLE_SECONDS:
+        return None
+    spread = zlib.crc32(f"{uid}/{attempt.number}".encode()) / 2**32
+    text = f"{len(without)} of {len(pods)} trainer pods found no node: {without[0].unschedulable}"
+    return Ended("Unschedulable", text, delay_seconds=5 + spread * RETRY_SPREAD_SECONDS)
+
+
+def _next_look(
+    spec: Spec, attempt: AttemptStatus, pods: Sequence[Pod], report: Report | None
+) -> float | None:
+    looks = []
+    limit, sign = spec.failure_policy.trainer.hang_seconds, last_sign(attempt, report)
+    if limit and sign is not None:
+        looks.append(sign + limit)
+    if any(pod.unschedulable for pod in pods) and attempt.start_time is not None:
+        looks.append(to_seconds(attempt.start_time) + UNSCHEDULABLE_SECONDS)
+    return min(looks, default=None)

@@ -1,0 +1,100 @@
+"""Which rollout pods are replaced now, and which pods nobody answers for any more. Pure."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from asyncrl_operator.observed import DeletePod, Node, Pod
+
+STUCK_SECONDS = 900.0
+"""An updated pod that is not ready after so long has stopped the update."""
+UNKNOWN_NODE_SECONDS = 60.0
+"""A node that is not known may be new, and the news of the pod have come first."""
+
+
+@dataclass(frozen=True)
+class Wave:
+    """The next step of a rolling update."""
+
+    deletions: tuple[DeletePod, ...] = ()
+    is_under_way: bool = False
+    stuck: str = ""
+    """The updated pod that does not become ready, and why; the old pods are kept."""
+    wake_at: float | None = None
+
+
+def next_wave(
+    pods: Iterable[Pod], template: str, replicas: int, max_unavailable_percent: int, now: float
+) -> Wave:
+    """Return which pods of an older template go now: at most so many may be down at a time.
+
+    Those that are not ready go first and cost nothing, so that an update that follows a broken one gets
+    through (kubernetes#67250). While updated pods fail, they use up what may be down, and no more go.
+
+    Args:
+        template: the hash that pods should have; pods of the StatefulSet get it when they are made again.
+        replicas: of the StatefulSet; at least one pod may always be down.
+    """
+    alive = [pod for pod in pods if pod.is_alive and pod.deleted_at is None]
+    outdated = [pod for pod in alive if pod.template != template]
+    if not outdated:
+        return Wave()
+    failing = [pod for pod in outdated if not pod.is_ready]
+    ready = [pod for pod in alive if pod.is_ready]
+    budget = max(1, replicas * max_unavailable_percent // 100) - (replicas - len(ready))
+    serving = sorted((pod for pod in outdated if pod.is_ready), key=_ordinal, reverse=True)
+    chosen = failing + serving[: max(0, budget)]
+    waiting = [pod for pod in alive if pod.template == template and not pod.is_ready]
+    late = [pod for pod in waiting if now >= pod.created_at + STUCK_SECONDS]
+    return Wave(
+        tuple(DeletePod(pod.name, pod.uid, is_forced=False) for pod in chosen),
+        is_under_way=True,
+        stuck=f"{late[0].name} is not ready: {late[0].waiting or 'its probe fails'}" if late else "",
+        wake_at=min((pod.created_at + STUCK_SECONDS for pod in waiting if pod not in late), default=None),
+    )
+
+
+@dataclass(frozen=True)
+class Lost:
+    """Pods that only a forced deletion removes."""
+
+    deletions: tuple[DeletePod, ...]
+    wake_at: float | None
+
+
+def lost_pods(
+    pods: Iterable[Pod], nodes: Mapping[str, Node] | None, delay_seconds: float, now: float
+) -> Lost:
+    """Return the pods that are being deleted on a dead node since `delay_seconds`.
+
+    Rollout pods and trainers are fenced (by ticket and by attempt), so one that lives on does no harm.
+
+    Args:
+        nodes: None where the operator may not see them: then the end of the pod's grace counts.
+    """
+    deletions, wakes = [], []
+    for pod in pods:
+        if not pod.is_alive or pod.deleted_at is None or not is_on_dead_node(pod, nodes, now):
+            continue
+        node = (nodes or {}).get(pod.node)
+        due = (pod.deleted_at if node is None else node.since) + delay_seconds
+        if now >= due:
+            deletions.append(DeletePod(pod.name, pod.uid, is_forced=True))
+        else:
+            wakes.append(due)
+    return Lost(tuple(deletions), min(wakes, default=None))
+
+
+def is_on_dead_node(pod: Pod, nodes: Mapping[str, Node] | None, now: float) -> bool:
+    """Whether the pod's node is gone or not ready; without sight of nodes, whether the pod is to go."""
+    if not pod.node:
+        return False
+    if nodes is None:
+        return pod.deleted_at is not None
+    node = nodes.get(pod.node)
+    if node is None:
+        return now >= pod.created_at + UNKNOWN_NODE_SECONDS
+    return not node.is_ready
+
+
+def _ordinal(pod: Pod) -> int:
+    return int(pod.name.rpartition("-")[2])
