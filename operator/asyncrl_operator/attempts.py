@@ -221,7 +221,7 @@ def last_sign(attempt: AttemptStatus, report: Report | None) -> float | None:
 
 
 def _partly_scheduled(attempt: AttemptStatus, pods: Sequence[Pod], uid: str, now: float) -> Ended | None:
-    """Some pods hold GPUs while others find no node, for too long: give them back, so that a job may start."""
+    """Some pods hold GPUs while others find no node, for too long: give them back."""
     without = [pod for pod in pods if pod.unschedulable]
     if not without or len(without) == len(pods) or attempt.start_time is None:
         return None

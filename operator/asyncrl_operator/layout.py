@@ -203,6 +203,11 @@ def trainer_sizes(spec: Spec) -> list[int]:
     return [size for size in sizes if size <= per_node or size % per_node == 0]
 
 
+def num_trainer_pods(spec: Spec, gpus: int) -> int:
+    """Return how many equal pods a trainer of that size has: one, or one on each of its nodes."""
+    return max(1, gpus // spec.trainer.gpus_per_node)
+
+
 def _rollout_group(spec: Spec, split: Split, places: Places) -> Group:
     processes: list[Process] = []
     for replica in range(split.num_replicas):
