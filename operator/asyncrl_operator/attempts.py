@@ -39,11 +39,6 @@ class Running:
 
 
 @dataclass(frozen=True)
-class Complete:
-    """Its Job succeeded."""
-
-
-@dataclass(frozen=True)
 class Ended:
     """It has to end, or has ended."""
 
@@ -63,8 +58,8 @@ def judge(
     trainer_gpus: int,
     uid: str,
     now: float,
-) -> Running | Complete | Ended:
-    """Return how the attempt stands, whose Job has been seen at least once.
+) -> Running | Ended:
+    """Return how the attempt stands, whose Job has been seen at least once and is not complete.
 
     Args:
         trainer_gpus: what the split gives the trainer now.
@@ -72,8 +67,6 @@ def judge(
     """
     job = job_of(attempt, seen)
     pods = pods_of(attempt, seen)
-    if job is not None and job.is_complete:
-        return Complete()
     return (
         _disrupted(job, pods, seen, now)
         or _failed(spec, pods)

@@ -179,7 +179,7 @@ class Outcome:
     write_status_first: bool
     """Attempt or split differ from what is stored: `status` is written before anything is done."""
     desired: Desired | None
-    """None: nothing is applied."""
+    """None: nothing is applied, nor corrected."""
     deletions: tuple[Deletion, ...]
     status: Status
     wake_at: Seconds | None

@@ -1,0 +1,107 @@
+"""What the user is told of a pass: from two statuses to Events with fixed reasons. Pure."""
+
+from collections.abc import Iterable
+
+from asyncrl_api.status import Status
+from asyncrl_api.times import to_seconds
+from asyncrl_operator.attempts import Ended
+from asyncrl_operator.observed import DeleteChildren, DeletePod, Deletion, Event
+
+CHECKPOINT_SECONDS = 600.0
+"""Between two Events about checkpoints."""
+PHASE_EVENTS = {"Running", "Suspending", "Suspended"}
+OBSTACLES = {"Unschedulable", "ImagePull", "QuotaExceeded"}
+"""Of what a job waits for when it starts, that for which somebody may have to act."""
+
+
+def between(
+    before: Status, after: Status, ended: Ended | None, deletions: Iterable[Deletion]
+) -> tuple[Event, ...]:
+    """Return the Events of a pass; none where nothing has changed.
+
+    Args:
+        ended: the attempt that ended in this pass.
+    """
+    return (
+        *_phases(before, after),
+        *([_end_of_attempt(ended)] if ended is not None else []),
+        *_sizes(before, after),
+        *_warnings(before, after),
+        *_checkpoint(before, after),
+        *_forced(deletions),
+    )
+
+
+def after_the_end(deletions: Iterable[Deletion]) -> tuple[Event, ...]:
+    """Return what is told of a finished job."""
+    expired = any(isinstance(each, DeleteChildren) for each in deletions)
+    text = "the objects of the finished job are deleted (spec.ttlSecondsAfterFinished)"
+    return (Event("TTLExpired", text),) if expired else ()
+
+
+def _phases(before: Status, after: Status) -> list[Event]:
+    events = []
+    number = after.attempt.number if after.attempt is not None else 0
+    if number and before.attempt is None:
+        events.append(Event("Started", f"attempt {number} of the trainer begins"))
+    if before.phase == after.phase:
+        return events
+    if before.phase == "Suspended":
+        events.append(Event("Resumed", "the job goes on from its checkpoint"))
+    if after.phase in PHASE_EVENTS:
+        events.append(Event(after.phase, after.message))
+    if after.phase == "Succeeded":
+        events.append(Event("Complete", after.message))
+    if after.phase == "Failed":
+        events.append(Event("Failed", after.message, "Warning"))
+    return events
+
+
+def _end_of_attempt(ended: Ended) -> Event:
+    if ended.charge == "disruption":
+        return Event("Disrupted", f"{ended.reason}: {ended.message}", "Warning")
+    if ended.charge == "restart":
+        return Event("TrainerRestart", f"{ended.reason}: {ended.message}", "Warning")
+    return Event("TrainerRestart", f"{ended.reason}: {ended.message}")
+
+
+def _sizes(before: Status, after: Status) -> list[Event]:
+    old, new = before.split, after.split
+    if new is None or old is None or (old.trainer, old.rollout) == (new.trainer, new.rollout):
+        return []
+    text = f"trainer {old.trainer} -> {new.trainer}, rollout {old.rollout} -> {new.rollout} ({new.reason})"
+    events = [Event("SplitChanged", text)]
+    if old.rollout != new.rollout:
+        size = new.gpus_per_replica
+        events.append(Event("RolloutScaled", f"{old.rollout // size} -> {new.rollout // size} engines"))
+    return events
+
+
+def _warnings(before: Status, after: Status) -> list[Event]:
+    """Return what has become wrong: a reason that was not there before."""
+    events = []
+    for kind in ("Stalled", "Degraded", "Reconciling"):
+        old, new = before.condition(kind), after.condition(kind)
+        if new is None or new.status != "True" or after.phase == "Failed":
+            continue
+        is_known = old is not None and old.status == "True" and old.reason == new.reason
+        if not is_known and (kind != "Reconciling" or new.reason in OBSTACLES):
+            events.append(Event(new.reason, new.message, "Warning"))
+    return events
+
+
+def _checkpoint(before: Status, after: Status) -> list[Event]:
+    old, new = before.last_checkpoint, after.last_checkpoint
+    if new is None or new == old:
+        return []
+    if old is not None and to_seconds(new.time) - to_seconds(old.time) < CHECKPOINT_SECONDS:
+        return []
+    return [Event("CheckpointSaved", f"step {new.step}: {new.path}")]
+
+
+def _forced(deletions: Iterable[Deletion]) -> list[Event]:
+    return [
+        Event("PodForceDeleted", f"pod {each.name}: its node is dead", "Warning")
+        for each in deletions
+        if isinstance(each, DeletePod) and each.is_forced
+    ]

@@ -1,0 +1,80 @@
+"""What one pass decides on: job, status, cluster and time, with what follows from them at once. Pure."""
+
+from dataclasses import dataclass
+
+from asyncrl_api.job import Spec
+from asyncrl_api.report import Report
+from asyncrl_api.status import AttemptStatus, ClocksStatus, Status
+from asyncrl_operator import attempts
+from asyncrl_operator.layout import num_trainer_pods
+from asyncrl_operator.observed import Observed, Pod
+from asyncrl_operator.status import Job, Memory
+
+
+@dataclass(frozen=True)
+class Scene:
+    """All that one pass knows."""
+
+    job: Job
+    status: Status
+    """As the last pass left it."""
+    seen: Observed
+    now: float
+    """Unix time, seconds."""
+
+    @property
+    def spec(self) -> Spec:
+        return self.job.spec
+
+    @property
+    def memory(self) -> Memory:
+        """What the last pass left to this one."""
+        status = self.status
+        return Memory(status.attempt, status.split, status.clocks or ClocksStatus(), status.start_time)
+
+    @property
+    def alive(self) -> list[Pod]:
+        """Pods of this job that may still run."""
+        return [pod for pod in self.seen.pods if pod.is_ours and pod.is_alive]
+
+    def alive_in(self, group: str) -> list[Pod]:
+        return [pod for pod in self.alive if pod.group == group]
+
+    def claim(self, group: str, least: int) -> int:
+        """Return the GPUs that count as taken by a group: those of its pods, or what it is about to have."""
+        return max(least, sum(pod.gpus for pod in self.alive_in(group)))
+
+    @property
+    def replicas(self) -> int:
+        """Engines that the StatefulSet is told to have."""
+        return self.seen.rollout.replicas if self.seen.rollout is not None else 0
+
+    @property
+    def num_ready_engines(self) -> int:
+        return sum(pod.is_ready and pod.deleted_at is None for pod in self.alive_in("rollout"))
+
+    @property
+    def is_messaging_ready(self) -> bool:
+        is_shared = self.spec.messaging.mode == "Shared"
+        return is_shared or any(pod.is_ready for pod in self.alive_in("messaging"))
+
+    @property
+    def report(self) -> Report | None:
+        """The report of the present attempt: an earlier one may still speak."""
+        report, attempt = self.seen.report, self.status.attempt
+        is_present = report is not None and attempt is not None and report.attempt == attempt.number
+        return report if is_present else None
+
+    @property
+    def is_suspending(self) -> bool:
+        """Whether a suspension has begun and is not complete: it must be before the job may go on."""
+        condition = self.status.condition("Suspended")
+        return condition is not None and condition.reason == "Suspending"
+
+    def trainer_runs(self, attempt: AttemptStatus | None) -> bool:
+        """Whether all pods of an attempt have their GPUs and run."""
+        if attempt is None or attempt.next_retry_time is not None:
+            return False
+        pods = attempts.pods_of(attempt, self.seen)
+        running = sum(pod.phase == "Running" and pod.deleted_at is None for pod in pods)
+        return running >= num_trainer_pods(self.spec, attempt.gpus)

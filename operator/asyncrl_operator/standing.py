@@ -1,0 +1,157 @@
+"""How a job that is to run stands: up or starting, at strength or degraded, and since when. Pure."""
+
+from dataclasses import dataclass, replace
+
+from asyncrl_api.status import AttemptStatus, ClocksStatus
+from asyncrl_api.times import to_seconds, to_text
+from asyncrl_operator import attempts
+from asyncrl_operator.observed import Problem
+from asyncrl_operator.rolling import Wave
+from asyncrl_operator.scene import Scene
+from asyncrl_operator.status import Memory, Standing
+
+REPORT_STALE_SECONDS = 300.0
+"""A trainer that runs and has not reported for so long is told of."""
+IMAGE_REASONS = ("ImagePullBackOff", "ErrImagePull", "InvalidImageName", "ErrImageNeverPull")
+NO_FAULT = ("", "Suspended")
+"""Reasons of an attempt's end after which the next is a start, not a restart."""
+
+
+@dataclass(frozen=True)
+class Stand:
+    """How the job stands, what is remembered of it, and when it may change by itself."""
+
+    standing: Standing
+    memory: Memory
+    wakes: tuple[float, ...]
+
+
+def stand(scene: Scene, memory: Memory, wave: Wave) -> Stand:
+    """Return how a job stands whose pods are wanted.
+
+    It is up once the trainer, the broker and an engine are; and stays so, degraded if need be, for as long
+    as the trainer runs.
+    """
+    runs, was_up = scene.trainer_runs(memory.attempt), scene.status.is_true("Running")
+    is_up = runs and (was_up or (scene.is_messaging_ready and scene.num_ready_engines > 0))
+    least = scene.spec.failure_policy.rollout.min_available_percent
+    below = is_up and scene.num_ready_engines * 100 < least * scene.replicas
+    old = memory.clocks
+    clocks = ClocksStatus(
+        pending_since=None if is_up else old.pending_since or to_text(scene.now),
+        below_minimum_since=(old.below_minimum_since or to_text(scene.now)) if below else None,
+    )
+    memory = replace(memory, clocks=clocks)
+    wakes = [at for at, _ in clocks_running(scene, memory)]
+    if not is_up:
+        return Stand(_not_up(scene, memory.attempt), memory, tuple(wakes))
+    if (stale_at := _stale_at(scene, memory.attempt)) is not None and stale_at > scene.now:
+        wakes.append(stale_at)
+    held = sum(pod.gpus for pod in scene.alive)
+    report = scene.report
+    progress = "no step yet" if report is None else f"step {report.step} of {report.max_steps}"
+    message = f"{held}/{scene.spec.gpu_budget.total} GPUs in use, {progress}"
+    degraded = _degraded(scene, wave, below, stale_at)
+    return Stand(Standing("Running", "Running", message, degraded=degraded), memory, tuple(wakes))
+
+
+def overdue(scene: Scene, memory: Memory) -> Standing | None:
+    """Return the end of a job one of whose clocks has run out."""
+    return next((end for at, end in clocks_running(scene, memory) if scene.now >= at), None)
+
+
+def clocks_running(scene: Scene, memory: Memory) -> list[tuple[float, Standing]]:
+    """Return when each clock that runs will have run out, and the end of the job that it brings."""
+    spec, clocks, found = scene.spec, memory.clocks, []
+    if spec.active_deadline_seconds and memory.start_time:
+        at = to_seconds(memory.start_time) + spec.active_deadline_seconds
+        text = f"spec.activeDeadlineSeconds: {spec.active_deadline_seconds} have passed"
+        found.append((at, Standing("Failed", "DeadlineExceeded", text)))
+    if spec.pending_deadline_seconds and clocks.pending_since:
+        at = to_seconds(clocks.pending_since) + spec.pending_deadline_seconds
+        text = f"spec.pendingDeadlineSeconds: not running after {spec.pending_deadline_seconds} s"
+        last = f"; {scene.status.message}" if scene.status.message else ""
+        found.append((at, Standing("Failed", "PendingDeadlineExceeded", text + last)))
+    policy = spec.failure_policy.rollout
+    if policy.on_below_minimum == "Fail" and clocks.below_minimum_since:
+        at = to_seconds(clocks.below_minimum_since) + policy.below_minimum_seconds
+        text = (
+            f"{scene.num_ready_engines}/{scene.replicas} engines were ready, below minAvailablePercent "
+            f"{policy.min_available_percent}, for {policy.below_minimum_seconds} s"
+        )
+        found.append((at, Standing("Failed", "RolloutBelowMinimum", text)))
+    return found
+
+
+def _not_up(scene: Scene, attempt: AttemptStatus | None) -> Standing:
+    last = attempt.last_reason if attempt is not None else ""
+    if last == "Resized":
+        return Standing("Resizing", last, "the trainer starts with another size from a checkpoint")
+    starts = _what_starts(scene, attempt)
+    if last in NO_FAULT:
+        return Standing("Starting", starts.reason, starts.message)
+    assert attempt is not None
+    text = f"attempt {attempt.number} starts"
+    if attempt.next_retry_time is not None:
+        text = (
+            f"attempt {attempt.number} ended; the next waits for {attempt.next_retry_time} and its pods' end"
+        )
+    return Standing("Restarting", last, f"{text}: {starts.message}")
+
+
+def _what_starts(scene: Scene, attempt: AttemptStatus | None) -> Problem:
+    """Return what is waited for, in the words of who keeps it waiting."""
+    if obstacle := scene.seen.blocked or _obstacle(scene):
+        return obstacle
+    if not scene.trainer_runs(attempt):
+        return Problem("TrainerStarting", "the trainer starts")
+    if not scene.is_messaging_ready:
+        return Problem("MessagingStarting", "the NATS server starts")
+    return Problem("RolloutStarting", "the trainer runs, no engine is ready yet")
+
+
+def _obstacle(scene: Scene) -> Problem | None:
+    """Return what keeps a pod from starting, as scheduler or kubelet say it."""
+    pods = sorted(scene.alive, key=lambda pod: pod.name)
+    for pod in pods:
+        if pod.unschedulable:
+            return Problem("Unschedulable", f"pod {pod.name}: {pod.unschedulable}")
+    for pod in pods:
+        reason = pod.waiting.partition(":")[0]
+        if reason and reason not in ("ContainerCreating", "PodInitializing"):
+            return Problem(
+                "ImagePull" if reason in IMAGE_REASONS else reason, f"pod {pod.name}: {pod.waiting}"
+            )
+    return None
+
+
+def _stale_at(scene: Scene, attempt: AttemptStatus | None) -> float | None:
+    sign = attempts.last_sign(attempt, scene.seen.report) if attempt is not None else None
+    return None if sign is None else sign + REPORT_STALE_SECONDS
+
+
+def _degraded(scene: Scene, wave: Wave, below: bool, stale_at: float | None) -> Problem | None:
+    """Return what is wrong with a job that is up, the worst first."""
+    ready, report, bound = scene.num_ready_engines, scene.report, scene.spec.staleness.max_versions
+    obstacle = _obstacle(scene)
+    why = f"; {obstacle.message}" if obstacle else ""
+    if below:
+        least = scene.spec.failure_policy.rollout.min_available_percent
+        text = f"{ready}/{scene.replicas} engines are ready, below minAvailablePercent {least}{why}"
+        return Problem("RolloutBelowMinimum", text)
+    if not scene.is_messaging_ready:
+        return Problem("MessagingNotReady", f"the NATS server is not ready{why}")
+    if wave.stuck:
+        return Problem("RolloutUpdateStuck", f"the update of the engines has stopped: {wave.stuck}")
+    if stale_at is not None and scene.now >= stale_at:
+        return Problem(
+            "ReportStale", f"the trainer has not reported for {int(REPORT_STALE_SECONDS)} s or more"
+        )
+    if report is not None and report.staleness_max is not None and report.staleness_max > bound:
+        text = f"tokens of {report.staleness_max} versions ago were trained; staleness.maxVersions is {bound}"
+        return Problem("StalenessExceeded", text)
+    if scene.seen.blocked is not None:
+        return scene.seen.blocked
+    if ready < scene.replicas:
+        return Problem("RolloutShort", f"{ready}/{scene.replicas} engines are ready{why}")
+    return None

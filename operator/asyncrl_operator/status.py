@@ -1,0 +1,345 @@
+"""From what a pass found to the status that users and tools read: conditions, phase, columns. Pure.
+
+The table of conditions and how kstatus, Argo CD and Flux read them is in docs/gitops.md. `Reconciling` and
+`Stalled` are there only while they are true, and never both; all others are always listed.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from asyncrl_api.job import Spec
+from asyncrl_api.report import Report
+from asyncrl_api.status import (
+    AttemptStatus,
+    CheckpointStatus,
+    ClocksStatus,
+    Condition,
+    GPUsStatus,
+    GroupStatus,
+    Phase,
+    PodSetStatus,
+    ProgressStatus,
+    RewardStatus,
+    SplitStatus,
+    StalenessStatus,
+    Status,
+    ThroughputStatus,
+)
+from asyncrl_api.times import to_seconds, to_text
+from asyncrl_operator.attempts import pods_of
+from asyncrl_operator.layout import num_trainer_pods
+from asyncrl_operator.observed import Observed, Pod, Problem
+
+LONGEST_MESSAGE = 1000
+REPORT_SECONDS = 30.0
+"""Between two changes of what the trainer reports."""
+UNCHANGED_SECONDS = 240.0
+"""After so long `reportTime` moves though nothing else has changed: it is how a stale status is known."""
+
+Truth = Literal["True", "False", "Unknown"]
+Fact = tuple[Truth, str, str]
+"""Status, reason, message of a condition."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How the job stands after a pass."""
+
+    phase: Phase
+    reason: str
+    message: str
+    stalled: Problem | None = None
+    """Nothing is done about it until the user acts."""
+    degraded: Problem | None = None
+    """It runs, but not as it should."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What has to be remembered until the next pass."""
+
+    attempt: AttemptStatus | None
+    split: SplitStatus | None
+    clocks: ClocksStatus
+    start_time: str | None
+    completion_time: str | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """What of the object a status is about."""
+
+    name: str
+    uid: str
+    generation: int
+    spec: Spec
+
+
+def describe(
+    job: Job,
+    before: Status,
+    seen: Observed,
+    report: Report | None,
+    standing: Standing,
+    memory: Memory,
+    now: float,
+) -> Status:
+    """Return the status after a pass; equal to `before` where nothing that is shown has changed.
+
+    Args:
+        report: of the present attempt.
+    """
+    groups = _groups(job, seen, memory)
+    allocated = sum(pod.gpus for pod in seen.pods if pod.is_alive)
+    budget = job.spec.gpu_budget.total
+    status = Status(
+        observed_generation=job.generation,
+        phase=standing.phase,
+        message=standing.message[:LONGEST_MESSAGE],
+        conditions=_conditions(job, before, groups, standing, now),
+        start_time=memory.start_time,
+        completion_time=memory.completion_time,
+        attempt=memory.attempt,
+        split=memory.split,
+        clocks=memory.clocks if memory.clocks != ClocksStatus() else None,
+        groups=groups,
+        gpus=GPUsStatus(budget=budget, allocated=allocated, summary=f"{allocated}/{budget}"),
+        pod_sets=_pod_sets(job.spec, before, standing, memory.split),
+        selector=f"asyncrl.dev/job={job.name}",
+        progress=before.progress,
+        staleness=before.staleness,
+        throughput=before.throughput,
+        reward=before.reward,
+        last_checkpoint=before.last_checkpoint,
+        report_time=before.report_time,
+    )
+    if report is None or now < next_show(before, report):
+        return status
+    return _with_report(status, report)
+
+
+def next_show(before: Status, report: Report) -> float:
+    """Return when a report may be shown: no more often than a reader follows, at once if its state is new.
+
+    Every change of a status is a message to everyone who watches (Argo CD compares the whole application).
+    """
+    is_news = before.progress is None or before.progress.state != report.state
+    if is_news or before.report_time is None:
+        return 0.0
+    return to_seconds(before.report_time) + REPORT_SECONDS
+
+
+def after_the_end(job: Job, before: Status, seen: Observed) -> Status:
+    """Return the status of a finished job: its verdict stands; what changes is which pods are left."""
+    memory = Memory(before.attempt, before.split, ClocksStatus(), before.start_time)
+    allocated = sum(pod.gpus for pod in seen.pods if pod.is_alive)
+    budget = before.gpus.budget if before.gpus else job.spec.gpu_budget.total
+    return before.model_copy(
+        update={
+            "observed_generation": job.generation,
+            "gpus": GPUsStatus(budget=budget, allocated=allocated, summary=f"{allocated}/{budget}"),
+            "groups": _groups(job, seen, memory),
+        }
+    )
+
+
+# -- groups
+
+
+def _groups(job: Job, seen: Observed, memory: Memory) -> tuple[GroupStatus, ...]:
+    ours = [pod for pod in seen.pods if pod.is_ours and pod.is_alive]
+    groups = []
+    if job.spec.messaging.mode == "Embedded" and seen.messaging is not None:
+        pods = [pod for pod in ours if pod.group == "messaging"]
+        groups.append(_group("messaging", "StatefulSet", seen.messaging.name, seen.messaging.replicas, pods))
+    if (attempt := memory.attempt) is not None:
+        pods = [pod for pod in pods_of(attempt, seen) if pod.is_alive]
+        desired = num_trainer_pods(job.spec, attempt.gpus)
+        groups.append(_group("trainer", "Job", attempt.job_name, desired, pods))
+    if (rollout := seen.rollout) is not None:
+        pods = [pod for pod in ours if pod.group == "rollout"]
+        group = _group("rollout", "StatefulSet", rollout.name, rollout.replicas, pods)
+        updated = sum(pod.template == rollout.template for pod in pods)
+        groups.append(group.model_copy(update={"updated": updated}))
+    return tuple(groups)
+
+
+def _group(name: str, kind: str, resource: str, desired: int, pods: list[Pod]) -> GroupStatus:
+    ready = sum(pod.is_ready for pod in pods)
+    return GroupStatus(
+        name=name,
+        kind=kind,
+        resource=resource,
+        desired=desired,
+        ready=ready,
+        updated=len(pods),
+        gpus=sum(pod.gpus for pod in pods),
+        summary=f"{ready}/{desired}",
+    )
+
+
+def _pod_sets(
+    spec: Spec, before: Status, standing: Standing, split: SplitStatus | None
+) -> tuple[PodSetStatus, ...]:
+    """Return what a queue must find room for; it stays as it is while the job is suspended (Kueue)."""
+    if split is None or (standing.phase == "Suspended" and before.phase == "Suspended" and before.pod_sets):
+        return before.pod_sets
+    resource = spec.gpu_budget.resource_name if spec.gpu_budget.allocation == "ExtendedResource" else ""
+    pods = num_trainer_pods(spec, split.trainer)
+    sets = [("trainer", pods, split.trainer // pods)]
+    sets.append(("rollout", split.rollout // split.gpus_per_replica, split.gpus_per_replica))
+    if spec.messaging.mode == "Embedded":
+        sets.append(("messaging", 1, 0))
+    return tuple(
+        PodSetStatus(name=name, count=count, requests={resource: str(gpus)} if resource and gpus else {})
+        for name, count, gpus in sets
+    )
+
+
+# -- conditions
+
+
+def _conditions(
+    job: Job, before: Status, groups: tuple[GroupStatus, ...], standing: Standing, now: float
+) -> tuple[Condition, ...]:
+    facts = _facts(job.spec, groups, standing)
+    conditions = []
+    for kind, (truth, reason, message) in facts.items():
+        old = before.condition(kind)
+        changed = to_text(now) if old is None or old.status != truth else old.last_transition_time
+        conditions.append(
+            Condition(
+                type=kind,
+                status=truth,
+                reason=reason,
+                message=message[:LONGEST_MESSAGE],
+                last_transition_time=changed,
+                observed_generation=job.generation,
+            )
+        )
+    return tuple(conditions)
+
+
+def _facts(spec: Spec, groups: tuple[GroupStatus, ...], standing: Standing) -> dict[str, Fact]:
+    phase, reason, message = standing.phase, standing.reason, standing.message
+    ends = phase in ("Succeeded", "Failed")
+    facts: dict[str, Fact] = {"Ready": _ready(standing)}
+    if standing.stalled is not None:
+        facts["Stalled"] = ("True", standing.stalled.reason, standing.stalled.message)
+    elif phase == "Failed":
+        facts["Stalled"] = ("True", "Failed", message)
+    elif not ends and phase not in ("Running", "Suspended", "Queued"):
+        facts["Reconciling"] = ("True", reason, message)
+    is_suspended = phase in ("Suspended", "Suspending")
+    facts["Admitted"] = (
+        ("False", "Suspended", "spec.suspend is set") if is_suspended else ("True", "NoQueue", "")
+    )
+    facts["Running"] = (
+        "True" if phase == "Running" else "False",
+        reason if phase != "Running" else "Running",
+        "",
+    )
+    for group, kind in (
+        ("messaging", "MessagingReady"),
+        ("trainer", "TrainerReady"),
+        ("rollout", "RolloutReady"),
+    ):
+        facts[kind] = _group_fact(
+            next((each for each in groups if each.name == group), None), spec, group, ends
+        )
+    degraded = standing.degraded
+    facts["Degraded"] = (
+        ("True", degraded.reason, degraded.message) if degraded else ("False", "AsExpected", "")
+    )
+    facts["Suspended"] = (
+        "True" if phase == "Suspended" else "False",
+        phase if is_suspended else "NotSuspended",
+        "",
+    )
+    facts["Complete"] = (
+        ("True", "Complete", message) if phase == "Succeeded" else ("False", "NotComplete", "")
+    )
+    facts["Failed"] = ("True", reason, message) if phase == "Failed" else ("False", "NotFailed", "")
+    facts["Finished"] = ("True", phase, message) if ends else ("False", "NotFinished", "")
+    return facts
+
+
+def _ready(standing: Standing) -> Fact:
+    """Return the summary that kstatus reads: True where there is nothing to wait for."""
+    if standing.stalled is not None:
+        return "False", standing.stalled.reason, standing.stalled.message
+    if standing.phase == "Running":
+        if standing.degraded is not None:
+            return "True", "Degraded", standing.degraded.message
+        return "True", "Running", standing.message
+    if standing.phase == "Suspended":
+        return "True", "Suspended", standing.message
+    if standing.phase == "Succeeded":
+        return "True", "Complete", standing.message
+    if standing.phase == "Queued":
+        return "Unknown", "Queued", standing.message
+    return "False", "Failed" if standing.phase == "Failed" else standing.reason, standing.message
+
+
+def _group_fact(group: GroupStatus | None, spec: Spec, name: str, ends: bool) -> Fact:
+    if group is None:
+        if name == "messaging" and spec.messaging.mode == "Shared":
+            return "True", "Shared", f"a shared server is used: {spec.messaging.shared.url}"
+        return "False", "NotMade", ""
+    if group.desired and group.ready >= group.desired:
+        return "True", "Ready", group.summary
+    return "False", "Ended" if ends else "NotReady", group.summary
+
+
+# -- report
+
+
+def _with_report(status: Status, report: Report) -> Status:
+    shown = status.model_copy(update=_reported(report))
+    if shown == status and status.report_time and report.time:
+        age = to_seconds(report.time) - to_seconds(status.report_time)
+        if age < UNCHANGED_SECONDS:
+            return status
+    return shown.model_copy(update={"report_time": report.time}) if report.time else shown
+
+
+def _reported(report: Report) -> dict[str, object]:
+    step, most = report.step, report.max_steps
+    checkpoint, evaluation = report.last_checkpoint, report.last_evaluation or report.first_evaluation
+    shown: dict[str, object] = {
+        "progress": ProgressStatus(
+            step=step,
+            max_steps=most,
+            summary=f"{step}/{most}",
+            percent=100 * step // most if most else 0,
+            state=report.state,
+            estimated_remaining_seconds=_whole(report.remaining_seconds),
+        ),
+        "staleness": StalenessStatus(p50=_p50(report), p95=_p95(report), max=report.staleness_max),
+        "throughput": ThroughputStatus(
+            tokens_per_second=_whole(report.tokens_per_second),
+            queue_depth=report.queue_depth,
+            trainer_wait_percent=None if report.wait_share is None else round(100 * report.wait_share),
+        ),
+        "reward": RewardStatus(
+            mean=None if report.reward is None else f"{report.reward:.3f}",
+            held_out=None if evaluation is None else f"{evaluation.accuracy:.3f}",
+        ),
+    }
+    if checkpoint is not None:
+        shown["last_checkpoint"] = CheckpointStatus(
+            step=checkpoint.step, path=checkpoint.path, time=checkpoint.time
+        )
+    return shown
+
+
+def _whole(value: float | None) -> int | None:
+    return None if value is None else round(value)
+
+
+def _p50(report: Report) -> int | None:
+    return _whole(report.staleness_mean) if report.staleness_max is not None else None
+
+
+def _p95(report: Report) -> int | None:
+    return report.staleness_max
