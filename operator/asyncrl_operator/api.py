@@ -1,0 +1,188 @@
+"""The Kubernetes API over one pool of connections: JSON in and out, and errors that say what to do next.
+
+The official client does the connections, TLS and credentials; its typed models are left out, since they take
+ten times the memory and four times the time of plain JSON.
+"""
+
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from typing import Any, Final, Literal
+from urllib.parse import urlencode
+
+import aiohttp
+import msgspec
+from kubernetes.aio.client.api_client import ApiClient
+
+FIELD_MANAGER: Final = "asyncrl-operator"
+CALL_SECONDS: Final = 30.0
+CONNECT_SECONDS: Final = 10.0
+WATCH_SILENCE_SECONDS: Final = 90.0
+"""A watch sends a bookmark every minute; one that is silent for longer is dead."""
+
+Propagation = Literal["Foreground", "Background"]
+Json = dict[str, Any]
+
+
+class ApiError(Exception):
+    """The API server refused, failed or was not reached.
+
+    Args:
+        status: HTTP status; 0: no answer.
+        reason: the API's word: Conflict, AlreadyExists, Invalid, NotFound, Expired ...
+        retry_after_seconds: what the server asked for.
+        causes: reasons of `details.causes`: NamespaceTerminating, say.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        reason: str,
+        message: str,
+        retry_after_seconds: float = 0.0,
+        causes: tuple[str, ...] = (),
+    ) -> None:
+        super().__init__(f"{status} {reason}: {message}" if status else message)
+        self.status = status
+        self.reason = reason
+        self.message = message
+        self.retry_after_seconds = retry_after_seconds
+        self.causes = causes
+
+    @property
+    def is_transient(self) -> bool:
+        """Whether the same call may succeed a little later."""
+        return self.status in (0, 408, 429) or self.status >= 500
+
+    @property
+    def is_expired(self) -> bool:
+        """The version that a watch or a page was to go on from is forgotten: list again."""
+        return self.status == 410 or self.reason in ("Expired", "Gone")
+
+
+def error_from(status: int, headers: Mapping[str, str], body: bytes) -> ApiError:
+    """Return what an answer of status 400 or more says; a proxy in between may not answer in JSON."""
+    try:
+        answer = msgspec.json.decode(body)
+    except msgspec.DecodeError:
+        answer = None
+    if not isinstance(answer, dict):
+        answer = {"message": body[:500].decode(errors="replace")}
+    details = answer.get("details") or {}
+    try:
+        retry_after = float(headers.get("Retry-After") or details.get("retryAfterSeconds") or 0)
+    except ValueError:  # an HTTP date, which the API server never sends
+        retry_after = 0.0
+    causes = tuple(str(each.get("reason", "")) for each in details.get("causes") or ())
+    return ApiError(status, answer.get("reason", ""), answer.get("message", ""), retry_after, causes)
+
+
+class Api:
+    """One client of one API server.
+
+    Args:
+        client: of `kubernetes.aio`, configured.
+        on_call: told verb and HTTP status of each call, for metrics.
+    """
+
+    def __init__(self, client: ApiClient, on_call: Callable[[str, int], None] = lambda verb, status: None):
+        self._client = client
+        self._on_call = on_call
+
+    async def get(self, path: str, **query: str) -> Json:
+        """Return an object or a page of a collection.
+
+        Raises:
+            ApiError: as for all calls.
+        """
+        return await self._call("GET", path, query)
+
+    async def apply(self, path: str, body: Json, *, is_dry_run: bool = False) -> Json:
+        """Apply server-side, with force: what we own is as we say, what others own stays.
+
+        `metadata.uid` in the body makes a Conflict of an object that has been replaced since; a
+        `metadata.resourceVersion` of 1, which no object has, makes one of every object that exists.
+        """
+        query = {"fieldManager": FIELD_MANAGER, "force": "true"} | ({"dryRun": "All"} if is_dry_run else {})
+        return await self._call("PATCH", path, query, body, "application/apply-patch+yaml")
+
+    async def merge(self, path: str, body: Json) -> Json:
+        """Apply a JSON merge patch."""
+        query = {"fieldManager": FIELD_MANAGER}
+        return await self._call("PATCH", path, query, body, "application/merge-patch+json")
+
+    async def create(self, path: str, body: Json) -> Json:
+        return await self._call("POST", path, {"fieldManager": FIELD_MANAGER}, body)
+
+    async def delete(
+        self, path: str, *, uid: str, propagation: Propagation, grace_seconds: int | None = None
+    ) -> Json:
+        """Delete the object that has this UID, and no other of its name."""
+        options: Json = {"preconditions": {"uid": uid}, "propagationPolicy": propagation}
+        if grace_seconds is not None:
+            options["gracePeriodSeconds"] = grace_seconds
+        return await self._call("DELETE", path, {}, options)
+
+    async def watch(self, path: str, **query: str) -> AsyncIterator[Json]:
+        """Yield the events of a watch until the server ends it.
+
+        Raises:
+            ApiError: also for a stream that breaks or is silent for too long, and for an ERROR event.
+        """
+        timeout = aiohttp.ClientTimeout(connect=CONNECT_SECONDS, sock_read=WATCH_SILENCE_SECONDS)
+        async with self._request("GET", path, query | {"watch": "true"}, None, "", timeout) as response:
+            self._on_call("WATCH", response.status)
+            if response.status >= 400:
+                raise error_from(response.status, response.headers, await response.read())
+            async for line in _lines(response.content):
+                event = msgspec.json.decode(line)
+                if event["type"] == "ERROR":
+                    status = event["object"]
+                    code, reason = status.get("code", 0), status.get("reason", "")
+                    raise ApiError(code, reason, status.get("message", ""))
+                yield event
+
+    async def _call(
+        self, verb: str, path: str, query: Mapping[str, str], body: Json | None = None, content_type: str = ""
+    ) -> Json:
+        timeout = aiohttp.ClientTimeout(total=CALL_SECONDS, connect=CONNECT_SECONDS)
+        async with self._request(verb, path, query, body, content_type, timeout) as response:
+            data = await response.read()
+        self._on_call(verb, response.status)
+        if response.status >= 400:
+            raise error_from(response.status, response.headers, data)
+        answer: Json = msgspec.json.decode(data)
+        return answer
+
+    @asynccontextmanager
+    async def _request(
+        self,
+        verb: str,
+        path: str,
+        query: Mapping[str, str],
+        body: Json | None,
+        content_type: str,
+        timeout: aiohttp.ClientTimeout,
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """Send a request with our credentials; what breaks below HTTP becomes an ApiError of status 0."""
+        headers = {"Accept": "application/json", "Content-Type": content_type or "application/json"}
+        url = f"{self._client.configuration.host}{path}"
+        if query:
+            url = f"{url}?{urlencode(query)}"
+        try:
+            await self._client.update_params_for_auth(headers, [], ["BearerToken"], path, verb, body)
+            answer = await self._client.call_api(verb, url, headers, body, _request_timeout=timeout)
+            async with answer.response as response:
+                yield response
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            self._on_call(verb, 0)
+            raise ApiError(0, "Unreachable", f"{verb} {path}: {error!r}") from error
+
+
+async def _lines(stream: aiohttp.StreamReader) -> AsyncIterator[bytes]:
+    """Yield the lines of a stream; aiohttp's own iterator refuses lines longer than its buffer."""
+    rest = b""
+    async for chunk in stream.iter_any():
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            if line:
+                yield line

@@ -1,0 +1,366 @@
+"""What the operator knows of a cluster, and what it does to it."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from asyncrl_operator.api import Api, ApiError, Json, Propagation
+from asyncrl_operator.informer import RESYNC_SECONDS, Entry, Informer, Store, fill
+from asyncrl_operator.observed import Node, Observed, Problem
+from asyncrl_operator.resources import (
+    ASYNCRL_JOBS,
+    CHILDREN,
+    EVENTS,
+    NODES,
+    PODS,
+    SECRETS,
+    SELECTOR,
+    STATEFUL_SETS,
+    Resource,
+    is_made_once,
+    resource_of,
+)
+from asyncrl_operator.schema import OPENAPI_PATH, schema_problem
+from asyncrl_operator.sight import Child, see
+from asyncrl_operator.trim import KeptPod, compact, trim_job, trim_node, trim_pod
+from asyncrl_operator.workqueue import Key
+
+logger = logging.getLogger(__name__)
+
+NO_OBJECT = "1"
+"""A resource version that no object has: applied with it, an object is made, and never taken over."""
+
+
+class Obstacle(Exception):
+    """The API server, or an object in the way, keeps the operator from doing what the spec asks for.
+
+    Args:
+        needs_user: nothing is tried until the spec changes or the obstacle is gone (Stalled); otherwise the
+            same is tried again (a quota may be raised).
+    """
+
+    def __init__(self, problem: Problem, *, needs_user: bool) -> None:
+        super().__init__(problem.message)
+        self.problem = problem
+        self.needs_user = needs_user
+
+
+class Gone(Exception):
+    """The AsyncRLJob of this pass is deleted or being deleted, or its namespace is: nothing is to be made."""
+
+
+@dataclass(frozen=True)
+class Sign:
+    """When a watch last gave a sign of life, monotonic seconds."""
+
+    watch: str
+    at: float
+
+
+class Cluster:
+    """Caches of all that belongs to AsyncRLJobs, and the writes.
+
+    Args:
+        namespaces: none: all, and nodes are seen too.
+        wake: called with the job for which something has changed.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self, api: Api, namespaces: Sequence[str], wake: Callable[[Key], None], clock: Callable[[], float]
+    ) -> None:
+        self._api = api
+        self._namespaces = namespaces
+        self._wake = wake
+        self._clock = clock
+        self.jobs: Store[bytes] = Store(trim_job)
+        self._children: dict[tuple[Resource, str], Informer[bytes]] = {}
+        self._pods: dict[str, Informer[KeptPod]] = {}
+        for namespace in namespaces or ("",):
+            for resource in CHILDREN:
+                informer = Informer(
+                    api, resource, namespace or None, SELECTOR, compact, self._child_changed, clock
+                )
+                self._children[resource, namespace] = informer
+            self._pods[namespace] = Informer(
+                api, PODS, namespace or None, SELECTOR, trim_pod, self._child_changed, clock
+            )
+        self._nodes: Informer[Node] | None = None
+        if not namespaces:
+            self._nodes = Informer(api, NODES, None, "", trim_node, self._node_changed, clock)
+
+    # -- caches
+
+    async def run(self) -> None:
+        """Keep the caches up to date until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            for informer in self._informers():
+                group.create_task(informer.run(), name=f"watch {informer.resource.plural}")
+            group.create_task(self._resync_jobs(), name="resync asyncrljobs")
+
+    async def wait_until_synced(self) -> None:
+        """Return once each cache has been filled."""
+        for informer in self._informers():
+            await informer.synced.wait()
+
+    def signs(self) -> list[Sign]:
+        """Return when each watch gave a sign of life."""
+        return [Sign(informer.resource.plural, informer.last_sign) for informer in self._informers()]
+
+    def take_job(self, kind: str | None, raw: Json) -> None:
+        """Take in what a watch tells of an AsyncRLJob."""
+        entry = self.jobs.remove(raw) if kind == "DELETED" else self.jobs.put(raw)
+        if entry is not None:
+            self._wake(Key(entry.namespace, entry.name))
+
+    def observe(self, key: Key, uid: str) -> Observed:
+        """Return what there is of a job, from the caches alone."""
+        pods = self._pods[self._scope(key.namespace)].store.of(key)
+        nodes = None
+        if self._nodes is not None:
+            found = {name: self._nodes.store.get("", name) for name in {e.value.pod.node for e in pods}}
+            nodes = {name: entry.value for name, entry in found.items() if entry is not None}
+        return see(key, uid, self.children(key), pods, nodes)
+
+    def children(self, key: Key) -> list[Child]:
+        """Return all objects with the label of a job, pods apart, in the order in which they are made."""
+        scope = self._scope(key.namespace)
+        return [
+            Child(resource, entry)
+            for resource in CHILDREN
+            for entry in self._children[resource, scope].store.of(key)
+        ]
+
+    def child(self, resource: Resource, namespace: str, name: str) -> Entry[bytes] | None:
+        return self._children[resource, self._scope(namespace)].store.get(namespace, name)
+
+    def _scope(self, namespace: str) -> str:
+        return namespace if self._namespaces else ""
+
+    def _informers(self) -> list[Informer[Any]]:
+        nodes = [self._nodes] if self._nodes is not None else []
+        return [*self._children.values(), *self._pods.values(), *nodes]
+
+    def _child_changed(self, entry: Entry[Any]) -> None:
+        if entry.key is not None:
+            self._wake(entry.key)
+
+    def _node_changed(self, node: Entry[Node]) -> None:
+        for informer in self._pods.values():
+            for pod in informer.store:
+                if pod.value.pod.node == node.name and pod.key is not None:
+                    self._wake(pod.key)
+
+    async def _resync_jobs(self) -> None:
+        """List the AsyncRLJobs now and then: kopf does not tell what was deleted while it did not watch."""
+        while True:
+            await asyncio.sleep(RESYNC_SECONDS)
+            for namespace in self._namespaces or (None,):
+                try:
+                    path = ASYNCRL_JOBS.path(namespace)
+                    await fill(self._api, path, {}, self.jobs, lambda e: self._wake(Key(e.namespace, e.name)))
+                except ApiError as error:
+                    logger.warning("asyncrljobs: not listed, next try in %.0f s: %s", RESYNC_SECONDS, error)
+
+    # -- writes
+
+    async def verify(self, key: Key, uid: str) -> None:
+        """Ask for the AsyncRLJob itself, before anything is made for it on the word of a cache.
+
+        Raises:
+            Gone: it is not there any more, or not for long; what is made now would outlive it.
+        """
+        try:
+            live = await self._api.get(ASYNCRL_JOBS.path(key.namespace, key.name))
+        except ApiError as error:
+            if error.status != 404:
+                raise
+            self._drop_job(key)
+            raise Gone from error
+        self.jobs.put(live)
+        if live["metadata"]["uid"] != uid or "deletionTimestamp" in live["metadata"]:
+            raise Gone
+
+    async def make(self, manifest: Json, uid: str) -> bool:
+        """Make an object that the cache does not have; return whether it was not there.
+
+        One of ours that was there has lost the label by which it is watched, or the cache is behind: it gets
+        its manifest again, unless it stays as it was made.
+
+        Raises:
+            Obstacle: something of that name is there and is not ours: NameConflict.
+            ApiError: refused, failed.
+        """
+        resource, metadata = resource_of(manifest), manifest["metadata"]
+        namespace, name = metadata["namespace"], metadata["name"]
+        try:
+            if resource is SECRETS:
+                await self._api.create(resource.path(namespace), manifest)
+                return True
+            body = {**manifest, "metadata": {**metadata, "resourceVersion": NO_OBJECT}}
+            made = await self._api.apply(resource.path(namespace, name), body)
+        except ApiError as error:
+            if error.status != 409:
+                raise
+            if resource is SECRETS:  # its name has the UID in it, so it is ours; it may not be read
+                return False
+            live = await self._api.get(resource.path(namespace, name))
+            check_ownership(resource, live["metadata"], uid)
+            if is_made_once(manifest):
+                self._store(resource, namespace).put_written(live)
+            else:
+                await self.correct(manifest, live["metadata"]["uid"])
+            return False
+        self._store(resource, namespace).put_written(made)
+        return True
+
+    async def correct(self, manifest: Json, uid: str) -> None:
+        """Apply a manifest over the object that has this UID.
+
+        Raises:
+            ApiError: also if that object has been replaced by another since (409).
+        """
+        resource, metadata = resource_of(manifest), manifest["metadata"]
+        body = {**manifest, "metadata": {**metadata, "uid": uid}}
+        live = await self._api.apply(resource.path(metadata["namespace"], metadata["name"]), body)
+        self._store(resource, metadata["namespace"]).put_written(live)
+
+    async def scale(self, namespace: str, name: str, replicas: int) -> None:
+        """Set the replicas of a StatefulSet that the cache has, and nothing else of it."""
+        entry = self.child(STATEFUL_SETS, namespace, name)
+        assert entry is not None, "it was seen in this pass"
+        body = {"metadata": {"uid": entry.uid}, "spec": {"replicas": replicas}}
+        live = await self._api.merge(STATEFUL_SETS.path(namespace, name), body)
+        self._store(STATEFUL_SETS, namespace).put_written(live)
+
+    async def try_out(self, manifest: Json) -> None:
+        """Have the API server check a manifest without keeping it.
+
+        Raises:
+            ApiError: refused, failed.
+        """
+        metadata = manifest["metadata"]
+        path = resource_of(manifest).path(metadata["namespace"], metadata["name"])
+        await self._api.apply(path, manifest, is_dry_run=True)
+
+    async def delete(
+        self,
+        resource: Resource,
+        namespace: str,
+        name: str,
+        uid: str,
+        *,
+        propagation: Propagation = "Background",
+        is_forced: bool = False,
+    ) -> None:
+        """Delete one object; one that is gone or has been replaced is left alone."""
+        try:
+            answer = await self._api.delete(
+                resource.path(namespace, name),
+                uid=uid,
+                propagation=propagation,
+                grace_seconds=0 if is_forced else None,
+            )
+        except ApiError as error:
+            if error.status not in (404, 409):
+                raise
+            return
+        if "deletionTimestamp" not in answer.get("metadata", {}):
+            return  # gone at once; the watch will say so
+        if resource is PODS:
+            self._pods[self._scope(namespace)].store.put_written(answer)
+        else:
+            self._store(resource, namespace).put_written(answer)
+
+    async def write_status(self, entry: Entry[bytes], patch: Json) -> Entry[bytes]:
+        """Change the status of the AsyncRLJob as this pass has read it; return it as it is then.
+
+        Raises:
+            Gone: it is deleted.
+            ApiError: 409 if it has changed since; then it is read anew for the next pass.
+        """
+        key = Key(entry.namespace, entry.name)
+        path = ASYNCRL_JOBS.path(entry.namespace, entry.name, "status")
+        body = {"metadata": {"resourceVersion": str(entry.version), "uid": entry.uid}, "status": patch}
+        try:
+            live = await self._api.merge(path, body)
+        except ApiError as error:
+            if error.status == 404:
+                self._drop_job(key)
+                raise Gone from error
+            if error.status == 409:
+                await self.verify(key, entry.uid)
+            raise
+        if self.jobs.get(*key) is None:  # its deletion has been told while the answer was on its way
+            raise Gone
+        self.jobs.put(live)
+        written = self.jobs.get(*key)
+        assert written is not None
+        return written
+
+    async def served_problem(self) -> Problem | None:
+        """Return what is wrong with the CRD that is served."""
+        return schema_problem(await self._api.get(OPENAPI_PATH))
+
+    async def exists(self, resource: Resource, namespace: str, name: str) -> bool:
+        """Whether an object that a user names is there."""
+        try:
+            await self._api.get(resource.path(namespace, name))
+        except ApiError as error:
+            if error.status == 404:
+                return False
+            raise
+        return True
+
+    async def last_event(self, namespace: str, kind: str, name: str, reason: str) -> str:
+        """Return the message of the newest Event of a reason about an object; empty if there is none."""
+        selector = f"involvedObject.kind={kind},involvedObject.name={name},reason={reason}"
+        page = await self._api.get(EVENTS.path(namespace), fieldSelector=selector, limit="50")
+        events = sorted(page["items"], key=lambda each: each.get("lastTimestamp") or "")
+        return str(events[-1].get("message", "")) if events else ""
+
+    def _store(self, resource: Resource, namespace: str) -> Store[bytes]:
+        return self._children[resource, self._scope(namespace)].store
+
+    def _drop_job(self, key: Key) -> None:
+        self.jobs.discard(*key)
+        self._wake(key)
+
+
+def check_ownership(resource: Resource, metadata: Json, uid: str) -> None:
+    """Raise an Obstacle if an object of a name that we need is not ours. It is never taken over.
+
+    One of an earlier AsyncRLJob of the same name is waited for: it is about to be deleted.
+    """
+    owners = metadata.get("ownerReferences") or ()
+    if any(each["uid"] == uid and each.get("controller") for each in owners):
+        return
+    what = f"{resource.kind} {metadata['name']}"
+    if any(each["kind"] == ASYNCRL_JOBS.kind for each in owners):
+        text = f"{what} of an earlier job of this name is still there"
+        raise Obstacle(Problem("WaitingForPredecessor", text), needs_user=False)
+    text = f"{what} exists and was not made for this job: rename or delete one of the two"
+    raise Obstacle(Problem("NameConflict", text), needs_user=True)
+
+
+def obstacle_from(error: ApiError) -> Obstacle | None:
+    """Return what a refusal means to the user; None for what is no matter of the spec."""
+    message = error.message
+    if error.status == 403 and "exceeded quota" in message:
+        return Obstacle(Problem("QuotaExceeded", message), needs_user=False)
+    if "admission webhook" in message or "ValidatingAdmissionPolicy" in message:
+        return Obstacle(Problem("AdmissionDenied", message), needs_user=False)
+    if error.status == 403:
+        return Obstacle(Problem("Forbidden", message), needs_user=False)
+    if error.status == 422 or "failed to create typed patch object" in message:
+        return Obstacle(Problem("InvalidSpec", message), needs_user=True)
+    return None
+
+
+def is_namespace_ending(error: ApiError) -> bool:
+    """Whether nothing can be made because the namespace is being deleted, or is gone."""
+    return "NamespaceTerminating" in error.causes or (
+        error.status == 404 and error.message.startswith("namespaces ")
+    )

@@ -1,0 +1,295 @@
+"""Carries out what a pass has decided: makes what is missing, corrects what differs, deletes the rest."""
+
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from asyncrl_api.job import AsyncRLJob
+from asyncrl_api.manifests import SpecError
+from asyncrl_operator.api import ApiError
+from asyncrl_operator.cluster import (
+    Cluster,
+    Gone,
+    Obstacle,
+    check_ownership,
+    is_namespace_ending,
+    obstacle_from,
+)
+from asyncrl_operator.compare import first_difference
+from asyncrl_operator.hashes import rollout_hash, trainer_hash
+from asyncrl_operator.layout import plan_split
+from asyncrl_operator.manifests import (
+    Defaults,
+    render_credentials,
+    render_messaging,
+    render_rollout,
+    render_shared,
+    render_trainer,
+)
+from asyncrl_operator.observed import (
+    Attempt,
+    DeleteChildren,
+    DeletePod,
+    DeleteTrainerJob,
+    Deletion,
+    Desired,
+    Event,
+    Observed,
+    Problem,
+)
+from asyncrl_operator.resources import JOBS, PODS, SECRETS, is_made_once, resource_of
+from asyncrl_operator.sight import Child, report_name
+from asyncrl_operator.workqueue import Key
+
+logger = logging.getLogger(__name__)
+
+Manifest = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Target:
+    """The job that a pass works on, and what the pass wants of it."""
+
+    key: Key
+    job: AsyncRLJob
+    uid: str
+    generation: int
+    desired: Desired | None
+    """None: nothing is applied."""
+    gpus_per_replica: int
+
+    @property
+    def wanted(self) -> tuple[object, ...]:
+        """What the manifests follow from, the defaults apart."""
+        return (self.uid, self.generation, self.desired, self.gpus_per_replica)
+
+
+@dataclass(frozen=True)
+class Settled:
+    """That the children of a job were once as wanted: then nothing is rendered until one of them changes."""
+
+    wanted: tuple[object, ...]
+    children: tuple[object, ...]
+
+
+class Executor:
+    """Applies and deletes the children of jobs.
+
+    Args:
+        new_secret: returns a random password.
+    """
+
+    def __init__(self, cluster: Cluster, defaults: Defaults, new_secret: Callable[[], str]) -> None:
+        self._cluster = cluster
+        self._defaults = defaults
+        self._new_secret = new_secret
+        self._settled: dict[Key, Settled] = {}
+        self._tried_out: dict[Key, tuple[tuple[str, str, str], Problem | None]] = {}
+
+    def forget(self, key: Key) -> None:
+        """Drop what is remembered of a job that is gone."""
+        self._settled.pop(key, None)
+        self._tried_out.pop(key, None)
+
+    async def act(
+        self, target: Target, seen: Observed, deletions: tuple[Deletion, ...], *, is_verified: bool
+    ) -> list[Event]:
+        """Apply, then delete; return what the user is told of children that others had changed.
+
+        What stands in the way of an apply does not keep the deletions from being done: they may remove it.
+
+        Args:
+            is_verified: the API server has just confirmed that the job is there.
+
+        Raises:
+            Obstacle: with what the user is to be told.
+            Gone: nothing is to be made any more.
+            ApiError: a call failed; the same may be tried again.
+        """
+        events: list[Event] = []
+        obstacle = None
+        try:
+            events = await self._apply(target, seen, is_verified)
+        except Obstacle as error:
+            obstacle = error
+        for deletion in deletions:
+            await self._delete(target.key, target.uid, deletion)
+        if obstacle is not None:
+            raise obstacle
+        return events
+
+    async def problem_with_overlays(self, key: Key, uid: str, job: AsyncRLJob, number: int) -> Problem | None:
+        """Return what the API server has against the pod templates of a job that has overlays of its own.
+
+        Asked for once for each pair of templates, and before anything is done that rests on them.
+
+        Args:
+            number: of the next attempt of the trainer, whose Job is not there.
+
+        Raises:
+            ApiError: a call failed.
+        """
+        spec = job.spec
+        if not (spec.trainer.pod_template or spec.rollout.pod_template):
+            return None
+        subject = (uid, trainer_hash(spec), rollout_hash(spec))
+        known = self._tried_out.get(key)
+        if known is not None and known[0] == subject:
+            return known[1]
+        problem = await self._try_out(job, number)
+        self._tried_out[key] = (subject, problem)
+        return problem
+
+    async def _try_out(self, job: AsyncRLJob, number: int) -> Problem | None:
+        try:
+            split = plan_split(job.spec)
+            manifests = [
+                *render_trainer(job, self._defaults, Attempt(number, split.trainer)),
+                *render_rollout(job, self._defaults, 0, split.gpus_per_replica),
+            ]
+        except SpecError as error:
+            return _problem_of(error)
+        for manifest in manifests:
+            try:
+                await self._cluster.try_out(manifest)
+            except ApiError as error:
+                obstacle = obstacle_from(error)
+                if obstacle is None:
+                    raise
+                if obstacle.needs_user:
+                    return obstacle.problem
+        return None
+
+    # -- apply
+
+    async def _apply(self, target: Target, seen: Observed, is_verified: bool) -> list[Event]:
+        key, desired, before = target.key, target.desired, self._settled.get(target.key)
+        if desired is None:
+            return []
+        if before == Settled(target.wanted, self._children(key)):
+            return []
+        self._settled.pop(key, None)
+        was_settled = before is not None and before.wanted == target.wanted
+        if not desired.shared:
+            await self._scale(target.key, desired, seen)
+            changes = []
+        else:
+            try:
+                changes = await self._apply_all(target, self._render(target, desired, seen), is_verified)
+            except SpecError as error:
+                raise Obstacle(_problem_of(error), needs_user=True) from error
+        self._settled[key] = Settled(target.wanted, self._children(key))
+        return changes if was_settled else []
+
+    def _render(self, target: Target, desired: Desired, seen: Observed) -> list[Manifest]:
+        """Return what is to be there, in the order in which it is made.
+
+        Raises:
+            SpecError: an overlay sets a field that the operator owns.
+        """
+        job, defaults = target.job, self._defaults
+        manifests = list(render_shared(job, defaults))
+        if desired.messaging_replicas is not None:
+            if seen.messaging is None:
+                manifests.insert(0, render_credentials(job, self._new_secret))
+            manifests += render_messaging(job, defaults, desired.messaging_replicas)
+        if desired.trainer is not None:
+            manifests += render_trainer(job, defaults, desired.trainer)
+        if desired.rollout_replicas is not None:
+            manifests += render_rollout(job, defaults, desired.rollout_replicas, target.gpus_per_replica)
+        return manifests
+
+    async def _apply_all(self, target: Target, manifests: list[Manifest], is_verified: bool) -> list[Event]:
+        async def verify() -> None:
+            nonlocal is_verified
+            if not is_verified:
+                await self._cluster.verify(target.key, target.uid)
+                is_verified = True
+
+        changes = []
+        for manifest in manifests:
+            try:
+                change = await self._apply_one(target, manifest, verify)
+            except ApiError as error:
+                if is_namespace_ending(error):
+                    raise Gone from error
+                obstacle = obstacle_from(error)
+                if obstacle is None:
+                    raise
+                what = f"{manifest['kind']} {manifest['metadata']['name']}"
+                problem = Problem(obstacle.problem.reason, f"{what}: {obstacle.problem.message}")
+                raise Obstacle(problem, needs_user=obstacle.needs_user) from error
+            if change is not None:
+                changes.append(change)
+        return changes
+
+    async def _apply_one(
+        self, target: Target, manifest: Manifest, verify: Callable[[], Awaitable[None]]
+    ) -> Event | None:
+        """Have one object as rendered; return what there is to tell of it if all was settled before."""
+        resource, metadata = resource_of(manifest), manifest["metadata"]
+        is_secret = resource is SECRETS  # made, and never read
+        place = (metadata["namespace"], metadata["name"])
+        entry = None if is_secret else self._cluster.child(resource, *place)
+        what = f"{resource.kind} {metadata['name']}"
+        if entry is None:
+            await verify()
+            is_made = await self._cluster.make(manifest, target.uid)
+            logger.debug("%s: %s %s", target.key, what, "made" if is_made else "was there")
+            return (
+                Event("ChildRecreated", f"{what} was missing and is made again")
+                if is_made and not is_secret
+                else None
+            )
+        live = Child(resource, entry).decode()
+        check_ownership(resource, live["metadata"], target.uid)
+        if entry.is_deleting or is_made_once(manifest):
+            return None
+        wanted = {name: value for name, value in manifest.items() if name not in ("apiVersion", "kind")}
+        path = first_difference(wanted, live)
+        if not path:
+            return None
+        logger.info("%s: %s differs at %s: applied", target.key, what, path)
+        await self._cluster.correct(manifest, entry.uid)
+        return Event("DriftCorrected", f"{what}: {path.removeprefix('.')} is set back")
+
+    async def _scale(self, key: Key, desired: Desired, seen: Observed) -> None:
+        """Bring groups to their size, and leave all else as it is: a job at rest is not rendered anew."""
+        wanted = (
+            (seen.rollout, desired.rollout_replicas),
+            (seen.messaging, desired.messaging_replicas),
+        )
+        for group, replicas in wanted:
+            if group is None or replicas is None or group.replicas == replicas or group.is_deleting:
+                continue
+            await self._cluster.scale(key.namespace, group.name, replicas)
+
+    def _children(self, key: Key) -> tuple[object, ...]:
+        """Return what tells one state of the children from another; the trainer's reports are none of it."""
+        return tuple(
+            (child.entry.uid, child.entry.is_deleting, child.entry.value)
+            for child in self._cluster.children(key)
+            if child.entry.name != report_name(key)
+        )
+
+    # -- deletions
+
+    async def _delete(self, key: Key, uid: str, deletion: Deletion) -> None:
+        cluster = self._cluster
+        match deletion:
+            case DeletePod(name, pod_uid, is_forced):
+                await cluster.delete(PODS, key.namespace, name, pod_uid, is_forced=is_forced)
+            case DeleteTrainerJob(name):
+                entry = cluster.child(JOBS, key.namespace, name)
+                if entry is not None and entry.owner == uid:
+                    await cluster.delete(JOBS, key.namespace, name, entry.uid, propagation="Foreground")
+            case DeleteChildren():
+                for child in cluster.children(key):
+                    if child.entry.owner == uid and not child.entry.is_deleting:
+                        entry = child.entry
+                        await cluster.delete(child.resource, key.namespace, entry.name, entry.uid)
+
+
+def _problem_of(error: SpecError) -> Problem:
+    return Problem("InvalidSpec", str(error))

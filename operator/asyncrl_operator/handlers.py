@@ -1,0 +1,79 @@
+"""The kopf shell: it watches AsyncRLJobs and tells the cache; all else is ours.
+
+`on.event` is the only kind of handler that leaves no finalizer and no annotation on the object. kopf keeps
+the process's signals and the liveness endpoint besides.
+"""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import kopf
+from kubernetes.aio.client.configuration import Configuration
+
+from asyncrl_operator.cluster import Cluster
+from asyncrl_operator.resources import ASYNCRL_JOBS
+
+DOMAIN = "asyncrl.dev"
+PAGE_SIZE = 500
+
+
+def build_registry(
+    cluster: Cluster, configuration: Configuration, check_health: Callable[[], None]
+) -> kopf.OperatorRegistry:
+    """Return the handlers of the operator.
+
+    Args:
+        configuration: of our own client; kopf gets the same credentials, and asks again when they are over.
+        check_health: raises when the process should be restarted.
+    """
+    registry = kopf.OperatorRegistry()
+    group, version = ASYNCRL_JOBS.api_version.split("/")
+
+    async def login(**_: Any) -> Any:
+        scheme, _space, token = (await configuration.get_api_key_with_prefix("BearerToken") or "").rpartition(
+            " "
+        )
+        return kopf.ConnectionInfo(
+            server=configuration.host,
+            ca_path=configuration.ssl_ca_cert,
+            insecure=not configuration.verify_ssl,
+            scheme=scheme or None,
+            token=token or None,
+            certificate_path=configuration.cert_file,
+            private_key_path=configuration.key_file,
+        )
+
+    def set_up(settings: kopf.OperatorSettings, **_: Any) -> None:
+        configure(settings)
+
+    async def job_changed(event: Any, **_: Any) -> None:
+        cluster.take_job(event["type"], event["object"])
+
+    def health(**_: Any) -> str:
+        check_health()
+        return "ok"
+
+    kopf.on.login(registry=registry)(login)
+    kopf.on.startup(registry=registry)(set_up)
+    kopf.on.event(group, version, ASYNCRL_JOBS.plural, registry=registry)(job_changed)
+    kopf.on.probe(id="health", registry=registry, errors=kopf.ErrorsMode.PERMANENT)(health)
+    return registry
+
+
+def configure(settings: kopf.OperatorSettings) -> None:
+    """Set what kopf would otherwise do by itself, or wait for without an end."""
+    settings.scanning.disabled = True  # else it lists namespaces and CRDs
+    settings.posting.enabled = False
+    settings.peering.standalone = True
+    settings.watching.server_timeout = 300
+    settings.watching.client_timeout = 310
+    settings.watching.chunk_size = PAGE_SIZE
+    settings.networking.request_timeout = 30
+    settings.queueing.exit_timeout = 1.0
+    settings.process.ultimate_exiting_timeout = 10.0
+    # Unused, for `on.event` keeps nothing; a handler of another kind, some day, shall not leave kopf's names.
+    settings.persistence.finalizer = f"{DOMAIN}/operator"
+    settings.persistence.progress_storage = kopf.AnnotationsProgressStorage(prefix=DOMAIN)
+    settings.persistence.diffbase_storage = kopf.AnnotationsDiffBaseStorage(prefix=DOMAIN)
+    logging.getLogger("kopf.objects").setLevel(logging.WARNING)  # a line for each event of each job

@@ -1,0 +1,263 @@
+"""What the API server holds, kept up to date: one list, then a watch, for one kind of object.
+
+A pass reads only these stores. They never go back in time: what we have written is put in at once, and news
+that is older than what is held is dropped.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from asyncrl_operator.api import Api, ApiError, Json
+from asyncrl_operator.resources import JOB_LABEL, Resource
+from asyncrl_operator.workqueue import Key
+
+logger = logging.getLogger(__name__)
+
+PAGE_SIZE = 500
+WATCH_SECONDS = 290
+"""After which the server ends a watch, and the next begins where it ended."""
+RESYNC_SECONDS = 600.0
+"""After which all is listed again, should a watch have lost something."""
+FIRST_RETRY_SECONDS = 0.5
+MAX_RETRY_SECONDS = 5.0
+"""Short, since nothing is decided rightly on old news; the API server sheds load itself (429)."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry(Generic[T]):
+    """An object as it is kept."""
+
+    namespace: str
+    name: str
+    uid: str
+    version: int
+    """`metadata.resourceVersion`; the versions of one kind are in order (KEP-5504)."""
+    job: str
+    """Label `asyncrl.dev/job`, or empty."""
+    owner: str
+    """UID of its controller, or empty."""
+    is_deleting: bool
+    value: T
+
+    @property
+    def key(self) -> Key | None:
+        """The AsyncRLJob that it belongs to."""
+        return Key(self.namespace, self.job) if self.job else None
+
+
+class Store(Generic[T]):
+    """The objects of one kind, also by job.
+
+    Args:
+        trim: what is kept of an object.
+    """
+
+    def __init__(self, trim: Callable[[Json], T]) -> None:
+        self._trim = trim
+        self._entries: dict[tuple[str, str], Entry[T]] = {}
+        self._by_job: dict[Key, dict[str, Entry[T]]] = {}
+        self._position = 0
+        """Version up to which list and watch have told everything."""
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __iter__(self) -> Iterator[Entry[T]]:
+        return iter(self._entries.values())
+
+    def get(self, namespace: str, name: str) -> Entry[T] | None:
+        return self._entries.get((namespace, name))
+
+    def of(self, key: Key) -> list[Entry[T]]:
+        """Return the objects that have the label of a job, by name."""
+        found = self._by_job.get(key, {})
+        return [found[name] for name in sorted(found)]
+
+    def put(self, raw: Json) -> Entry[T] | None:
+        """Take in an object; return what is kept, if anything that is kept differs from before."""
+        entry = self._entry(raw)
+        place = (entry.namespace, entry.name)
+        old = self._entries.get(place)
+        if old is not None and old.version >= entry.version:
+            return None
+        if old is not None and old.key != entry.key:
+            self._unlink(old)
+        self._entries[place] = entry
+        if entry.key is not None:
+            self._by_job.setdefault(entry.key, {})[entry.name] = entry
+        is_same = old is not None and (old.value, old.uid, old.is_deleting) == (
+            entry.value,
+            entry.uid,
+            entry.is_deleting,
+        )
+        return None if is_same else entry
+
+    def put_written(self, raw: Json) -> None:
+        """Take in the answer to a write of ours.
+
+        Only what the watch has not reached yet: behind that point it may have told of a deletion already, and
+        the object would come back for ever.
+        """
+        if int(raw["metadata"]["resourceVersion"]) > self._position:
+            self.put(raw)
+
+    def remove(self, raw: Json) -> Entry[T] | None:
+        """Take out an object that a watch tells is deleted; return it, unless a newer one has its name."""
+        gone = self._entry(raw)
+        held = self._entries.get((gone.namespace, gone.name))
+        if held is None or (held.version > gone.version and held.uid != gone.uid):
+            return None
+        return self._drop(held)
+
+    def discard(self, namespace: str, name: str) -> None:
+        """Take out an object that the API server says is not there."""
+        if (held := self.get(namespace, name)) is not None:
+            self._drop(held)
+
+    def advance(self, version: int) -> None:
+        """Note that the watch has told everything up to a version."""
+        self._position = max(self._position, version)
+
+    def sweep(self, listed: set[tuple[str, str]], version: int) -> list[Entry[T]]:
+        """Take out what a list of that version does not have, by namespace and name; return it."""
+        gone = [
+            entry
+            for place, entry in self._entries.items()
+            if place not in listed and entry.version <= version
+        ]
+        for entry in gone:
+            self._drop(entry)
+        self.advance(version)
+        return gone
+
+    def _entry(self, raw: Json) -> Entry[T]:
+        metadata = raw["metadata"]
+        owners = metadata.get("ownerReferences") or ()
+        return Entry(
+            namespace=metadata.get("namespace", ""),
+            name=metadata["name"],
+            uid=metadata["uid"],
+            version=int(metadata["resourceVersion"]),
+            job=metadata.get("labels", {}).get(JOB_LABEL, ""),
+            owner=next((each["uid"] for each in owners if each.get("controller")), ""),
+            is_deleting="deletionTimestamp" in metadata,
+            value=self._trim(raw),
+        )
+
+    def _drop(self, entry: Entry[T]) -> Entry[T]:
+        del self._entries[(entry.namespace, entry.name)]
+        self._unlink(entry)
+        return entry
+
+    def _unlink(self, entry: Entry[T]) -> None:
+        if entry.key is not None and (of_job := self._by_job.get(entry.key)) is not None:
+            of_job.pop(entry.name, None)
+            if not of_job:
+                del self._by_job[entry.key]
+
+
+async def fill(
+    api: Api, path: str, query: dict[str, str], store: Store[T], on_change: Callable[[Entry[T]], None]
+) -> str:
+    """List a collection page by page into a store, and return the version of the list.
+
+    Raises:
+        ApiError: what is in the store by then stays in it.
+    """
+    listed: set[tuple[str, str]] = set()
+    version, token = "", ""
+    while not version or token:
+        page = await api.get(path, **query, limit=str(PAGE_SIZE), **({"continue": token} if token else {}))
+        for item in page["items"]:
+            listed.add((item["metadata"].get("namespace", ""), item["metadata"]["name"]))
+            if (entry := store.put(item)) is not None:
+                on_change(entry)
+        version, token = page["metadata"]["resourceVersion"], page["metadata"].get("continue", "")
+    for entry in store.sweep(listed, int(version)):
+        on_change(entry)
+    return version
+
+
+class Informer(Generic[T]):
+    """Fills a store, and says what has changed.
+
+    Args:
+        namespace: None: all.
+        on_change: called for each object that differs in what is kept of it, or is gone.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        api: Api,
+        resource: Resource,
+        namespace: str | None,
+        selector: str,
+        trim: Callable[[Json], T],
+        on_change: Callable[[Entry[T]], None],
+        clock: Callable[[], float],
+    ) -> None:
+        self.store: Store[T] = Store(trim)
+        self.resource = resource
+        self.synced = asyncio.Event()
+        """Set once the first list is in."""
+        self.last_sign = clock()
+        """When the watch gave a sign of life: an event, a bookmark, or an error that is being retried."""
+        self._api = api
+        self._path = resource.path(namespace)
+        self._query = {"labelSelector": selector} if selector else {}
+        self._on_change = on_change
+        self._clock = clock
+        self._version = ""
+        self._listed_at = 0.0
+
+    async def run(self) -> None:
+        """List and watch until cancelled; a broken watch is taken up again, or all is listed again."""
+        delay = FIRST_RETRY_SECONDS
+        while True:
+            self.last_sign = self._clock()
+            try:
+                if not self._version or self._clock() - self._listed_at >= RESYNC_SECONDS:
+                    await self._list()
+                await self._watch()
+                delay = FIRST_RETRY_SECONDS
+            except ApiError as error:
+                if error.is_expired:
+                    logger.info("%s: listed again: %s", self._path, error)
+                    self._version = ""
+                    continue
+                wait = max(delay, error.retry_after_seconds)
+                logger.warning("%s: watch broken, next try in %.1f s: %s", self._path, wait, error)
+                delay = min(delay * 2, MAX_RETRY_SECONDS)
+                await asyncio.sleep(wait)
+
+    async def _list(self) -> None:
+        version = await fill(self._api, self._path, self._query, self.store, self._on_change)
+        self._version, self._listed_at = version, self._clock()
+        self.synced.set()
+
+    async def _watch(self) -> None:
+        query = self._query | {
+            "resourceVersion": self._version,
+            "allowWatchBookmarks": "true",
+            "timeoutSeconds": str(WATCH_SECONDS),
+        }
+        async for event in self._api.watch(self._path, **query):
+            self.last_sign = self._clock()
+            self._take(event["type"], event["object"])
+
+    def _take(self, kind: str, raw: dict[str, Any]) -> None:
+        self._version = raw["metadata"]["resourceVersion"]
+        entry = None
+        if kind in ("ADDED", "MODIFIED"):
+            entry = self.store.put(raw)
+        elif kind == "DELETED":
+            entry = self.store.remove(raw)
+        self.store.advance(int(self._version))
+        if entry is not None:
+            self._on_change(entry)

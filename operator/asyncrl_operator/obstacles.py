@@ -1,0 +1,148 @@
+"""What keeps a job from going on that none of its objects says: the CRD, names in the spec, refused pods.
+
+What must be asked of the API server is asked seldom, and only while something is amiss.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from asyncrl_api.job import Spec
+from asyncrl_operator.cluster import Cluster
+from asyncrl_operator.observed import Observed, Problem
+from asyncrl_operator.resources import CONFIG_MAPS, JOBS, SERVICE_ACCOUNTS, STATEFUL_SETS, Resource
+from asyncrl_operator.sight import missing_reference
+from asyncrl_operator.workqueue import Key
+
+logger = logging.getLogger(__name__)
+
+SCHEMA_SECONDS = 30.0
+"""Between two looks at the served CRD while it is too old."""
+REFERENCE_SECONDS = 15.0
+"""Between two looks for an object that is missing."""
+PODS_SECONDS = 15.0
+"""Between two looks for why pods are not made."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What stands in the way, and when to look again."""
+
+    problem: Problem | None = None
+    blocked: Problem | None = None
+    wake_at: float | None = None
+
+
+@dataclass
+class Asked:
+    """What the last questions about a job came to."""
+
+    references: tuple[str, int] | None = None
+    """UID and generation of the spec whose names were all found."""
+    pods_at: float | None = None
+    """When it was last asked why pods are missing, or first seen that they are; None: none are."""
+    refusal: Problem | None = None
+
+
+@dataclass
+class Obstacles:
+    """Looks for what stands in the way of a job.
+
+    Args:
+        clock: Unix time, seconds.
+    """
+
+    cluster: Cluster
+    clock: Callable[[], float]
+    _asked: dict[Key, Asked] = field(default_factory=dict)
+    _schema: Problem | None = None
+    _schema_at: float | None = None
+    """When the served CRD was looked at; None: not yet."""
+
+    async def find(self, key: Key, uid: str, generation: int, spec: Spec, seen: Observed) -> Found:
+        """Return the worst of what stands in the way.
+
+        Raises:
+            ApiError: a question was not answered.
+        """
+        now = self.clock()
+        if problem := await self._with_schema(now):
+            return Found(problem, wake_at=now + SCHEMA_SECONDS)
+        asked = self._asked.setdefault(key, Asked())
+        if problem := await self._with_references(asked, key.namespace, (uid, generation), spec):
+            return Found(problem, wake_at=now + REFERENCE_SECONDS)
+        ours = [pod for pod in seen.pods if pod.is_ours and pod.is_alive]
+        runs = any(pod.group == "trainer" and pod.phase == "Running" for pod in ours)
+        if not runs and (problem := missing_reference(ours)):
+            return Found(problem)
+        short = pods_missing(seen)
+        if not short:
+            asked.pods_at = asked.refusal = None
+            return Found()
+        if asked.pods_at is None:  # they have just been ordered
+            asked.pods_at = now
+        elif now >= asked.pods_at + PODS_SECONDS:
+            asked.pods_at, asked.refusal = now, await self._refusal(key.namespace, short)
+        return Found(blocked=asked.refusal, wake_at=asked.pods_at + PODS_SECONDS)
+
+    def forget(self, key: Key) -> None:
+        self._asked.pop(key, None)
+
+    async def _with_schema(self, now: float) -> Problem | None:
+        """Return what is wrong with the served CRD; one that was right is not looked at again."""
+        if self._schema_at is None or (self._schema is not None and now >= self._schema_at + SCHEMA_SECONDS):
+            self._schema, self._schema_at = await self.cluster.served_problem(), now
+            if self._schema is not None:
+                logger.error("%s: %s", self._schema.reason, self._schema.message)
+        return self._schema
+
+    async def _with_references(
+        self, asked: Asked, namespace: str, subject: tuple[str, int], spec: Spec
+    ) -> Problem | None:
+        """Return the first object named in the spec that is not there, once per generation if all are."""
+        if asked.references == subject:
+            return None
+        for resource, path, name in references(spec):
+            if not await self.cluster.exists(resource, namespace, name):
+                return Problem("MissingReference", f"{path}: {resource.kind} {name!r} does not exist")
+        asked.references = subject
+        return None
+
+    async def _refusal(self, namespace: str, owners: list[tuple[Resource, str]]) -> Problem | None:
+        """Return what the controller of Jobs or StatefulSets was told when it wanted to make pods."""
+        for resource, name in owners:
+            message = await self.cluster.last_event(namespace, resource.kind, name, "FailedCreate")
+            if message:
+                reason = "QuotaExceeded" if "exceeded quota" in message else "PodsRefused"
+                return Problem(reason, f"{resource.kind} {name}: {message}")
+        return None
+
+
+def references(spec: Spec) -> list[tuple[Resource, str, str]]:
+    """Return the objects that a spec names and the operator may look for: kind, field and name.
+
+    Secrets and claims are not among them: kubelet and scheduler say what is missing of those.
+    """
+    found = []
+    if spec.workflow.config_map_ref is not None:
+        found.append((CONFIG_MAPS, "spec.workflow.configMapRef", spec.workflow.config_map_ref.name))
+    if spec.reward.config_map_ref is not None:
+        found.append((CONFIG_MAPS, "spec.reward.configMapRef", spec.reward.config_map_ref.name))
+    if spec.scheduling.service_account_name:
+        name = spec.scheduling.service_account_name
+        found.append((SERVICE_ACCOUNTS, "spec.scheduling.serviceAccountName", name))
+    return found
+
+
+def pods_missing(seen: Observed) -> list[tuple[Resource, str]]:
+    """Return the Job and StatefulSets that have fewer pods than they are told to."""
+    ours = [pod for pod in seen.pods if pod.is_ours]
+    found: list[tuple[Resource, str]] = []
+    for job in seen.trainer_jobs:
+        has_pods = any(pod.group == "trainer" and pod.attempt == job.attempt for pod in ours)
+        if not (has_pods or job.is_complete or job.is_failed or job.is_deleting):
+            found.append((JOBS, job.name))
+    for group, kind in ((seen.messaging, "messaging"), (seen.rollout, "rollout")):
+        if group is not None and sum(pod.group == kind for pod in ours) < group.replicas:
+            found.append((STATEFUL_SETS, group.name))
+    return found

@@ -1,0 +1,186 @@
+"""One pass over one job: look, decide, act, report.
+
+It asks what is, never what happened, so it may run at any time and any number of times; a pass that is cut
+off after any of its calls is made good by the next.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import msgspec
+from pydantic import ValidationError
+
+from asyncrl_api.job import AsyncRLJob, Metadata, Spec
+from asyncrl_api.status import Status
+from asyncrl_operator.cluster import Cluster, Gone, Obstacle
+from asyncrl_operator.compare import merge_patch
+from asyncrl_operator.executor import Executor, Target
+from asyncrl_operator.informer import Entry
+from asyncrl_operator.observed import Event, Observed, Outcome
+from asyncrl_operator.obstacles import Obstacles
+from asyncrl_operator.planner import plan
+from asyncrl_operator.recorder import Recorder
+from asyncrl_operator.status import Job
+from asyncrl_operator.telemetry import Telemetry
+from asyncrl_operator.unreadable import unreadable
+from asyncrl_operator.workqueue import Key
+
+logger = logging.getLogger(__name__)
+
+BLOCKED_SECONDS = 20.0
+"""After which a write that the API server has refused is tried again, if nothing has changed by then."""
+
+
+@dataclass
+class Pass:
+    """What one pass knows of its job; `entry` is the object as it was last read or written."""
+
+    key: Key
+    entry: Entry[bytes]
+    stored: dict[str, Any]
+    """The status that `entry` has."""
+    job: AsyncRLJob
+    generation: int
+
+    @property
+    def subject(self) -> Job:
+        return Job(self.key.name, self.entry.uid, self.generation, self.job.spec)
+
+
+class Reconciler:
+    """Brings jobs to where their specs want them.
+
+    Args:
+        clock: Unix time, seconds.
+    """
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        executor: Executor,
+        obstacles: Obstacles,
+        recorder: Recorder,
+        telemetry: Telemetry,
+        clock: Callable[[], float],
+    ) -> None:
+        self._cluster = cluster
+        self._executor = executor
+        self._obstacles = obstacles
+        self._recorder = recorder
+        self._telemetry = telemetry
+        self._clock = clock
+        self._specs: dict[Key, tuple[str, int, Spec]] = {}
+
+    async def reconcile(self, key: Key) -> float | None:
+        """Take one step towards what a job asks for, say where it stands, and return when to look again.
+
+        Raises:
+            ApiError: the API server failed, or the job has changed under the pass; the next makes it good.
+        """
+        entry = self._cluster.jobs.get(*key)
+        if entry is None:
+            self._forget(key)
+            return None
+        if entry.is_deleting:
+            return None  # its children go with it, without us
+        try:
+            return await self._reconcile(key, entry)
+        except Gone:
+            return None
+
+    async def _reconcile(self, key: Key, entry: Entry[bytes]) -> float | None:
+        body = msgspec.json.decode(entry.value)
+        generation, stored = body["metadata"].get("generation", 1), body["status"]
+        try:
+            spec = self._parse(key, entry.uid, generation, body["spec"])
+        except ValidationError as error:
+            await self._write(
+                entry, stored, unreadable(Status.model_validate(stored), generation, error, self._clock())
+            )
+            return None
+        if spec.managed_by:
+            return None
+        metadata = Metadata(name=key.name, namespace=key.namespace, uid=entry.uid, generation=generation)
+        one = Pass(key, entry, stored, AsyncRLJob(metadata=metadata, spec=spec), generation)
+        return await self._step(one)
+
+    async def _step(self, one: Pass) -> float | None:
+        """Observe, plan, execute, write the status."""
+        before = Status.model_validate(one.stored)
+        seen, wake_at = await self._observe(one, is_over=before.is_true("Finished"))
+        outcome = plan(one.subject, before, seen, self._clock())
+        if outcome.write_status_first:
+            await self._store_status(one, outcome)
+        events = outcome.events
+        try:
+            if outcome.desired is not None or outcome.deletions:
+                events += tuple(await self._act(one, outcome, seen))
+        except Obstacle as obstacle:
+            seen = with_obstacle(seen, obstacle)
+            after = plan(one.subject, Status.model_validate(one.stored), seen, self._clock())
+            events = (outcome.events if outcome.write_status_first else ()) + after.events
+            outcome = replace(after, wake_at=earliest(after.wake_at, self._clock() + BLOCKED_SECONDS))
+        await self._store_status(one, outcome)
+        await self._recorder.record(one.key, one.entry.uid, events)
+        self._telemetry.show(one.key, one.entry.uid, outcome.status, seen)
+        return earliest(outcome.wake_at, wake_at)
+
+    async def _observe(self, one: Pass, *, is_over: bool) -> tuple[Observed, float | None]:
+        """Return what there is, with what stands in the way, and when to look for the latter again."""
+        seen = self._cluster.observe(one.key, one.entry.uid)
+        if is_over:
+            return seen, None
+        found = await self._obstacles.find(one.key, one.entry.uid, one.generation, one.job.spec, seen)
+        problem = found.problem
+        if problem is None:
+            attempt = one.stored.get("attempt") or {}
+            number = attempt.get("number", 0) + 1
+            problem = await self._executor.problem_with_overlays(one.key, one.entry.uid, one.job, number)
+        return replace(seen, problem=problem, blocked=found.blocked), found.wake_at
+
+    async def _act(self, one: Pass, outcome: Outcome, seen: Observed) -> list[Event]:
+        split = outcome.status.split
+        size = split.gpus_per_replica if split is not None else 1
+        target = Target(one.key, one.job, one.entry.uid, one.generation, outcome.desired, size)
+        is_verified = outcome.write_status_first
+        return await self._executor.act(target, seen, outcome.deletions, is_verified=is_verified)
+
+    async def _store_status(self, one: Pass, outcome: Outcome) -> None:
+        one.entry, one.stored = await self._write(one.entry, one.stored, outcome.status)
+
+    async def _write(
+        self, entry: Entry[bytes], stored: dict[str, Any], status: Status
+    ) -> tuple[Entry[bytes], dict[str, Any]]:
+        """Write the status if it differs, against the object as this pass has read it."""
+        patch = merge_patch(stored, status.to_json())
+        if not patch:
+            return entry, stored
+        written = await self._cluster.write_status(entry, patch)
+        return written, msgspec.json.decode(written.value)["status"]
+
+    def _parse(self, key: Key, uid: str, generation: int, spec: Any) -> Spec:
+        known = self._specs.get(key)
+        if known is not None and known[:2] == (uid, generation):
+            return known[2]
+        parsed = Spec.model_validate(spec)
+        self._specs[key] = (uid, generation, parsed)
+        return parsed
+
+    def _forget(self, key: Key) -> None:
+        self._specs.pop(key, None)
+        self._executor.forget(key)
+        self._obstacles.forget(key)
+        self._telemetry.forget(key)
+
+
+def with_obstacle(seen: Observed, obstacle: Obstacle) -> Observed:
+    """Return what was seen, and with it what was met while acting on it."""
+    if obstacle.needs_user:
+        return replace(seen, problem=obstacle.problem)
+    return replace(seen, blocked=obstacle.problem)
+
+
+def earliest(*times: float | None) -> float | None:
+    return min((at for at in times if at is not None), default=None)

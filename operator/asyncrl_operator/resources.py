@@ -1,0 +1,70 @@
+"""The kinds that the operator deals with: where they are in the API, and in which order they are made."""
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+from asyncrl_api.job import API_VERSION, KIND
+
+JOB_LABEL: Final = "asyncrl.dev/job"
+JOB_UID_LABEL: Final = "asyncrl.dev/job-uid"
+GROUP_LABEL: Final = "asyncrl.dev/group"
+ATTEMPT_LABEL: Final = "asyncrl.dev/attempt"
+TEMPLATE_LABEL: Final = "asyncrl.dev/template"
+GPUS_ANNOTATION: Final = "asyncrl.dev/gpus"
+SELECTOR: Final = "app.kubernetes.io/managed-by=asyncrl-operator"
+
+
+@dataclass(frozen=True)
+class Resource:
+    """A kind of object."""
+
+    api_version: str
+    kind: str
+    plural: str
+
+    def path(self, namespace: str | None, name: str = "", subresource: str = "") -> str:
+        """Return the path of an object or of a collection; of all namespaces, or of none, for None."""
+        root = "/api/v1" if self.api_version == "v1" else f"/apis/{self.api_version}"
+        parts = [root, *(["namespaces", namespace] if namespace else []), self.plural, name, subresource]
+        return "/".join(filter(None, parts))
+
+
+SERVICE_ACCOUNTS: Final = Resource("v1", "ServiceAccount", "serviceaccounts")
+ROLES: Final = Resource("rbac.authorization.k8s.io/v1", "Role", "roles")
+ROLE_BINDINGS: Final = Resource("rbac.authorization.k8s.io/v1", "RoleBinding", "rolebindings")
+SERVICES: Final = Resource("v1", "Service", "services")
+CONFIG_MAPS: Final = Resource("v1", "ConfigMap", "configmaps")
+DISRUPTION_BUDGETS: Final = Resource("policy/v1", "PodDisruptionBudget", "poddisruptionbudgets")
+NETWORK_POLICIES: Final = Resource("networking.k8s.io/v1", "NetworkPolicy", "networkpolicies")
+STATEFUL_SETS: Final = Resource("apps/v1", "StatefulSet", "statefulsets")
+JOBS: Final = Resource("batch/v1", "Job", "jobs")
+PODS: Final = Resource("v1", "Pod", "pods")
+NODES: Final = Resource("v1", "Node", "nodes")
+SECRETS: Final = Resource("v1", "Secret", "secrets")
+EVENTS: Final = Resource("v1", "Event", "events")
+ASYNCRL_JOBS: Final = Resource(API_VERSION, KIND, "asyncrljobs")
+
+CHILDREN: Final = (
+    SERVICE_ACCOUNTS,
+    ROLES,
+    ROLE_BINDINGS,
+    SERVICES,
+    CONFIG_MAPS,
+    DISRUPTION_BUDGETS,
+    NETWORK_POLICIES,
+    STATEFUL_SETS,
+    JOBS,
+)
+"""What is applied, compared and deleted, but for the Secret, which the operator may make and not read."""
+
+_BY_KIND: Final = {each.kind: each for each in (*CHILDREN, SECRETS)}
+
+
+def resource_of(manifest: dict[str, Any]) -> Resource:
+    """Return the kind of a rendered object."""
+    return _BY_KIND[manifest["kind"]]
+
+
+def is_made_once(manifest: dict[str, Any]) -> bool:
+    """Whether an object stays as it was made, be it by an earlier version of the operator."""
+    return resource_of(manifest) is JOBS or bool(manifest.get("immutable"))

@@ -1,0 +1,54 @@
+"""Whether the CRD that the API server serves has every field that this version relies on. Pure.
+
+An older CRD drops the fields that it does not know, and a dropped field reads as its default: an operator
+that acted on it would undo what the user wrote (kuberay#2084).
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from asyncrl_api.job import API_VERSION, Spec
+from asyncrl_api.marks import FieldNode, tree
+from asyncrl_api.status import Status
+from asyncrl_operator.observed import Problem
+
+OPENAPI_PATH = f"/openapi/v3/apis/{API_VERSION}"
+SCHEMA = "dev.asyncrl.v1alpha1.AsyncRLJob"
+SHOWN = 5
+"""Fields named in a message."""
+
+
+def schema_problem(document: dict[str, Any]) -> Problem | None:
+    """Return why no job can be acted on, from the published OpenAPI document of our group."""
+    schema = document.get("components", {}).get("schemas", {}).get(SCHEMA, {})
+    missing = list(missing_fields(schema))
+    if not missing:
+        return None
+    more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
+    return Problem(
+        "CRDTooOld",
+        f"the served CRD lacks {', '.join(missing[:SHOWN])}{more}: apply the CRD of this operator's version",
+    )
+
+
+def missing_fields(schema: dict[str, Any]) -> Iterator[str]:
+    """Yield the fields of spec and status that a schema does not have; not those below a missing one."""
+    properties = schema.get("properties", {})
+    yield from _missing(tree(Spec, "spec."), properties.get("spec", {}))
+    status = properties.get("status", {}).get("properties", {})
+    yield from (f"status.{info.alias}" for info in Status.model_fields.values() if info.alias not in status)
+
+
+def _missing(nodes: tuple[FieldNode, ...], schema: dict[str, Any]) -> Iterator[str]:
+    properties = _resolved(schema).get("properties", {})
+    for node in nodes:
+        if node.name not in properties:
+            yield node.path
+        elif node.children:
+            yield from _missing(node.children, properties[node.name])
+
+
+def _resolved(schema: dict[str, Any]) -> dict[str, Any]:
+    """Return a schema; one with a default or a description beside it is wrapped in `allOf`."""
+    wrapped = schema.get("allOf")
+    return wrapped[0] if wrapped and "properties" not in schema else schema

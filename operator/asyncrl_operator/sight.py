@@ -1,0 +1,130 @@
+"""From what the caches hold of one job to what a pass decides on. Pure."""
+
+import logging
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+from pydantic import ValidationError
+
+from asyncrl_api.report import Report
+from asyncrl_operator.informer import Entry
+from asyncrl_operator.observed import Node, Observed, Pod, Problem, StatefulSet, TrainerJob
+from asyncrl_operator.resources import (
+    ATTEMPT_LABEL,
+    CONFIG_MAPS,
+    JOBS,
+    STATEFUL_SETS,
+    TEMPLATE_LABEL,
+    Resource,
+)
+from asyncrl_operator.trim import KeptPod
+from asyncrl_operator.workqueue import Key
+
+logger = logging.getLogger(__name__)
+
+REPORT_KEY = "report"
+_MISSING = re.compile(r'(secret|configmap|persistentvolumeclaim|serviceaccount) "([^"]+)" not found', re.I)
+
+
+@dataclass(frozen=True)
+class Child:
+    """An object with the label of a job, pods apart."""
+
+    resource: Resource
+    entry: Entry[bytes]
+
+    def decode(self) -> dict[str, Any]:
+        decoded: dict[str, Any] = msgspec.json.decode(self.entry.value)
+        return decoded
+
+
+def see(
+    key: Key,
+    uid: str,
+    children: Iterable[Child],
+    pods: Iterable[Entry[KeptPod]],
+    nodes: Mapping[str, Node] | None,
+) -> Observed:
+    """Return what there is of a job, of its own objects and of pods of an earlier one of its name.
+
+    Args:
+        uid: of the AsyncRLJob; children of another one are none of ours.
+        nodes: those of the pods; None: the operator may not see them.
+    """
+    ours = [child for child in children if child.entry.owner == uid]
+    seen_pods = tuple(_pod(entry, uid) for entry in pods)
+    return Observed(
+        trainer_jobs=tuple(_trainer_job(child) for child in ours if child.resource is JOBS),
+        rollout=_stateful_set(ours, f"{key.name}-rollout"),
+        messaging=_stateful_set(ours, f"{key.name}-nats"),
+        pods=seen_pods,
+        nodes=nodes,
+        report=_report(key, ours),
+        has_children=bool(ours) or any(pod.is_ours for pod in seen_pods),
+    )
+
+
+def missing_reference(pods: Iterable[Pod]) -> Problem | None:
+    """Return what pods wait for that the user names and that is not there.
+
+    Kubelet says so of Secrets, which the operator may not read; the scheduler of claims.
+    """
+    for pod in pods:
+        if found := _MISSING.search(pod.waiting) or _MISSING.search(pod.unschedulable):
+            return Problem("MissingReference", f"pod {pod.name}: {found[1]} {found[2]!r} does not exist")
+    return None
+
+
+def _pod(entry: Entry[KeptPod], uid: str) -> Pod:
+    kept = entry.value
+    if kept.job_uid == uid:
+        return kept.pod
+    return Pod(**{**vars(kept.pod), "is_ours": False})
+
+
+def _trainer_job(child: Child) -> TrainerJob:
+    live = child.decode()
+    true = {each["type"]: each["message"] for each in live.get("conditions", ()) if each["status"] == "True"}
+    failed = next((kind for kind in ("Failed", "FailureTarget") if kind in true), None)
+    attempt = live["metadata"].get("labels", {}).get(ATTEMPT_LABEL, "")
+    return TrainerJob(
+        name=child.entry.name,
+        attempt=int(attempt) if attempt.isdigit() else 0,
+        is_complete="Complete" in true,
+        is_failed=failed is not None,
+        message=true[failed] if failed else "",
+        is_deleting=child.entry.is_deleting,
+    )
+
+
+def _stateful_set(children: Iterable[Child], name: str) -> StatefulSet | None:
+    for child in children:
+        if child.resource is STATEFUL_SETS and child.entry.name == name:
+            live = child.decode()
+            template = live["metadata"].get("labels", {}).get(TEMPLATE_LABEL, "")
+            replicas = live["spec"].get("replicas", 1)
+            return StatefulSet(name, replicas, template, child.entry.is_deleting)
+    return None
+
+
+def _report(key: Key, children: Iterable[Child]) -> Report | None:
+    name = report_name(key)
+    for child in children:
+        if child.resource is CONFIG_MAPS and child.entry.name == name:
+            text = child.decode().get("data", {}).get(REPORT_KEY)
+            if not text:
+                return None
+            try:
+                return Report.model_validate_json(text)
+            except ValidationError as error:  # of another version of the runtime; the job goes on without
+                logger.warning("%s: ConfigMap %s is not understood: %s", key, name, error)
+                return None
+    return None
+
+
+def report_name(key: Key) -> str:
+    """Return the name of the ConfigMap that the trainer writes."""
+    return f"{key.name}-report"
