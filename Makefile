@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RUN := runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: quickstart test unit lint clean
+.PHONY: quickstart test unit lint crd clean
 
 quickstart: $(STAMP)
 	$(BIN)/asyncrl run examples/quickstart.yaml --out $(RUN)
@@ -24,6 +24,10 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The CRD, the chart's copy of it and docs/reference.md, from the types.
+crd: $(STAMP)
+	$(BIN)/python -m asyncrl_api.crdgen
 
 # torch first and pinned: any other spec may pull gigabytes of CUDA.
 $(STAMP): pyproject.toml

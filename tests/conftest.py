@@ -1,5 +1,6 @@
-"""Fixtures shared by all tests: one NATS server per session, the test process's own job names."""
+"""Fixtures shared by all tests: one NATS server and one control plane per session, names of a test's own."""
 
+import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,8 +9,12 @@ import pytest
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
+from asyncrl_api.crdgen import FILE_NAME
 from asyncrl_api.names import JobNames, NatsAddress
+from kube_fixture import Cluster, why_not
 from nats_server_fixture import NatsServer
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="session")
@@ -50,3 +55,30 @@ def process_group() -> Iterator[None]:
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     yield
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A control plane with fake nodes and our CRD, for all tests of a session."""
+    if reason := why_not():
+        pytest.skip(reason)
+    made = Cluster(os.environ["KUBEUP"], tmp_path_factory.mktemp("kube") / "cluster")
+    try:
+        made.start()
+        made.kubectl("apply", "-f", str(ROOT / "crds" / FILE_NAME))
+        made.kubectl("wait", "--for=condition=Established", "crd", "--all", "--timeout=30s")
+        yield made
+    finally:
+        made.stop()
+
+
+@pytest.fixture
+def namespace(cluster: Cluster) -> Iterator[str]:
+    """A namespace of the test's own, at the restricted pod security level."""
+    name = f"t-{uuid.uuid4().hex[:8]}"
+    cluster.kubectl("create", "namespace", name)
+    cluster.kubectl("label", "namespace", name, "pod-security.kubernetes.io/enforce=restricted")
+    wait = ["wait", "--for=create", "serviceaccount/default", "--timeout=30s"]
+    cluster.kubectl("-n", name, *wait)  # pods need it
+    yield name
+    cluster.kubectl("delete", "namespace", name, "--wait=false")

@@ -1,0 +1,81 @@
+"""A Kubernetes control plane for tests, from the kit that KUBEUP names; with nodes that only look so (kwok)."""
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+NODES, GPUS = 4, 8
+WAIT_SECONDS = 60
+
+
+class Cluster:
+    """One control plane with fake nodes."""
+
+    def __init__(self, command: str, folder: Path) -> None:
+        self._command = command
+        self._folder = str(folder)
+        self.kubeconfig = ""
+        self.programs = Path(os.environ["KUBEBUILDER_ASSETS"])
+
+    def kubeup(self, *arguments: str) -> str:
+        """Run the kit's command for this cluster."""
+        command = [self._command, *arguments, "--dir", self._folder]
+        done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=300)
+        assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
+        return done.stdout.strip()
+
+    def start(self) -> None:
+        self.kubeup("start")
+        self.kubeup("kwok", "start", "--nodes", str(NODES), "--gpus", str(GPUS))
+        self.kubeconfig = self.kubeup("kubeconfig")
+
+    def stop(self) -> None:
+        self.kubeup("stop")
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """For programs that talk to this cluster."""
+        path = f"{self.programs}{os.pathsep}{os.environ['PATH']}"
+        return {**os.environ, "KUBECONFIG": self.kubeconfig, "PATH": path}
+
+    def run(self, *command: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
+        """Run a program (kubectl, helm) against this cluster; the caller looks at how it ended."""
+        return subprocess.run(
+            command, env=self.environment, input=stdin, text=True, capture_output=True, timeout=120
+        )
+
+    def kubectl(self, *arguments: str, stdin: str | None = None) -> str:
+        """Run kubectl, which must succeed, and return what it prints."""
+        done = self.run("kubectl", *arguments, stdin=stdin)
+        assert done.returncode == 0, f"kubectl {' '.join(arguments)}: {done.stderr}"
+        return done.stdout
+
+    def apply(self, *manifests: dict[str, Any], namespace: str | None = None) -> str:
+        """Apply manifests as a user does."""
+        text = json.dumps({"apiVersion": "v1", "kind": "List", "items": list(manifests)})
+        where = ["-n", namespace] if namespace else []
+        return self.kubectl(*where, "apply", "-f", "-", stdin=text)
+
+    def get(self, namespace: str, kind: str, name: str) -> dict[str, Any]:
+        """Return an object."""
+        found: dict[str, Any] = json.loads(self.kubectl("-n", namespace, "get", kind, name, "-o", "json"))
+        return found
+
+    def list(self, namespace: str, kind: str, selector: str = "") -> list[dict[str, Any]]:
+        """Return the objects of a kind."""
+        select = ["-l", selector] if selector else []
+        text = self.kubectl("-n", namespace, "get", kind, *select, "-o", "json")
+        items: list[dict[str, Any]] = json.loads(text)["items"]
+        return items
+
+
+def why_not() -> str:
+    """Return why there can be no cluster here; empty if there can."""
+    for name in ("KUBEUP", "KUBEBUILDER_ASSETS"):
+        if not os.environ.get(name):
+            return f"{name} is not set: tests that need an API server are skipped"
+    return ""
