@@ -175,7 +175,7 @@ class Api:
                 yield response
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             self._on_call(verb, 0)
-            raise ApiError(0, "Unreachable", f"{verb} {path}: {error!r}") from error
+            raise ApiError(0, "Unreachable", f"{verb} {path}: {type(error).__name__}: {error}") from error
 
 
 async def _lines(stream: aiohttp.StreamReader) -> AsyncIterator[bytes]:

@@ -16,6 +16,8 @@ from asyncrl_operator.resources import ASYNCRL_JOBS
 
 DOMAIN = "asyncrl.dev"
 PAGE_SIZE = 500
+RETRY_SECONDS = (0.5, 1.0, 2.0, 3.0, 3.0, 3.0)
+"""kopf's waits grow to 21 s; after the last, the watch is begun anew."""
 
 
 def build_registry(
@@ -70,6 +72,7 @@ def configure(settings: kopf.OperatorSettings) -> None:
     settings.watching.client_timeout = 310
     settings.watching.chunk_size = PAGE_SIZE
     settings.networking.request_timeout = 30
+    settings.networking.error_backoffs = RETRY_SECONDS
     settings.queueing.exit_timeout = 1.0
     settings.process.ultimate_exiting_timeout = 10.0
     # Unused, for `on.event` keeps nothing; a handler of another kind, some day, shall not leave kopf's names.

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+from asyncrl_api.job import KIND
 from asyncrl_operator.api import Api, ApiError, Json
 from asyncrl_operator.resources import JOB_LABEL, Resource
 from asyncrl_operator.workqueue import Key
@@ -38,7 +39,7 @@ class Entry(Generic[T]):
     version: int
     """`metadata.resourceVersion`; the versions of one kind are in order (KEP-5504)."""
     job: str
-    """Label `asyncrl.dev/job`, or empty."""
+    """Label `asyncrl.dev/job`; the name of its AsyncRLJob if somebody has removed it; or empty."""
     owner: str
     """UID of its controller, or empty."""
     is_deleting: bool
@@ -138,13 +139,15 @@ class Store(Generic[T]):
     def _entry(self, raw: Json) -> Entry[T]:
         metadata = raw["metadata"]
         owners = metadata.get("ownerReferences") or ()
+        controller: Json = next((each for each in owners if each.get("controller")), {})
+        owned = controller.get("name", "") if controller.get("kind") == KIND else ""
         return Entry(
             namespace=metadata.get("namespace", ""),
             name=metadata["name"],
             uid=metadata["uid"],
             version=int(metadata["resourceVersion"]),
-            job=metadata.get("labels", {}).get(JOB_LABEL, ""),
-            owner=next((each["uid"] for each in owners if each.get("controller")), ""),
+            job=metadata.get("labels", {}).get(JOB_LABEL, owned),
+            owner=controller.get("uid", ""),
             is_deleting="deletionTimestamp" in metadata,
             value=self._trim(raw),
         )
