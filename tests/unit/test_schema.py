@@ -13,7 +13,7 @@ def properties(nodes: tuple[FieldNode, ...]) -> dict[str, Any]:
 
 
 def document() -> dict[str, Any]:
-    status: dict[str, Any] = {info.alias: {} for info in Status.model_fields.values()}
+    status: dict[str, Any] = {str(info.alias): {} for info in Status.model_fields.values()}
     spec = {"properties": properties(tree(Spec))}
     schema = {"properties": {"spec": spec, "status": {"properties": status}}}
     return {"components": {"schemas": {SCHEMA: schema}}}
