@@ -1,9 +1,11 @@
-"""A Kubernetes control plane for tests, from the kit that KUBEUP names; with nodes that only look so (kwok)."""
+"""A Kubernetes control plane for tests, from the kit that KUBEUP names, with fake nodes (kwok)."""
 
 import json
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ class Cluster:
     def kubeup(self, *arguments: str) -> str:
         """Run the kit's command for this cluster."""
         command = [self._command, *arguments, "--dir", self._folder]
-        done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=300)
+        done = subprocess.run(command, check=False, text=True, capture_output=True, timeout=300)
         assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
         return done.stdout.strip()
 
@@ -45,7 +47,13 @@ class Cluster:
     def run(self, *command: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
         """Run a program (kubectl, helm) against this cluster; the caller looks at how it ended."""
         return subprocess.run(
-            command, env=self.environment, input=stdin, text=True, capture_output=True, timeout=120
+            command,
+            check=False,
+            env=self.environment,
+            input=stdin,
+            text=True,
+            capture_output=True,
+            timeout=120,
         )
 
     def kubectl(self, *arguments: str, stdin: str | None = None) -> str:
@@ -71,6 +79,19 @@ class Cluster:
         text = self.kubectl("-n", namespace, "get", kind, *select, "-o", "json")
         items: list[dict[str, Any]] = json.loads(text)["items"]
         return items
+
+    @contextmanager
+    def proxy(self) -> Iterator[str]:
+        """Give the address of a `kubectl proxy`: the API over plain HTTP, with the rights of the tests."""
+        command = ["kubectl", "proxy", "--port=0"]
+        process = subprocess.Popen(command, env=self.environment, text=True, stdout=subprocess.PIPE)
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()  # "Starting to serve on 127.0.0.1:12345"
+            yield f"http://{line.split()[-1]}"
+        finally:
+            process.terminate()
+            process.wait(timeout=10)
 
 
 def why_not() -> str:

@@ -6,6 +6,7 @@ two passes of the operator.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from asyncrl_api.job import Spec
@@ -119,7 +120,7 @@ class ModelCluster:
                 template = rollout_hash(self.spec)
                 rollout = StatefulSet(f"{NAME}-rollout", replicas, template)
                 writes.append(lambda: setattr(self, "rollout", rollout))
-        writes += [lambda each=each: self._delete(each) for each in outcome.deletions]
+        writes += [partial(self._delete, each) for each in outcome.deletions]
         return [*writes, store]
 
     def _make_job(self, attempt: int, gpus: int) -> None:
@@ -270,6 +271,11 @@ class ModelCluster:
                     return
                 self.now = max(self.now + 1, outcome.wake_at)
         raise AssertionError(f"it does not come to rest: {self.status}")
+
+    @property
+    def phase(self) -> str:
+        """Of the status, anew each time."""
+        return str(self.status.phase)
 
     @property
     def is_at_rest(self) -> bool:

@@ -145,7 +145,7 @@ def _field_schema(node: FieldNode) -> dict[str, Any]:
 def _leaf_schema(node: FieldNode) -> dict[str, Any]:
     extra = node.info.json_schema_extra
     list_type = extra.get("x-asyncrl-listType") if isinstance(extra, dict) else None
-    holder = create_model("Holder", value=(node.info.annotation, node.info))
+    holder = create_model("Holder", value=(node.info.annotation or Any, node.info))
     schema = holder.model_json_schema(by_alias=True)
     name = next(iter(schema["properties"]))
     found = _structural(schema["properties"][name], schema.get("$defs", {}))
@@ -238,8 +238,8 @@ def render_reference() -> str:
     lines = [
         "# Every field of an AsyncRLJob",
         "",
-        "Made from the types by `make crd`. Marks: **I** immutable (* may change while suspended), **L** applied",
-        "live, **U** rollout pods are replaced in waves, **R** the trainer restarts from a checkpoint.",
+        "Made from the types by `make crd`. Marks: **I** immutable (* may change while suspended),",
+        "**L** live, **U** rollout pods are replaced in waves, **R** the trainer restarts from a checkpoint.",
         "",
         "| field | mark | type | default | meaning |",
         "|---|---|---|---|---|",

@@ -13,7 +13,7 @@ def running(**overrides: object) -> ModelCluster:
     """Return a cluster whose job runs."""
     cluster = ModelCluster(make_spec(**overrides))
     cluster.run_until_still()
-    assert cluster.status.phase == "Running"
+    assert cluster.phase == "Running"
     return cluster
 
 
@@ -26,10 +26,10 @@ def test_a_job_is_brought_up_trainer_first() -> None:
     cluster.pass_once()
     assert list(cluster.jobs) == ["gsm8k-trainer-1"] and cluster.messaging is not None
     assert cluster.rollout is not None and cluster.rollout.replicas == 0
-    assert (cluster.status.phase, cluster.condition("Ready")) == ("Starting", "False/TrainerStarting")
+    assert (cluster.phase, cluster.condition("Ready")) == ("Starting", "False/TrainerStarting")
     assert cluster.condition("Reconciling") == "True/TrainerStarting"
     cluster.run_until_still()
-    assert (cluster.status.phase, cluster.condition("Ready")) == ("Running", "True/Running")
+    assert (cluster.phase, cluster.condition("Ready")) == ("Running", "True/Running")
     assert cluster.held == 8 and cluster.rollout.replicas == 6
     assert {group.name: group.summary for group in cluster.status.groups} == {
         "messaging": "1/1",
@@ -55,11 +55,11 @@ def test_a_trainer_that_fails_is_restarted_from_its_checkpoint(code: int, reason
     cluster.trainer_exits(code, reason)
     cluster.settle()
     cluster.pass_once()
-    assert cluster.status.phase == "Restarting" and cluster.status.attempt is not None
+    assert cluster.phase == "Restarting" and cluster.status.attempt is not None
     assert (cluster.status.attempt.restarts, cluster.status.attempt.last_reason) == (1, ends_as)
     assert cluster.rollout is not None and cluster.rollout.replicas == 6, "the engines stay"
     cluster.run_until_still()
-    assert cluster.status.phase == "Running" and cluster.status.attempt.number == 2
+    assert cluster.phase == "Running" and cluster.status.attempt.number == 2
     assert "TrainerRestart" in reasons(cluster)
     assert "gsm8k-trainer-1" in cluster.jobs, "the failed Job stays for its logs"
 
@@ -69,7 +69,7 @@ def test_restarts_end() -> None:
     for _ in range(3):
         cluster.trainer_exits(1)
         cluster.run_until_still()
-    assert (cluster.status.phase, cluster.condition("Failed")) == ("Failed", "True/TrainerFailed")
+    assert (cluster.phase, cluster.condition("Failed")) == ("Failed", "True/TrainerFailed")
     assert "more than maxRestarts = 2" in cluster.status.message
     assert cluster.held == 0
 
@@ -95,7 +95,7 @@ def test_a_lost_node_is_a_disruption_and_its_pods_are_forced_away() -> None:
     cluster.pass_once()
     assert trainer.name in cluster.pods, "it counts until it is certainly gone"
     cluster.run_until_still()
-    assert cluster.status.phase == "Running" and cluster.status.attempt.number == 2
+    assert cluster.phase == "Running" and cluster.status.attempt.number == 2
     assert {"Disrupted", "PodForceDeleted"} <= set(reasons(cluster))
 
 
@@ -152,14 +152,14 @@ def test_suspension_ends_in_zero_pods_and_resumes_with_a_new_attempt_free_of_cha
     cluster = running()
     cluster.edit(suspend=True)
     cluster.pass_once()
-    assert (cluster.status.phase, cluster.condition("Suspended")) == ("Suspending", "False/Suspending")
+    assert (cluster.phase, cluster.condition("Suspended")) == ("Suspending", "False/Suspending")
     assert cluster.messaging is not None and cluster.messaging.replicas == 1, "the checkpoint needs it"
     cluster.run_until_still()
     assert not cluster.pods and cluster.condition("Suspended") == "True/Suspended"
     assert cluster.condition("Ready") == "True/Suspended" and cluster.condition("Reconciling") == "absent"
     cluster.edit(suspend=False)
     cluster.run_until_still()
-    assert cluster.status.phase == "Running" and cluster.status.attempt is not None
+    assert cluster.phase == "Running" and cluster.status.attempt is not None
     assert (cluster.status.attempt.number, cluster.status.attempt.restarts) == (2, 0)
     assert reasons(cluster)[-4:] == ["Suspending", "Suspended", "Resumed", "Running"]
 
@@ -170,15 +170,15 @@ def test_resumed_while_suspending_it_is_suspended_first() -> None:
     cluster.pass_once()
     cluster.edit(suspend=False)
     cluster.pass_once()
-    assert cluster.status.phase == "Suspending"
+    assert cluster.phase == "Suspending"
     cluster.run_until_still()
-    assert cluster.status.phase == "Running" and reasons(cluster).count("Suspended") == 1
+    assert cluster.phase == "Running" and reasons(cluster).count("Suspended") == 1
 
 
 def test_created_suspended_makes_nothing_and_tells_the_queue_what_it_wants() -> None:
     cluster = ModelCluster(make_spec(suspend=True))
     cluster.run_until_still()
-    assert cluster.status.phase == "Suspended" and not cluster.has_children and not cluster.jobs
+    assert cluster.phase == "Suspended" and not cluster.has_children and not cluster.jobs
     assert [(s.name, s.count, s.requests) for s in cluster.status.pod_sets] == [
         ("trainer", 1, {"nvidia.com/gpu": "2"}),
         ("rollout", 6, {"nvidia.com/gpu": "1"}),
@@ -341,7 +341,7 @@ def test_too_few_engines_for_too_long_fail_the_job_unless_told_to_go_on() -> Non
         assert cluster.condition("Degraded") == "True/RolloutBelowMinimum"
         cluster.now += 31
         cluster.run_until_still()
-        assert cluster.status.phase == expected
+        assert cluster.phase == expected
 
 
 def test_a_silent_trainer_is_told_of_and_restarted_where_that_is_asked_for() -> None:
@@ -375,7 +375,7 @@ def test_a_trainer_that_finishes_while_the_spec_is_refused_has_finished() -> Non
     cluster.problem = Problem("InvalidSpec", "bad")
     cluster.trainer_exits(0, "Completed")
     cluster.run_until_still()
-    assert cluster.status.phase == "Succeeded"
+    assert cluster.phase == "Succeeded"
 
 
 def test_pods_of_an_earlier_job_of_this_name_are_waited_for() -> None:
@@ -386,7 +386,7 @@ def test_pods_of_an_earlier_job_of_this_name_are_waited_for() -> None:
     assert cluster.status.gpus is not None and cluster.status.gpus.summary == "8/8"
     del cluster.pods["old"]
     cluster.run_until_still()
-    assert cluster.status.phase == "Running"
+    assert cluster.phase == "Running"
 
 
 def test_a_budget_that_holds_nothing_is_told() -> None:
@@ -408,14 +408,14 @@ def test_half_a_trainer_gives_its_gpus_back() -> None:
             if pod.name == f"{NAME}-trainer-1-1":
                 message = "0/4 nodes are available: 4 Insufficient nvidia.com/gpu"
                 cluster.pods[pod.name] = replace(pod, phase="Pending", node="", unschedulable=message)
-    assert cluster.status.phase == "Starting" and cluster.condition("Ready") == "False/Unschedulable"
+    assert cluster.phase == "Starting" and cluster.condition("Ready") == "False/Unschedulable"
     assert cluster.held == 16 + 0 + 0, "no engine before the trainer has its GPUs"
     cluster.now += 300
     cluster.pass_once()
     assert cluster.jobs[f"{NAME}-trainer-1"].is_deleting
     assert cluster.status.attempt is not None and cluster.status.attempt.restarts == 0
     cluster.run_until_still()
-    assert cluster.status.phase == "Running"
+    assert cluster.phase == "Running"
 
 
 def test_reports_of_an_earlier_attempt_are_ignored_and_shown_ones_are_throttled() -> None:

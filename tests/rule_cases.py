@@ -1,0 +1,288 @@
+"""Manifests that each rule accepts and refuses, for both of its evaluators: ours and the API server."""
+
+from typing import Any, NamedTuple
+
+BASE: dict[str, Any] = {
+    "apiVersion": "asyncrl.dev/v1alpha1",
+    "kind": "AsyncRLJob",
+    "metadata": {"name": "gsm8k"},
+    "spec": {
+        "model": {"source": "hf://Qwen/Qwen3-1.7B"},
+        "dataset": {"source": "hf://openai/gsm8k"},
+        "training": {"batchSize": 64, "maxSteps": 200},
+        "gpuBudget": {"total": 16},
+        "checkpoint": {"location": {"claimName": "checkpoints"}},
+    },
+}
+
+
+class Case(NamedTuple):
+    accepted: list[str]
+    refused: list[str]
+    path: str
+    message: str
+
+
+MANUAL = "spec.gpuBudget.mode=Manual"
+
+CASES = {
+    "name is a label": Case(
+        ["metadata.name=math-7b"],
+        ["metadata.name=Math.7b"],
+        "metadata.name",
+        'the name "Math.7b" must be a DNS label (a-z, 0-9, -; a letter first) of at most 40 characters, '
+        "for pods "
+        "and Services are named after it",
+    ),
+    "name begins with a letter": Case(
+        ["metadata.name=a"],
+        ["metadata.name=7b"],
+        "metadata.name",
+        'the name "7b" must be a DNS label (a-z, 0-9, -; a letter first) of at most 40 characters, for '
+        "pods and "
+        "Services are named after it",
+    ),
+    "name is short": Case(
+        [f"metadata.name={'a' * 40}"],
+        [f"metadata.name={'a' * 41}"],
+        "metadata.name",
+        f'the name "{"a" * 41}" must be a DNS label (a-z, 0-9, -; a letter first) of at most 40 '
+        "characters, for "
+        "pods and Services are named after it",
+    ),
+    "model source": Case(
+        ["spec.model.source=my.models:tiny"],
+        ["spec.model.source=Qwen/Qwen3-1.7B"],
+        "spec.model.source",
+        'model.source is "Qwen/Qwen3-1.7B", which has none of the forms hf://org/name, file:///path, '
+        "package://package/folder, module:factory",
+    ),
+    "dataset source": Case(
+        ["spec.dataset.source=reasoning-gym://leg_counting"],
+        ["spec.dataset.source=package://rows"],
+        "spec.dataset.source",
+        'dataset.source is "package://rows", which has none of the forms hf://org/set, file://rows.jsonl, '
+        "reasoning-gym://name, module:factory",
+    ),
+    "evaluation source": Case(
+        ["spec.evaluation.source=file://rows.jsonl"],
+        ["spec.evaluation.source=hf:/openai/gsm8k"],
+        "spec.evaluation.source",
+        'evaluation.source is "hf:/openai/gsm8k", which has none of the forms hf://org/set, '
+        "file://rows.jsonl, "
+        "reasoning-gym://name, module:factory",
+    ),
+    "Custom needs a class": Case(
+        ["spec.workflow={type: Custom, class: 'pkg.module:Class'}"],
+        ["spec.workflow.type=Custom"],
+        "spec.workflow.class",
+        'workflow.type Custom needs workflow.class in the form pkg.module:Class, but it is ""',
+    ),
+    "a class is in a module": Case(
+        ["spec.workflow={type: SingleTurn, class: Ignored}"],
+        ["spec.workflow={type: Custom, class: Class}"],
+        "spec.workflow.class",
+        'workflow.type Custom needs workflow.class in the form pkg.module:Class, but it is "Class"',
+    ),
+    "MultiTurn has turns": Case(
+        ["spec.workflow={type: MultiTurn, maxTurns: 2}"],
+        ["spec.workflow.type=MultiTurn"],
+        "spec.workflow.maxTurns",
+        "workflow.type MultiTurn needs workflow.maxTurns of at least 2, but it is 1: raise it, or use "
+        "SingleTurn",
+    ),
+    "Function needs a function": Case(
+        ["spec.reward={type: Function, function: 'pkg.module:score'}"],
+        ["spec.reward.type=Function"],
+        "spec.reward.function",
+        'reward.type Function needs reward.function in the form pkg.module:function, but it is ""',
+    ),
+    "a function is in a module": Case(
+        ["spec.reward={type: Math, function: ignored}"],
+        ["spec.reward={type: Function, function: score.py}"],
+        "spec.reward.function",
+        'reward.type Function needs reward.function in the form pkg.module:function, but it is "score.py"',
+    ),
+    "Service needs a URL": Case(
+        ["spec.reward={type: Service, url: 'http://judge:8000/score'}"],
+        ["spec.reward.type=Service"],
+        "spec.reward.url",
+        'reward.type Service needs reward.url in the form http://host:port/path, but it is ""',
+    ),
+    "Shared needs a URL": Case(
+        ["spec.messaging={mode: Shared, shared: {url: 'nats://nats:4222'}}"],
+        ["spec.messaging.mode=Shared"],
+        "spec.messaging.shared.url",
+        "messaging.mode Shared needs messaging.shared.url, but it is empty: write nats://host:4222, say",
+    ),
+    "FromPath needs a path": Case(
+        ["spec.checkpoint.resume=FromPath", "spec.checkpoint.resumePath=old/step-50"],
+        ["spec.checkpoint.resume=FromPath"],
+        "spec.checkpoint.resumePath",
+        "checkpoint.resume FromPath needs checkpoint.resumePath, but it is empty: name a checkpoint folder",
+    ),
+    "Manual needs a split": Case(
+        [MANUAL, "spec.gpuBudget.split={trainer: 4, rollout: 12}"],
+        [MANUAL],
+        "spec.gpuBudget.mode",
+        "gpuBudget.mode Manual needs gpuBudget.split, but it is missing: write {trainer: N, rollout: M}",
+    ),
+    "RDMA count needs a resource": Case(
+        ["spec.scheduling.network={rdmaCount: 1, rdmaResource: rdma/hca}"],
+        ["spec.scheduling.network.rdmaCount=1"],
+        "spec.scheduling.network.rdmaResource",
+        "scheduling.network.rdmaCount is 1, but rdmaResource is empty: name the extended resource",
+    ),
+    "minibatches are not empty": Case(
+        ["spec.training.minibatches=64"],
+        ["spec.training.minibatches=65"],
+        "spec.training.minibatches",
+        "training.minibatches is 65, but must be at most training.batchSize, 64, for an optimizer update "
+        "needs a prompt group: lower it",
+    ),
+    "the longest sample fits a micro-batch": Case(
+        ["spec.training.tokensPerMicroBatch=8192"],
+        ["spec.training.tokensPerMicroBatch=8191"],
+        "spec.training.tokensPerMicroBatch",
+        "training.tokensPerMicroBatch is 8191, but must be at least model.contextLength, 8192, for the "
+        "longest sample must fit: raise it",
+    ),
+    "the prompt has room": Case(
+        ["spec.sampling.maxNewTokens=8191"],
+        ["spec.sampling.maxNewTokens=8192"],
+        "spec.sampling.maxNewTokens",
+        "sampling.maxNewTokens is 8192, but must be less than model.contextLength, 8192, for the prompt "
+        "needs room: lower it",
+    ),
+    "group advantages need groups": Case(
+        ["spec.sampling.groupSize=1", "spec.algorithm.advantage=BatchNormalized"],
+        ["spec.sampling.groupSize=1", "spec.algorithm.advantage=LeaveOneOut"],
+        "spec.sampling.groupSize",
+        "sampling.groupSize is 1, but algorithm.advantage LeaveOneOut compares the samples of a group: "
+        "raise it, or use BatchNormalized",
+    ),
+    "a filter leaves something": Case(
+        ["spec.sampling={groupSize: 2, filter: DropUniformGroups}"],
+        [
+            "spec.sampling={groupSize: 1, filter: DropUniformGroups}",
+            "spec.algorithm.advantage=BatchNormalized",
+        ],
+        "spec.sampling.filter",
+        "sampling.filter DropUniformGroups would drop every prompt group, for sampling.groupSize is 1: raise "
+        "groupSize, or use None",
+    ),
+    "the overlong buffer is part of the response": Case(
+        ["spec.algorithm.overlongPenalty.bufferTokens=1024"],
+        ["spec.algorithm.overlongPenalty.bufferTokens=1025"],
+        "spec.algorithm.overlongPenalty.bufferTokens",
+        "algorithm.overlongPenalty.bufferTokens is 1025, but must be at most sampling.maxNewTokens, "
+        "1024: lower it",
+    ),
+    "an engine holds a group": Case(
+        ["spec.rollout.maxConcurrency=8"],
+        ["spec.rollout.maxConcurrency=7"],
+        "spec.rollout.maxConcurrency",
+        "rollout.maxConcurrency is 7, but must be 0 (adaptive) or at least sampling.groupSize, 8, for an "
+        "engine samples whole groups: raise it",
+    ),
+    "replicas are in order": Case(
+        ["spec.rollout.minReplicas=4", "spec.rollout.maxReplicas=4"],
+        ["spec.rollout.minReplicas=5", "spec.rollout.maxReplicas=4"],
+        "spec.rollout.minReplicas",
+        "rollout.minReplicas is 5, but must be at most rollout.maxReplicas, 4: lower it",
+    ),
+    "an engine fits a node": Case(
+        ["spec.rollout.gpusPerReplica=8"],
+        ["spec.rollout.gpusPerReplica=9"],
+        "spec.rollout.gpusPerReplica",
+        "rollout.gpusPerReplica is 9, but must be at most trainer.gpusPerNode, 8, for an engine cannot "
+        "span nodes: lower it",
+    ),
+    "the budget holds the smallest job": Case(
+        [
+            "spec.gpuBudget.total=5",
+            "spec.trainer.gpuGranularity=1",
+            "spec.rollout={minReplicas: 2, gpusPerReplica: 2}",
+        ],
+        [
+            "spec.gpuBudget.total=5",
+            "spec.trainer.gpuGranularity=2",
+            "spec.rollout={minReplicas: 2, gpusPerReplica: 2}",
+        ],
+        "spec.gpuBudget.total",
+        "gpuBudget.total is 5, but must be at least trainer.gpuGranularity, 2, plus rollout.minReplicas, "
+        "2, times rollout.gpusPerReplica, 2: raise it",
+    ),
+    "a derived engine counts as one GPU": Case(
+        ["spec.gpuBudget.total=4", "spec.rollout.minReplicas=3"],
+        ["spec.gpuBudget.total=4", "spec.rollout.minReplicas=4"],
+        "spec.gpuBudget.total",
+        "gpuBudget.total is 4, but must be at least trainer.gpuGranularity, 1, plus rollout.minReplicas, "
+        "4, times rollout.gpusPerReplica, 1: raise it",
+    ),
+    "the split fits the budget": Case(
+        ["spec.gpuBudget.split={trainer: 8, rollout: 9}"],
+        [MANUAL, "spec.gpuBudget.split={trainer: 8, rollout: 9}"],
+        "spec.gpuBudget.split",
+        "gpuBudget.split is 8 + 9, but must be at most gpuBudget.total, 16: lower it, or raise the total",
+    ),
+    "the trainer has its granularity": Case(
+        [MANUAL, "spec.gpuBudget.split={trainer: 4, rollout: 12}", "spec.trainer.gpuGranularity=4"],
+        [MANUAL, "spec.gpuBudget.split={trainer: 4, rollout: 12}", "spec.trainer.gpuGranularity=3"],
+        "spec.gpuBudget.split.trainer",
+        "gpuBudget.split.trainer is 4, but must be a multiple of trainer.gpuGranularity, 3",
+    ),
+    "the trainer takes whole nodes": Case(
+        [MANUAL, "spec.gpuBudget.split={trainer: 12, rollout: 4}", "spec.trainer.gpusPerNode=4"],
+        [MANUAL, "spec.gpuBudget.split={trainer: 12, rollout: 4}"],
+        "spec.gpuBudget.split.trainer",
+        "gpuBudget.split.trainer is 12, but must be at most trainer.gpusPerNode, 8, or a multiple of it, "
+        "for the pods of the trainer are equal",
+    ),
+    "rollout has whole replicas": Case(
+        [MANUAL, "spec.gpuBudget.split={trainer: 4, rollout: 12}", "spec.rollout.gpusPerReplica=4"],
+        [MANUAL, "spec.gpuBudget.split={trainer: 4, rollout: 10}", "spec.rollout.gpusPerReplica=4"],
+        "spec.gpuBudget.split.rollout",
+        "gpuBudget.split.rollout is 10, but must be a multiple of rollout.gpusPerReplica, 4",
+    ),
+    "rollout has its fewest replicas": Case(
+        [
+            MANUAL,
+            "spec.gpuBudget.split={trainer: 4, rollout: 8}",
+            "spec.rollout={minReplicas: 2, gpusPerReplica: 4}",
+        ],
+        [
+            MANUAL,
+            "spec.gpuBudget.split={trainer: 4, rollout: 8}",
+            "spec.rollout={minReplicas: 3, gpusPerReplica: 4}",
+        ],
+        "spec.gpuBudget.split.rollout",
+        "gpuBudget.split.rollout is 8, but must be at least rollout.minReplicas, 3, times "
+        "rollout.gpusPerReplica, 4: raise it",
+    ),
+    "no resource claims yet": Case(
+        ["spec.gpuBudget.allocation=None"],
+        ["spec.gpuBudget.allocation=ResourceClaim"],
+        "spec.gpuBudget.allocation",
+        "gpuBudget.allocation ResourceClaim is not supported yet: use ExtendedResource",
+    ),
+    "no Kueue yet": Case(
+        ["spec.scheduling.queueName="],
+        ["spec.scheduling.queueName=team-a"],
+        "spec.scheduling.queueName",
+        'scheduling.queueName is "team-a", but Kueue is not supported yet: leave it empty',
+    ),
+    "no gangs yet": Case(
+        ["spec.scheduling.gang.provider=None"],
+        ["spec.scheduling.gang.provider=Volcano"],
+        "spec.scheduling.gang.provider",
+        "scheduling.gang.provider Volcano is not supported yet: use None",
+    ),
+    "no other controller yet": Case(
+        ["spec.managedBy="],
+        ["spec.managedBy=kueue.x-k8s.io/multikueue"],
+        "spec.managedBy",
+        'managedBy is "kueue.x-k8s.io/multikueue", but other controllers are not supported yet: leave it '
+        "empty",
+    ),
+}
