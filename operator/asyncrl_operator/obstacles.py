@@ -18,9 +18,9 @@ logger = logging.getLogger(__name__)
 
 SCHEMA_SECONDS = 30.0
 """Between two looks at the served CRD while it is too old."""
-REFERENCE_SECONDS = 15.0
+REFERENCE_SECONDS = 10.0
 """Between two looks for an object that is missing."""
-PODS_SECONDS = 15.0
+PODS_SECONDS = 10.0
 """Between two looks for why pods are not made."""
 
 

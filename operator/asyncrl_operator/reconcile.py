@@ -29,7 +29,7 @@ from asyncrl_operator.workqueue import Key
 
 logger = logging.getLogger(__name__)
 
-BLOCKED_SECONDS = 20.0
+BLOCKED_SECONDS = 10.0
 """After which a write that the API server has refused is tried again, if nothing has changed by then."""
 
 

@@ -1,0 +1,14 @@
+"""Fixtures of the tests that need an API server."""
+
+from pathlib import Path
+
+import pytest
+
+from kube_fixture import Cluster
+from operator_process import grant_rights
+
+
+@pytest.fixture(scope="session")
+def operator_rights(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A kubeconfig with the rights that the chart gives to the operator."""
+    return grant_rights(cluster, tmp_path_factory.mktemp("rights"))

@@ -1,0 +1,34 @@
+"""What happens while the operator is down, and when it comes back."""
+
+from pathlib import Path
+
+import pytest
+
+from kube_fixture import Cluster
+from operator_process import Job, eventually, make_claim, running_operator
+
+pytestmark = pytest.mark.e2e
+
+
+def test_an_operator_comes_and_goes(
+    cluster: Cluster, namespace: str, operator_rights: Path, tmp_path: Path
+) -> None:
+    """It ends within seconds, starts without a write, makes up for what it missed; deletion does without."""
+    cluster.apply(*make_claim(namespace))
+    job = Job(cluster, namespace)
+    with running_operator(operator_rights, tmp_path) as operator:
+        job.apply()
+        job.wait("Running")
+        eventually("both engines are ready", lambda: job.condition("RolloutReady")["message"] == "2/2")
+        assert operator.stop() < 5
+    job.kubectl("get", "pods")
+    with running_operator(operator_rights, tmp_path) as operator:
+        passes = "asyncrl_reconcile_duration_seconds_count"
+        eventually("the job was looked at", lambda: operator.metrics()[passes] >= 1)
+        assert operator.num_writes() == 0
+    job.kubectl("delete", "service", "gsm8k-nats")
+    with running_operator(operator_rights, tmp_path):
+        eventually("the Service is back", lambda: "gsm8k-nats" in job.names("services"))
+    job.delete()
+    kinds = "pods,statefulsets,jobs,services,configmaps,secrets"
+    eventually("all is deleted without the operator", lambda: not job.names(kinds), 60)
