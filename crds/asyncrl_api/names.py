@@ -8,7 +8,8 @@ class NatsAddress(Wire):
 
     url: str
     credentials_file: str = ""
-    """A NATS credentials file, one per job and role; empty while the server asks for none."""
+    """Of this role: JSON with `user` and `password`, or, named *.creds, a NATS credentials file. Empty: none
+    are asked for."""
 
 
 class JobNames(Wire):

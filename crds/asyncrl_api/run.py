@@ -25,6 +25,8 @@ class RunConfig(Wire):
     live_file: Path
     """Holds the fields marked L as they are now; the trainer reads it again and again."""
     report_file: Path
+    report_config_map: str = ""
+    """In a cluster: the ConfigMap whose key `report` is a copy of the report. Empty elsewhere."""
     model_cache: Path
     import_paths: tuple[Path, ...] = ()
     """Where user code is imported from."""

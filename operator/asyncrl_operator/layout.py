@@ -11,6 +11,8 @@ from asyncrl_api.manifests import FieldError, SpecError
 
 Role = Literal["messaging", "trainer", "rollout"]
 
+ENGINE_PORT, HEALTH_PORT, TRAINER_PORT = 30000, 30001, 29500
+"""In a pod, which has an address of its own."""
 ENGINE_MEMORY_SHARE = 0.6
 """Of a GPU's memory for the weights of an engine; the rest is KV cache and activations."""
 TRAINER_BYTES_PER_PARAMETER = 18
@@ -211,34 +213,40 @@ def num_trainer_pods(spec: Spec, gpus: int) -> int:
 def _rollout_group(spec: Spec, split: Split, places: Places) -> Group:
     processes: list[Process] = []
     for replica in range(split.num_replicas):
-        name = f"rollout-{replica}"
-        engine_host, engine_port = places.engine_address(replica)
-        health_host, health_port = places.health_address(replica)
-        health = f"http://{health_host}:{health_port}"
-        processes.append(
-            Process(
-                f"{name}-engine",
-                "rollout",
-                split.gpus_per_replica,
-                _engine_command(spec, split, places.config, engine_host, engine_port),
-                Probe(f"{health}/engine"),
-            )
-        )
-        worker = ["asyncrl-runtime", "worker", "--config", places.config, "--name", name]
-        worker += ["--engine-url", f"http://{engine_host}:{engine_port}"]
-        worker += ["--host", health_host, "--health-port", str(health_port)]
-        processes.append(Process(f"{name}-worker", "rollout", 0, tuple(worker), Probe(f"{health}/worker")))
+        name, size = f"rollout-{replica}", split.gpus_per_replica
+        engine, worker = rollout_commands(spec, size, places, name, replica)
+        host, port = places.health_address(replica)
+        engine_probe, worker_probe = (Probe(f"http://{host}:{port}/{each}") for each in ("engine", "worker"))
+        processes.append(Process(f"{name}-engine", "rollout", size, engine, engine_probe))
+        processes.append(Process(f"{name}-worker", "rollout", 0, worker, worker_probe))
     return Group("rollout", split.num_replicas, split.rollout, tuple(processes))
 
 
-def _engine_command(spec: Spec, split: Split, config: str, host: str, port: int) -> tuple[str, ...]:
+def rollout_commands(
+    spec: Spec, gpus_per_replica: int, places: Places, name: str, replica: int = 0
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the commands of an engine and of its worker.
+
+    Args:
+        name: of the worker, the same for its successors.
+    """
+    engine_host, engine_port = places.engine_address(replica)
+    health_host, health_port = places.health_address(replica)
+    worker = ["asyncrl-runtime", "worker", "--config", places.config, "--name", name]
+    worker += ["--engine-url", f"http://{engine_host}:{engine_port}"]
+    worker += ["--host", health_host, "--health-port", str(health_port)]
+    engine = _engine_command(spec, gpus_per_replica, places.config, engine_host, engine_port)
+    return engine, tuple(worker)
+
+
+def _engine_command(spec: Spec, gpus_per_replica: int, config: str, host: str, port: int) -> tuple[str, ...]:
     address = ("--host", host, "--port", str(port))
     if spec.rollout.engine.type == "CPU":
         return ("asyncrl-runtime", "engine", "--config", config, *address, *spec.rollout.engine.args)
     dtype = "bfloat16" if spec.model.dtype == "BFloat16" else "float32"
     source = spec.model.source.removeprefix("hf://").removeprefix("file://")
     model = ("--model-path", source, "--revision", spec.model.revision)
-    sizes = ("--tp-size", str(split.gpus_per_replica), "--context-length", str(spec.model.context_length))
+    sizes = ("--tp-size", str(gpus_per_replica), "--context-length", str(spec.model.context_length))
     options = ("--dtype", dtype, "--enable-metrics", "--skip-server-warmup", *spec.rollout.engine.args)
     return ("python", "-m", "sglang.launch_server", *model, *address, *sizes, *options)
 
@@ -250,8 +258,14 @@ def _trainer_group(split: Split, places: Places, attempt: int) -> Group:
 
 
 def trainer_command(
-    places: Places, *, attempt: int, ranks: int, extra: Sequence[str] = ()
+    places: Places, *, attempt: int, ranks: int, nodes: int = 1, extra: Sequence[str] = ()
 ) -> tuple[str, ...]:
-    """Return the command of one attempt of the trainer on one node."""
+    """Return the command of one attempt of the trainer, on each of its nodes.
+
+    Args:
+        ranks: on one node.
+        nodes: more than one: pods of an Indexed Job, which tells each its index by environment.
+    """
     command = ("asyncrl-runtime", "trainer", "--config", places.config, "--attempt", str(attempt))
-    return (*command, "--ranks", str(ranks), "--host", places.trainer_host(), *extra)
+    group = ("--node", "$(JOB_COMPLETION_INDEX)", "--nodes", str(nodes)) if nodes > 1 else ()
+    return (*command, "--ranks", str(ranks), *group, "--host", places.trainer_host(), *extra)

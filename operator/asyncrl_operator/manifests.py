@@ -1,0 +1,242 @@
+"""From an AsyncRLJob to the Kubernetes objects that it is made of. Pure.
+
+Names follow from the job's name alone, so that a pass that runs twice makes nothing twice. The Job of an
+attempt and the configurations never change once made; the rest is applied again whenever it differs.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from asyncrl_api.base import parse_quantity
+from asyncrl_api.job import AsyncRLJob
+from asyncrl_api.names import NatsAddress
+from asyncrl_api.run import RunConfig, live_values
+from asyncrl_operator.access import render_access
+from asyncrl_operator.hashes import rollout_hash
+from asyncrl_operator.layout import HEALTH_PORT, TRAINER_PORT, num_trainer_pods
+from asyncrl_operator.messaging import render_nats_config
+from asyncrl_operator.observed import Attempt
+from asyncrl_operator.pod_templates import (
+    CACHE,
+    CODE,
+    LIVE,
+    NATS,
+    NATS_PORT,
+    NATS_STORE,
+    Defaults,
+    code_volumes,
+    credentials_name,
+    job_folder,
+    labels,
+    messaging_template,
+    rollout_template,
+    selector,
+    trainer_template,
+)
+from asyncrl_operator.resources import ATTEMPT_LABEL, TEMPLATE_LABEL
+
+__all__ = [
+    "Defaults",
+    "render_credentials",
+    "render_messaging",
+    "render_rollout",
+    "render_shared",
+    "render_trainer",
+]
+
+Json = dict[str, Any]
+
+FATAL_RULE, DISRUPTION_RULE = 0, 1
+"""Places in the Job's podFailurePolicy; they stand in the message of its condition."""
+
+
+def render_shared(job: AsyncRLJob, defaults: Defaults) -> list[Json]:
+    """Return what all groups need: access, Services, live values, the report."""
+    name = job.metadata.name
+    objects = [
+        _object(job, each["apiVersion"], each["kind"], each["name"], each["body"])
+        for each in render_access(job)
+    ]
+    ports = {"trainer": TRAINER_PORT, "rollout": HEALTH_PORT}
+    if job.spec.messaging.mode == "Embedded":
+        ports["nats"] = NATS_PORT
+    objects += [_service(job, suffix, port) for suffix, port in ports.items()]
+    live = json.dumps(live_values(job.spec), sort_keys=True)
+    objects.append(_object(job, "v1", "ConfigMap", f"{name}-live", {"data": {"live.json": live}}))
+    objects.append(_object(job, "v1", "ConfigMap", f"{name}-report", {}))  # its data is the trainer's
+    return objects
+
+
+def render_credentials(job: AsyncRLJob, new_secret: Callable[[], str]) -> Json:
+    """Return the Secret of an embedded server: its configuration and the passwords of each role.
+
+    Args:
+        new_secret: returns a random password.
+    """
+    users = {role: new_secret() for role in ("trainer", "worker")}
+    storage = job.spec.messaging.embedded.storage
+    config = render_nats_config(
+        host="0.0.0.0",
+        port=NATS_PORT,
+        store_dir=NATS_STORE,
+        max_store_bytes=parse_quantity(storage.size),
+        is_persistent=storage.type == "Persistent",
+        users=users,
+    )
+    roles = {
+        f"{role}.json": json.dumps({"user": role, "password": password}) for role, password in users.items()
+    }
+    body = {"type": "Opaque", "immutable": True, "stringData": {"nats.conf": config, **roles}}
+    return _object(job, "v1", "Secret", credentials_name(job), body)
+
+
+def render_messaging(job: AsyncRLJob, defaults: Defaults, replicas: int) -> list[Json]:
+    """Return the StatefulSet of the embedded server: one pod, or none while the job rests."""
+    name, storage = job.metadata.name, job.spec.messaging.embedded.storage
+    spec: Json = {
+        "replicas": replicas,
+        "serviceName": f"{name}-nats",
+        "podManagementPolicy": "Parallel",
+        "selector": {"matchLabels": selector(job, "messaging")},
+        "template": messaging_template(job, defaults),
+    }
+    if storage.type == "Persistent":
+        claim = {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": storage.size}}}
+        spec["volumeClaimTemplates"] = [{"metadata": {"name": "store"}, "spec": claim}]
+        spec["persistentVolumeClaimRetentionPolicy"] = {"whenDeleted": "Delete", "whenScaled": "Retain"}
+    return [_object(job, "apps/v1", "StatefulSet", f"{name}-nats", {"spec": spec}, "messaging")]
+
+
+def render_trainer(job: AsyncRLJob, defaults: Defaults, attempt: Attempt) -> list[Json]:
+    """Return configuration and Job of one attempt of the trainer.
+
+    It is never retried by the Job itself: collectives need the whole group, on a clean start. The rules of
+    its podFailurePolicy are for whoever reads its condition.
+
+    Raises:
+        SpecError: `spec.trainer.podTemplate` sets what is the operator's.
+    """
+    name, nodes = job.metadata.name, num_trainer_pods(job.spec, attempt.gpus)
+    own = {ATTEMPT_LABEL: str(attempt.number)}
+    rules: list[Json] = [
+        {
+            "action": "FailJob",
+            "onExitCodes": {
+                "containerName": "trainer",
+                "operator": "In",
+                "values": sorted(set(job.spec.failure_policy.trainer.fatal_exit_codes)),
+            },
+        },
+        {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+    ]
+    if not job.spec.failure_policy.trainer.fatal_exit_codes:
+        rules = rules[DISRUPTION_RULE:]
+    spec = {
+        "completionMode": "Indexed",
+        "completions": nodes,
+        "parallelism": nodes,
+        "backoffLimit": 0,
+        "podReplacementPolicy": "Failed",
+        "podFailurePolicy": {"rules": rules},
+        "template": trainer_template(job, defaults, attempt),
+    }
+    config = _config(job, f"{name}-config-{attempt.number}", "trainer.json", own)
+    return [
+        config,
+        _object(job, "batch/v1", "Job", f"{name}-trainer-{attempt.number}", {"spec": spec}, "trainer", own),
+    ]
+
+
+def render_rollout(job: AsyncRLJob, defaults: Defaults, replicas: int, gpus_per_replica: int) -> list[Json]:
+    """Return configuration and StatefulSet of the rollout group.
+
+    Pods are replaced by the operator, wave by wave (OnDelete), and never more than one for an ordinal, so
+    that the budget is never exceeded.
+
+    Raises:
+        SpecError: `spec.rollout.podTemplate` sets what is the operator's.
+    """
+    name, template = job.metadata.name, rollout_hash(job.spec)
+    own = {TEMPLATE_LABEL: template}
+    spec = {
+        "replicas": replicas,
+        "serviceName": f"{name}-rollout",
+        "podManagementPolicy": "Parallel",
+        "updateStrategy": {"type": "OnDelete"},
+        "selector": {"matchLabels": selector(job, "rollout")},
+        "template": rollout_template(job, defaults, gpus_per_replica, template),
+    }
+    config = _config(job, f"{name}-rollout-{template}", "worker.json", own)
+    return [config, _object(job, "apps/v1", "StatefulSet", f"{name}-rollout", {"spec": spec}, "rollout", own)]
+
+
+# -- parts
+
+
+def _object(
+    job: AsyncRLJob,
+    api_version: str,
+    kind: str,
+    name: str,
+    body: Json,
+    group: str = "",
+    more: dict[str, str] | None = None,
+) -> Json:
+    """Return an object that is deleted with its AsyncRLJob."""
+    owner = {
+        "apiVersion": job.api_version,
+        "kind": job.kind,
+        "name": job.metadata.name,
+        "uid": job.metadata.uid,
+        "controller": True,
+        "blockOwnerDeletion": True,
+    }
+    metadata = {
+        "name": name,
+        "namespace": job.metadata.namespace,
+        "labels": labels(job, group, **(more or {})),
+        "ownerReferences": [owner],
+    }
+    return {"apiVersion": api_version, "kind": kind, "metadata": metadata, **body}
+
+
+def _service(job: AsyncRLJob, suffix: str, port: int) -> Json:
+    """Return a headless Service; peers must find each other before they are ready."""
+    group = "messaging" if suffix == "nats" else suffix
+    spec = {
+        "clusterIP": "None",
+        "publishNotReadyAddresses": True,
+        "selector": selector(job, group),
+        "ports": [{"name": suffix, "port": port, "protocol": "TCP"}],
+    }
+    return _object(job, "v1", "Service", f"{job.metadata.name}-{suffix}", {"spec": spec}, group)
+
+
+def _config(job: AsyncRLJob, name: str, credentials: str, more: dict[str, str]) -> Json:
+    """Return the run configuration of one attempt, or of one rollout template."""
+    spec, shared = job.spec, job.spec.messaging.shared
+    if spec.messaging.mode == "Shared":
+        has_credentials = shared.credentials_secret_ref is not None
+        address = NatsAddress(
+            url=shared.url, credentials_file=f"{NATS}/nats.creds" if has_credentials else ""
+        )
+    else:
+        url = f"nats://{job.metadata.name}-nats:{NATS_PORT}"
+        address = NatsAddress(url=url, credentials_file=f"{NATS}/{credentials}")
+    config = RunConfig(
+        namespace=job.metadata.namespace or "",
+        name=job.metadata.name,
+        uid=job.metadata.uid or "",
+        spec=spec,
+        nats=address,
+        job_folder=Path(job_folder(job)),
+        live_file=Path(LIVE) / "live.json",
+        report_file=Path("/tmp/report.json"),
+        report_config_map=f"{job.metadata.name}-report",
+        model_cache=Path(CACHE),
+        import_paths=tuple(Path(CODE) / volume for volume in code_volumes(spec)),
+    )
+    text = config.model_dump_json(by_alias=True, exclude_none=True)
+    return _object(job, "v1", "ConfigMap", name, {"immutable": True, "data": {"config.json": text}}, "", more)

@@ -1,0 +1,127 @@
+"""A user's `podTemplate` laid over ours: a strategic merge, but for the fields that are ours. Pure."""
+
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+from asyncrl_api.manifests import FieldError, SpecError
+
+Json = dict[str, Any]
+
+MERGE_KEYS = {
+    "containers": "name",
+    "initContainers": "name",
+    "env": "name",
+    "volumes": "name",
+    "volumeMounts": "mountPath",
+    "ports": "containerPort",
+    "imagePullSecrets": "name",
+    "topologySpreadConstraints": "topologyKey",
+}
+"""Lists whose entries are merged by a key, as in a strategic merge patch; others are replaced."""
+APPENDED = {"tolerations"}
+"""Lists to which entries are only added: pods must keep leaving dead nodes."""
+OWNED = (
+    "metadata.name",
+    "metadata.namespace",
+    "metadata.labels.asyncrl.dev/*",
+    "metadata.labels.app.kubernetes.io/*",
+    "metadata.annotations.asyncrl.dev/*",
+    "spec.restartPolicy",
+    "spec.subdomain",
+    "spec.hostname",
+    "spec.setHostnameAsFQDN",
+    "spec.terminationGracePeriodSeconds",
+    "spec.serviceAccountName",
+    "spec.automountServiceAccountToken",
+    "spec.containers[*].image",
+    "spec.containers[*].command*",
+    "spec.containers[*].args*",
+)
+"""What is the operator's; `image` and some others have a field of their own in the spec."""
+
+
+def lay_over(template: Json, patch: Json, path: str, gpu_resource: str) -> Json:
+    """Return a pod template with a user's overlay.
+
+    Args:
+        template: ours; its containers, volumes and environment are owned.
+        patch: PodTemplateSpec of the user, as far as it goes.
+        path: where the patch stands in the manifest, for errors.
+        gpu_resource: name of the resource that the budget is about.
+
+    Raises:
+        SpecError: the overlay sets a field that is the operator's; names it.
+    """
+    if errors := [
+        FieldError(f"{path}.{name}", "is set by the operator: leave it out, or use the field of the spec")
+        for name in touched(patch)
+        if _is_owned(name, template, gpu_resource)
+    ]:
+        raise SpecError(errors)
+    merged: Json = _merge(template, patch, "")
+    return merged
+
+
+def touched(patch: Any, path: str = "") -> Iterator[str]:
+    """Yield the path of every value that a patch sets: `spec.containers[engine].command`."""
+    if isinstance(patch, Mapping):
+        for name, value in patch.items():
+            yield from touched(value, f"{path}.{name}" if path else str(name))
+    elif isinstance(patch, list) and (key := MERGE_KEYS.get(_last(path))):
+        for entry in patch:
+            name = entry.get(key, "") if isinstance(entry, Mapping) else ""
+            inner = {k: v for k, v in entry.items() if k != key} if isinstance(entry, Mapping) else {}
+            yield from touched(inner, f"{path}[{name}]") if inner else iter((f"{path}[{name}]",))
+    else:
+        yield path
+
+
+def _is_owned(path: str, template: Json, gpu_resource: str) -> bool:
+    containers = {each["name"]: each for each in template["spec"]["containers"]}
+    for pattern in OWNED:
+        if fnmatchcase(path, pattern.replace("[", "[[]")) and _container(path) in {None, *containers}:
+            return True
+    for name, container in containers.items():
+        root = f"spec.containers[{name}]"
+        env = {each["name"] for each in container.get("env", ())}
+        mounts = {each["mountPath"] for each in container.get("volumeMounts", ())}
+        if any(path.startswith(f"{root}.env[{each}]") for each in env):
+            return True
+        if any(path.startswith(f"{root}.volumeMounts[{each}]") for each in mounts):
+            return True
+        if path in (f"{root}.resources.requests.{gpu_resource}", f"{root}.resources.limits.{gpu_resource}"):
+            return True
+    volumes = {each["name"] for each in template["spec"].get("volumes", ())}
+    return any(path.startswith(f"spec.volumes[{each}]") for each in volumes)
+
+
+def _container(path: str) -> str | None:
+    """Return the container that a path is in; None outside of all."""
+    if not path.startswith("spec.containers["):
+        return None
+    return path.removeprefix("spec.containers[").partition("]")[0]
+
+
+def _merge(under: Any, over: Any, name: str) -> Any:
+    if isinstance(under, Mapping) and isinstance(over, Mapping):
+        merged = dict(under)
+        for key, value in over.items():
+            merged[key] = _merge(under[key], value, key) if key in under else value
+        return merged
+    if isinstance(under, list) and isinstance(over, list):
+        if name in APPENDED:
+            return under + [each for each in over if each not in under]
+        if (key := MERGE_KEYS.get(name)) and all(isinstance(each, Mapping) for each in over):
+            return _merge_by(key, under, over)
+    return over
+
+
+def _merge_by(key: str, under: list[Any], over: list[Any]) -> list[Any]:
+    patches = {each.get(key): each for each in over}
+    merged = [_merge(each, patches.pop(each.get(key), {}), "") for each in under]
+    return [*merged, *patches.values()]
+
+
+def _last(path: str) -> str:
+    return path.rpartition(".")[2]
