@@ -34,6 +34,8 @@ class Report(Wire):
     message: str = ""
     reward: float | None = None
     staleness_mean: float | None = None
+    staleness_p50: int | None = None
+    staleness_p95: int | None = None
     staleness_max: int | None = None
     tokens_per_second: float | None = None
     wait_share: float | None = None

@@ -233,7 +233,7 @@ def _config(job: AsyncRLJob, name: str, credentials: str, more: dict[str, str]) 
         nats=address,
         job_folder=Path(job_folder(job)),
         live_file=Path(LIVE) / "live.json",
-        report_file=Path("/tmp/report.json"),
+        report_file=Path(job_folder(job)) / "report.json",
         report_config_map=f"{job.metadata.name}-report",
         model_cache=Path(CACHE),
         import_paths=tuple(Path(CODE) / volume for volume in code_volumes(spec)),

@@ -147,8 +147,8 @@ def _degraded(scene: Scene, wave: Wave, below: bool, stale_at: float | None) -> 
         return Problem(
             "ReportStale", f"the trainer has not reported for {int(REPORT_STALE_SECONDS)} s or more"
         )
-    if report is not None and report.staleness_max is not None and report.staleness_max > bound:
-        text = f"tokens of {report.staleness_max} versions ago were trained; staleness.maxVersions is {bound}"
+    if report is not None and report.staleness_p95 is not None and report.staleness_p95 > bound:
+        text = f"tokens of {report.staleness_p95} versions ago are trained; staleness.maxVersions is {bound}"
         return Problem("StalenessExceeded", text)
     if scene.seen.blocked is not None:
         return scene.seen.blocked

@@ -315,7 +315,9 @@ def _reported(report: Report) -> dict[str, object]:
             state=report.state,
             estimated_remaining_seconds=_whole(report.remaining_seconds),
         ),
-        "staleness": StalenessStatus(p50=_p50(report), p95=_p95(report), max=report.staleness_max),
+        "staleness": StalenessStatus(
+            p50=report.staleness_p50, p95=report.staleness_p95, max=report.staleness_max
+        ),
         "throughput": ThroughputStatus(
             tokens_per_second=_whole(report.tokens_per_second),
             queue_depth=report.queue_depth,
@@ -335,11 +337,3 @@ def _reported(report: Report) -> dict[str, object]:
 
 def _whole(value: float | None) -> int | None:
     return None if value is None else round(value)
-
-
-def _p50(report: Report) -> int | None:
-    return _whole(report.staleness_mean) if report.staleness_max is not None else None
-
-
-def _p95(report: Report) -> int | None:
-    return report.staleness_max

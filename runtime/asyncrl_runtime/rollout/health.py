@@ -2,6 +2,7 @@
 
 kubelet, or the local runner, asks `/worker` and `/engine`; a 503 has the process in question restarted. The
 engine is not asked directly: only the worker knows that it hangs in a collective, or cannot be made clean.
+`/ready` says whether the two can take a ticket.
 """
 
 import contextlib
@@ -22,12 +23,15 @@ class _Server(uvicorn.Server):
         yield
 
 
-async def serve_health(listener: socket.socket, engine_fault: Callable[[], str | None]) -> None:
+async def serve_health(
+    listener: socket.socket, engine_fault: Callable[[], str | None], is_fit: Callable[[], bool]
+) -> None:
     """Answer probes until cancelled.
 
     Args:
         listener: as bound by `processes.bind`.
         engine_fault: why the engine must be restarted; None while it need not be.
+        is_fit: whether the engine has weights that are new enough to sample with.
     """
 
     async def worker(request: Request) -> PlainTextResponse:
@@ -37,6 +41,11 @@ async def serve_health(listener: socket.socket, engine_fault: Callable[[], str |
         fault = engine_fault()
         return PlainTextResponse(fault or "ok", status_code=503 if fault else 200)
 
-    app = Starlette(routes=[Route("/worker", worker), Route("/engine", engine)])
+    async def ready(request: Request) -> PlainTextResponse:
+        return (
+            PlainTextResponse("ok") if is_fit() else PlainTextResponse("no fit weights yet", status_code=503)
+        )
+
+    app = Starlette(routes=[Route("/worker", worker), Route("/engine", engine), Route("/ready", ready)])
     config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off")
     await _Server(config).serve(sockets=[listener])

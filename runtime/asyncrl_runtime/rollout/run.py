@@ -74,7 +74,7 @@ async def _run(
     worker = Worker(name, config.spec, config.names, broker, engine, renderer, workflow, scorer, state_bucket)
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, worker.stop)
-    probes = asyncio.create_task(serve_health(listener, worker.engine_fault))
+    probes = asyncio.create_task(serve_health(listener, worker.engine_fault, worker.is_fit))
     try:
         await worker.run()
     finally:

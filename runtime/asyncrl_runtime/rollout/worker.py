@@ -158,20 +158,20 @@ class Worker:
     async def _pull(self, queue: TicketQueue, work: Work, size: int) -> None:
         """Take one message at a time while there is room, and work on each beside the others."""
         while not self._stopping.is_set():
-            if not (self._is_fit() and self._limit.has_room(self._slots.num_taken)):
+            if not (self.is_fit() and self._limit.has_room(self._slots.num_taken)):
                 await asyncio.sleep(0.01)
                 continue
             delivery = await queue.take()
             if delivery is None:
                 continue
-            if self._stopping.is_set() or not self._is_fit():  # not any more; others may be
+            if self._stopping.is_set() or not self.is_fit():  # not any more; others may be
                 await delivery.hand_back()
                 continue
             task = asyncio.create_task(self._handle(delivery, work, self._slots.take(size)))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
-    def _is_fit(self) -> bool:
+    def is_fit(self) -> bool:
         """Whether the engine can sample, with weights that are not too old already."""
         mine, current = self._engine.weights.version, self._current
         if self._monitor.state != "ready" or mine is None:

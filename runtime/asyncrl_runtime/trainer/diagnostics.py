@@ -153,8 +153,20 @@ def report_batch(samples: Sequence[TrainingSample], rewards: NDArray[np.float64]
     if histogram := staleness_histogram(samples):
         total = sum(histogram.values())
         report["staleness_mean"] = sum(versions * count for versions, count in histogram.items()) / total
+        report["staleness_p50"] = float(_staleness_quantile(histogram, 0.5))
+        report["staleness_p95"] = float(_staleness_quantile(histogram, 0.95))
         report["staleness_max"] = float(max(histogram))
     return finite(report)
+
+
+def _staleness_quantile(histogram: dict[int, int], share: float) -> int:
+    """Return the least age that `share` of the tokens do not exceed."""
+    total, seen = sum(histogram.values()), 0
+    for versions in sorted(histogram):
+        seen += histogram[versions]
+        if seen >= share * total:
+            return versions
+    return max(histogram)
 
 
 def staleness_histogram(samples: Iterable[TrainingSample]) -> dict[int, int]:

@@ -67,6 +67,8 @@ class Metrics:
             step=values["step"],
             reward=values.get("reward_mean"),
             staleness_mean=values.get("staleness_mean"),
+            staleness_p50=int(values.get("staleness_p50", 0)),
+            staleness_p95=int(values.get("staleness_p95", 0)),
             staleness_max=int(values.get("staleness_max", 0)),
             tokens_per_second=tokens / seconds if seconds else None,
             wait_share=waited / seconds if seconds else None,

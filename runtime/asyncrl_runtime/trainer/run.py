@@ -30,6 +30,7 @@ from asyncrl_runtime.trainer.checkpoints import (
     Checkpoints,
     set_aside_strangers,
 )
+from asyncrl_runtime.trainer.cluster_report import copying_report
 from asyncrl_runtime.trainer.control import Control
 from asyncrl_runtime.trainer.controller import Controller
 from asyncrl_runtime.trainer.dataset import Rows, count_shared, load_rows
@@ -110,8 +111,9 @@ async def _control(config: RunConfig, options: Options, model_folder: Path, rank
         lease = Lease(broker, config.names, Holder(options.attempt, identity))
         await lease.acquire()
         fleet = await _hear_heartbeats(config, broker)
-        job, control = await _open_job(config, options, model_folder, ranks, rows, broker, fleet)
-        await _run_beside(job, control, lease, broker, ranks)
+        async with copying_report(config, time.monotonic):
+            job, control = await _open_job(config, options, model_folder, ranks, rows, broker, fleet)
+            await _run_beside(job, control, lease, broker, ranks)
     finally:
         await broker.close()
 

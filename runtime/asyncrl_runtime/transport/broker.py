@@ -7,10 +7,12 @@ after four minutes by default; `publish` swallows a cancellation, so loops end b
 """
 
 import asyncio
+import json
 import logging
 import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import msgspec
@@ -122,7 +124,7 @@ class Broker:
                 ping_interval=10,
                 max_outstanding_pings=2,
                 inbox_prefix=names.inbox_prefix,
-                user_credentials=address.credentials_file or None,
+                **_credentials(address),
             )
 
         try:
@@ -267,3 +269,21 @@ class _Answer(msgspec.Struct):
 
 
 _answers = msgspec.json.Decoder(_Answer)
+
+
+def _credentials(address: NatsAddress) -> dict[str, Any]:
+    """Return what `connect` takes to say who we are.
+
+    Raises:
+        TransportError: the file is missing or is not understood.
+    """
+    path = address.credentials_file
+    if not path or path.endswith(".creds"):
+        return {"user_credentials": path or None}
+    try:
+        values = json.loads(Path(path).read_text())
+        return {"user": values["user"], "password": values["password"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TransportError(
+            f"NATS credentials {path}: must be JSON with user and password: {error}"
+        ) from error

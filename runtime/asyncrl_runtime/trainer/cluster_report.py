@@ -1,0 +1,125 @@
+"""Copies the trainer's report into a ConfigMap, where the operator finds it, also one that was down.
+
+The trainer's service account may patch this one object. A report that cannot be written is logged and lost:
+training never waits for it.
+"""
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import ssl
+from collections.abc import AsyncIterator, Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import httpx
+
+from asyncrl_api.report import Report
+from asyncrl_api.run import RunConfig
+
+log = logging.getLogger(__name__)
+
+ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
+LOOK_SECONDS = 1.0
+CHANGED_SECONDS = 10.0
+"""Between two copies of a report that changes all the time; a new state is copied at once."""
+UNCHANGED_SECONDS = 30.0
+"""After which one that has not changed is copied again: its time says that the trainer lives."""
+CALL_SECONDS = 10.0
+LAST_CALL_SECONDS = 5.0
+
+
+class ReportCopier:
+    """Copies a report whenever it is due.
+
+    Args:
+        client: of the API server, with the trainer's rights.
+        path: of the ConfigMap in the API.
+        read: returns the report as it is now; None while there is none.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        client: httpx.AsyncClient,
+        path: str,
+        read: Callable[[], Report | None],
+        clock: Callable[[], float],
+    ) -> None:
+        self._client = client
+        self._path = path
+        self._read = read
+        self._clock = clock
+        self._sent: Report | None = None
+        self._sent_at = float("-inf")
+
+    async def keep(self) -> None:
+        """Copy until cancelled."""
+        while True:
+            await self.copy_if_due()
+            await asyncio.sleep(LOOK_SECONDS)
+
+    async def copy_if_due(self) -> None:
+        """Copy the report if it says something new, or was not copied for long."""
+        report, age = self._read(), self._clock() - self._sent_at
+        if report is None:
+            return
+        is_news = self._sent is None or report.state != self._sent.state
+        wait = CHANGED_SECONDS if report != self._sent else UNCHANGED_SECONDS
+        if is_news or age >= wait:
+            await self._copy(report)
+
+    async def copy_last(self) -> None:
+        """Copy the last report, whatever was copied before."""
+        if (report := self._read()) is not None and report != self._sent:
+            await self._copy(report)
+
+    async def _copy(self, report: Report) -> None:
+        self._sent, self._sent_at = report, self._clock()  # also if it fails: the next one is news soon
+        alive = report.model_copy(update={"time": datetime.now(UTC).isoformat(timespec="seconds")})
+        body = {"data": {"report": alive.model_dump_json(by_alias=True, exclude_none=True)}}
+        headers = {"Content-Type": "application/merge-patch+json"}
+        try:
+            answer = await self._client.patch(self._path, content=json.dumps(body), headers=headers)
+            answer.raise_for_status()
+        except httpx.HTTPError as error:
+            log.warning("the report was not written to %s: %r", self._path, error)
+
+
+@contextlib.asynccontextmanager
+async def copying_report(config: RunConfig, clock: Callable[[], float]) -> AsyncIterator[None]:
+    """Copy the report while the body runs, and once more at its end; nothing outside of a cluster."""
+    if not config.report_config_map:
+        yield
+        return
+    async with in_cluster_client() as client:
+        path = f"/api/v1/namespaces/{config.namespace}/configmaps/{config.report_config_map}"
+        copier = ReportCopier(client, path, lambda: Report.load(config.report_file), clock)
+        task = asyncio.create_task(copier.keep(), name="copy report")
+        try:
+            yield
+        finally:
+            task.cancel()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LAST_CALL_SECONDS):
+                    await copier.copy_last()
+
+
+def in_cluster_client(account: Path = ACCOUNT) -> httpx.AsyncClient:
+    """Return a client of the pod's API server; the token is read anew for each call, for it is renewed."""
+
+    def authorize(request: httpx.Request) -> httpx.Request:
+        request.headers["Authorization"] = f"Bearer {(account / 'token').read_text().strip()}"
+        return request
+
+    host, port = os.environ["KUBERNETES_SERVICE_HOST"], os.environ["KUBERNETES_SERVICE_PORT"]
+    authority = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    return httpx.AsyncClient(
+        base_url=f"https://{authority}",
+        verify=ssl.create_default_context(cafile=str(account / "ca.crt")),
+        auth=authorize,
+        timeout=CALL_SECONDS,
+        trust_env=False,
+    )
