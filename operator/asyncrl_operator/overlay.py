@@ -65,7 +65,7 @@ def lay_over(template: Json, patch: Json, path: str, gpu_resource: str) -> Json:
 
 def touched(patch: Any, path: str = "") -> Iterator[str]:
     """Yield the path of every value that a patch sets: `spec.containers[engine].command`."""
-    if isinstance(patch, Mapping):
+    if isinstance(patch, Mapping) and patch:
         for name, value in patch.items():
             yield from touched(value, f"{path}.{name}" if path else str(name))
     elif isinstance(patch, list) and (key := MERGE_KEYS.get(_last(path))):

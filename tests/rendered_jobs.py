@@ -1,0 +1,86 @@
+"""Jobs of different shapes, with all their objects."""
+
+from typing import Any
+
+from asyncrl_api.job import AsyncRLJob
+from asyncrl_api.manifests import parse_job
+from asyncrl_api.marks import merge
+from asyncrl_operator.manifests import (
+    Defaults,
+    render_credentials,
+    render_messaging,
+    render_rollout,
+    render_shared,
+    render_trainer,
+)
+from asyncrl_operator.observed import Attempt
+
+DEFAULTS = Defaults("localhost/runtime:1", "localhost/nats:1", ("registry",))
+
+BASE: dict[str, Any] = {
+    "apiVersion": "asyncrl.dev/v1alpha1",
+    "kind": "AsyncRLJob",
+    "metadata": {"name": "gsm8k", "namespace": "team", "uid": "0b5e1a52-7c7b-4e0e-9a53-8d1f0c0c7d11"},
+    "spec": {
+        "model": {"source": "hf://Qwen/Qwen3-1.7B"},
+        "dataset": {"source": "hf://openai/gsm8k"},
+        "training": {"batchSize": 64, "maxSteps": 200},
+        "gpuBudget": {"total": 8},
+        "checkpoint": {"location": {"claimName": "checkpoints"}},
+    },
+}
+SHAPES: dict[str, dict[str, Any]] = {
+    "cpu": {
+        "gpuBudget": {"total": 3, "allocation": "None"},
+        "rollout": {"engine": {"type": "CPU"}},
+        "weightSync": {"backend": "Gloo"},
+    },
+    "two-nodes": {
+        "model": {"cache": {"claimName": "models"}, "secretRef": {"name": "hub"}},
+        "gpuBudget": {"total": 32, "mode": "Manual", "split": {"trainer": 16, "rollout": 16}},
+        "rollout": {"gpusPerReplica": 4},
+    },
+    "everything": {
+        "messaging": {"embedded": {"storage": {"type": "Persistent", "size": "20Gi"}}},
+        "reward": {"type": "Function", "function": "rewards:score", "configMapRef": {"name": "code"}},
+        "rollout": {
+            "engine": {"image": "localhost/sglang:2", "args": ["--mem-fraction-static", "0.8"]},
+            "podTemplate": {
+                "metadata": {"labels": {"team": "a"}},
+                "spec": {
+                    "containers": [{"name": "engine", "env": [{"name": "NCCL_DEBUG", "value": "INFO"}]}],
+                    "tolerations": [{"key": "spot", "operator": "Exists"}],
+                },
+            },
+        },
+        "trainer": {"image": "localhost/train:2", "terminationGracePeriodSeconds": 120},
+        "scheduling": {
+            "nodeSelector": {"pool": "gpu"},
+            "topologyKey": "rack",
+            "network": {"rdmaResource": "rdma/hca", "rdmaCount": 1},
+            "imagePullSecrets": [{"name": "mine"}],
+        },
+    },
+    "shared-nats": {
+        "messaging": {
+            "mode": "Shared",
+            "shared": {"url": "nats://nats.infra:4222", "credentialsSecretRef": {"name": "nats"}},
+        },
+    },
+}
+
+
+def job_of(shape: str, **metadata: str) -> AsyncRLJob:
+    """Return a job of one of the shapes; `metadata` replaces name, namespace or uid."""
+    return parse_job(merge(BASE, {"spec": SHAPES[shape], "metadata": metadata}))
+
+
+def render_all(job: AsyncRLJob) -> list[dict[str, Any]]:
+    """Return all objects of a job that runs, the trainer at 16 GPUs where it has a split of its own."""
+    spec, split = job.spec, job.spec.gpu_budget.split
+    objects = render_shared(job, DEFAULTS)
+    if spec.messaging.mode == "Embedded":
+        objects += [render_credentials(job, lambda: "secret"), *render_messaging(job, DEFAULTS, 1)]
+    objects += render_trainer(job, DEFAULTS, Attempt(3, split.trainer if split else 2))
+    size = max(1, spec.rollout.gpus_per_replica)
+    return objects + render_rollout(job, DEFAULTS, 2, size)

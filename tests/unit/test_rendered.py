@@ -1,0 +1,141 @@
+"""What a job is made of: whole objects as golden files, and what must hold of every one of them."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from asyncrl_api.manifests import SpecError, parse_job
+from asyncrl_api.marks import merge
+from asyncrl_operator.layout import plan
+from asyncrl_operator.local import LocalPlaces
+from asyncrl_operator.manifests import render_rollout, render_trainer
+from asyncrl_operator.observed import Attempt
+from rendered_jobs import BASE, DEFAULTS, SHAPES, job_of, render_all
+
+GOLDEN = Path(__file__).parent / "golden"
+"""Written again by ASYNCRL_WRITE_GOLDEN=1 pytest tests/unit/test_rendered.py; read the difference."""
+
+
+def dump(objects: list[dict[str, Any]], path: Path) -> None:
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    with path.open("w") as file:
+        yaml.dump_all(sorted(objects, key=lambda each: (each["kind"], each["metadata"]["name"])), file)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_objects_are_as_before(shape: str, tmp_path: Path) -> None:
+    golden = GOLDEN / f"{shape}.yaml"
+    path = golden if os.environ.get("ASYNCRL_WRITE_GOLDEN") else tmp_path / "now.yaml"
+    dump(render_all(job_of(shape)), path)
+    assert path.read_text() == golden.read_text()
+
+
+def pods(objects: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [each["spec"]["template"] for each in objects if each["kind"] in ("Job", "StatefulSet")]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_what_holds_of_every_object_and_pod(shape: str) -> None:
+    job = job_of(shape)
+    objects = render_all(job)
+    assert len({(each["kind"], each["metadata"]["name"]) for each in objects}) == len(objects)
+    for each in objects:
+        (owner,) = each["metadata"]["ownerReferences"]
+        assert owner["uid"] == job.metadata.uid and owner["controller"] and owner["blockOwnerDeletion"]
+        assert each["metadata"]["labels"]["asyncrl.dev/job"] == "gsm8k"
+    for pod in pods(objects):
+        spec = pod["spec"]
+        assert spec["securityContext"]["runAsNonRoot"] and pod["metadata"]["annotations"]["asyncrl.dev/gpus"]
+        is_trainer = pod["metadata"]["labels"]["asyncrl.dev/group"] == "trainer"
+        assert spec["automountServiceAccountToken"] is is_trainer
+        leaves = {each["key"]: each.get("tolerationSeconds") for each in spec["tolerations"]}
+        assert leaves["node.kubernetes.io/unreachable"] == leaves["node.kubernetes.io/not-ready"] == 30
+        mounted = {mount["name"] for each in spec["containers"] for mount in each["volumeMounts"]}
+        claims = {"store"}  # of the StatefulSet, where it is persistent
+        assert mounted - claims == {each["name"] for each in spec["volumes"]} - claims
+
+
+def test_commands_are_those_of_one_machine() -> None:
+    """But for paths and addresses: the same programs, the same options in the same order."""
+    job = job_of("cpu")
+    local = plan(job, LocalPlaces("config.json", "nats.conf", {}), attempt=3)
+    words = {each.name.rpartition("-")[2]: each.command for each in local.processes}
+    for pod in pods(render_all(job)):
+        for container in pod["spec"]["containers"]:
+            here = words[container["name"]]
+            assert [w for w in container["command"] if w.startswith("-")] == [
+                w for w in here if w.startswith("-")
+            ]
+            assert container["command"][:2] == list(here[:2])
+
+
+def test_a_trainer_on_two_nodes_finds_its_first_pod_and_knows_its_place() -> None:
+    _, job = render_trainer(job_of("two-nodes"), DEFAULTS, Attempt(3, 16))
+    assert (job["spec"]["completions"], job["spec"]["parallelism"]) == (2, 2)
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    command = " ".join(container["command"])
+    assert (
+        "--ranks 8 --node $(JOB_COMPLETION_INDEX) --nodes 2 --host gsm8k-trainer-3-0.gsm8k-trainer" in command
+    )
+    assert container["resources"]["limits"] == {"nvidia.com/gpu": "8"}
+
+
+def overlaid(**template: Any) -> list[dict[str, Any]]:
+    job = parse_job(merge(BASE, {"spec": {"rollout": {"podTemplate": template}}}))
+    return render_rollout(job, DEFAULTS, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("template", "path"),
+    [
+        (
+            {"spec": {"containers": [{"name": "engine", "command": ["sh"]}]}},
+            "spec.containers[engine].command",
+        ),
+        ({"spec": {"containers": [{"name": "worker", "image": "x"}]}}, "spec.containers[worker].image"),
+        (
+            {"spec": {"containers": [{"name": "worker", "env": [{"name": "POD_NAME", "value": "x"}]}]}},
+            "POD_NAME",
+        ),
+        (
+            {"spec": {"containers": [{"name": "engine", "resources": {"limits": {"nvidia.com/gpu": "4"}}}]}},
+            "resources.limits.nvidia.com/gpu",
+        ),
+        ({"spec": {"volumes": [{"name": "shm", "emptyDir": {}}]}}, "spec.volumes[shm]"),
+        ({"spec": {"restartPolicy": "Never"}}, "spec.restartPolicy"),
+        ({"metadata": {"labels": {"asyncrl.dev/job": "other"}}}, "metadata.labels.asyncrl.dev/job"),
+    ],
+)
+def test_what_is_the_operators_cannot_be_overlaid(template: dict[str, Any], path: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        overlaid(**template)
+    assert path in str(caught.value) and "spec.rollout.podTemplate." in str(caught.value)
+
+
+def test_an_overlay_adds_and_merges() -> None:
+    sidecar = {"name": "logger", "image": "fluent:1", "command": ["fluent"]}
+    _, group = overlaid(
+        metadata={"labels": {"team": "a"}},
+        spec={
+            "containers": [
+                {
+                    "name": "engine",
+                    "env": [{"name": "NCCL_DEBUG", "value": "INFO"}],
+                    "resources": {"limits": {"memory": "64Gi"}},
+                },
+                sidecar,
+            ],
+            "volumes": [{"name": "logs", "emptyDir": {}}],
+            "tolerations": [{"key": "spot", "operator": "Exists"}],
+        },
+    )
+    pod = group["spec"]["template"]
+    engine, worker, logger = pod["spec"]["containers"]
+    assert {"name": "NCCL_DEBUG", "value": "INFO"} in engine["env"] and len(engine["env"]) > 1
+    assert engine["resources"]["limits"] == {"nvidia.com/gpu": "1", "memory": "64Gi"}
+    assert (worker["name"], logger) == ("worker", sidecar)
+    assert pod["metadata"]["labels"]["team"] == "a" and len(pod["spec"]["tolerations"]) == 3
