@@ -38,8 +38,8 @@ from asyncrl_operator.observed import (
     Observed,
     Problem,
 )
-from asyncrl_operator.resources import JOBS, PODS, SECRETS, is_made_once, resource_of
-from asyncrl_operator.sight import Child, report_name
+from asyncrl_operator.resources import CONFIG_MAPS, JOBS, PODS, SECRETS, is_made_once, resource_of
+from asyncrl_operator.sight import Child, outlived_configs, report_name
 from asyncrl_operator.workqueue import Key
 
 logger = logging.getLogger(__name__)
@@ -115,6 +115,8 @@ class Executor:
             obstacle = error
         for deletion in deletions:
             await self._delete(target.key, target.uid, deletion)
+        if target.desired is not None and target.desired.shared:
+            await self._delete_outlived(target, target.desired, seen)
         if obstacle is not None:
             raise obstacle
         return events
@@ -274,6 +276,14 @@ class Executor:
         )
 
     # -- deletions
+
+    async def _delete_outlived(self, target: Target, desired: Desired, seen: Observed) -> None:
+        attempt = desired.trainer.number if desired.trainer is not None else 0
+        template, children = rollout_hash(target.job.spec), self._cluster.children(target.key)
+        for entry in outlived_configs(
+            target.key, target.uid, children, seen, attempt=attempt, template=template
+        ):
+            await self._cluster.delete(CONFIG_MAPS, entry.namespace, entry.name, entry.uid)
 
     async def _delete(self, key: Key, uid: str, deletion: Deletion) -> None:
         cluster = self._cluster

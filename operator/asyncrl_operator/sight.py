@@ -67,6 +67,33 @@ def see(
     )
 
 
+def outlived_configs(
+    key: Key, uid: str, children: Iterable[Child], seen: Observed, *, attempt: int, template: str
+) -> list[Entry[bytes]]:
+    """Return the run configurations that no pod will read any more.
+
+    Args:
+        attempt: of the trainer that is wanted; 0: none.
+        template: hash of the rollout pods that are wanted.
+    """
+    attempts = {
+        f"{key.name}-config-{number}" for number in (attempt, *(j.attempt for j in seen.trainer_jobs))
+    }
+    templates = {template, *(pod.template for pod in seen.pods if pod.is_ours and pod.is_alive)}
+    if seen.rollout is not None:  # pods that it makes until it has the new template
+        templates.add(seen.rollout.template)
+    needed = attempts | {f"{key.name}-rollout-{each}" for each in templates}
+    prefixes = (f"{key.name}-config-", f"{key.name}-rollout-")
+    return [
+        child.entry
+        for child in children
+        if child.resource is CONFIG_MAPS
+        and child.entry.owner == uid
+        and child.entry.name.startswith(prefixes)
+        and child.entry.name not in needed
+    ]
+
+
 def missing_reference(pods: Iterable[Pod]) -> Problem | None:
     """Return what pods wait for that the user names and that is not there.
 

@@ -108,6 +108,8 @@ def test_a_deleted_trainer_job_is_a_disruption(running: Job) -> None:
     running.wait("Running")
     attempt = running.status()["attempt"]
     assert (attempt["disruptions"], attempt["restarts"]) == (1, 0)
+    configs = "the configuration of the lost attempt is deleted"
+    eventually(configs, lambda: "gsm8k-config-1" not in running.names("configmaps"))
 
 
 def test_a_trainer_that_fails_is_restarted(running: Job) -> None:
@@ -117,6 +119,7 @@ def test_a_trainer_that_fails_is_restarted(running: Job) -> None:
     running.wait("Running")
     assert running.status()["attempt"]["restarts"] == 1
     assert running.events()["TrainerRestart"] == 1
+    assert {"gsm8k-config-1", "gsm8k-config-2"} <= set(running.names("configmaps")), "the failed Job is kept"
 
 
 def test_a_finished_job_has_no_pods_and_later_no_children(running: Job) -> None:

@@ -1,0 +1,76 @@
+"""From the caches to what a pass decides on."""
+
+import json
+from typing import Any
+
+from asyncrl_operator.informer import Entry
+from asyncrl_operator.observed import Observed, Pod, StatefulSet, TrainerJob
+from asyncrl_operator.resources import CONFIG_MAPS, JOBS, STATEFUL_SETS, Resource
+from asyncrl_operator.sight import Child, outlived_configs, see
+from asyncrl_operator.trim import KeptPod
+from asyncrl_operator.workqueue import Key
+
+KEY, UID = Key("ns", "gsm8k"), "u1"
+
+
+def child(resource: Resource, name: str, owner: str = UID, **content: Any) -> Child:
+    labels = content.pop("labels", {})
+    value = json.dumps({"metadata": {"name": name, "labels": labels}, **content}).encode()
+    return Child(resource, Entry("ns", name, f"uid-{name}", 1, "gsm8k", owner, False, value))
+
+
+def pod(name: str, job_uid: str = UID, **fields: Any) -> Entry[KeptPod]:
+    kept = KeptPod(job_uid, Pod(name, f"uid-{name}", "rollout", **fields))
+    return Entry("ns", name, f"uid-{name}", 1, "gsm8k", "set", False, kept)
+
+
+def test_a_pass_sees_its_own_children_and_the_pods_of_an_earlier_job_of_its_name() -> None:
+    failed = [{"type": "FailureTarget", "status": "True", "reason": "x", "message": "exit code 3"}]
+    children = [
+        child(JOBS, "gsm8k-trainer-2", labels={"asyncrl.dev/attempt": "2"}, conditions=failed),
+        child(JOBS, "gsm8k-trainer-9", owner="u0", labels={"asyncrl.dev/attempt": "9"}),
+        child(STATEFUL_SETS, "gsm8k-rollout", labels={"asyncrl.dev/template": "t"}, spec={"replicas": 4}),
+        child(STATEFUL_SETS, "gsm8k-nats", owner="u0", spec={"replicas": 1}),
+    ]
+    seen = see(KEY, UID, children, [pod("a"), pod("b", job_uid="u0")], None)
+    assert seen.trainer_jobs == (TrainerJob("gsm8k-trainer-2", 2, is_failed=True, message="exit code 3"),)
+    assert seen.rollout == StatefulSet("gsm8k-rollout", 4, "t") and seen.messaging is None
+    assert [(each.name, each.is_ours) for each in seen.pods] == [("a", True), ("b", False)]
+    assert seen.has_children and seen.nodes is None
+
+
+def test_a_report_that_is_not_understood_is_as_good_as_none() -> None:
+    text = '{"attempt": 1, "step": 4, "maxSteps": 9, "state": "Training"}'
+    good = child(CONFIG_MAPS, "gsm8k-report", data={"report": text})
+    report = see(KEY, UID, [good], [], None).report
+    assert report is not None and report.step == 4
+    bad = child(CONFIG_MAPS, "gsm8k-report", data={"report": "{}"})
+    assert see(KEY, UID, [bad], [], None).report is None
+    foreign = child(CONFIG_MAPS, "gsm8k-report", owner="u0", data={"report": text})
+    assert see(KEY, UID, [foreign], [], None).report is None
+
+
+def test_a_configuration_goes_when_nothing_will_read_it() -> None:
+    names = [
+        "config-1",
+        "config-2",
+        "config-3",
+        "rollout-old",
+        "rollout-gone",
+        "rollout-set",
+        "rollout-new",
+        "live",
+    ]
+    children = [child(CONFIG_MAPS, f"gsm8k-{name}") for name in names]
+    children.append(child(CONFIG_MAPS, "gsm8k-config-0", owner="u0"))
+    seen = Observed(
+        trainer_jobs=(TrainerJob("gsm8k-trainer-2", 2),),
+        rollout=StatefulSet("gsm8k-rollout", 2, "set"),
+        pods=(
+            Pod("a", "1", "rollout", template="old"),
+            Pod("b", "2", "rollout", template="gone", phase="Failed"),
+            Pod("c", "3", "rollout", template="gone", is_ours=False),
+        ),
+    )
+    found = outlived_configs(KEY, UID, children, seen, attempt=3, template="new")
+    assert [entry.name for entry in found] == ["gsm8k-config-1", "gsm8k-rollout-gone"]
