@@ -14,7 +14,7 @@ Reconcile = Callable[[Key], Awaitable[float | None]]
 
 NUM_WORKERS = 8
 GATHER_SECONDS = 0.1
-"""News of one job that come within this time are one pass: pods become ready in bursts."""
+"""News of a job's children that come within this time are one pass: pods become ready in bursts."""
 PASS_SECONDS = 120.0
 """A pass that takes longer is given up; each of its calls has a deadline of its own."""
 LOUD_FAILURES = 5
@@ -36,9 +36,9 @@ class Controller:
         self._slots = asyncio.Semaphore(NUM_WORKERS)
         self._began: dict[Key, float] = {}
 
-    def wake(self, key: Key) -> None:
+    def wake(self, key: Key, *, at_once: bool = False) -> None:
         """Have a job looked at: something about it has changed."""
-        self._queue.add(key, self._clock() + GATHER_SECONDS)
+        self._queue.add(key, self._clock() + (0.0 if at_once else GATHER_SECONDS))
         self._news.set()
 
     async def run(self, reconcile: Reconcile) -> None:

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from asyncrl_api.job import AsyncRLJob, Metadata, Spec
 from asyncrl_api.status import Status
-from asyncrl_operator.cluster import Cluster, Gone, Obstacle
+from asyncrl_operator.cluster import Cluster
 from asyncrl_operator.compare import merge_patch
 from asyncrl_operator.executor import Executor, Target
 from asyncrl_operator.informer import Entry
@@ -22,6 +22,7 @@ from asyncrl_operator.observed import Event, Observed, Outcome
 from asyncrl_operator.obstacles import Obstacles
 from asyncrl_operator.planner import plan
 from asyncrl_operator.recorder import Recorder
+from asyncrl_operator.refusals import Gone, Obstacle
 from asyncrl_operator.status import Job
 from asyncrl_operator.telemetry import Telemetry
 from asyncrl_operator.unreadable import unreadable

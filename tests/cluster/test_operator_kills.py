@@ -72,7 +72,7 @@ class MortalApi(Api):
 @asynccontextmanager
 async def watching(api: Api, namespace: str) -> AsyncIterator[Caches]:
     """Give caches of a namespace that are kept up to date."""
-    caches = Caches(api, [namespace], lambda key: None, time.monotonic)
+    caches = Caches(api, [namespace], lambda key, *, at_once=False: None, time.monotonic)
     task = asyncio.create_task(caches.run())
     try:
         async with asyncio.timeout(SECONDS):

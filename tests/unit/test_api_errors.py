@@ -5,7 +5,7 @@ import json
 import pytest
 
 from asyncrl_operator.api import error_from
-from asyncrl_operator.cluster import Obstacle, check_ownership, is_namespace_ending, obstacle_from
+from asyncrl_operator.refusals import Obstacle, check_ownership, is_namespace_ending, obstacle_from
 from asyncrl_operator.resources import CONFIG_MAPS
 
 

@@ -1,0 +1,60 @@
+"""What the API server, or an object in the way, refuses, and what that means to the user. Pure."""
+
+from asyncrl_operator.api import ApiError, Json
+from asyncrl_operator.observed import Problem
+from asyncrl_operator.resources import ASYNCRL_JOBS, Resource
+
+
+class Obstacle(Exception):
+    """The API server, or an object in the way, keeps the operator from doing what the spec asks for.
+
+    Args:
+        needs_user: nothing is tried until the spec changes or the obstacle is gone (Stalled); otherwise the
+            same is tried again (a quota may be raised).
+    """
+
+    def __init__(self, problem: Problem, *, needs_user: bool) -> None:
+        super().__init__(problem.message)
+        self.problem = problem
+        self.needs_user = needs_user
+
+
+class Gone(Exception):
+    """The AsyncRLJob of this pass is deleted or being deleted, or its namespace is: nothing is to be made."""
+
+
+def check_ownership(resource: Resource, metadata: Json, uid: str) -> None:
+    """Raise an Obstacle if an object of a name that we need is not ours. It is never taken over.
+
+    One of an earlier AsyncRLJob of the same name is waited for: it is about to be deleted.
+    """
+    owners = metadata.get("ownerReferences") or ()
+    if any(each["uid"] == uid and each.get("controller") for each in owners):
+        return
+    what = f"{resource.kind} {metadata['name']}"
+    if any(each["kind"] == ASYNCRL_JOBS.kind for each in owners):
+        text = f"{what} of an earlier job of this name is still there"
+        raise Obstacle(Problem("WaitingForPredecessor", text), needs_user=False)
+    text = f"{what} exists and was not made for this job: rename or delete one of the two"
+    raise Obstacle(Problem("NameConflict", text), needs_user=True)
+
+
+def obstacle_from(error: ApiError) -> Obstacle | None:
+    """Return what a refusal means to the user; None for what is no matter of the spec."""
+    message = error.message
+    if error.status == 403 and "exceeded quota" in message:
+        return Obstacle(Problem("QuotaExceeded", message), needs_user=False)
+    if "admission webhook" in message or "ValidatingAdmissionPolicy" in message:
+        return Obstacle(Problem("AdmissionDenied", message), needs_user=False)
+    if error.status == 403:
+        return Obstacle(Problem("Forbidden", message), needs_user=False)
+    if error.status == 422 or "failed to create typed patch object" in message:
+        return Obstacle(Problem("InvalidSpec", message), needs_user=True)
+    return None
+
+
+def is_namespace_ending(error: ApiError) -> bool:
+    """Whether nothing can be made because the namespace is being deleted, or is gone."""
+    return "NamespaceTerminating" in error.causes or (
+        error.status == 404 and error.message.startswith("namespaces ")
+    )
