@@ -29,9 +29,9 @@ class Cluster:
         assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
         return done.stdout.strip()
 
-    def start(self) -> None:
+    def start(self, nodes: int = NODES) -> None:
         self.kubeup("start")
-        self.kubeup("kwok", "start", "--nodes", str(NODES), "--gpus", str(GPUS))
+        self.kubeup("kwok", "start", "--nodes", str(nodes), "--gpus", str(GPUS))
         self.kubeconfig = self.kubeup("kubeconfig")
 
     def stop(self) -> None:

@@ -130,6 +130,11 @@ class OperatorProcess:
             self._popen = subprocess.Popen(command, env=self._environment, stdout=log, stderr=log)
         eventually("the operator's caches are filled", self._is_ready)
 
+    @property
+    def pid(self) -> int:
+        assert self._popen is not None
+        return self._popen.pid
+
     def kill(self) -> None:
         """End it without a word."""
         assert self._popen is not None
