@@ -1,7 +1,8 @@
 """Carries out what a pass has decided: makes what is missing, corrects what differs, deletes the rest."""
 
+import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +40,8 @@ from asyncrl_operator.workqueue import Key
 logger = logging.getLogger(__name__)
 
 Manifest = dict[str, Any]
+
+WITH_PODS = ("StatefulSet", "Job")
 
 
 @dataclass(frozen=True)
@@ -197,32 +200,51 @@ class Executor:
         return manifests
 
     async def _apply_all(self, target: Target, manifests: list[Manifest], is_verified: bool) -> list[Event]:
-        async def verify() -> None:
-            nonlocal is_verified
-            if not is_verified:
-                await self._cluster.verify(target.key, target.uid)
-                is_verified = True
-
-        changes = []
-        for manifest in manifests:
-            try:
-                change = await self._apply_one(target, manifest, verify)
-            except ApiError as error:
-                if is_namespace_ending(error):
-                    raise Gone from error
-                obstacle = obstacle_from(error)
-                if obstacle is None:
-                    raise
-                what = f"{manifest['kind']} {manifest['metadata']['name']}"
-                problem = Problem(obstacle.problem.reason, f"{what}: {obstacle.problem.message}")
-                raise Obstacle(problem, needs_user=obstacle.needs_user) from error
-            if change is not None:
-                changes.append(change)
+        """Apply what pods need first, then what has pods; within each, all at once."""
+        changes: list[Event] = []
+        if not is_verified and self._lacks_any(target.key, manifests):
+            await self._cluster.verify(target.key, target.uid)
+        for wave in (False, True):
+            tasks = [
+                self._apply_or_explain(target, manifest)
+                for manifest in manifests
+                if (manifest["kind"] in WITH_PODS) is wave
+            ]
+            found = await asyncio.gather(*tasks, return_exceptions=True)
+            for each in found:
+                if isinstance(each, BaseException):
+                    raise each
+                if each is not None:
+                    changes.append(each)
         return changes
 
-    async def _apply_one(
-        self, target: Target, manifest: Manifest, verify: Callable[[], Awaitable[None]]
-    ) -> Event | None:
+    def _lacks_any(self, key: Key, manifests: list[Manifest]) -> bool:
+        """Whether something would be made: only after the AsyncRLJob itself has been asked for."""
+        return any(
+            resource_of(each) is SECRETS
+            or self._cluster.child(resource_of(each), key.namespace, each["metadata"]["name"]) is None
+            for each in manifests
+        )
+
+    async def _apply_or_explain(self, target: Target, manifest: Manifest) -> Event | None:
+        """Apply one object.
+
+        Raises:
+            Gone, Obstacle, ApiError: as for `act`.
+        """
+        try:
+            return await self._apply_one(target, manifest)
+        except ApiError as error:
+            if is_namespace_ending(error):
+                raise Gone from error
+            obstacle = obstacle_from(error)
+            if obstacle is None:
+                raise
+            what = f"{manifest['kind']} {manifest['metadata']['name']}"
+            problem = Problem(obstacle.problem.reason, f"{what}: {obstacle.problem.message}")
+            raise Obstacle(problem, needs_user=obstacle.needs_user) from error
+
+    async def _apply_one(self, target: Target, manifest: Manifest) -> Event | None:
         """Have one object as rendered; return what there is to tell of it if all was settled before."""
         resource, metadata = resource_of(manifest), manifest["metadata"]
         is_secret = resource is SECRETS  # made, and never read
@@ -230,7 +252,6 @@ class Executor:
         entry = None if is_secret else self._cluster.child(resource, *place)
         what = f"{resource.kind} {metadata['name']}"
         if entry is None:
-            await verify()
             is_made = await self._cluster.make(manifest, target.uid)
             logger.debug("%s: %s %s", target.key, what, "made" if is_made else "was there")
             return (
