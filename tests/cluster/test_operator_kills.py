@@ -5,6 +5,7 @@ carried out and before its answer is read; a reconciler without any memory goes 
 """
 
 import asyncio
+import json
 import re
 import time
 from collections.abc import AsyncIterator
@@ -137,7 +138,19 @@ def what_there_is(job: Job) -> dict[str, Any]:
     )
     attempt = job.status()["attempt"]
     counted = {name: attempt[name] for name in ("number", "restarts", "disruptions")}
-    return {"children": children, "attempt": counted, "phase": job.status()["phase"]}
+    return {
+        "children": children,
+        "attempt": counted,
+        "phase": job.status()["phase"],
+        "trainers that were ever started": num_trainers_made(job),
+    }
+
+
+def num_trainers_made(job: Job) -> int:
+    """Return how many trainer pods there have been: a Job that was made, lost and made again starts two."""
+    query = "involvedObject.kind=Job,reason=SuccessfulCreate"
+    events = json.loads(job.kubectl("get", "events", f"--field-selector={query}", "-o", "json"))["items"]
+    return sum(each["involvedObject"]["name"].startswith(f"{job.name}-trainer-") for each in events)
 
 
 async def test_a_kill_after_any_write_changes_nothing_in_the_end(
