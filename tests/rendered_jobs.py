@@ -61,6 +61,28 @@ SHAPES: dict[str, dict[str, Any]] = {
             "imagePullSecrets": [{"name": "mine"}],
         },
     },
+    "odd-spellings": {
+        "messaging": {"embedded": {"storage": {"type": "Persistent", "size": "2048Mi"}}},
+        "scheduling": {"sharedMemory": "1024Mi"},
+        "rollout": {
+            "podTemplate": {
+                "spec": {
+                    "hostPID": False,
+                    "containers": [
+                        {
+                            "name": "engine",
+                            "tty": False,
+                            "env": [{"name": "NOTHING", "value": ""}],
+                            "resources": {
+                                "requests": {"cpu": 2, "memory": "1000Mi"},
+                                "limits": {"cpu": "2.5", "memory": "1024Mi"},
+                            },
+                        }
+                    ],
+                }
+            }
+        },
+    },
     "shared-nats": {
         "messaging": {
             "mode": "Shared",
@@ -84,3 +106,30 @@ def render_all(job: AsyncRLJob) -> list[dict[str, Any]]:
     objects += render_trainer(job, DEFAULTS, Attempt(3, split.trainer if split else 2))
     size = max(1, spec.rollout.gpus_per_replica)
     return objects + render_rollout(job, DEFAULTS, 2, size)
+
+
+SPELLINGS: dict[object, str] = {
+    "1000": "1k",
+    "1024": "1024",
+    1024: "1024",
+    2: "2",
+    0.5: "500m",
+    "0.5": "500m",
+    "1000m": "1",
+    "1e3": "1e3",
+    "12E6": "12e6",
+    "1500Mi": "1500Mi",
+    "1024Mi": "1Gi",
+    "0.5Gi": "512Mi",
+    "1.5Gi": "1536Mi",
+    "1023Ki": "1023Ki",
+    "0.5Ki": "512",
+    "1.0005Ki": "1024512m",
+    "0Gi": "0",
+    "100u": "1m",
+    "1E": "1E",
+    "1000G": "1T",
+    "+1": "1",
+    "05": "5",
+}
+"""Of memory: as written, and as it is sent to the API server, which keeps it so."""

@@ -4,7 +4,7 @@ from typing import Any
 
 from asyncrl_api.job import AsyncRLJob
 from asyncrl_operator.layout import HEALTH_PORT
-from asyncrl_operator.pod_templates import NATS_PORT, selector
+from asyncrl_operator.pod_parts import NATS_PORT, selector
 
 Json = dict[str, Any]
 
@@ -61,8 +61,13 @@ _NO_TOKEN: Json = {"automountServiceAccountToken": False}
 
 
 def _disruption_budget(job: AsyncRLJob) -> Json:
-    """Rollout alone: a budget on the trainer would block drains and help nobody."""
+    """Rollout alone: a budget on the trainer would block drains and help nobody.
+
+    Pods that are not ready sample nothing and may always go: a job whose engines cannot start would
+    otherwise keep its nodes from being drained.
+    """
     return {
+        "unhealthyPodEvictionPolicy": "AlwaysAllow",
         "maxUnavailable": f"{job.spec.rollout.update.max_unavailable_percent}%",
         "selector": {"matchLabels": selector(job, "rollout")},
     }

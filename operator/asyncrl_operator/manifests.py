@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from asyncrl_api.base import parse_quantity
-from asyncrl_api.job import AsyncRLJob
+from asyncrl_api.job import AsyncRLJob, Spec
 from asyncrl_api.names import NatsAddress
 from asyncrl_api.run import RunConfig, live_values
 from asyncrl_operator.access import render_access
@@ -18,7 +18,7 @@ from asyncrl_operator.hashes import rollout_hash
 from asyncrl_operator.layout import HEALTH_PORT, TRAINER_PORT, num_trainer_pods
 from asyncrl_operator.messaging import render_nats_config
 from asyncrl_operator.observed import Attempt
-from asyncrl_operator.pod_templates import (
+from asyncrl_operator.pod_parts import (
     CACHE,
     CODE,
     LIVE,
@@ -26,15 +26,18 @@ from asyncrl_operator.pod_templates import (
     NATS_PORT,
     NATS_STORE,
     Defaults,
-    code_volumes,
     credentials_name,
     job_folder,
     labels,
+    selector,
+)
+from asyncrl_operator.pod_templates import (
+    code_volumes,
     messaging_template,
     rollout_template,
-    selector,
     trainer_template,
 )
+from asyncrl_operator.quantities import canonical
 from asyncrl_operator.resources import ATTEMPT_LABEL, TEMPLATE_LABEL
 
 __all__ = [
@@ -47,9 +50,6 @@ __all__ = [
 ]
 
 Json = dict[str, Any]
-
-FATAL_RULE, DISRUPTION_RULE = 0, 1
-"""Places in the Job's podFailurePolicy; they stand in the message of its condition."""
 
 
 def render_shared(job: AsyncRLJob, defaults: Defaults) -> list[Json]:
@@ -104,7 +104,7 @@ def render_messaging(job: AsyncRLJob, defaults: Defaults, replicas: int) -> list
     }
     if storage.type == "Persistent":
         claim = {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": storage.size}}}
-        spec["volumeClaimTemplates"] = [{"metadata": {"name": "store"}, "spec": claim}]
+        spec["volumeClaimTemplates"] = [{"metadata": {"name": "store"}, "spec": canonical(claim)}]
         spec["persistentVolumeClaimRetentionPolicy"] = {"whenDeleted": "Delete", "whenScaled": "Retain"}
     return [_object(job, "apps/v1", "StatefulSet", f"{name}-nats", {"spec": spec}, "messaging")]
 
@@ -120,26 +120,13 @@ def render_trainer(job: AsyncRLJob, defaults: Defaults, attempt: Attempt) -> lis
     """
     name, nodes = job.metadata.name, num_trainer_pods(job.spec, attempt.gpus)
     own = {ATTEMPT_LABEL: str(attempt.number)}
-    rules: list[Json] = [
-        {
-            "action": "FailJob",
-            "onExitCodes": {
-                "containerName": "trainer",
-                "operator": "In",
-                "values": sorted(set(job.spec.failure_policy.trainer.fatal_exit_codes)),
-            },
-        },
-        {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
-    ]
-    if not job.spec.failure_policy.trainer.fatal_exit_codes:
-        rules = rules[DISRUPTION_RULE:]
     spec = {
         "completionMode": "Indexed",
         "completions": nodes,
         "parallelism": nodes,
         "backoffLimit": 0,
         "podReplacementPolicy": "Failed",
-        "podFailurePolicy": {"rules": rules},
+        "podFailurePolicy": {"rules": _failure_rules(job.spec)},
         "template": trainer_template(job, defaults, attempt),
     }
     config = _config(job, f"{name}-config-{attempt.number}", "trainer.json", own)
@@ -173,6 +160,16 @@ def render_rollout(job: AsyncRLJob, defaults: Defaults, replicas: int, gpus_per_
 
 
 # -- parts
+
+
+def _failure_rules(spec: Spec) -> list[Json]:
+    """Return what ends a Job at once, and is named in its condition: final exit codes, then disruption."""
+    disrupted = {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
+    codes = sorted(set(spec.failure_policy.trainer.fatal_exit_codes))
+    if not codes:
+        return [disrupted]
+    fatal = {"containerName": "trainer", "operator": "In", "values": codes}
+    return [{"action": "FailJob", "onExitCodes": fatal}, disrupted]
 
 
 def _object(

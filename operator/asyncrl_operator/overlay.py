@@ -5,6 +5,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from asyncrl_api.manifests import FieldError, SpecError
+from asyncrl_operator.quantities import canonical
 
 Json = dict[str, Any]
 
@@ -19,13 +20,14 @@ MERGE_KEYS = {
     "topologySpreadConstraints": "topologyKey",
 }
 """Lists whose entries are merged by a key, as in a strategic merge patch; others are replaced."""
-APPENDED = {"tolerations"}
-"""Lists to which entries are only added: pods must keep leaving dead nodes."""
+APPENDED = {"tolerations", "envFrom"}
+"""Lists to which entries are only added: pods must keep leaving dead nodes, and the Secrets of the spec."""
 OWNED = (
     "metadata.name",
     "metadata.namespace",
     "metadata.labels.asyncrl.dev/*",
     "metadata.labels.app.kubernetes.io/*",
+    "metadata.labels.kueue.x-k8s.io/*",  # each pod would be admitted apart
     "metadata.annotations.asyncrl.dev/*",
     "spec.restartPolicy",
     "spec.subdomain",
@@ -42,7 +44,7 @@ OWNED = (
 
 
 def lay_over(template: Json, patch: Json, path: str, gpu_resource: str) -> Json:
-    """Return a pod template with a user's overlay.
+    """Return a pod template with a user's overlay, as the API server stores it.
 
     Args:
         template: ours; its containers, volumes and environment are owned.
@@ -51,16 +53,37 @@ def lay_over(template: Json, patch: Json, path: str, gpu_resource: str) -> Json:
         gpu_resource: name of the resource that the budget is about.
 
     Raises:
-        SpecError: the overlay sets a field that is the operator's; names it.
+        SpecError: the overlay sets a field that is the operator's, or a list of it cannot be merged; names
+            the field.
     """
+    if errors := [FieldError(f"{path}.{name}", rule) for name, rule in _unmergeable(patch)]:
+        raise SpecError(errors)
     if errors := [
         FieldError(f"{path}.{name}", "is set by the operator: leave it out, or use the field of the spec")
         for name in touched(patch)
         if _is_owned(name, template, gpu_resource)
     ]:
         raise SpecError(errors)
-    merged: Json = _merge(template, patch, "")
+    merged: Json = canonical(_merge(template, patch, ""))
     return merged
+
+
+def _unmergeable(patch: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """Yield path and rule of every list that must be merged by a key and has entries without, or twice."""
+    if isinstance(patch, Mapping):
+        for name, value in patch.items():
+            yield from _unmergeable(value, f"{path}.{name}" if path else str(name))
+    elif isinstance(patch, list) and (key := MERGE_KEYS.get(_last(path))):
+        seen: set[str | int] = set()
+        for number, entry in enumerate(patch):
+            found = entry.get(key) if isinstance(entry, Mapping) else None
+            if not isinstance(found, str | int):
+                yield f"{path}[{number}]", f"must be a map with {key}: entries are merged by it"
+            elif found in seen:
+                yield f"{path}[{number}].{key}", f"{found} stands there twice: put the two entries together"
+            else:
+                seen.add(found)
+                yield from _unmergeable(entry, f"{path}[{found}]")
 
 
 def touched(patch: Any, path: str = "") -> Iterator[str]:
@@ -70,9 +93,8 @@ def touched(patch: Any, path: str = "") -> Iterator[str]:
             yield from touched(value, f"{path}.{name}" if path else str(name))
     elif isinstance(patch, list) and (key := MERGE_KEYS.get(_last(path))):
         for entry in patch:
-            name = entry.get(key, "") if isinstance(entry, Mapping) else ""
-            inner = {k: v for k, v in entry.items() if k != key} if isinstance(entry, Mapping) else {}
-            yield from touched(inner, f"{path}[{name}]") if inner else iter((f"{path}[{name}]",))
+            inner = {k: v for k, v in entry.items() if k != key}
+            yield from touched(inner, f"{path}[{entry[key]}]") if inner else iter((f"{path}[{entry[key]}]",))
     else:
         yield path
 
@@ -112,14 +134,14 @@ def _merge(under: Any, over: Any, name: str) -> Any:
     if isinstance(under, list) and isinstance(over, list):
         if name in APPENDED:
             return under + [each for each in over if each not in under]
-        if (key := MERGE_KEYS.get(name)) and all(isinstance(each, Mapping) for each in over):
+        if key := MERGE_KEYS.get(name):
             return _merge_by(key, under, over)
     return over
 
 
 def _merge_by(key: str, under: list[Any], over: list[Any]) -> list[Any]:
-    patches = {each.get(key): each for each in over}
-    merged = [_merge(each, patches.pop(each.get(key), {}), "") for each in under]
+    patches = {each[key]: each for each in over}
+    merged = [_merge(each, patches.pop(each[key], {}), "") for each in under]
     return [*merged, *patches.values()]
 
 

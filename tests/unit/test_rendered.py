@@ -108,6 +108,7 @@ def overlaid(**template: Any) -> list[dict[str, Any]]:
         ({"spec": {"volumes": [{"name": "shm", "emptyDir": {}}]}}, "spec.volumes[shm]"),
         ({"spec": {"restartPolicy": "Never"}}, "spec.restartPolicy"),
         ({"metadata": {"labels": {"asyncrl.dev/job": "other"}}}, "metadata.labels.asyncrl.dev/job"),
+        ({"metadata": {"labels": {"kueue.x-k8s.io/queue-name": "q"}}}, "kueue.x-k8s.io/queue-name"),
     ],
 )
 def test_what_is_the_operators_cannot_be_overlaid(template: dict[str, Any], path: str) -> None:
@@ -139,3 +140,50 @@ def test_an_overlay_adds_and_merges() -> None:
     assert engine["resources"]["limits"] == {"nvidia.com/gpu": "1", "memory": "64Gi"}
     assert (worker["name"], logger) == ("worker", sidecar)
     assert pod["metadata"]["labels"]["team"] == "a" and len(pod["spec"]["tolerations"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("containers", "message"),
+    [
+        ([{"env": []}], "containers[0]: must be a map with name: entries are merged by it"),
+        (["engine"], "containers[0]: must be a map with name"),
+        ([{"name": {"a": "b"}}], "containers[0]: must be a map with name"),
+        (
+            [{"name": "engine", "tty": True}, {"name": "engine"}],
+            "containers[1].name: engine stands there twice",
+        ),
+        (
+            [{"name": "engine", "env": [{"name": "A", "value": "1"}, {"name": "A", "value": "2"}]}],
+            "containers[engine].env[1].name: A stands there twice",
+        ),
+    ],
+)
+def test_a_list_that_cannot_be_merged_is_refused_and_not_guessed(containers: list[Any], message: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        overlaid(spec={"containers": containers})
+    assert f"spec.rollout.podTemplate.spec.{message}" in str(caught.value)
+
+
+def test_an_overlay_adds_secrets_to_those_of_the_spec() -> None:
+    more = {"secretRef": {"name": "tracking"}}
+    spec: dict[str, Any] = {
+        "model": {"secretRef": {"name": "hub"}},
+        "dataset": {"secretRef": {"name": "data"}},
+        "trainer": {"podTemplate": {"spec": {"containers": [{"name": "trainer", "envFrom": [more]}]}}},
+    }
+    _, job = render_trainer(parse_job(merge(BASE, {"spec": spec})), DEFAULTS, Attempt(1, 2))
+    (trainer,) = job["spec"]["template"]["spec"]["containers"]
+    assert [each["secretRef"]["name"] for each in trainer["envFrom"]] == ["hub", "data", "tracking"]
+    _, group = render_rollout(parse_job(merge(BASE, {"spec": spec})), DEFAULTS, 1, 1)
+    for container in group["spec"]["template"]["spec"]["containers"]:
+        assert [each["secretRef"]["name"] for each in container["envFrom"]] == ["hub"], (
+            "data are the trainer's"
+        )
+
+
+def test_no_final_exit_codes_make_no_rule_of_them() -> None:
+    """The API server refuses a rule with an empty list."""
+    spec: dict[str, Any] = {"failurePolicy": {"trainer": {"fatalExitCodes": []}}}
+    _, job = render_trainer(parse_job(merge(BASE, {"spec": spec})), DEFAULTS, Attempt(1, 2))
+    (rule,) = job["spec"]["podFailurePolicy"]["rules"]
+    assert "onPodConditions" in rule
