@@ -27,8 +27,8 @@ CHANGED_SECONDS = 10.0
 """Between two copies of a report that changes all the time; a new state is copied at once."""
 UNCHANGED_SECONDS = 30.0
 """After which one that has not changed is copied again: its time says that the trainer lives."""
-CALL_SECONDS = 10.0
-LAST_CALL_SECONDS = 5.0
+CALL_SECONDS = 5.0
+"""For one copy, the last included: it comes out of the pod's grace period."""
 
 
 class ReportCopier:
@@ -53,48 +53,64 @@ class ReportCopier:
         self._read = read
         self._clock = clock
         self._sent: Report | None = None
-        self._sent_at = float("-inf")
+        self._tried_at = float("-inf")
+        self._has_failed = False
 
     async def keep(self) -> None:
         """Copy until cancelled."""
         while True:
-            await self.copy_if_due()
+            try:
+                await self.copy_if_due()
+            except Exception:  # the edge of this task: the operator does without reports, training goes on
+                log.exception("the report was not copied; it is tried again in %.0f s", CHANGED_SECONDS)
+                await asyncio.sleep(CHANGED_SECONDS)
             await asyncio.sleep(LOOK_SECONDS)
 
     async def copy_if_due(self) -> None:
         """Copy the report if it says something new, or was not copied for long."""
-        report, age = self._read(), self._clock() - self._sent_at
-        if report is None:
-            return
-        is_news = self._sent is None or report.state != self._sent.state
-        wait = CHANGED_SECONDS if report != self._sent else UNCHANGED_SECONDS
-        if is_news or age >= wait:
+        report = self._read()
+        if report is not None and self._is_due(report):
             await self._copy(report)
 
     async def copy_last(self) -> None:
-        """Copy the last report, whatever was copied before."""
+        """Copy the last report, unless that has been done."""
         if (report := self._read()) is not None and report != self._sent:
             await self._copy(report)
 
+    def _is_due(self, report: Report) -> bool:
+        age = self._clock() - self._tried_at
+        if self._has_failed:
+            return age >= CHANGED_SECONDS
+        if self._sent is None or report.state != self._sent.state:
+            return True
+        return age >= (CHANGED_SECONDS if report != self._sent else UNCHANGED_SECONDS)
+
     async def _copy(self, report: Report) -> None:
-        self._sent, self._sent_at = report, self._clock()  # also if it fails: the next one is news soon
+        self._tried_at, self._has_failed = self._clock(), True
         alive = report.model_copy(update={"time": datetime.now(UTC).isoformat(timespec="seconds")})
         body = {"data": {"report": alive.model_dump_json(by_alias=True, exclude_none=True)}}
         headers = {"Content-Type": "application/merge-patch+json"}
         try:
-            answer = await self._client.patch(self._path, content=json.dumps(body), headers=headers)
-            answer.raise_for_status()
-        except httpx.HTTPError as error:
+            async with asyncio.timeout(CALL_SECONDS):
+                answer = await self._client.patch(self._path, content=json.dumps(body), headers=headers)
+                answer.raise_for_status()
+        except (httpx.HTTPError, OSError) as error:  # a timeout and an unreadable token are OSErrors
             log.warning("the report was not written to %s: %r", self._path, error)
+            return
+        self._sent, self._has_failed = report, False
 
 
 @contextlib.asynccontextmanager
 async def copying_report(config: RunConfig, clock: Callable[[], float]) -> AsyncIterator[None]:
-    """Copy the report while the body runs, and once more at its end; nothing outside of a cluster."""
-    if not config.report_config_map:
+    """Copy the report while the body runs, and once more at its end; nothing outside of a cluster.
+
+    To be entered when this attempt has written a report: the file may hold an earlier object's.
+    """
+    client = _client_for(config.report_config_map)
+    if client is None:
         yield
         return
-    async with in_cluster_client() as client:
+    async with client:
         path = f"/api/v1/namespaces/{config.namespace}/configmaps/{config.report_config_map}"
         copier = ReportCopier(client, path, lambda: Report.load(config.report_file), clock)
         task = asyncio.create_task(copier.keep(), name="copy report")
@@ -102,9 +118,19 @@ async def copying_report(config: RunConfig, clock: Callable[[], float]) -> Async
             yield
         finally:
             task.cancel()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(LAST_CALL_SECONDS):
-                    await copier.copy_last()
+            await asyncio.wait([task])  # two copies at once could arrive in the wrong order
+            await copier.copy_last()
+
+
+def _client_for(config_map: str) -> httpx.AsyncClient | None:
+    """Return a client; None outside of a cluster, or in a pod that was given no service account."""
+    if not config_map:
+        return None
+    try:
+        return in_cluster_client()
+    except (KeyError, OSError) as error:
+        log.warning("no report reaches ConfigMap %s: the pod has no service account: %r", config_map, error)
+        return None
 
 
 def in_cluster_client(account: Path = ACCOUNT) -> httpx.AsyncClient:

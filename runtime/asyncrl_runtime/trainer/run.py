@@ -111,8 +111,8 @@ async def _control(config: RunConfig, options: Options, model_folder: Path, rank
         lease = Lease(broker, config.names, Holder(options.attempt, identity))
         await lease.acquire()
         fleet = await _hear_heartbeats(config, broker)
+        job, control = await _open_job(config, options, model_folder, ranks, rows, broker, fleet)
         async with copying_report(config, time.monotonic):
-            job, control = await _open_job(config, options, model_folder, ranks, rows, broker, fleet)
             await _run_beside(job, control, lease, broker, ranks)
     finally:
         await broker.close()
