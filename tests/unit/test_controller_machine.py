@@ -152,6 +152,8 @@ class ControllerMachine(RuleBasedStateMachine):
             world.stream_number += 1
             world.last_sequence = controller.inbox.last_sequence
             self.next_sequence = world.last_sequence + 1
+            if controller.is_recorded_lost:
+                self._give_up_recorded()
         world.queued.clear()
         world.last_ticket = controller.num_issued = controller.book.low
         self._save()
@@ -282,11 +284,14 @@ class ControllerMachine(RuleBasedStateMachine):
         self.batch = batch
 
     def _cut(self) -> None:
+        self._give_up_recorded()
+        self._make_streams_again(lost=False)
+
+    def _give_up_recorded(self) -> None:
         version = self.controller.version
         self.world.write(LedgerLine(attempt=self.attempt, cut=version))
         self.world.checkpoints = [c for c in self.world.checkpoints if c.version <= version]
         self.controller.cut()
-        self._make_streams_again(lost=False)
 
     @rule(save=st.booleans())
     def publish(self, save: bool) -> None:

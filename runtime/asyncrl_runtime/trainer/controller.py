@@ -82,7 +82,8 @@ class Controller:
         self.inbox = Inbox(position)
         self.counters = Counters()
         self._recorded = list(recorded)
-        self._is_recorded_lost = False
+        self.is_recorded_lost = False
+        """Steps still to be repeated have lost their trajectories: `cut` gives them up."""
         self._pending: list[Discard] = []
         self._num_in_step = 0  # tickets of a step that is recorded and not published
         self._discard_count = DiscardCount()
@@ -184,7 +185,7 @@ class Controller:
 
     def _recorded_batch(self, step: RecordedStep) -> Batch | None:
         """Return a batch as it was recorded, under the values that were in force then."""
-        if self._is_recorded_lost:
+        if self.is_recorded_lost:
             raise RecordedBatchLost(f"step {step.version} was recorded, but its trajectories are lost")
         spec = with_recorded_values(self.spec, step.live)
         groups = []
@@ -209,7 +210,7 @@ class Controller:
     def cut(self) -> None:
         """Give up the steps still to be repeated; their tickets are open again."""
         self._recorded.clear()
-        self._is_recorded_lost = False
+        self.is_recorded_lost = False
         for group in list(self.inbox.arrived.values()):
             if (rejected := reject(group, self.spec.sampling.filter)) is not None:
                 self._discard(rejected, group)
@@ -265,7 +266,7 @@ class Controller:
         """
         self.inbox.forget_all()
         self._pending.clear()
-        self._is_recorded_lost = bool(self._recorded)
+        self.is_recorded_lost = bool(self._recorded)
 
     # -- helpers
 

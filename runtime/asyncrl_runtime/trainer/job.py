@@ -199,6 +199,10 @@ class TrainerJob:
         if self._has_begun:
             await self._checkpoint()
         await self._control.make_streams_again()
+        if self._controller.is_recorded_lost:
+            # Before a checkpoint knows the new stream: the next attempt would wait in it for the recorded
+            # steps, and "repeat" them with groups that were sampled anew.
+            self._cut()
         await self._checkpoint()
 
     # -- steps
