@@ -280,7 +280,8 @@ class ModelCluster:
     @property
     def is_at_rest(self) -> bool:
         """Whether the job is where only its user or a fault moves it on, whatever clocks still run."""
-        return self.status.phase in ("Running", "Suspended", "Succeeded", "Failed")
+        is_settled = self.status.phase in ("Running", "Suspended", "Succeeded", "Failed")
+        return is_settled and not any(pod.deleted_at for pod in self.pods.values() if pod.is_alive)
 
     def snapshot(self) -> Mapping[str, Any]:
         names = ("status", "jobs", "rollout", "messaging", "pods", "has_children")
