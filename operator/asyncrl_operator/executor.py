@@ -41,7 +41,8 @@ logger = logging.getLogger(__name__)
 
 Manifest = dict[str, Any]
 
-WITH_PODS = ("StatefulSet", "Job")
+SECOND_WAVE = ("RoleBinding", "StatefulSet", "Job")
+"""Made once what they rest on is there: a binding is refused (404) before its Role; pods start at once."""
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,7 @@ class Executor:
         return manifests
 
     async def _apply_all(self, target: Target, manifests: list[Manifest], is_verified: bool) -> list[Event]:
-        """Apply what pods need first, then what has pods; within each, all at once."""
+        """Apply first what the others rest on, then those; within each wave, all at once."""
         changes: list[Event] = []
         if not is_verified and self._lacks_any(target.key, manifests):
             await self._cluster.verify(target.key, target.uid)
@@ -208,7 +209,7 @@ class Executor:
             tasks = [
                 self._apply_or_explain(target, manifest)
                 for manifest in manifests
-                if (manifest["kind"] in WITH_PODS) is wave
+                if (manifest["kind"] in SECOND_WAVE) is wave
             ]
             found = await asyncio.gather(*tasks, return_exceptions=True)
             for each in found:

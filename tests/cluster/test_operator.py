@@ -39,8 +39,21 @@ def running(operator: OperatorProcess, job: Job) -> Job:
     return job
 
 
+def wait_until_still(operator: OperatorProcess) -> float:
+    """Return the writes of an operator once it is done with the namespaces of the tests before."""
+    seen = [-1.0]
+
+    def is_still() -> bool:
+        time.sleep(1)
+        seen.append(operator.num_writes())
+        return seen[-1] == seen[-2]
+
+    eventually("the operator has nothing to do", is_still, 60)
+    return seen[-1]
+
+
 def test_a_job_that_is_applied_runs(operator: OperatorProcess, job: Job) -> None:
-    before = operator.num_writes()
+    before = wait_until_still(operator)
     job.apply()
     job.wait("Running")
     eventually("both engines are ready", lambda: job.condition("RolloutReady")["message"] == "2/2")
@@ -58,7 +71,7 @@ def test_a_job_that_is_applied_runs(operator: OperatorProcess, job: Job) -> None
 
 def test_a_running_job_is_left_alone(operator: OperatorProcess, running: Job) -> None:
     eventually("both engines are ready", lambda: running.condition("RolloutReady")["message"] == "2/2")
-    before = operator.num_writes()
+    before = wait_until_still(operator)
     running.kubectl("annotate", "asyncrljob", "gsm8k", "team=rl")
     running.kubectl("annotate", "service", "gsm8k-nats", "cost-center=7")
     time.sleep(1)  # nothing is to happen in it
