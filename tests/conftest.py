@@ -8,13 +8,28 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
+from xdist.remote import Producer
+from xdist.scheduler import LoadFileScheduling
 
 from asyncrl_api.crdgen import FILE_NAME
 from asyncrl_api.names import JobNames, NatsAddress
-from kube_fixture import Cluster, why_not
+from kube_fixture import Cluster, making_namespace, why_not
 from nats_server_fixture import NatsServer
 
 ROOT = Path(__file__).parents[1]
+
+
+class FilesButOneCluster(LoadFileScheduling):  # type: ignore[misc]  # xdist has no types
+    """Hands out test files, all of those in tests/cluster to one worker: they share a control plane."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        folder = "tests/cluster/"
+        return folder if nodeid.startswith(folder) else super()._split_scope(nodeid)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadFileScheduling | None:
+    return FilesButOneCluster(config, log) if config.getoption("dist") == "loadfile" else None
 
 
 @pytest.fixture(scope="session")
@@ -74,11 +89,6 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture
 def namespace(cluster: Cluster) -> Iterator[str]:
-    """A namespace of the test's own, at the restricted pod security level."""
-    name = f"t-{uuid.uuid4().hex[:8]}"
-    cluster.kubectl("create", "namespace", name)
-    cluster.kubectl("label", "namespace", name, "pod-security.kubernetes.io/enforce=restricted")
-    wait = ["wait", "--for=create", "serviceaccount/default", "--timeout=30s"]
-    cluster.kubectl("-n", name, *wait)  # pods need it
-    yield name
-    cluster.kubectl("delete", "namespace", name, "--wait=false")
+    """A namespace of the test's own."""
+    with making_namespace(cluster) as name:
+        yield name

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -92,6 +93,18 @@ class Cluster:
         finally:
             process.terminate()
             process.wait(timeout=10)
+
+
+@contextmanager
+def making_namespace(cluster: Cluster) -> Iterator[str]:
+    """Make a namespace of the restricted pod security level, and delete it without waiting for that."""
+    name = f"t-{uuid.uuid4().hex[:8]}"
+    labels = {"pod-security.kubernetes.io/enforce": "restricted"}
+    cluster.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}})
+    wait = ["wait", "--for=create", "serviceaccount/default", "--timeout=30s"]
+    cluster.kubectl("-n", name, *wait)  # pods need it
+    yield name
+    cluster.kubectl("delete", "namespace", name, "--wait=false")
 
 
 def why_not() -> str:
