@@ -80,8 +80,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     made = Cluster(os.environ["KUBEUP"], tmp_path_factory.mktemp("kube") / "cluster")
     try:
         made.start()
-        made.kubectl("apply", "-f", str(ROOT / "crds" / FILE_NAME))
-        made.kubectl("wait", "--for=condition=Established", "crd", "--all", "--timeout=30s")
+        made.apply_crd(ROOT / "crds" / FILE_NAME)
         yield made
     finally:
         made.stop()

@@ -69,6 +69,12 @@ class Cluster:
         where = ["-n", namespace] if namespace else []
         return self.kubectl(*where, "apply", "-f", "-", stdin=text)
 
+    def apply_crd(self, path: Path) -> None:
+        """Apply a CRD, and wait until its objects are served."""
+        self.kubectl("apply", "--server-side", "-f", str(path))
+        ready = ['jsonpath={.status.conditions[?(@.type=="Established")].status}', "True"]
+        self.kubectl("wait", f"--for={'='.join(ready)}", "-f", str(path), f"--timeout={WAIT_SECONDS}s")
+
     def get(self, namespace: str, kind: str, name: str) -> dict[str, Any]:
         """Return an object."""
         found: dict[str, Any] = json.loads(self.kubectl("-n", namespace, "get", kind, name, "-o", "json"))

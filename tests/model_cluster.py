@@ -281,7 +281,7 @@ class ModelCluster:
     def is_at_rest(self) -> bool:
         """Whether the job is where only its user or a fault moves it on, whatever clocks still run."""
         is_settled = self.status.phase in ("Running", "Suspended", "Succeeded", "Failed")
-        return is_settled and not any(pod.deleted_at for pod in self.pods.values() if pod.is_alive)
+        return is_settled and not any(pod.deleted_at for pod in self.pods.values())
 
     def snapshot(self) -> Mapping[str, Any]:
         names = ("status", "jobs", "rollout", "messaging", "pods", "has_children")

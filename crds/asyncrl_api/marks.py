@@ -4,6 +4,7 @@
 from a checkpoint. A block hands its mark down to the fields below it, unless they have their own.
 """
 
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
@@ -88,6 +89,7 @@ class FieldNode:
             yield from child.walk()
 
 
+@functools.cache
 def tree(model: type[BaseModel], prefix: str = "", inherited: str = "") -> tuple[FieldNode, ...]:
     """Return the fields of `model`, each with the fields below it, in the order of the manifest.
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from asyncrl_api.status import Status
 from asyncrl_api.times import to_seconds
 from asyncrl_operator.attempts import Ended
-from asyncrl_operator.observed import DeleteChildren, DeletePod, Deletion, Event
+from asyncrl_operator.observed import DeleteChildren, DeletePod, Deletion, Event, Observed
 
 CHECKPOINT_SECONDS = 600.0
 """Between two Events about checkpoints."""
@@ -32,9 +32,11 @@ def between(
     )
 
 
-def after_the_end(deletions: Iterable[Deletion]) -> tuple[Event, ...]:
-    """Return what is told of a finished job."""
-    expired = any(isinstance(each, DeleteChildren) for each in deletions)
+def after_the_end(seen: Observed, deletions: Iterable[Deletion]) -> tuple[Event, ...]:
+    """Return what is told of a finished job: once, though it takes passes until all children are gone."""
+    groups = [group for group in (seen.rollout, seen.messaging) if group is not None]
+    begins = any(not group.is_deleting for group in groups)
+    expired = begins and any(isinstance(each, DeleteChildren) for each in deletions)
     text = "the objects of the finished job are deleted (spec.ttlSecondsAfterFinished)"
     return (Event("TTLExpired", text),) if expired else ()
 

@@ -22,10 +22,11 @@ from asyncrl_operator.observed import (
     Observed,
     Outcome,
     Problem,
+    TrainerJob,
 )
 from asyncrl_operator.rebalance import decide_split, next_move
 from asyncrl_operator.restart_policy import GiveUp
-from asyncrl_operator.rolling import Wave, lost_pods, next_wave
+from asyncrl_operator.rolling import Wave, is_on_dead_node, lost_pods, next_wave
 from asyncrl_operator.scene import Scene
 from asyncrl_operator.standing import overdue, stand
 from asyncrl_operator.status import Job, Memory, Standing, after_the_end, describe, next_show
@@ -131,7 +132,7 @@ def _between_attempts(scene: Scene, memory: Memory) -> Decision:
     deletions = tuple(
         DeleteTrainerJob(job.name)
         for job in scene.seen.trainer_jobs
-        if not job.is_deleting and (trainers or not job.is_failed)
+        if not job.is_deleting and not _ends_by_itself(scene, job)
     )
     is_gone = not trainers and not any(not job.is_failed for job in scene.seen.trainer_jobs)
     due = to_seconds(before.next_retry_time) if before is not None and before.next_retry_time else 0.0
@@ -143,6 +144,17 @@ def _between_attempts(scene: Scene, memory: Memory) -> Decision:
     waiting = _go_on(scene, memory)
     wakes = (*waiting.wakes, due if due > scene.now else None)
     return replace(waiting, deletions=waiting.deletions + deletions, wakes=wakes)
+
+
+def _ends_by_itself(scene: Scene, job: TrainerJob) -> bool:
+    """Whether a Job has failed, or is about to say so: it stays, for its logs.
+
+    With a pod on a dead node it would wait for that pod for ever.
+    """
+    pods = [pod for pod in scene.ours if pod.group == "trainer" and pod.attempt == job.attempt]
+    if any(pod.is_alive and is_on_dead_node(pod, scene.seen.nodes, scene.now) for pod in pods):
+        return False
+    return job.is_failed or any(pod.phase == "Failed" for pod in pods)
 
 
 def _go_on(scene: Scene, memory: Memory) -> Decision:
@@ -219,7 +231,7 @@ def _after_the_end(scene: Scene) -> Outcome:
     spec, completed = scene.spec, scene.status.completion_time
     expires = (to_seconds(completed) if completed else 0.0) + spec.ttl_seconds_after_finished
     delay = spec.failure_policy.dead_node_force_delete_seconds
-    lost = lost_pods(scene.alive, scene.seen.nodes, delay, scene.now)
+    lost = lost_pods(scene.ours, scene.seen.nodes, delay, scene.now)
     desired, deletions = _at_rest(scene, with_messaging=True)
     wakes = [expires, *([lost.wake_at] if lost.wake_at is not None else [])]
     if not scene.seen.has_children:
@@ -232,7 +244,7 @@ def _after_the_end(scene: Scene) -> Outcome:
         deletions=(*deletions, *lost.deletions),
         status=after_the_end(scene.job, scene.status, scene.seen),
         wake_at=min(wakes, default=None),
-        events=events.after_the_end(deletions),
+        events=events.after_the_end(scene.seen, deletions),
     )
 
 
@@ -298,7 +310,7 @@ def _stalled(scene: Scene, problem: Problem) -> Decision:
 
 def _with_lost_pods(scene: Scene, decision: Decision) -> Decision:
     delay = scene.spec.failure_policy.dead_node_force_delete_seconds
-    lost = lost_pods(scene.alive, scene.seen.nodes, delay, scene.now)
+    lost = lost_pods(scene.ours, scene.seen.nodes, delay, scene.now)
     forced = {each.uid for each in lost.deletions}
     others = [
         each for each in decision.deletions if not isinstance(each, DeletePod) or each.uid not in forced

@@ -64,7 +64,7 @@ class Lost:
 def lost_pods(
     pods: Iterable[Pod], nodes: Mapping[str, Node] | None, delay_seconds: float, now: float
 ) -> Lost:
-    """Return the pods that are being deleted on a dead node since `delay_seconds`.
+    """Return the pods that are being deleted on a dead node since `delay_seconds`, ended ones included.
 
     Rollout pods and trainers are fenced (by ticket and by attempt), so one that lives on does no harm.
 
@@ -73,7 +73,7 @@ def lost_pods(
     """
     deletions, wakes = [], []
     for pod in pods:
-        if not pod.is_alive or pod.deleted_at is None or not is_on_dead_node(pod, nodes, now):
+        if pod.deleted_at is None or not is_on_dead_node(pod, nodes, now):
             continue
         node = (nodes or {}).get(pod.node)
         due = (pod.deleted_at if node is None else node.since) + delay_seconds

@@ -33,9 +33,14 @@ class Scene:
         return Memory(status.attempt, status.split, status.clocks or ClocksStatus(), status.start_time)
 
     @property
+    def ours(self) -> list[Pod]:
+        """Pods of this job, those that have ended included."""
+        return [pod for pod in self.seen.pods if pod.is_ours]
+
+    @property
     def alive(self) -> list[Pod]:
         """Pods of this job that may still run."""
-        return [pod for pod in self.seen.pods if pod.is_ours and pod.is_alive]
+        return [pod for pod in self.ours if pod.is_alive]
 
     def alive_in(self, group: str) -> list[Pod]:
         return [pod for pod in self.alive if pod.group == group]

@@ -12,6 +12,8 @@ from asyncrl_operator.status import Memory, Standing
 
 REPORT_STALE_SECONDS = 300.0
 """A trainer that runs and has not reported for so long is told of."""
+ENGINE_SECONDS = 180.0
+"""For a new engine to become ready before a job counts as short of engines."""
 IMAGE_REASONS = ("ImagePullBackOff", "ErrImagePull", "InvalidImageName", "ErrImageNeverPull")
 NO_FAULT = ("", "Suspended")
 """Reasons of an attempt's end after which the next is a start, not a restart."""
@@ -47,6 +49,7 @@ def stand(scene: Scene, memory: Memory, wave: Wave) -> Stand:
         return Stand(_not_up(scene, memory.attempt), memory, tuple(wakes))
     if (stale_at := _stale_at(scene, memory.attempt)) is not None and stale_at > scene.now:
         wakes.append(stale_at)
+    wakes += [at for at in _due_ready(scene) if at > scene.now]
     held = sum(pod.gpus for pod in scene.alive)
     report = scene.report
     progress = "no step yet" if report is None else f"step {report.step} of {report.max_steps}"
@@ -130,6 +133,11 @@ def _stale_at(scene: Scene, attempt: AttemptStatus | None) -> float | None:
     return None if sign is None else sign + REPORT_STALE_SECONDS
 
 
+def _due_ready(scene: Scene) -> list[float]:
+    """Return when each engine that is not ready should have been."""
+    return [pod.created_at + ENGINE_SECONDS for pod in scene.alive_in("rollout") if not pod.is_ready]
+
+
 def _degraded(scene: Scene, wave: Wave, below: bool, stale_at: float | None) -> Problem | None:
     """Return what is wrong with a job that is up, the worst first."""
     ready, report, bound = scene.num_ready_engines, scene.report, scene.spec.staleness.max_versions
@@ -152,6 +160,7 @@ def _degraded(scene: Scene, wave: Wave, below: bool, stale_at: float | None) -> 
         return Problem("StalenessExceeded", text)
     if scene.seen.blocked is not None:
         return scene.seen.blocked
-    if ready < scene.replicas:
+    is_late = any(at <= scene.now for at in _due_ready(scene))
+    if ready < scene.replicas and (is_late or obstacle):
         return Problem("RolloutShort", f"{ready}/{scene.replicas} engines are ready{why}")
     return None

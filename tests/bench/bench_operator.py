@@ -175,8 +175,7 @@ def control_plane(count: int) -> Iterator[tuple[Cluster, str, Path]]:
         cluster = Cluster(os.environ["KUBEUP"], Path(folder) / "cluster")
         try:
             cluster.start(max(4, count * PODS_PER_JOB // PODS_PER_NODE + 2))
-            cluster.kubectl("apply", "-f", str(ROOT / "crds" / FILE_NAME))
-            cluster.kubectl("wait", "--for=condition=Established", "crd", "--all", "--timeout=30s")
+            cluster.apply_crd(ROOT / "crds" / FILE_NAME)
             cluster.kubectl("create", "namespace", NAMESPACE)
             cluster.apply(*make_claim(NAMESPACE), namespace=NAMESPACE)
             with cluster.proxy() as url:
