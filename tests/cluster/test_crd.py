@@ -90,7 +90,7 @@ def test_both_evaluators_agree_on_a_rule(server: Server, case: Case) -> None:
 
 
 VALUES = [-1, 0, 2**31, 0.5, 1e300, "", "Nonsense", "x" * 300, "x" * 20_000, "10Gi\n", True]
-VALUES += [[], ["a"] * 300, [1, 1], [{}], {}, {"x": 1}]
+VALUES += [[], ["a"] * 100, ["a"] * 300, [1, 1], [{}], [{"name": f"s{i}"} for i in range(20)], {}, {"x": 1}]
 
 
 @pytest.mark.parametrize("block", tree(Spec, "spec."), ids=lambda block: block.name)
