@@ -6,9 +6,10 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from asyncrl_operator.messaging import render_nats_config
+from asyncrl_operator.messaging import User, render_nats_config
 
 
 def free_port() -> int:
@@ -28,10 +29,11 @@ def nats_binary() -> str:
 class NatsServer:
     """May be killed, stopped for a while, and started again with or without its files."""
 
-    def __init__(self, folder: Path, store_bytes: int = 2 * 2**30) -> None:
+    def __init__(self, folder: Path, store_bytes: int = 2 * 2**30, users: Sequence[User] = ()) -> None:
         self.folder = folder
         self.port = free_port()
         self._store_bytes = store_bytes
+        self._users = users
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -48,6 +50,7 @@ class NatsServer:
                 store_dir=str(self.folder / "store"),
                 max_store_bytes=self._store_bytes,
                 is_persistent=False,
+                users=self._users,
             )
         )
         log = (self.folder / "nats.log").open("ab")

@@ -1,6 +1,13 @@
 """Names on the broker, and where it is."""
 
+from typing import Self
+
 from asyncrl_api.wire import Wire
+
+PROMPT_CONSUMER = "w"
+"""The durable consumer of the prompt stream that all workers pull from."""
+ASK_CONSUMER, ANSWER_CONSUMER = "ask", "answer"
+"""The two directions of the evaluation stream: prompts to workers, results to the controller."""
 
 
 class NatsAddress(Wire):
@@ -16,6 +23,15 @@ class JobNames(Wire):
     """Names on the broker. One set of streams per job: ticket = stream sequence allows no sharing."""
 
     job: str
+
+    @classmethod
+    def on_own_server(cls, namespace: str, name: str) -> Self:
+        return cls(job=f"{namespace}_{name}")
+
+    @classmethod
+    def on_shared_server(cls, namespace: str, name: str, uid: str) -> Self:
+        """There, what an earlier object of this name left must not be taken for this one's."""
+        return cls(job=f"{namespace}_{name}_{uid}")
 
     @property
     def prompt_stream(self) -> str:

@@ -33,8 +33,9 @@ class RunConfig(Wire):
 
     @property
     def names(self) -> JobNames:
-        shared = self.spec.messaging.mode == "Shared"
-        return JobNames(job=f"{self.namespace}_{self.name}" + (f"_{self.uid}" if shared else ""))
+        if self.spec.messaging.mode == "Shared":
+            return JobNames.on_shared_server(self.namespace, self.name, self.uid)
+        return JobNames.on_own_server(self.namespace, self.name)
 
     @classmethod
     def load(cls, path: Path) -> Self:

@@ -11,12 +11,12 @@ from typing import Any
 
 from asyncrl_api.base import parse_quantity
 from asyncrl_api.job import AsyncRLJob, Spec
-from asyncrl_api.names import NatsAddress
+from asyncrl_api.names import JobNames, NatsAddress
 from asyncrl_api.run import RunConfig, live_values
 from asyncrl_operator.access import render_access
 from asyncrl_operator.hashes import rollout_hash
 from asyncrl_operator.layout import HEALTH_PORT, TRAINER_PORT, num_trainer_pods
-from asyncrl_operator.messaging import render_nats_config
+from asyncrl_operator.messaging import User, render_nats_config, worker_permissions
 from asyncrl_operator.observed import Attempt
 from asyncrl_operator.pod_parts import (
     CACHE,
@@ -75,7 +75,8 @@ def render_credentials(job: AsyncRLJob, new_secret: Callable[[], str]) -> Json:
     Args:
         new_secret: returns a random password.
     """
-    users = {role: new_secret() for role in ("trainer", "worker")}
+    names = JobNames.on_own_server(job.metadata.namespace or "", job.metadata.name)
+    users = [User("trainer", new_secret()), User("worker", new_secret(), worker_permissions(names))]
     storage = job.spec.messaging.embedded.storage
     config = render_nats_config(
         host="0.0.0.0",
@@ -86,7 +87,7 @@ def render_credentials(job: AsyncRLJob, new_secret: Callable[[], str]) -> Json:
         users=users,
     )
     roles = {
-        f"{role}.json": json.dumps({"user": role, "password": password}) for role, password in users.items()
+        f"{user.name}.json": json.dumps({"user": user.name, "password": user.password}) for user in users
     }
     body = {"type": "Opaque", "immutable": True, "stringData": {"nats.conf": config, **roles}}
     return _object(job, "v1", "Secret", credentials_name(job), body)
@@ -99,6 +100,7 @@ def render_messaging(job: AsyncRLJob, defaults: Defaults, replicas: int) -> list
         "replicas": replicas,
         "serviceName": f"{name}-nats",
         "podManagementPolicy": "Parallel",
+        "updateStrategy": {"type": "OnDelete"},  # a newer operator must not restart it
         "selector": {"matchLabels": selector(job, "messaging")},
         "template": messaging_template(job, defaults),
     }

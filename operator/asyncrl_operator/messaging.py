@@ -1,11 +1,54 @@
 """The NATS server of a job: its configuration, the same in a pod and on a laptop. Pure."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from asyncrl_api.names import ASK_CONSUMER, PROMPT_CONSUMER, JobNames
 
 MAX_PAYLOAD_BYTES = 8 * 2**20
 """A prompt group above 7 MB goes in parts; the server warns above 8 MB."""
 MAX_PENDING_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class User:
+    """One role of a job, as its server knows it."""
+
+    name: str
+    password: str
+    permissions: dict[str, Any] | None = None
+    """Subjects in the server's terms; None: all."""
+
+
+def worker_permissions(names: JobNames) -> dict[str, Any]:
+    """Return what a worker may do: it runs user code and generated programs, and is kept to its part.
+
+    It takes tickets and questions, stores results and the parts of those it hands back, tells that it lives,
+    and takes part in weight epochs. It cannot issue or remove tickets, take the lease, or change streams. One
+    right is wider than its use: a purge names its subject in the message, so it may empty the state bucket,
+    which the trainer fills again.
+    """
+    bucket = f"KV_{names.state_bucket}"
+    publish = [
+        names.heartbeat("*"),
+        names.trajectory(">"),
+        names.evaluation("answer", ">"),
+        f"$KV.{names.state_bucket}.part.*",
+        f"{names.inbox_prefix}.>",  # answers of a weight epoch
+        f"$JS.API.STREAM.INFO.{bucket}",
+        f"$JS.API.STREAM.PURGE.{bucket}",
+        f"$JS.API.DIRECT.GET.{bucket}.>",
+        f"$JS.API.DIRECT.GET.{names.trajectory_stream}.>",
+    ]
+    for stream, consumer in (
+        (names.prompt_stream, PROMPT_CONSUMER),
+        (names.evaluation_stream, ASK_CONSUMER),
+    ):
+        publish += [f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{consumer}", f"$JS.ACK.{stream}.{consumer}.>"]
+    subscribe = [names.control("*"), f"{names.announcements}.>", f"{names.inbox_prefix}.>"]
+    return {"publish": {"allow": publish}, "subscribe": {"allow": subscribe}}
 
 
 def render_nats_config(
@@ -15,7 +58,7 @@ def render_nats_config(
     store_dir: str,
     max_store_bytes: int,
     is_persistent: bool,
-    users: Mapping[str, str] | None = None,
+    users: Sequence[User] = (),
 ) -> str:
     """Return the configuration file of an embedded server with JetStream.
 
@@ -23,7 +66,7 @@ def render_nats_config(
         is_persistent: the files outlive a power cut, so each message is synced to disk before it is
             acknowledged. By default a server syncs every two minutes, and a power cut loses up to that and
             even a whole stream made since; kill -9 loses nothing either way.
-        users: passwords by user; None: anybody may connect (loopback).
+        users: who may connect; none: anybody may (loopback).
     """
     config: dict[str, object] = {
         "host": host,
@@ -36,7 +79,11 @@ def render_nats_config(
             **({"sync_interval": "always"} if is_persistent else {}),
         },
     }
-    if users is not None:
-        accounts = [{"user": user, "password": password} for user, password in users.items()]
-        config["authorization"] = {"users": accounts}
+    if users:
+        config["authorization"] = {"users": [_account(user) for user in users]}
     return json.dumps(config, indent=1) + "\n"
+
+
+def _account(user: User) -> dict[str, Any]:
+    limits = {} if user.permissions is None else {"permissions": user.permissions}
+    return {"user": user.name, "password": user.password, **limits}

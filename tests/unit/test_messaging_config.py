@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from asyncrl_operator.local import write_nats_config
-from asyncrl_operator.messaging import render_nats_config
+from asyncrl_operator.messaging import User, render_nats_config
 from asyncrl_operator.run_folder import RunFolder
 from samples import make_job
 
@@ -42,6 +42,21 @@ def test_a_message_is_no_larger_than_what_may_be_pending() -> None:
     """The server refuses to start otherwise."""
     config = render(is_persistent=False)
     assert config["max_payload"] <= config["max_pending"]
+
+
+def test_users_have_passwords_and_only_some_have_limits() -> None:
+    text = render_nats_config(
+        host="0.0.0.0",
+        port=4222,
+        store_dir="/data",
+        max_store_bytes=2**30,
+        is_persistent=False,
+        users=[User("trainer", "a"), User("worker", "b", {"publish": {"allow": ["x"]}})],
+    )
+    assert json.loads(text)["authorization"]["users"] == [
+        {"user": "trainer", "password": "a"},
+        {"user": "worker", "password": "b", "permissions": {"publish": {"allow": ["x"]}}},
+    ]
 
 
 @pytest.mark.parametrize(("storage", "sync"), [("Ephemeral", None), ("Persistent", "always")])

@@ -1,5 +1,6 @@
 """What a job is made of: whole objects as golden files, and what must hold of every one of them."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,11 @@ from ruamel.yaml import YAML
 
 from asyncrl_api.manifests import SpecError, parse_job
 from asyncrl_api.marks import merge
+from asyncrl_api.run import RunConfig
 from asyncrl_operator.layout import plan
 from asyncrl_operator.local import LocalPlaces
-from asyncrl_operator.manifests import render_rollout, render_trainer
+from asyncrl_operator.manifests import render_credentials, render_rollout, render_trainer
+from asyncrl_operator.messaging import worker_permissions
 from asyncrl_operator.observed import Attempt
 from rendered_jobs import BASE, DEFAULTS, SHAPES, job_of, render_all
 
@@ -187,3 +190,18 @@ def test_no_final_exit_codes_make_no_rule_of_them() -> None:
     _, job = render_trainer(parse_job(merge(BASE, {"spec": spec})), DEFAULTS, Attempt(1, 2))
     (rule,) = job["spec"]["podFailurePolicy"]["rules"]
     assert "onPodConditions" in rule
+
+
+def test_a_worker_is_given_its_own_password_and_no_other() -> None:
+    """And the rights of this job's names: those that its run configuration makes."""
+    secrets = iter(["t-secret", "w-secret"])
+    job = job_of("cpu")
+    secret = render_credentials(job, lambda: next(secrets))["stringData"]
+    assert json.loads(secret["worker.json"]) == {"user": "worker", "password": "w-secret"}
+    assert json.loads(secret["trainer.json"]) == {"user": "trainer", "password": "t-secret"}
+    config, group = render_rollout(job, DEFAULTS, 1, 1)
+    volumes = {each["name"]: each for each in group["spec"]["template"]["spec"]["volumes"]}
+    assert [item["key"] for item in volumes["credentials"]["secret"]["items"]] == ["worker.json"]
+    names = RunConfig.model_validate_json(config["data"]["config.json"]).names
+    _, worker = json.loads(secret["nats.conf"])["authorization"]["users"]
+    assert worker["permissions"] == worker_permissions(names)

@@ -9,7 +9,7 @@ from typing import Any
 import nats.errors
 import nats.js.errors
 
-from asyncrl_api.names import JobNames
+from asyncrl_api.names import ANSWER_CONSUMER, JobNames
 from asyncrl_api.report import EvaluationReport
 from asyncrl_runtime.contract.messages import (
     EVALUATION_ROWS,
@@ -21,7 +21,6 @@ from asyncrl_runtime.contract.messages import (
     encode,
 )
 from asyncrl_runtime.transport.broker import TRANSIENT, Broker, TransportError
-from asyncrl_runtime.transport.streams import ANSWER_CONSUMER
 
 log = logging.getLogger(__name__)
 

@@ -12,10 +12,9 @@ and trained once.
 import logging
 from collections.abc import Callable, Iterable
 
-from asyncrl_api.names import JobNames
+from asyncrl_api.names import PROMPT_CONSUMER, JobNames
 from asyncrl_runtime.contract.messages import Heartbeat
 from asyncrl_runtime.transport.broker import Broker
-from asyncrl_runtime.transport.streams import PROMPT_CONSUMER
 
 log = logging.getLogger(__name__)
 

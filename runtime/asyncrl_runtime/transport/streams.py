@@ -9,15 +9,10 @@ from datetime import datetime
 import nats.js.errors
 from nats.js import JetStreamContext, api
 
-from asyncrl_api.names import JobNames
+from asyncrl_api.names import ANSWER_CONSUMER, ASK_CONSUMER, PROMPT_CONSUMER, JobNames
 from asyncrl_runtime.transport.broker import TransportError
 
 log = logging.getLogger(__name__)
-
-PROMPT_CONSUMER = "w"
-"""The durable consumer of the prompt stream that all workers pull from."""
-ASK_CONSUMER, ANSWER_CONSUMER = "ask", "answer"
-"""The two directions of the evaluation stream: prompts to workers, results to the controller."""
 
 ACK_WAIT_SECONDS = 300.0
 """Longest broker outage without redelivery: afterwards every prompt in flight would come again at once.

@@ -10,12 +10,10 @@ import nats.js.errors
 from nats.aio.msg import Msg
 from nats.js import JetStreamContext
 
-from asyncrl_api.names import JobNames
+from asyncrl_api.names import ASK_CONSUMER, PROMPT_CONSUMER, JobNames
 from asyncrl_runtime.transport.broker import TRANSIENT, Broker
 from asyncrl_runtime.transport.streams import (
     ACK_WAIT_SECONDS,
-    ASK_CONSUMER,
-    PROMPT_CONSUMER,
     QUESTION_ACK_WAIT_SECONDS,
 )
 
