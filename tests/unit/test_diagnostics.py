@@ -138,6 +138,14 @@ def test_staleness_counts_sampled_tokens_by_version() -> None:
     json.dumps(report, allow_nan=False)
 
 
+def test_staleness_quantiles_are_versions_that_were_sampled_at() -> None:
+    """Of 20 tokens: half are at most 1 version old, 19 of them at most 3; one straggler moves neither."""
+    ages = [0] * 8 + [1] * 5 + [3] * 6 + [9]
+    report = report_batch([sample(1, [*ages, 7], num_tokens=21)], np.array([0.0]))
+    assert (report["staleness_p50"], report["staleness_p95"], report["staleness_max"]) == (1, 3, 9)
+    assert "staleness_p95" not in report_batch([sample(2, None)], np.array([0.0]))
+
+
 def rates(kind: str, warmup: int, max_steps: int) -> list[float]:
     schedule = ScheduleSpec.model_validate({"type": kind, "warmupSteps": warmup})
     return [learning_rate(schedule, step, max_steps, 8.0) for step in range(max_steps)]

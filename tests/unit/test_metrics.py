@@ -54,12 +54,15 @@ def test_the_report_says_how_the_last_steps_went(metrics: Metrics, tmp_path: Pat
             wait_seconds=3.5,
             reward_mean=0.5,
             staleness_mean=1.25,
+            staleness_p50=1.0,
+            staleness_p95=2.0,
             staleness_max=3.0,
         )
     )
     found = report(tmp_path)
     assert (found.attempt, found.step, found.max_steps, found.state) == (2, 10, 100, "Training")
     assert (found.reward, found.staleness_mean, found.staleness_max) == (0.5, 1.25, 3)
+    assert (found.staleness_p50, found.staleness_p95) == (1, 2)
     assert found.tokens_per_second == 200 / 8
     assert found.wait_share == 4 / 8
     assert found.remaining_seconds == 90 * 4.0
@@ -79,6 +82,7 @@ def test_a_step_that_measured_nothing_makes_no_rates(metrics: Metrics, tmp_path:
     found = report(tmp_path)
     assert (found.tokens_per_second, found.wait_share, found.reward) == (None, None, None)
     assert found.staleness_max == 0
+    assert found.staleness_p50 is found.staleness_p95 is None
 
 
 def test_an_update_changes_what_it_names_and_keeps_the_rest(metrics: Metrics, tmp_path: Path) -> None:

@@ -67,8 +67,8 @@ class Metrics:
             step=values["step"],
             reward=values.get("reward_mean"),
             staleness_mean=values.get("staleness_mean"),
-            staleness_p50=int(values.get("staleness_p50", 0)),
-            staleness_p95=int(values.get("staleness_p95", 0)),
+            staleness_p50=_whole(values.get("staleness_p50")),
+            staleness_p95=_whole(values.get("staleness_p95")),
             staleness_max=int(values.get("staleness_max", 0)),
             tokens_per_second=tokens / seconds if seconds else None,
             wait_share=waited / seconds if seconds else None,
@@ -84,3 +84,7 @@ class Metrics:
         changes["time"] = self._wall_clock().isoformat(timespec="seconds")
         self.report = self.report.model_copy(update=changes)
         self.report.save(self._report_file)
+
+
+def _whole(versions: float | None) -> int | None:
+    return None if versions is None else int(versions)
