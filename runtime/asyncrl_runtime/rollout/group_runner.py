@@ -91,33 +91,7 @@ class GroupRunner:
         resume = task.resume or ResumePoint(ticket=task.ticket)
         known = {outcome.index: outcome for outcome in resume.outcomes}
         replays = {progress.index: progress.turns for progress in resume.progress}
-        generate: Together[SamplingRequest, Generation] = Together(self._generate_together)
-        score: Together[ScoreRequest, Score | RewardFailure] = Together(self._scorer.score)
-
-        async def sample_tokens(request: SamplingRequest) -> Generation:
-            if request.max_new_tokens > MAX_TOKENS_TOGETHER:
-                return await self._engine.stream(request, cache_salt=self._cache_salt())
-            return await generate(request)
-
-        async def score_response(prompt: str, response: str, row: Row) -> Score:
-            result = await score(ScoreRequest(prompt, response, dict(row)))
-            if isinstance(result, RewardFailure):
-                raise _ScoringFailed(result)
-            return result
-
-        def open_session(index: int, replay: Sequence[TurnRecord]) -> SampleSession:
-            return SampleSession(
-                index,
-                task.rows[index],
-                self._renderer,
-                task.limits,
-                sample_tokens,
-                score_response,
-                lambda turn: task.seeds(index, turn),
-                replay,
-                self._clock,
-            )
-
+        open_session = self._opener(task)
         opened = {
             index: _open(open_session, index, replays.get(index, ()))
             for index in task.rows
@@ -145,6 +119,37 @@ class GroupRunner:
         if unfinished:
             raise _handed_back(resume, everything, unfinished)
         return everything
+
+    def _opener(self, task: GroupTask) -> Opener:
+        """Return what opens the sessions of one group: they ask the engine and the reward together."""
+        generate: Together[SamplingRequest, Generation] = Together(self._generate_together)
+        score: Together[ScoreRequest, Score | RewardFailure] = Together(self._scorer.score)
+
+        async def sample_tokens(request: SamplingRequest) -> Generation:
+            if request.max_new_tokens > MAX_TOKENS_TOGETHER:
+                return await self._engine.stream(request, cache_salt=self._cache_salt())
+            return await generate(request)
+
+        async def score_response(prompt: str, response: str, row: Row) -> Score:
+            result = await score(ScoreRequest(prompt, response, dict(row)))
+            if isinstance(result, RewardFailure):
+                raise _ScoringFailed(result)
+            return result
+
+        def open_session(index: int, replay: Sequence[TurnRecord]) -> SampleSession:
+            return SampleSession(
+                index,
+                task.rows[index],
+                self._renderer,
+                task.limits,
+                sample_tokens,
+                score_response,
+                lambda turn: task.seeds(index, turn),
+                replay,
+                self._clock,
+            )
+
+        return open_session
 
     async def _run_sample(self, session: SampleSession, reopen: Opener) -> "Outcome | _Unfinished":
         """Run the workflow, again if user code fails: with the turns that were sampled already."""

@@ -202,7 +202,7 @@ class TrainerJob:
         if self._controller.is_recorded_lost:
             # Before a checkpoint knows the new stream: the next attempt would wait in it for the recorded
             # steps, and "repeat" them with groups that were sampled anew.
-            self._cut()
+            await self._cut()
         await self._checkpoint()
 
     # -- steps
