@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -70,10 +71,13 @@ class Cluster:
         return self.kubectl(*where, "apply", "-f", "-", stdin=text)
 
     def apply_crd(self, path: Path) -> None:
-        """Apply a CRD, and wait until its objects are served."""
+        """Apply a CRD, and wait until its objects are served; just made, it has no condition to wait for."""
         self.kubectl("apply", "--server-side", "-f", str(path))
-        ready = ['jsonpath={.status.conditions[?(@.type=="Established")].status}', "True"]
-        self.kubectl("wait", f"--for={'='.join(ready)}", "-f", str(path), f"--timeout={WAIT_SECONDS}s")
+        deadline = time.monotonic() + WAIT_SECONDS
+        established = ["wait", "--for=condition=Established", "--timeout=5s", "-f", str(path)]
+        while self.run("kubectl", *established).returncode != 0:
+            assert time.monotonic() < deadline, f"{path.name} is not established"
+            time.sleep(0.1)
 
     def get(self, namespace: str, kind: str, name: str) -> dict[str, Any]:
         """Return an object."""
