@@ -5,7 +5,7 @@ status of the planner's last pass. Only a queue is not there yet, so that status
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from asyncrl_api.job import API_VERSION, KIND, Spec
@@ -108,7 +108,9 @@ def running() -> Object:
 
 def below_strength() -> Object:
     cluster = _running()
-    del cluster.pods[f"{NAME}-rollout-5"]
+    pod = cluster.pods[f"{NAME}-rollout-5"]
+    cluster.pods[pod.name] = replace(pod, is_ready=False)
+    cluster.now += 200  # longer than a new engine may take
     found = _after_pass(cluster, "Running")
     assert cluster.condition("Degraded") == "True/RolloutShort"
     return found

@@ -186,6 +186,14 @@ def running_operator(kubeconfig: Path, folder: Path, **settings: str) -> Iterato
         operator.kill()
 
 
+def jobs_that_end(cluster: Cluster) -> list[str]:
+    """Return the jobs of namespaces that are being deleted: the operator is refused there at each event."""
+    namespaces = json.loads(cluster.kubectl("get", "namespaces", "-o", "json"))["items"]
+    ending = {each["metadata"]["name"] for each in namespaces if each["status"]["phase"] == "Terminating"}
+    jobs = json.loads(cluster.kubectl("get", "arl", "--all-namespaces", "-o", "json"))["items"]
+    return [each["metadata"]["name"] for each in jobs if each["metadata"]["namespace"] in ending]
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -260,14 +260,11 @@ def _at_rest(scene: Scene, *, with_messaging: bool) -> tuple[Desired, tuple[Dele
         messaging_replicas=int(not with_messaging) if seen.messaging is not None else None,
         rollout_replicas=0 if seen.rollout is not None else None,
     )
-    running = {pod.attempt for pod in scene.alive_in("trainer")}
     drops_failed = is_over and not scene.spec.failure_policy.retain_pods_on_failure
     deletions = [
         DeleteTrainerJob(job.name)
         for job in seen.trainer_jobs
-        if not job.is_deleting
-        and not job.is_complete
-        and (job.attempt in running or not job.is_failed or drops_failed)
+        if not job.is_deleting and not job.is_complete and (drops_failed or not _ends_by_itself(scene, job))
     ]
     return desired, tuple(deletions)
 

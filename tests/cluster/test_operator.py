@@ -11,6 +11,7 @@ from operator_process import (
     Job,
     OperatorProcess,
     eventually,
+    jobs_that_end,
     make_claim,
     running_operator,
 )
@@ -40,9 +41,8 @@ def running(operator: OperatorProcess, job: Job) -> Job:
 
 
 def wait_until_still(cluster: Cluster, operator: OperatorProcess) -> float:
-    """Return the writes of an operator once the namespaces of the tests before are gone, and it is still."""
-    gone = "no namespace is being deleted"
-    eventually(gone, lambda: "Terminating" not in cluster.kubectl("get", "namespaces"), 90)
+    """Return the writes of an operator once the jobs of the tests before are gone, and it is still."""
+    eventually("no job is left in a namespace that ends", lambda: not jobs_that_end(cluster), 90)
     seen = [-1.0]
 
     def is_still() -> bool:

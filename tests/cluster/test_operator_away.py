@@ -21,14 +21,24 @@ def test_an_operator_comes_and_goes(
         job.wait("Running")
         eventually("both engines are ready", lambda: job.condition("RolloutReady")["message"] == "2/2")
         assert operator.stop() < 5
-    job.kubectl("get", "pods")
+    before = versions(job)
+    num_jobs = len(cluster.kubectl("get", "arl", "--all-namespaces", "-o", "name").splitlines())
     with running_operator(operator_rights, tmp_path) as operator:
         passes = "asyncrl_reconcile_duration_seconds_count"
-        eventually("the job was looked at", lambda: operator.metrics()[passes] >= 1)
-        assert operator.num_writes() == 0
+        eventually("all jobs were looked at", lambda: operator.metrics()[passes] >= num_jobs)
+        assert versions(job) == before, "nothing of an unchanged job is written"
     job.kubectl("delete", "service", "gsm8k-nats")
     with running_operator(operator_rights, tmp_path):
         eventually("the Service is back", lambda: "gsm8k-nats" in job.names("services"))
     job.delete()
     kinds = "pods,statefulsets,jobs,services,configmaps,secrets"
     eventually("all is deleted without the operator", lambda: not job.names(kinds), 60)
+
+
+def versions(job: Job) -> dict[str, str]:
+    """Return a version of each object of the job: its generation where others write a status of it."""
+    kinds = "statefulsets,jobs,services,configmaps,roles,rolebindings,serviceaccounts,pdb,networkpolicies"
+    metadata = {
+        f"{each['kind']}/{each['metadata']['name']}": each["metadata"] for each in job.children(kinds)
+    }
+    return {name: str(meta.get("generation", meta["resourceVersion"])) for name, meta in metadata.items()}
