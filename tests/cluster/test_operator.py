@@ -42,7 +42,7 @@ def running(operator: OperatorProcess, job: Job) -> Job:
 
 def wait_until_still(cluster: Cluster, operator: OperatorProcess) -> float:
     """Return the writes of an operator once the jobs of the tests before are gone, and it is still."""
-    eventually("no job is left in a namespace that ends", lambda: not jobs_that_end(cluster), 90)
+    eventually("no job is left in a namespace that ends", lambda: not jobs_that_end(cluster), 200)
     seen = [-1.0]
 
     def is_still() -> bool:
