@@ -14,21 +14,11 @@ from asyncrl_operator.manifests import (
     render_trainer,
 )
 from asyncrl_operator.observed import Attempt
+from smallest import SMALLEST
 
 DEFAULTS = Defaults("localhost/runtime:1", "localhost/nats:1", ("registry",))
 
-BASE: dict[str, Any] = {
-    "apiVersion": "asyncrl.dev/v1alpha1",
-    "kind": "AsyncRLJob",
-    "metadata": {"name": "gsm8k", "namespace": "team", "uid": "0b5e1a52-7c7b-4e0e-9a53-8d1f0c0c7d11"},
-    "spec": {
-        "model": {"source": "hf://Qwen/Qwen3-1.7B"},
-        "dataset": {"source": "hf://openai/gsm8k"},
-        "training": {"batchSize": 64, "maxSteps": 200},
-        "gpuBudget": {"total": 8},
-        "checkpoint": {"location": {"claimName": "checkpoints"}},
-    },
-}
+BASE = merge(SMALLEST, {"metadata": {"namespace": "team", "uid": "0b5e1a52-7c7b-4e0e-9a53-8d1f0c0c7d11"}})
 SHAPES: dict[str, dict[str, Any]] = {
     "cpu": {
         "gpuBudget": {"total": 3, "allocation": "None"},

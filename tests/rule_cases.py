@@ -2,18 +2,10 @@
 
 from typing import Any, NamedTuple
 
-BASE: dict[str, Any] = {
-    "apiVersion": "asyncrl.dev/v1alpha1",
-    "kind": "AsyncRLJob",
-    "metadata": {"name": "gsm8k"},
-    "spec": {
-        "model": {"source": "hf://Qwen/Qwen3-1.7B"},
-        "dataset": {"source": "hf://openai/gsm8k"},
-        "training": {"batchSize": 64, "maxSteps": 200},
-        "gpuBudget": {"total": 16},
-        "checkpoint": {"location": {"claimName": "checkpoints"}},
-    },
-}
+from asyncrl_api.manifests import apply_overrides
+from smallest import SMALLEST
+
+BASE: dict[str, Any] = apply_overrides(SMALLEST, ["spec.gpuBudget.total=16"])
 
 
 class Case(NamedTuple):

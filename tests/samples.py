@@ -12,23 +12,12 @@ from asyncrl_runtime.contract.messages import (
     ids_to_bytes,
     mask_to_bytes,
 )
+from smallest import SMALLEST
 
 
 def make_job(*overrides: str) -> AsyncRLJob:
     """The smallest job, with fields of its spec set as by `--set`: `training.maxSteps=5`."""
-    document = {
-        "apiVersion": "asyncrl.dev/v1alpha1",
-        "kind": "AsyncRLJob",
-        "metadata": {"name": "gsm8k"},
-        "spec": {
-            "model": {"source": "hf://Qwen/Qwen3-1.7B"},
-            "dataset": {"source": "hf://openai/gsm8k"},
-            "training": {"batchSize": 64, "maxSteps": 200},
-            "gpuBudget": {"total": 8},
-            "checkpoint": {"location": {"claimName": "checkpoints"}},
-        },
-    }
-    return parse_job(apply_overrides(document, [f"spec.{override}" for override in overrides]))
+    return parse_job(apply_overrides(SMALLEST, [f"spec.{override}" for override in overrides]))
 
 
 def make_sample(

@@ -1,13 +1,11 @@
 """From the types to the CustomResourceDefinition, and the command that writes what is made: `make crd`."""
 
 import argparse
-import io
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
-
 from asyncrl_api.job import API_VERSION, KIND, AsyncRLJob, Spec
+from asyncrl_api.manifests import render_yaml
 from asyncrl_api.marks import tree
 from asyncrl_api.reference import render_reference
 from asyncrl_api.rules import Rule, all_rules
@@ -75,14 +73,8 @@ def build_crd() -> dict[str, Any]:
 
 def render_crd() -> str:
     """Return the CustomResourceDefinition as YAML."""
-    yaml = YAML(typ="safe", pure=True)
-    yaml.default_flow_style = False
-    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
-    yaml.width = 110
-    text = io.StringIO()
-    text.write("# Made from crds/asyncrl_api by `make crd`; change the types, not this file.\n")
-    yaml.dump(build_crd(), text)
-    return text.getvalue()
+    head = "# Made from crds/asyncrl_api by `make crd`; change the types, not this file.\n"
+    return head + render_yaml(build_crd())
 
 
 def _root() -> dict[str, Any]:

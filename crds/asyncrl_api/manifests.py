@@ -6,6 +6,7 @@ What the API server would refuse is refused here, by the same types and the same
 import copy
 import difflib
 import functools
+import io
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -139,6 +140,17 @@ class _Constructor(SafeConstructor):
 
 
 _Constructor.add_constructor("tag:yaml.org,2002:timestamp", SafeConstructor.construct_yaml_str)
+
+
+def render_yaml(document: Any) -> str:
+    """Return a document as YAML 1.2, its keys in their order."""
+    yaml: Any = YAML(typ="safe", pure=True)  # its attributes are declared as None
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False
+    yaml.width = 110
+    text = io.StringIO()
+    yaml.dump(document, text)
+    return text.getvalue()
 
 
 def _yaml() -> YAML:

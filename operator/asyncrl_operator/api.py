@@ -49,11 +49,6 @@ class ApiError(Exception):
         self.causes = causes
 
     @property
-    def is_transient(self) -> bool:
-        """Whether the same call may succeed a little later."""
-        return self.status in (0, 408, 429) or self.status >= 500
-
-    @property
     def is_expired(self) -> bool:
         """The version that a watch or a page was to go on from is forgotten: list again."""
         return self.status == 410 or self.reason in ("Expired", "Gone")

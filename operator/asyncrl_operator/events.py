@@ -60,11 +60,8 @@ def _phases(before: Status, after: Status) -> list[Event]:
 
 
 def _end_of_attempt(ended: Ended) -> Event:
-    if ended.charge == "disruption":
-        return Event("Disrupted", f"{ended.reason}: {ended.message}", "Warning")
-    if ended.charge == "restart":
-        return Event("TrainerRestart", f"{ended.reason}: {ended.message}", "Warning")
-    return Event("TrainerRestart", f"{ended.reason}: {ended.message}")
+    reason = "Disrupted" if ended.charge == "disruption" else "TrainerRestart"
+    return Event(reason, f"{ended.reason}: {ended.message}", "Warning" if ended.charge else "Normal")
 
 
 def _sizes(before: Status, after: Status) -> list[Event]:

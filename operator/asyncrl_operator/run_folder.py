@@ -1,20 +1,17 @@
 """The folder of a local run: made, found again, locked; what lies where in it."""
 
-import io
 import json
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
-from ruamel.yaml import YAML
 
 from asyncrl_api.exits import ExitCode, ExitError
 from asyncrl_api.job import AsyncRLJob, to_manifest
-from asyncrl_api.manifests import load_documents, parse_job
+from asyncrl_api.manifests import load_documents, parse_job, render_yaml
 from asyncrl_api.names import NatsAddress
 from asyncrl_api.rules import Violation, violations
 from asyncrl_api.run import RunConfig, live_values
@@ -131,9 +128,7 @@ def write(folder: RunFolder, job: AsyncRLJob, *, nats_url: str, cache: Path, imp
     uid = str(uuid.uuid4())
     if folder.config.exists():
         uid = json.loads(folder.config.read_text())["uid"]
-    manifest = io.StringIO()
-    _yaml().dump(to_manifest(job), manifest)
-    _replace(folder.manifest, manifest.getvalue())
+    _replace(folder.manifest, render_yaml(to_manifest(job)))
     _replace(folder.live, json.dumps(live_values(job.spec), indent=1) + "\n")
     config = RunConfig(
         namespace=job.metadata.namespace or DEFAULT_NAMESPACE,
@@ -160,10 +155,3 @@ def _replace(path: Path, text: str) -> None:
     scratch = path.with_name(f"{path.name}.tmp")
     scratch.write_text(text, encoding="utf-8")
     scratch.replace(path)
-
-
-def _yaml() -> Any:
-    yaml: Any = YAML(typ="safe", pure=True)
-    yaml.default_flow_style = False
-    yaml.sort_base_mapping_type_on_output = False
-    return yaml

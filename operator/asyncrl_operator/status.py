@@ -29,6 +29,7 @@ from asyncrl_api.times import to_seconds, to_text
 from asyncrl_operator.attempts import pods_of
 from asyncrl_operator.layout import num_trainer_pods
 from asyncrl_operator.observed import Observed, Pod, Problem
+from asyncrl_operator.resources import JOB_LABEL
 
 LONGEST_MESSAGE = 1000
 REPORT_SECONDS = 30.0
@@ -105,7 +106,7 @@ def describe(
         groups=groups,
         gpus=GPUsStatus(budget=budget, allocated=allocated, summary=f"{allocated}/{budget}"),
         pod_sets=_pod_sets(job.spec, before, standing, memory.split),
-        selector=f"asyncrl.dev/job={job.name}",
+        selector=f"{JOB_LABEL}={job.name}",
         progress=before.progress,
         staleness=before.staleness,
         throughput=before.throughput,
@@ -203,21 +204,26 @@ def _conditions(
     job: Job, before: Status, groups: tuple[GroupStatus, ...], standing: Standing, now: float
 ) -> tuple[Condition, ...]:
     facts = _facts(job.spec, groups, standing)
-    conditions = []
-    for kind, (truth, reason, message) in facts.items():
-        old = before.condition(kind)
-        changed = to_text(now) if old is None or old.status != truth else old.last_transition_time
-        conditions.append(
-            Condition(
-                type=kind,
-                status=truth,
-                reason=reason,
-                message=message[:LONGEST_MESSAGE],
-                last_transition_time=changed,
-                observed_generation=job.generation,
-            )
-        )
-    return tuple(conditions)
+    return tuple(renew(before, kind, fact, job.generation, now) for kind, fact in facts.items())
+
+
+def renew(before: Status, kind: str, fact: Fact, generation: int, now: float) -> Condition:
+    """Return a condition as it is now; its time moves only when its status does.
+
+    Args:
+        generation: of the spec that it is about.
+        now: Unix time, seconds.
+    """
+    truth, reason, message = fact
+    old = before.condition(kind)
+    return Condition(
+        type=kind,
+        status=truth,
+        reason=reason,
+        message=message[:LONGEST_MESSAGE],
+        last_transition_time=to_text(now) if old is None or old.status != truth else old.last_transition_time,
+        observed_generation=generation,
+    )
 
 
 def _facts(spec: Spec, groups: tuple[GroupStatus, ...], standing: Standing) -> dict[str, Fact]:

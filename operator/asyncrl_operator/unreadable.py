@@ -2,10 +2,8 @@
 
 from pydantic import ValidationError
 
-from asyncrl_api.status import Condition, Status
-from asyncrl_api.times import to_text
-
-LONGEST_MESSAGE = 1000
+from asyncrl_api.status import Status
+from asyncrl_operator.status import Fact, renew
 
 
 def unreadable(before: Status, generation: int, error: ValidationError, now: float) -> Status:
@@ -20,23 +18,12 @@ def unreadable(before: Status, generation: int, error: ValidationError, now: flo
     message = (
         f"spec.{path}: {first['msg']}: the CRD is of another version than the operator; upgrade the operator"
     )
-    facts = {"Ready": "False", "Stalled": "True"}
+    facts: dict[str, Fact] = {
+        "Ready": ("False", "InvalidSpec", message),
+        "Stalled": ("True", "InvalidSpec", message),
+    }
     conditions = [each for each in before.conditions if each.type not in (*facts, "Reconciling")]
-    for kind, truth in facts.items():
-        old = before.condition(kind)
-        changed = to_text(now) if old is None or old.status != truth else old.last_transition_time
-        conditions.append(
-            Condition.model_validate(
-                {
-                    "type": kind,
-                    "status": truth,
-                    "reason": "InvalidSpec",
-                    "message": message[:LONGEST_MESSAGE],
-                    "last_transition_time": changed,
-                    "observed_generation": generation,
-                }
-            )
-        )
+    conditions += [renew(before, kind, fact, generation, now) for kind, fact in facts.items()]
     order = {each.type: place for place, each in enumerate(before.conditions)}
     conditions.sort(key=lambda each: order.get(each.type, -1))
     return before.model_copy(update={"observed_generation": generation, "conditions": tuple(conditions)})

@@ -201,21 +201,18 @@ def test_a_missing_config_map_is_named_and_waited_for(operator: OperatorProcess,
     job.wait("Running", 40)
 
 
-def test_a_quota_that_refuses_the_pods_is_told_and_waited_for(operator: OperatorProcess, job: Job) -> None:
-    job.kubectl("create", "quota", "few", "--hard=pods=1")
+@pytest.mark.parametrize(
+    ("hard", "words"),
+    [("pods=1", "exceeded quota: few"), ("count/jobs.batch=0", "Job gsm8k-trainer-1")],
+    ids=["pods", "job"],
+)
+def test_a_quota_that_refuses_is_told_and_waited_for(
+    operator: OperatorProcess, job: Job, hard: str, words: str
+) -> None:
+    job.kubectl("create", "quota", "few", f"--hard={hard}")
     job.apply()
-    message = job.wait_for_reason("Reconciling", "QuotaExceeded")
-    assert "exceeded quota: few" in message
+    assert words in job.wait_for_reason("Reconciling", "QuotaExceeded")
     job.kubectl("delete", "quota", "few")
-    job.wait("Running", 60)
-
-
-def test_a_quota_that_refuses_the_job_is_told_and_waited_for(operator: OperatorProcess, job: Job) -> None:
-    job.kubectl("create", "quota", "none", "--hard=count/jobs.batch=0")
-    job.apply()
-    message = job.wait_for_reason("Reconciling", "QuotaExceeded")
-    assert "Job gsm8k-trainer-1" in message
-    job.kubectl("delete", "quota", "none")
     job.wait("Running", 60)
 
 

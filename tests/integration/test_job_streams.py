@@ -88,11 +88,37 @@ async def test_recorded_batches_that_are_lost_with_their_stream_leave_the_histor
         harness.start_trainer()
         result = await finish(harness)
         assert result.num_steps == 8
-        lines = [json.loads(line) for line in harness.folder.ledger.read_text().splitlines()]
-        assert [line for line in lines if "cut" in line] == [{"attempt": 2, "cut": 4}]
+        assert cuts(harness) == [{"attempt": 2, "cut": 4}]
         assert [step.attempt for step in harness.history.steps] == [1] * 4 + [2] * 4
         sampled_again = {ticket for step in harness.history.steps[4:] for ticket in step.tickets}
         assert {ticket for step in abandoned for ticket in step.tickets} <= sampled_again
+
+
+@pytest.mark.slow
+async def test_recorded_steps_are_given_up_before_a_checkpoint_knows_the_new_stream(
+    own_nats: NatsServer, tmp_path: Path
+) -> None:
+    """Killed in between, the next attempt would repeat them with whatever is sampled for their tickets."""
+    job = build_job(training={"maxSteps": 8}, checkpoint={"everySteps": 4})
+    with JobHarness(tmp_path / "run", own_nats, job) as harness:
+        harness.start_rollout(0)
+        trainer = harness.start_trainer(kill_after="asyncrl_runtime.trainer.job:TrainerJob.train_step#6")
+        await asyncio.to_thread(trainer.wait, 120)
+        own_nats.kill()
+        own_nats.lose_files()
+        own_nats.start()
+        trainer = harness.start_trainer(kill_after="asyncrl_runtime.trainer.job:TrainerJob._mend_streams")
+        await asyncio.to_thread(trainer.wait, 120)
+        assert cuts(harness) == [{"attempt": 2, "cut": 4}]
+        harness.start_trainer()
+        await finish(harness)
+        assert [step.attempt for step in harness.history.steps] == [1] * 4 + [3] * 4
+
+
+def cuts(harness: JobHarness) -> list[dict[str, int]]:
+    """Return the lines of the ledger that give up what follows."""
+    lines = [json.loads(line) for line in harness.folder.ledger.read_text().splitlines()]
+    return [line for line in lines if "cut" in line]
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ def test_retry_after_is_read_from_header_or_body() -> None:
 
 def test_an_answer_that_is_not_json_is_shown_as_it_is() -> None:
     error = error_from(502, {}, b"<html>bad gateway</html>")
-    assert error.is_transient and "bad gateway" in str(error)
+    assert error.status == 502 and "bad gateway" in str(error)
 
 
 def test_an_expired_version_is_told_from_other_errors() -> None:

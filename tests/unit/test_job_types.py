@@ -15,20 +15,7 @@ from asyncrl_api.job import AsyncRLJob, Metadata, Spec, to_manifest
 from asyncrl_api.manifests import SpecError, apply_overrides, parse_job, parse_spec, validate
 from asyncrl_api.marks import block_of, field, marks, merge, split_live, tree
 from asyncrl_api.run import live_values, with_live_values
-
-SMALLEST: dict[str, Any] = {
-    "apiVersion": "asyncrl.dev/v1alpha1",
-    "kind": "AsyncRLJob",
-    "metadata": {"name": "gsm8k"},
-    "spec": {
-        "model": {"source": "hf://Qwen/Qwen3-1.7B"},
-        "dataset": {"source": "hf://openai/gsm8k"},
-        "reward": {"type": "Math"},
-        "training": {"batchSize": 64, "maxSteps": 200},
-        "gpuBudget": {"total": 8},
-        "checkpoint": {"location": {"claimName": "checkpoints"}},
-    },
-}
+from smallest import SMALLEST
 
 # "All of it" of manifest.md, but for what has no default.
 DEFAULTS: dict[str, Any] = {

@@ -64,6 +64,16 @@ def test_a_trainer_that_fails_is_restarted_from_its_checkpoint(code: int, reason
     assert "gsm8k-trainer-1" in cluster.jobs, "the failed Job stays for its logs"
 
 
+def test_a_job_whose_pod_has_failed_is_left_to_fail_by_itself() -> None:
+    """The news of the pod come first; a Job deleted then would take its logs with it."""
+    for max_restarts in (0, 3):
+        cluster = running(failurePolicy={"trainer": {"maxRestarts": max_restarts}})
+        cluster.trainer_exits(1)
+        cluster.pass_once()
+        cluster.pass_once()
+        assert not cluster.jobs["gsm8k-trainer-1"].is_deleting
+
+
 def test_restarts_end() -> None:
     cluster = running(failurePolicy={"trainer": {"maxRestarts": 2}})
     for _ in range(3):

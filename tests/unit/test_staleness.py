@@ -44,7 +44,7 @@ def test_mask_takes_old_tokens_out_of_the_loss_and_keeps_the_sample() -> None:
     assert isinstance(live, LiveGroup)
     assert live.samples[0].loss_mask.tolist() == [False, False, True, True, True]
     assert live.samples[1].loss_mask.all() and live.num_masked_tokens == 2
-    assert [sample.max_staleness for sample in live.samples] == [3, 1]
+    assert [each.staleness[each.sample.mask()].max() for each in live.samples] == [3, 1]
 
 
 def test_tokens_that_nobody_sampled_are_never_stale() -> None:

@@ -60,10 +60,6 @@ class LiveSample:
     loss_mask: NDArray[np.bool_]
     """[num_tokens] tokens that the policy sampled and that are not masked as stale."""
 
-    @property
-    def max_staleness(self) -> int:
-        return int(self.staleness[self.sample.mask()].max())
-
 
 @dataclass(frozen=True)
 class LiveGroup:
