@@ -18,7 +18,7 @@ from kube_fixture import Cluster
 ROOT = Path(__file__).parent.parent
 HOME = "asyncrl-system"
 """Namespace of the operator's ServiceAccount."""
-SECONDS = 30.0
+SECONDS = 60.0
 STOP_SECONDS = 10.0
 
 
@@ -217,7 +217,7 @@ class Job:
     def delete(self) -> None:
         self.kubectl("delete", "asyncrljob", self.name, "--wait=false")
 
-    def wait(self, condition: str, seconds: int = 30) -> None:
+    def wait(self, condition: str, seconds: int = 60) -> None:
         """Wait as a user does."""
         args = ["wait", f"--for=condition={condition}", f"asyncrljob/{self.name}", f"--timeout={seconds}s"]
         self.kubectl(*args)

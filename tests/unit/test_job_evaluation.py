@@ -3,20 +3,17 @@
 import asyncio
 import json
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
-from asyncrl_api.report import EvaluationReport, Report
-from asyncrl_runtime.trainer.checkpoints import Checkpoints
+from asyncrl_api.report import EvaluationReport
 from asyncrl_runtime.trainer.controller import Controller
 from asyncrl_runtime.trainer.evaluation import Evaluated
-from asyncrl_runtime.trainer.job import JobParts, TrainerJob
-from asyncrl_runtime.trainer.metrics import Metrics
+from asyncrl_runtime.trainer.job import TrainerJob
 from asyncrl_runtime.trainer.ranks import Command, Export, Logprobs
-from asyncrl_runtime.transport.fleet import Fleet
-from asyncrl_runtime.transport.ledger import Ledger
 from fakes import FakeControl, FakeEvaluator, FakeRanks, FakeWeights, run_in_virtual_time
+from job_parts import make_job_parts
 from samples import make_job, make_sample
 
 GAP = 0.25
@@ -50,27 +47,8 @@ class Rig:
         self.folder = folder
         self.weights = FakeWeights()
         self.ranks = FakeRanks(answer)
-        ledger = Ledger(folder / "ledger.jsonl", 1)
-        ledger.claim("uid")
-        parts = JobParts(
-            attempt=1,
-            uid="uid",
-            spec=spec,
-            folder=folder,
-            controller=Controller(spec),
-            control=cast(Any, FakeControl()),
-            ledger=ledger,
-            ranks=cast(Any, self.ranks),
-            fleet=Fleet(clock),
-            weights=cast(Any, self.weights),
-            checkpoints=Checkpoints(folder, "uid"),
-            evaluator=cast(Any, evaluator),
-            metrics=Metrics(
-                folder,
-                folder / "report.json",
-                Report(attempt=1, step=0, max_steps=1, state="Training"),
-            ),
-            clock=clock,
+        parts = make_job_parts(
+            folder, Controller(spec), FakeControl(), self.ranks, self.weights, evaluator, clock
         )
         self.job = TrainerJob(parts, None)
 

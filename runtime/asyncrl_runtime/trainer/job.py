@@ -173,14 +173,20 @@ class TrainerJob:
                 await self._boundary()
             if self._control.is_nearly_full:
                 await self._make_room(self._parts.clock() - began)
-            if self._controller.missing_of_recorded() and await self._control.has_read_everything():
-                missing = self._controller.missing_of_recorded()
+            if missing := await self._missing_for_good():
                 log.warning(
                     "trajectories of tickets %s are lost: their step cannot be repeated", missing[:20]
                 )
                 await self._cut()
             await self._wait_for_news()
         return None
+
+    async def _missing_for_good(self) -> list[int]:
+        """Return the tickets of the next recorded step that the stream does not hold."""
+        missing = self._controller.missing_of_recorded
+        if not missing() or not await self._control.has_read_everything():
+            return []
+        return missing()  # anew: they may have been read while we asked
 
     async def _wait_for_news(self) -> None:
         news = asyncio.create_task(self._controller.inbox.changed.wait())

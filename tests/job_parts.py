@@ -1,0 +1,45 @@
+"""A TrainerJob without torch ranks, broker and engines."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+from asyncrl_api.report import Report
+from asyncrl_runtime.trainer.checkpoints import Checkpoints
+from asyncrl_runtime.trainer.controller import Controller
+from asyncrl_runtime.trainer.job import JobParts
+from asyncrl_runtime.trainer.metrics import Metrics
+from asyncrl_runtime.transport.fleet import Fleet
+from asyncrl_runtime.transport.ledger import Ledger
+from fakes import FakeControl, FakeEvaluator, FakeRanks, FakeWeights
+
+
+def make_job_parts(
+    folder: Path,
+    controller: Controller,
+    control: FakeControl,
+    ranks: FakeRanks,
+    weights: FakeWeights,
+    evaluator: FakeEvaluator | None,
+    clock: Callable[[], float],
+) -> JobParts:
+    """Return what a TrainerJob is made of: books and files are real, what is around them is not."""
+    ledger = Ledger(folder / "ledger.jsonl", 1)
+    ledger.claim("uid")
+    report = Report(attempt=1, step=0, max_steps=1, state="Training")
+    return JobParts(
+        attempt=1,
+        uid="uid",
+        spec=controller.spec,
+        folder=folder,
+        controller=controller,
+        control=cast(Any, control),
+        ledger=ledger,
+        ranks=cast(Any, ranks),
+        fleet=Fleet(clock),
+        weights=cast(Any, weights),
+        checkpoints=Checkpoints(folder, "uid"),
+        evaluator=cast(Any, evaluator),
+        metrics=Metrics(folder, folder / "report.json", report),
+        clock=clock,
+    )

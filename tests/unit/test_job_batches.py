@@ -1,0 +1,44 @@
+"""How the training loop comes by the steps that it has to repeat."""
+
+import asyncio
+from pathlib import Path
+
+from asyncrl_runtime.contract.messages import encode
+from asyncrl_runtime.trainer.controller import Controller, recorded_values
+from asyncrl_runtime.trainer.job import TrainerJob
+from asyncrl_runtime.transport.ledger import RecordedStep
+from asyncrl_runtime.transport.reader import StreamMessage
+from fakes import FakeControl, FakeRanks, FakeWeights, run_in_virtual_time
+from job_parts import make_job_parts
+from samples import make_group, make_job
+
+
+class SlowControl(FakeControl):
+    """Asked whether everything is read, it answers when it is; meanwhile the reader has read on."""
+
+    def __init__(self, controller: Controller) -> None:
+        self._controller = controller
+
+    async def has_read_everything(self) -> bool:
+        for ticket in (1, 2):
+            self._controller.take(StreamMessage(ticket, f"rl.j.traj.{ticket}", encode(make_group(ticket))))
+        return True
+
+
+def test_a_recorded_step_that_is_read_while_it_is_looked_for_is_repeated(tmp_path: Path) -> None:
+    """Else a busy machine would give up what was trained."""
+
+    async def check() -> None:
+        spec = make_job("training.batchSize=2", "training.minibatches=1").spec
+        step = RecordedStep(1, 0, (1, 2), {}, recorded_values(spec), {1: 0})
+        controller = Controller(spec, recorded=[step])
+        clock = asyncio.get_running_loop().time
+        control = SlowControl(controller)
+        parts = make_job_parts(
+            tmp_path, controller, control, FakeRanks(lambda command: None), FakeWeights(), None, clock
+        )
+        batch = await TrainerJob(parts, None).next_batch()
+        assert batch is not None and batch.is_repeat and batch.tickets == (1, 2)
+        assert '"cut"' not in (tmp_path / "ledger.jsonl").read_text()
+
+    run_in_virtual_time(check())
