@@ -196,11 +196,11 @@ class Cluster:
             live = await self._api.get(resource.path(namespace, name))
             check_ownership(resource, live["metadata"], uid)
             if is_made_once(manifest):
-                self._store(resource, namespace).put_written(live)
+                self._keep(self._store(resource, namespace), live)
             else:
                 await self.correct(manifest, live["metadata"]["uid"])
             return False
-        self._store(resource, namespace).put_written(made)
+        self._keep(self._store(resource, namespace), made)
         return True
 
     async def correct(self, manifest: Json, uid: str) -> None:
@@ -212,7 +212,7 @@ class Cluster:
         resource, metadata = resource_of(manifest), manifest["metadata"]
         body = {**manifest, "metadata": {**metadata, "uid": uid}}
         live = await self._api.apply(resource.path(metadata["namespace"], metadata["name"]), body)
-        self._store(resource, metadata["namespace"]).put_written(live)
+        self._keep(self._store(resource, metadata["namespace"]), live)
 
     async def scale(self, namespace: str, name: str, replicas: int) -> None:
         """Set the replicas of a StatefulSet that the cache has, and nothing else of it."""
@@ -220,7 +220,7 @@ class Cluster:
         assert entry is not None, "it was seen in this pass"
         body = {"metadata": {"uid": entry.uid}, "spec": {"replicas": replicas}}
         live = await self._api.merge(STATEFUL_SETS.path(namespace, name), body)
-        self._store(STATEFUL_SETS, namespace).put_written(live)
+        self._keep(self._store(STATEFUL_SETS, namespace), live)
 
     async def try_out(self, manifest: Json) -> None:
         """Have the API server check a manifest without keeping it.
@@ -257,9 +257,9 @@ class Cluster:
         if "deletionTimestamp" not in answer.get("metadata", {}):
             return  # gone at once; the watch will say so
         if resource is PODS:
-            self._pods[self._scope(namespace)].store.put_written(answer)
+            self._keep(self._pods[self._scope(namespace)].store, answer)
         else:
-            self._store(resource, namespace).put_written(answer)
+            self._keep(self._store(resource, namespace), answer)
 
     async def write_status(self, entry: Entry[bytes], patch: Json) -> Entry[bytes]:
         """Change the status of the AsyncRLJob as this pass has read it; return it as it is then.
@@ -310,6 +310,11 @@ class Cluster:
 
     def _store(self, resource: Resource, namespace: str) -> Store[bytes]:
         return self._children[resource, self._scope(namespace)].store
+
+    def _keep(self, store: Store[Any], written: Json) -> None:
+        """Take in what was written, and have it looked at: what it makes possible is for the next pass."""
+        if (entry := store.put_written(written)) is not None:
+            self._child_changed(entry)
 
     def _drop_job(self, key: Key) -> None:
         self.jobs.discard(*key)

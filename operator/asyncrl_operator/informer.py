@@ -98,14 +98,15 @@ class Store(Generic[T]):
         )
         return None if is_same else entry
 
-    def put_written(self, raw: Json) -> None:
-        """Take in the answer to a write of ours.
+    def put_written(self, raw: Json) -> Entry[T] | None:
+        """Take in the answer to a write of ours; return what is kept, if that differs from before.
 
         Only what the watch has not reached yet: behind that point it may have told of a deletion already, and
-        the object would come back for ever.
+        the object would come back for ever. What is taken in is no news any more when the watch tells it.
         """
-        if int(raw["metadata"]["resourceVersion"]) > self._position:
-            self.put(raw)
+        if int(raw["metadata"]["resourceVersion"]) <= self._position:
+            return None
+        return self.put(raw)
 
     def remove(self, raw: Json) -> Entry[T] | None:
         """Take out an object that a watch tells is deleted; return it, unless a newer one has its name."""
