@@ -41,3 +41,13 @@ def only(objects: list[Object], kind: str, suffix: str = "") -> Object:
     """Return the one object of a kind whose name ends so."""
     [found] = [each for each in objects if each["kind"] == kind and each["metadata"]["name"].endswith(suffix)]
     return found
+
+
+def rights(role: Object) -> dict[str, set[str]]:
+    """Return the verbs of a role for each `resource.group`."""
+    found: dict[str, set[str]] = {}
+    for rule in role["rules"]:
+        for resource in rule["resources"]:
+            for group in rule["apiGroups"]:
+                found.setdefault(f"{resource}.{group}".rstrip("."), set()).update(rule["verbs"])
+    return found

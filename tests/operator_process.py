@@ -10,9 +10,11 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from asyncrl_api.report import Report
 from kube_fixture import Cluster
 
 ROOT = Path(__file__).parent.parent
@@ -158,9 +160,16 @@ class OperatorProcess:
 
     def num_writes(self) -> float:
         """Return how many calls it has made that change something."""
-        verbs = ('verb="POST"', 'verb="PATCH"', 'verb="DELETE"')
-        calls = (item for item in self.metrics().items() if item[0].startswith("asyncrl_api_calls_total"))
-        return sum(number for name, number in calls if any(verb in name for verb in verbs))
+        return sum(self.num_calls(verb=verb) for verb in ("create", "patch", "delete"))
+
+    def num_calls(self, resource: str = "", verb: str = "") -> float:
+        """Return how many calls it has made, in all or of a resource or a verb."""
+        labels = [f'{name}="{value}"' for name, value in (("resource", resource), ("verb", verb)) if value]
+        return sum(
+            number
+            for name, number in self.metrics().items()
+            if name.startswith("asyncrl_api_calls_total") and all(label in name for label in labels)
+        )
 
     def is_healthy(self) -> bool:
         """Whether its liveness endpoint answers that it is."""
@@ -216,6 +225,20 @@ class Job:
 
     def delete(self) -> None:
         self.kubectl("delete", "asyncrljob", self.name, "--wait=false")
+
+    def report(self, step: int = 1, **values: Any) -> bool:
+        """Write a report as the present attempt's trainer does; always true."""
+        report = Report(
+            attempt=self.status()["attempt"]["number"],
+            step=step,
+            max_steps=200,
+            state="Training",
+            time=datetime.now(UTC).isoformat(timespec="seconds"),
+            **values,
+        )
+        body = {"data": {"report": report.model_dump_json(by_alias=True, exclude_none=True)}}
+        self.kubectl("patch", "configmap", f"{self.name}-report", "--type=merge", "-p", json.dumps(body))
+        return True
 
     def wait(self, condition: str, seconds: int = 60) -> None:
         """Wait as a user does."""

@@ -13,13 +13,18 @@ import aiohttp
 import msgspec
 from kubernetes.aio.client.api_client import ApiClient
 
+from asyncrl_operator.resources import resource_in
+
 FIELD_MANAGER: Final = "asyncrl-operator"
+VERBS: Final = {"POST": "create", "PATCH": "patch", "DELETE": "delete"}
+CREATED: Final = 201
 CALL_SECONDS: Final = 30.0
 CONNECT_SECONDS: Final = 10.0
 WATCH_SILENCE_SECONDS: Final = 90.0
 """A watch sends a bookmark every minute; one that is silent for longer is dead."""
 
 Propagation = Literal["Foreground", "Background"]
+OnCall = Callable[[str, str, int], None]
 Json = dict[str, Any]
 
 
@@ -76,10 +81,10 @@ class Api:
 
     Args:
         client: of `kubernetes.aio`, configured.
-        on_call: told verb and HTTP status of each call, for metrics.
+        on_call: told verb and resource, in the words of RBAC, and HTTP status of each call, for metrics.
     """
 
-    def __init__(self, client: ApiClient, on_call: Callable[[str, int], None] = lambda verb, status: None):
+    def __init__(self, client: ApiClient, on_call: OnCall = lambda verb, resource, status: None):
         self._client = client
         self._on_call = on_call
 
@@ -125,7 +130,7 @@ class Api:
         """
         timeout = aiohttp.ClientTimeout(connect=CONNECT_SECONDS, sock_read=WATCH_SILENCE_SECONDS)
         async with self._request("GET", path, query | {"watch": "true"}, None, "", timeout) as response:
-            self._on_call("WATCH", response.status)
+            self._tell("GET", path, response.status, is_watch=True)
             if response.status >= 400:
                 raise error_from(response.status, response.headers, await response.read())
             async for line in _lines(response.content):
@@ -142,7 +147,7 @@ class Api:
         timeout = aiohttp.ClientTimeout(total=CALL_SECONDS, connect=CONNECT_SECONDS)
         async with self._request(verb, path, query, body, content_type, timeout) as response:
             data = await response.read()
-        self._on_call(verb, response.status)
+        self._tell(verb, path, response.status)
         if response.status >= 400:
             raise error_from(response.status, response.headers, data)
         answer: Json = msgspec.json.decode(data)
@@ -169,8 +174,18 @@ class Api:
             async with answer.response as response:
                 yield response
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            self._on_call(verb, 0)
+            self._tell(verb, path, 0)
             raise ApiError(0, "Unreachable", f"{verb} {path}: {type(error).__name__}: {error}") from error
+
+    def _tell(self, verb: str, path: str, status: int, *, is_watch: bool = False) -> None:
+        resource, is_object = resource_in(path)
+        if is_watch:
+            verb = "watch"
+        elif verb == "GET":
+            verb = "get" if is_object else "list"
+        elif status == CREATED:  # also by an apply of what was not there
+            verb = "create"
+        self._on_call(VERBS.get(verb, verb), resource, status)
 
 
 async def _lines(stream: aiohttp.StreamReader) -> AsyncIterator[bytes]:

@@ -174,7 +174,7 @@ class Cluster:
         """Make an object that the cache does not have; return whether it was not there.
 
         One of ours that was there has lost the label by which it is watched, or the cache is behind: it gets
-        its manifest again, unless it stays as it was made.
+        its manifest again, or its labels alone if it stays as it was made.
 
         Raises:
             Obstacle: something of that name is there and is not ours: NameConflict.
@@ -196,6 +196,8 @@ class Cluster:
             live = await self._api.get(resource.path(namespace, name))
             check_ownership(resource, live["metadata"], uid)
             if is_made_once(manifest):
+                labels = {"metadata": {"uid": live["metadata"]["uid"], "labels": metadata["labels"]}}
+                live = await self._api.merge(resource.path(namespace, name), labels)
                 self._keep(self._store(resource, namespace), live)
             else:
                 await self.correct(manifest, live["metadata"]["uid"])
@@ -301,6 +303,23 @@ class Cluster:
             raise
         return True
 
+    async def uid_of(self, resource: Resource, namespace: str, name: str, *, owner: str) -> str:
+        """Return the UID of a child, asked of the API server where no cache has it; empty: there is none.
+
+        Args:
+            owner: UID of the AsyncRLJob; an object of another owner is none of its children.
+        """
+        if (entry := self.child(resource, namespace, name)) is not None:
+            return entry.uid if entry.owner == owner else ""
+        try:
+            live = await self._api.get(resource.path(namespace, name))
+        except ApiError as error:
+            if error.status != 404:
+                raise
+            return ""
+        owners = live["metadata"].get("ownerReferences") or ()
+        return str(live["metadata"]["uid"]) if any(each["uid"] == owner for each in owners) else ""
+
     async def last_event(self, namespace: str, kind: str, name: str, reason: str) -> str:
         """Return the message of the newest Event of a reason about an object; empty if there is none."""
         selector = f"involvedObject.kind={kind},involvedObject.name={name},reason={reason}"
@@ -312,7 +331,12 @@ class Cluster:
         return self._children[resource, self._scope(namespace)].store
 
     def _keep(self, store: Store[Any], written: Json) -> None:
-        """Take in what was written, and have it looked at: what it makes possible is for the next pass."""
+        """Take in what was written, and have it looked at: what it makes possible is for the next pass.
+
+        What has lost the label that is watched stays out: nothing would tell of its end.
+        """
+        if SELECTOR not in written["metadata"].get("labels", {}):
+            return
         if (entry := store.put_written(written)) is not None:
             self._child_changed(entry)
 

@@ -307,9 +307,9 @@ class Executor:
             case DeletePod(name, pod_uid, is_forced):
                 await cluster.delete(PODS, key.namespace, name, pod_uid, is_forced=is_forced)
             case DeleteTrainerJob(name):
-                entry = cluster.child(JOBS, key.namespace, name)
-                if entry is not None and entry.owner == uid:
-                    await cluster.delete(JOBS, key.namespace, name, entry.uid, propagation="Foreground")
+                job_uid = await cluster.uid_of(JOBS, key.namespace, name, owner=uid)
+                if job_uid:
+                    await cluster.delete(JOBS, key.namespace, name, job_uid, propagation="Foreground")
             case DeleteChildren():
                 for child in cluster.children(key):
                     if child.entry.owner == uid and not child.entry.is_deleting:

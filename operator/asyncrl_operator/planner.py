@@ -134,6 +134,8 @@ def _between_attempts(scene: Scene, memory: Memory) -> Decision:
         for job in scene.seen.trainer_jobs
         if not job.is_deleting and not _ends_by_itself(scene, job)
     )
+    if before is not None and _runs_unseen(before, scene):
+        deletions = (*deletions, DeleteTrainerJob(before.job_name))
     is_gone = not trainers and not any(not job.is_failed for job in scene.seen.trainer_jobs)
     due = to_seconds(before.next_retry_time) if before is not None and before.next_retry_time else 0.0
     rollout = scene.claim("rollout", scene.replicas * split.gpus_per_replica)
@@ -144,6 +146,12 @@ def _between_attempts(scene: Scene, memory: Memory) -> Decision:
     waiting = _go_on(scene, memory)
     wakes = (*waiting.wakes, due if due > scene.now else None)
     return replace(waiting, deletions=waiting.deletions + deletions, wakes=wakes)
+
+
+def _runs_unseen(attempt: AttemptStatus, scene: Scene) -> bool:
+    """Whether an attempt's pods run on for a Job that is not seen: it has lost the label it is watched by."""
+    is_unseen = attempts.job_of(attempt, scene.seen) is None
+    return is_unseen and any(pod.deleted_at is None for pod in scene.alive_in("trainer"))
 
 
 def _ends_by_itself(scene: Scene, job: TrainerJob) -> bool:

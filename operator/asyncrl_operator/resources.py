@@ -11,7 +11,8 @@ GROUP_LABEL: Final = "asyncrl.dev/group"
 ATTEMPT_LABEL: Final = "asyncrl.dev/attempt"
 TEMPLATE_LABEL: Final = "asyncrl.dev/template"
 GPUS_ANNOTATION: Final = "asyncrl.dev/gpus"
-SELECTOR: Final = "app.kubernetes.io/managed-by=asyncrl-operator"
+SELECTOR: Final = JOB_UID_LABEL
+"""Of all that belongs to a job. A label of our own: tools that adopt objects set `managed-by` as well."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,17 @@ CHILDREN: Final = (
 """What is applied, compared and deleted, but for the Secret, which the operator may make and not read."""
 
 _BY_KIND: Final = {each.kind: each for each in (*CHILDREN, SECRETS)}
+
+
+def resource_in(path: str) -> tuple[str, bool]:
+    """Return what a path of the API is about (`jobs`, `asyncrljobs/status`), and whether it is one object."""
+    parts = path.strip("/").split("/")
+    if parts[0] not in ("api", "apis"):
+        return parts[0], False
+    parts = parts[2:] if parts[0] == "api" else parts[3:]
+    if parts[0] == "namespaces" and len(parts) > 2:
+        parts = parts[2:]
+    return "/".join((parts[0], *parts[2:])), len(parts) > 1
 
 
 def resource_of(manifest: dict[str, Any]) -> Resource:

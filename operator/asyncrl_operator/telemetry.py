@@ -49,7 +49,7 @@ class Telemetry:
         self._calls = Total(
             "asyncrl_api_calls_total",
             "Calls of the Kubernetes API.",
-            ("verb", "status"),
+            ("verb", "resource", "status"),
             registry=self.registry,
         )
         self._depth = Gauge(
@@ -103,8 +103,8 @@ class Telemetry:
     def failed(self, reason: str) -> None:
         self._errors.labels(reason).inc()
 
-    def called(self, verb: str, status: int) -> None:
-        self._calls.labels(verb, str(status)).inc()
+    def called(self, verb: str, resource: str, status: int) -> None:
+        self._calls.labels(verb, resource, str(status)).inc()
 
     def queue_depth(self, depth: int) -> None:
         self._depth.set(depth)

@@ -90,7 +90,7 @@ def _export(config: RunConfig, checkpoint: Checkpoint, scratch: Path) -> Path:
         deepspeed=spec.trainer.deepspeed,
     )
     try:
-        policy.load(checkpoint.policy_folder)
+        policy.load(checkpoint.policy_folder, scratch.with_suffix(".resized"))
     except ValueError as error:
         raise ExitError(ExitCode.REFUSED, str(error)) from error
     policy.export(scratch, load_tokenizer(source))

@@ -132,14 +132,6 @@ def rss(process: psutil.Process) -> float:
     return float(process.memory_info().rss) / 2**20
 
 
-def calls(operator: OperatorProcess, *parts: str) -> float:
-    return sum(
-        number
-        for name, number in operator.metrics().items()
-        if name.startswith("asyncrl_api_calls_total") and all(part in name for part in parts)
-    )
-
-
 def watch_steady(
     operator: OperatorProcess, process: psutil.Process, jobs: Jobs, count: int, seconds: float, changes: bool
 ) -> tuple[float, float]:
@@ -287,11 +279,11 @@ def show_latency(cluster: Cluster, jobs: Jobs, count: int) -> None:
 def show_many(jobs: Jobs, rights: Path, folder: Path, options: argparse.Namespace, alone: float) -> None:
     count = options.jobs
     with running_operator(rights, folder) as operator:
-        process, before = psutil.Process(operator.pid), calls(operator)
+        process, before = psutil.Process(operator.pid), operator.num_calls()
         took = bring_up(jobs, count, lambda number: jobs.create(f"job-{number}"))
         ratio = f", {took / alone:.2f} x the control plane alone" if alone else ""
         print(f"{count} jobs applied at once: all Running after {took:.0f} s{ratio}")
-        per_job = (calls(operator) - before) / count
+        per_job = (operator.num_calls() - before) / count
         print(f"  operator: {rss(process):.0f} MiB, {per_job:.1f} API calls per job", flush=True)
         for changes in (True, False):
             share, writes = watch_steady(operator, process, jobs, count, options.steady, changes)

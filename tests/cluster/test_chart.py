@@ -10,9 +10,9 @@ import typer.main
 from ruamel.yaml import YAML
 
 from asyncrl_operator.main import app
-from asyncrl_operator.resources import CHILDREN
+from asyncrl_operator.resources import CHILDREN, SELECTOR
 from asyncrl_operator.telemetry import Telemetry
-from chart import CHART, NAME, NAMESPACE, Object, helm, only, render, sets
+from chart import CHART, NAME, NAMESPACE, helm, only, render, rights, sets
 
 pytestmark = pytest.mark.e2e
 
@@ -45,16 +45,6 @@ OTHER_RIGHTS = {
 }
 """What the operator calls, and `finalizers` for owner references that block (a cluster may ask for it)."""
 NODE_RIGHTS = {"nodes": {"list", "watch"}}
-
-
-def rights(role: Object) -> dict[str, set[str]]:
-    """Return the verbs of a role for each `resource.group`."""
-    found: dict[str, set[str]] = {}
-    for rule in role["rules"]:
-        for resource in rule["resources"]:
-            for group in rule["apiGroups"]:
-                found.setdefault(f"{resource}.{group}".rstrip("."), set()).update(rule["verbs"])
-    return found
 
 
 @pytest.mark.parametrize("settings", VALUES.values(), ids=VALUES)
@@ -126,7 +116,7 @@ def test_one_operator_runs_at_a_time_and_may_write_nowhere() -> None:
 def test_the_operator_does_not_take_its_own_objects_for_a_jobs() -> None:
     for each in render(*ALL_ON):
         labels = each["metadata"].get("labels", {})
-        assert labels.get("app.kubernetes.io/managed-by") != "asyncrl-operator", each["metadata"]["name"]
+        assert SELECTOR not in labels, each["metadata"]["name"]
 
 
 def test_the_crd_is_the_file_and_is_kept_if_wanted() -> None:

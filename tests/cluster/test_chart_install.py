@@ -6,9 +6,11 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from asyncrl_api.manifests import load_documents
 from chart import CHART, NAME, NAMESPACE, RELEASE, sets
 from kube_fixture import Cluster, why_not
 from operator_process import Job, OperatorProcess, eventually, make_claim, make_job, running_operator
@@ -163,6 +165,58 @@ def test_an_upgrade_brings_the_new_crd_and_touches_no_pod_of_a_job(
         wait_until_calm(operator)
         assert {each["metadata"]["name"]: each["metadata"]["uid"] for each in job.children("pods")} == pods
         assert job.condition("Running")["status"] == "True"
+
+
+def test_an_operator_that_finds_an_older_crd_touches_nothing(
+    own_cluster: Cluster, release: Release, tmp_path: Path
+) -> None:
+    release.install()
+    rights, job = release.kubeconfig(tmp_path), Job(own_cluster, "red")
+    with running_operator(rights, tmp_path):
+        job.apply()
+        job.wait("Running")
+        eventually("both engines are ready", lambda: job.condition("RolloutReady")["message"] == "2/2")
+    before = what_there_is(job)
+    serve(own_cluster, without_field(CHART / "files" / "asyncrl.dev_asyncrljobs.yaml", "retainPodsOnFailure"))
+    with running_operator(rights, tmp_path):
+        message = job.wait_for_reason("Stalled", "CRDTooOld")
+        assert "spec.failurePolicy.retainPodsOnFailure" in message
+        assert "apply the CRD of this operator's version" in message
+        job.patch({"training": {"maxSteps": 300}})
+        eventually("the edit is seen", lambda: job.status()["observedGeneration"] == 2)
+        assert what_there_is(job) == before and job.condition("Running")["status"] == "True"
+        release.upgrade()
+        live = "it goes on by itself"
+        eventually(live, lambda: "300" in str(job.get("configmap", "gsm8k-live")["data"]), 60)
+
+
+def what_there_is(job: Job) -> dict[str, str]:
+    """Return the version of each child."""
+    kinds = "services,configmaps,statefulsets,jobs,pods"
+    return {
+        f"{each['kind']}/{each['metadata']['name']}": each["metadata"]["resourceVersion"]
+        for each in job.children(kinds)
+    }
+
+
+def without_field(path: Path, name: str) -> str:
+    """Return a CRD that knows nothing of a field, neither its schema nor in a default, as before it came."""
+
+    def without(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: without(each) for key, each in value.items() if key != name}
+        return [without(each) for each in value] if isinstance(value, list) else value
+
+    [crd] = load_documents(path)
+    return json.dumps(without(crd))
+
+
+def serve(cluster: Cluster, crd: str) -> None:
+    """Apply another version of the CRD, and wait until it is what the API server publishes."""
+    cluster.kubectl("apply", "--server-side", "--force-conflicts", "-f", "-", stdin=crd)
+    document = ["get", "--raw", "/openapi/v3/apis/asyncrl.dev/v1alpha1"]
+    gone = "the field is not served any more"
+    eventually(gone, lambda: "retainPodsOnFailure" not in cluster.kubectl(*document))
 
 
 def test_an_operator_of_one_namespace_runs_jobs_there_and_sees_no_other(

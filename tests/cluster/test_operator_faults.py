@@ -1,6 +1,9 @@
 """Rows of the failure matrix that a control plane with fake nodes can produce, as the user sees them."""
 
+import json
 from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +72,21 @@ def test_memory_that_runs_out_is_told_and_costs_a_restart(job: Job) -> None:
     assert job.events()["TrainerRestart"] >= 1
 
 
+def test_a_secret_that_is_missing_is_named_in_the_words_of_kubelet(job: Job) -> None:
+    model = {"source": "hf://org/tiny", "dtype": "Float32", "secretRef": {"name": "hub"}}
+    job.apply(model=model, trainer={"deepspeed": {"zeroStage": 0}, "podTemplate": annotated(start="hold")})
+    [trainer] = eventually("the trainer's pod is there", lambda: pods_of(job, "trainer"))
+    waiting = {"reason": "CreateContainerConfigError", "message": 'secret "hub" not found'}
+    status = {"name": "trainer", "image": "", "imageID": "", "ready": False, "restartCount": 0}
+    patch = {"status": {"containerStatuses": [status | {"state": {"waiting": waiting}}]}}
+    name = trainer["metadata"]["name"]
+    job.kubectl("patch", "pod", name, "--subresource=status", "-p", json.dumps(patch))
+    message = job.wait_for_reason("Stalled", "MissingReference")
+    assert message == f"pod {name}: secret 'hub' does not exist"
+    job.kubectl("annotate", "pod", name, "kubeup/start-")  # kubelet has found it
+    job.wait("Running")
+
+
 def test_an_update_whose_engines_do_not_get_ready_stops_and_the_next_goes_through(job: Job) -> None:
     budget = {"total": 5, **CPU, "mode": "Manual", "split": {"trainer": 1, "rollout": 4}}
     rollout: dict[str, Any] = {"engine": {"type": "CPU"}}
@@ -85,6 +103,47 @@ def test_an_update_whose_engines_do_not_get_ready_stops_and_the_next_goes_throug
     eventually("all are replaced", lambda: not uids(job) & before and len(uids(job)) == 4, 60)
     eventually("all are ready", lambda: job.condition("RolloutReady")["message"] == "4/4")
     assert job.status()["attempt"]["number"] == 1, "the trainer went on"
+
+
+def test_a_node_that_dies_under_the_trainer_is_a_disruption_and_costs_no_restart(
+    cluster: Cluster, job: Job
+) -> None:
+    job.apply(failurePolicy={"deadNodeForceDeleteSeconds": 2})
+    job.wait("Running")
+    [trainer] = pods_of(job, "trainer")
+    with node_dead(cluster, trainer["spec"]["nodeName"]):
+        eventually("a new attempt", lambda: job.names("jobs") == ["gsm8k-trainer-2"])
+        job.wait("Running")
+        [again] = pods_of(job, "trainer")
+        assert again["spec"]["nodeName"] != trainer["spec"]["nodeName"]
+        attempt = job.status()["attempt"]
+        assert (attempt["disruptions"], attempt["restarts"]) == (1, 0)
+        assert job.events()["Disrupted"] == 1
+
+
+@contextmanager
+def node_dead(cluster: Cluster, name: str) -> Iterator[None]:
+    """Have a node's kubelet silent for a while, and the node not ready, as its controller says in the end."""
+    answers, now = "kwok.x-k8s.io/node", datetime.now(UTC).isoformat(timespec="seconds")
+    unknown = {"type": "Ready", "status": "Unknown", "reason": "NodeStatusUnknown", "lastTransitionTime": now}
+    cluster.kubectl("annotate", "node", name, f"{answers}-")
+    patch = json.dumps({"status": {"conditions": [unknown]}})
+    cluster.kubectl("patch", "node", name, "--subresource=status", "-p", patch)
+    try:
+        yield
+    finally:
+        cluster.kubectl("annotate", "node", name, f"{answers}=fake")
+        cluster.kubectl("wait", "--for=condition=Ready", f"node/{name}", "--timeout=60s")
+
+
+def pods_of(job: Job, group: str) -> list[dict[str, Any]]:
+    """Return the pods of a group that are not being deleted."""
+    return [
+        pod
+        for pod in job.children("pods")
+        if pod["metadata"]["labels"]["asyncrl.dev/group"] == group
+        and "deletionTimestamp" not in pod["metadata"]
+    ]
 
 
 def uids(job: Job) -> set[str]:
@@ -108,3 +167,36 @@ def test_a_changed_learning_rate_restarts_the_trainer_and_no_engine(job: Job) ->
     assert uids(job) == before
     attempt = job.status()["attempt"]
     assert (attempt["number"], attempt.get("restarts", 0)) == (2, 0)
+
+
+def test_gpus_move_to_the_group_that_is_short_and_back(job: Job) -> None:
+    auto = {"initialRolloutPercent": 50, "cooldownSeconds": 4}
+    job.apply(gpuBudget={"total": 4, **CPU, "auto": auto})
+    job.wait("Running")
+    assert shares(job) == (2, 2)
+    eventually("an engine takes the trainer's slot", lambda: starve(job) and shares(job) == (1, 3))
+    eventually("the smaller trainer runs", lambda: job.names("jobs") == ["gsm8k-trainer-2"])
+    eventually("the third engine is ready", lambda: job.condition("RolloutReady")["message"] == "3/3")
+    eventually("and gives it back", lambda: flood(job) and shares(job) == (2, 2))
+    eventually("the larger trainer runs", lambda: job.names("jobs") == ["gsm8k-trainer-3"])
+    job.wait("Running")
+    assert job.events()["SplitChanged"] >= 2
+    attempt = job.status()["attempt"]
+    assert (attempt["restarts"], attempt["disruptions"]) == (0, 0), "a resize is nobody's fault"
+    spec = job.get("asyncrljob", "gsm8k")["spec"]
+    assert "split" not in spec["gpuBudget"], "a decision is status, never spec"
+
+
+def shares(job: Job) -> tuple[int, int]:
+    split = job.status()["split"]
+    return split["trainer"], split["rollout"]
+
+
+def starve(job: Job) -> bool:
+    """Report as a trainer that waits for trajectories."""
+    return job.report(wait_share=0.8, queue_depth=0)
+
+
+def flood(job: Job) -> bool:
+    """Report as a trainer that falls behind."""
+    return job.report(wait_share=0.0, queue_depth=100)

@@ -9,6 +9,9 @@ import json
 import logging
 import math
 import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +31,8 @@ from asyncrl_runtime.trainer.packing import MicroBatch
 from asyncrl_runtime.trainer.token_logprobs import token_logprobs
 
 _TAG = "policy"
+CONVERSION_SECONDS = 540
+"""Less than the other ranks wait for rank 0."""
 _TORCH_DTYPES = {"BFloat16": torch.bfloat16, "Float32": torch.float32}
 
 
@@ -219,22 +224,67 @@ class Policy:
             (folder / "layout.json").write_text(json.dumps(self._layout))
         self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
 
-    def load(self, folder: Path) -> None:
-        """Take up what `save` wrote, to the bit; collective.
+    def load(self, folder: Path, scratch: Path) -> None:
+        """Take up what `save` wrote, to the bit, be it by another number of ranks; collective.
+
+        Args:
+            scratch: folder that all ranks see, made and deleted here where the shares of the optimizer's
+                state have to be cut anew.
 
         Raises:
-            ValueError: it was written by another number of ranks, ZeRO stage or dtype.
+            ValueError: it was written under another ZeRO stage or dtype.
         """
         layout = json.loads((folder / "layout.json").read_text())
-        if layout != self._layout:
+        if layout | {"world_size": self.world_size} != self._layout:
             raise ValueError(f"checkpoint {folder} has layout {layout}, this trainer {self._layout}")
+        is_resized = layout["world_size"] != self.world_size
         with _without_prints():
-            self._engine.load_checkpoint(str(folder), tag=_TAG)
-        _set_random_state(torch.load(folder / f"random_{dist.get_rank()}.pt", weights_only=True))
+            if is_resized and self._zero_stage > 0:
+                self._load_shares_of_others(folder, scratch)
+            else:
+                self._engine.load_checkpoint(str(folder), tag=_TAG)
+        source = dist.get_rank() % layout["world_size"]
+        _set_random_state(torch.load(folder / f"random_{source}.pt", weights_only=True))
+
+    def _load_shares_of_others(self, folder: Path, scratch: Path) -> None:
+        """Load a ZeRO checkpoint of another number of ranks by way of DeepSpeed's universal form."""
+        if dist.get_rank() == 0:
+            shutil.rmtree(scratch, ignore_errors=True)
+            make_universal(folder / _TAG, scratch / _TAG)
+        dist.barrier()
+        self._engine._config.load_universal_checkpoint = True
+        try:
+            self._engine.load_checkpoint(str(scratch), tag=_TAG)
+        finally:
+            self._engine._config.load_universal_checkpoint = False
+        dist.barrier()
+        if dist.get_rank() == 0:
+            shutil.rmtree(scratch)
 
     @property
     def _layout(self) -> dict[str, int | str]:
         return {"world_size": self.world_size, "zero_stage": self._zero_stage, "dtype": self._dtype}
+
+
+def make_universal(checkpoint: Path, target: Path) -> None:
+    """Convert a ZeRO checkpoint into DeepSpeed's universal form, which any number of ranks can load.
+
+    In a process of its own: the conversion starts workers, and prints.
+
+    Raises:
+        OSError: with the last lines of what it printed, as when the disk is full.
+    """
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command += ["--input_folder", str(checkpoint), "--output_folder", str(target)]
+    what = f"checkpoint {checkpoint} was not cut anew for another number of ranks"
+    try:
+        done = subprocess.run(
+            command, check=False, capture_output=True, text=True, timeout=CONVERSION_SECONDS
+        )
+    except subprocess.TimeoutExpired as error:
+        raise OSError(f"{what} within {CONVERSION_SECONDS} s") from error
+    if done.returncode != 0:
+        raise OSError("\n".join([f"{what}:", *(done.stdout + done.stderr).splitlines()[-5:]]))
 
 
 def load_model(folder: Path, dtype: Dtype) -> ResponseModel:

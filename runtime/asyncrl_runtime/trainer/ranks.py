@@ -42,6 +42,7 @@ class Save:
 @dataclass(frozen=True)
 class Load:
     folder: Path
+    scratch: Path
 
 
 @dataclass(frozen=True)
@@ -140,8 +141,8 @@ class Ranks:
             case Save(folder):
                 self.policy.save(folder)
                 dist.barrier(group=self._control)  # rank 0 renames the folder when all have written
-            case Load(folder):
-                self.policy.load(folder)
+            case Load(folder, scratch):
+                self.policy.load(folder, scratch)
             case Export(folder):
                 self.policy.export(folder, self._tokenizer)
             case Logprobs(samples):

@@ -25,6 +25,7 @@ from asyncrl_runtime.contract.messages import Heartbeat, decode
 from asyncrl_runtime.contract.rows import prompt_text
 from asyncrl_runtime.model.source import ensure_model, load_tokenizer, warmup_prompts
 from asyncrl_runtime.trainer.checkpoints import (
+    FOLDER,
     Checkpoint,
     CheckpointFailed,
     Checkpoints,
@@ -264,7 +265,7 @@ async def _load_policy(config: RunConfig, ranks: Ranks, checkpoint: Checkpoint |
     else:
         return
     try:
-        await ranks.run(Load(folder))
+        await ranks.run(Load(folder, config.job_folder / FOLDER / "resized.tmp"))
     except ValueError as error:
         raise ExitError(ExitCode.REFUSED, str(error)) from error
 

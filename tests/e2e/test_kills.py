@@ -1,0 +1,66 @@
+"""Whatever dies, the job goes on: every ticket is trained once, and Events tell what happened."""
+
+import re
+import time
+
+import pytest
+
+from node_cluster import NodeCluster
+from operator_process import OperatorProcess, eventually
+from running_job import RunningJob
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+
+MANY = 500
+MORE = 3
+"""Steps that are trained between two kills."""
+SECONDS = 240
+
+
+def test_a_job_goes_on_whatever_dies(nodes: NodeCluster, operator: OperatorProcess, job: RunningJob) -> None:
+    job.apply(
+        training={"maxSteps": MANY},
+        evaluation={"samples": 50, "everySteps": 500},
+        checkpoint={"everySteps": 10},
+        failurePolicy={"deadNodeForceDeleteSeconds": 5, "trainer": {"maxRestarts": 5, "backoffSeconds": 1}},
+    )
+    job.wait_for_step(2, SECONDS)
+
+    job.kubectl("delete", "pod", "quickstart-rollout-0", "--grace-period=0", "--force")
+    goes_on(job)
+
+    [trainer] = job.pods("trainer")
+    nodes.kill_process(trainer["spec"]["nodeName"], "asyncrl-runtime trainer")
+    eventually("a second attempt", lambda: "quickstart-trainer-2" in job.names("jobs"), SECONDS)
+    goes_on(job)
+    assert job.events()["TrainerRestart"] == 1
+
+    job.kubectl("delete", "pod", "quickstart-nats-0", "--grace-period=0", "--force")
+    goes_on(job)
+
+    operator.kill()
+    goes_on(job)
+    operator.start()
+
+    nodes.kubeup("restart", "kube-apiserver", "--down", "5")
+    goes_on(job)
+
+    [trainer] = job.pods("trainer")
+    nodes.kill_node(trainer["spec"]["nodeName"])
+    try:
+        eventually("a third attempt", lambda: "quickstart-trainer-3" in job.names("jobs"), SECONDS)
+        goes_on(job)
+    finally:
+        nodes.start_node(trainer["spec"]["nodeName"])
+    attempt = job.status()["attempt"]
+    assert (attempt["restarts"], attempt["disruptions"]) == (1, 1)
+
+    job.patch({"training": {"maxSteps": MANY}, "suspend": True})
+    job.wait("Suspended", 120)
+    assert re.search(r"missing 0  twice 0", job.audit())
+
+
+def goes_on(job: RunningJob) -> None:
+    """Wait until the job has trained on; what is repeated after a restart does not count."""
+    time.sleep(1)  # a step that was under way when something died
+    job.wait_for_step(job.trained() + MORE, SECONDS)

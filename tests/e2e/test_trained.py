@@ -1,0 +1,40 @@
+"""From `kubectl apply` to a trained policy: pods that run, on nodes of their own."""
+
+import json
+import re
+
+import pytest
+
+from operator_process import eventually
+from running_job import RunningJob
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+
+STEPS, BATCH = 40, 32
+SECONDS = 300
+
+
+def test_an_applied_job_trains_a_policy_to_the_end(job: RunningJob) -> None:
+    job.apply(
+        training={"maxSteps": STEPS},
+        evaluation={"samples": 100, "everySteps": 20},
+        checkpoint={"everySteps": 10},
+    )
+    eventually("steps are shown", lambda: job.step() > 0, SECONDS)
+    row = job.kubectl("get", "arl", job.name).splitlines()[1].split()
+    assert row[1] == "Running" and re.fullmatch(rf"\d+/{STEPS}", row[2])
+    assert row[3:6] == ["1/1", "2/2", "3/3"]
+    assert job.logs("trainer") and job.logs("rollout")
+    assert {group for group in ("trainer", "rollout", "messaging") if has_token(job, group)} == {"trainer"}
+    job.wait("Finished", SECONDS)
+    assert job.condition("Complete")["status"] == "True", job.status()
+    status = job.status()
+    assert status["progress"]["step"] == STEPS and float(status["reward"]["mean"]) > 0.1
+    assert (job.folder / "export" / "config.json").exists()
+    assert len(list((job.folder / "checkpoints").glob("step-*"))) >= 2
+    assert re.search(rf"trained {STEPS * BATCH}  discarded \d+  missing 0  twice 0", job.audit())
+
+
+def has_token(job: RunningJob, group: str) -> bool:
+    """Whether pods of a group may talk to the API server."""
+    return "serviceAccountToken" in json.dumps([pod["spec"]["volumes"] for pod in job.pods(group)])

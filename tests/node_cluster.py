@@ -1,0 +1,165 @@
+"""A Kubernetes with real nodes for tests: pods run, on the checkout's own `.venv`.
+
+The image holds nothing: /usr, the environment and the checkout are mounted read-only through claims, which
+namespaces of the restricted level allow. An edit is in the next pod without an image being built.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Final
+
+from kube_fixture import Cluster, why_not
+from nats_server_fixture import nats_binary
+
+ROOT = Path(__file__).parent.parent
+ENVIRONMENT = Path(sys.executable).parents[1]
+"""The virtual environment of the tests, and of the pods."""
+NODES: Final = ("n1", "n2")
+GPUS = 4
+VOLUMES = 60
+PACKAGES = ("containerd", "runc", "containernetworking-plugins", "iptables", "nftables", "iproute2")
+HOST_IMAGE, NATS_IMAGE = "localhost/host:1", "localhost/nats:1"
+
+Object = dict[str, Any]
+
+
+def why_no_nodes() -> str:
+    """Return why there can be no real nodes here; empty if there can. Root gets the packages they need."""
+    if reason := why_not():
+        return reason
+    if os.getuid() != 0:
+        return "real nodes need root: tests on them are skipped"
+    if not all(shutil.which(each) for each in ("containerd", "runc", "nft", "iptables", "ip", "apt-get")):
+        install = ["apt-get", "install", "-y", "-qq", "--no-install-recommends", *PACKAGES]
+        for command in (["apt-get", "update", "-qq"], install):
+            done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
+            if done.returncode != 0:
+                return f"real nodes need {', '.join(PACKAGES)}: {' '.join(command)}: {done.stderr[-300:]}"
+    return ""
+
+
+class NodeCluster(Cluster):
+    """One control plane with real nodes, DNS and NetworkPolicies."""
+
+    def start(self, nodes: int = len(NODES)) -> None:
+        self.kubeup("start", "--nodes", "--network-policy")
+        self.kubeconfig = self.kubeup("kubeconfig")
+        images = [str(self._make_host_image()), str(self._make_nats_image())]
+        self.start_node(*NODES[:nodes], images=images)
+        self.kubeup("volumes", str(VOLUMES))
+
+    def start_node(self, *names: str, images: list[str] | None = None) -> None:
+        """Start nodes; one that has died boots again with its disk."""
+        more = ["--image", *images] if images else []
+        self.kubeup("node", "start", *names, "--gpus", str(GPUS), *more)
+
+    def kill_node(self, name: str) -> None:
+        self.kubeup("node", "kill", name)
+
+    def kill_process(self, node: str, pattern: str) -> None:
+        """SIGKILL the processes of a node whose command line matches; they need not be there."""
+        command = [
+            self._command,
+            "node",
+            "exec",
+            "--dir",
+            self._folder,
+            node,
+            "--",
+            "pkill",
+            "-9",
+            "-f",
+            pattern,
+        ]
+        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+        assert done.returncode in (0, 1), done.stderr
+
+    def folder_of(self, namespace: str, claim: str) -> Path:
+        """Return the folder of this machine that a claim is bound to."""
+        volume = self.get(namespace, "persistentvolumeclaim", claim)["spec"]["volumeName"]
+        found = self.kubectl("get", "persistentvolume", volume, "-o", "jsonpath={.spec.hostPath.path}")
+        return Path(found)
+
+    def _make_host_image(self) -> Path:
+        """Make an image of empty folders, for pods that mount this machine's own."""
+        root = Path(self._folder) / "host"
+        for name in ("usr", "proc", "sys", "dev", "tmp", "etc"):
+            (root / name).mkdir(parents=True)
+        for name in ("bin", "sbin", "lib", "lib64"):
+            (root / name).symlink_to(f"usr/{name}")
+        return self._make_image(HOST_IMAGE, root)
+
+    def _make_nats_image(self) -> Path:
+        root = Path(self._folder) / "nats"
+        (root / "bin").mkdir(parents=True)
+        (root / "tmp").mkdir()
+        shutil.copy(nats_binary(), root / "bin" / "nats-server")
+        return self._make_image(NATS_IMAGE, root)
+
+    def _make_image(self, name: str, root: Path) -> Path:
+        archive = root.with_suffix(".tar")
+        command = [str(Path(self._command).parent / "mkimg"), name, str(root), str(archive)]
+        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        return archive
+
+
+def mounted_folders() -> dict[str, Path]:
+    """Return what pods of the host image see of this machine, by the name of the claim."""
+    folders = {"usr": Path("/usr"), "checkout": ROOT}
+    if not ENVIRONMENT.is_relative_to(ROOT):
+        folders["environment"] = ENVIRONMENT
+    base = Path(sys.base_prefix).resolve()  # of the interpreter that the environment was made from
+    if not base.is_relative_to("/usr"):
+        folders["python"] = base
+    return folders
+
+
+def host_claims(namespace: str) -> list[Object]:
+    """Return claims to the folders of this machine that pods of the host image need, and their volumes."""
+    found: list[Object] = []
+    for name, folder in mounted_folders().items():
+        volume, modes, size = f"{namespace}-{name}", ["ReadOnlyMany"], {"storage": "1Gi"}
+        found += [
+            {
+                "apiVersion": "v1",
+                "kind": "PersistentVolume",
+                "metadata": {"name": volume},
+                "spec": {
+                    "capacity": size,
+                    "accessModes": modes,
+                    "storageClassName": "",
+                    "hostPath": {"path": str(folder)},
+                    "claimRef": {"namespace": namespace, "name": name},
+                },
+            },
+            claim(name, modes=modes, storageClassName="", volumeName=volume),
+        ]
+    return found
+
+
+def claim(name: str, modes: list[str] | None = None, **spec: Any) -> Object:
+    """Return a claim to a folder that all nodes see; of the default class unless told otherwise."""
+    resources = {"requests": {"storage": "1Gi"}}
+    return {
+        "apiVersion": "v1",
+        "kind": "PersistentVolumeClaim",
+        "metadata": {"name": name},
+        "spec": {"accessModes": modes or ["ReadWriteMany"], "resources": resources, **spec},
+    }
+
+
+def host_overlay(*containers: str) -> Object:
+    """Return the `podTemplate` of a group whose pods use this machine's folders."""
+    folders = mounted_folders()
+    mounts = [{"name": name, "mountPath": str(path), "readOnly": True} for name, path in folders.items()]
+    path = f"{ENVIRONMENT / 'bin'}:/usr/bin:/bin"
+    env = [{"name": "PATH", "value": path}, {"name": "PYTHONDONTWRITEBYTECODE", "value": "1"}]
+    volumes = [
+        {"name": name, "persistentVolumeClaim": {"claimName": name, "readOnly": True}} for name in folders
+    ]
+    each = [{"name": container, "volumeMounts": mounts, "env": env} for container in containers]
+    return {"spec": {"volumes": volumes, "containers": each}}

@@ -1,0 +1,86 @@
+"""The quickstart as a job whose pods run, and what a user sees of it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from asyncrl_api.manifests import load_documents
+from asyncrl_runtime.trainer.deepspeed_config import deep_merge
+from node_cluster import NodeCluster, claim, host_claims, host_overlay
+from operator_process import Job, eventually
+
+ROOT = Path(__file__).parent.parent
+GRACE_SECONDS = 20
+STEP_SECONDS = 180
+"""For the next step, the start of all pods included."""
+
+
+class RunningJob(Job):
+    """examples/quickstart.yaml in a namespace of real nodes."""
+
+    def __init__(self, nodes: NodeCluster, namespace: str) -> None:
+        super().__init__(nodes, namespace, "quickstart")
+        self._nodes = nodes
+
+    def apply(self, **spec: Any) -> None:
+        self._nodes.apply(quickstart(**spec), namespace=self.namespace)
+
+    @property
+    def folder(self) -> Path:
+        """Where its checkpoints lie on this machine."""
+        return self._nodes.folder_of(self.namespace, "checkpoints") / self.namespace / self.name
+
+    def step(self) -> int:
+        """Return the last step that its status shows."""
+        return int(self.status().get("progress", {}).get("step", 0))
+
+    def trained(self) -> int:
+        """Return the last step that its trainer has recorded: a status is up to 30 s behind."""
+        metrics = self.folder / "metrics.jsonl"
+        lines = metrics.read_text().splitlines() if metrics.exists() else []
+        return int(json.loads(lines[-1])["step"]) if lines else 0
+
+    def wait_for_step(self, step: int, seconds: float = STEP_SECONDS) -> None:
+        eventually(f"step {step} is trained", lambda: self.trained() >= step, seconds)
+
+    def pods(self, group: str) -> list[dict[str, Any]]:
+        """Return the pods of a group that are not being deleted."""
+        return [
+            pod
+            for pod in self.children("pods")
+            if pod["metadata"]["labels"]["asyncrl.dev/group"] == group
+            and "deletionTimestamp" not in pod["metadata"]
+        ]
+
+    def logs(self, group: str) -> str:
+        """Return what a user sees of a group by its labels."""
+        labels = f"asyncrl.dev/job={self.name},asyncrl.dev/group={group}"
+        return self.kubectl("logs", "-l", labels, "--all-containers", "--tail=20")
+
+    def audit(self) -> str:
+        """Return what `asyncrl audit` says of its books."""
+        command = [str(Path(sys.executable).parent / "asyncrl"), "audit", str(self.folder)]
+        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+        return done.stdout + done.stderr
+
+
+def prepare(nodes: NodeCluster, namespace: str) -> None:
+    """Make what the quickstart finds in its namespace."""
+    nodes.apply(claim("checkpoints"), claim("models"), *host_claims(namespace), namespace=namespace)
+
+
+def quickstart(**spec: Any) -> dict[str, Any]:
+    """Return the example, its pods on this machine's files; `spec` is merged into the blocks of its spec."""
+    [manifest] = load_documents(ROOT / "examples" / "quickstart.yaml")
+    blocks = manifest["spec"]
+    ours = {
+        "model": {"cache": {"claimName": "models"}},
+        "trainer": {"podTemplate": host_overlay("trainer"), "terminationGracePeriodSeconds": GRACE_SECONDS},
+        "rollout": {"podTemplate": host_overlay("engine", "worker")},
+    }
+    for changes in (ours, spec):
+        for name, value in changes.items():
+            blocks[name] = deep_merge(blocks.get(name, {}), value) if isinstance(value, dict) else value
+    return dict(manifest)
