@@ -167,6 +167,7 @@ async def _open_job(
     fleet: Fleet,
 ) -> tuple[TrainerJob, Control]:
     """Claim the history, restore the newest checkpoint of it, and find or make the streams."""
+    config.job_folder.mkdir(parents=True, exist_ok=True)  # a claim is empty at first
     ledger_path = config.job_folder / "ledger.jsonl"
     set_aside_strangers(config.job_folder, config.uid, Ledger.peek(ledger_path).uid)
     ledger = Ledger(ledger_path, options.attempt)
