@@ -7,17 +7,23 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RUN := runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: quickstart test unit lint crd clean
+.PHONY: quickstart test unit e2e lint crd clean
 
 quickstart: $(STAMP)
 	$(BIN)/asyncrl run examples/quickstart.yaml --out $(RUN)
 
 # Two files at a time: most tests wait more than they compute. In order, since the quick ones stand last.
+# Then, alone on the machine, a few tests whose pods run.
 test: lint $(STAMP)
-	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 10
+	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 10 --ignore tests/e2e
+	$(BIN)/pytest tests/e2e -m 'not slow'
 
 unit: $(STAMP)
 	$(BIN)/pytest tests/unit
+
+# All tests whose pods run, on real nodes and from images of the Dockerfiles: as root, with KUBEUP.
+e2e: $(STAMP)
+	ASYNCRL_E2E_IMAGES=1 $(BIN)/pytest tests/e2e --durations 10
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,7 +1,7 @@
-"""A Kubernetes with real nodes for tests: pods run, on the checkout's own `.venv`.
+"""A Kubernetes with real nodes for tests: pods run, from our images or on the checkout's own `.venv`.
 
-The image holds nothing: /usr, the environment and the checkout are mounted read-only through claims, which
-namespaces of the restricted level allow. An edit is in the next pod without an image being built.
+In the second case the image holds nothing: /usr, the environment and the checkout are mounted read-only, by
+claims, which namespaces of the restricted level allow. An edit is in the next pod, and no image is built.
 """
 
 import os
@@ -21,7 +21,11 @@ NODES: Final = ("n1", "n2")
 GPUS = 4
 VOLUMES = 60
 PACKAGES = ("containerd", "runc", "containernetworking-plugins", "iptables", "nftables", "iproute2")
+IMAGE_PACKAGES = ("buildah", "debootstrap")
+USES_IMAGES = bool(os.environ.get("ASYNCRL_E2E_IMAGES"))
+"""Whether operator and jobs run from images of the project's Dockerfiles."""
 HOST_IMAGE, NATS_IMAGE = "localhost/host:1", "localhost/nats:1"
+OPERATOR_IMAGE, RUNTIME_IMAGE = "localhost/asyncrl/operator:e2e", "localhost/asyncrl/runtime:e2e"
 
 Object = dict[str, Any]
 
@@ -32,12 +36,17 @@ def why_no_nodes() -> str:
         return reason
     if os.getuid() != 0:
         return "real nodes need root: tests on them are skipped"
-    if not all(shutil.which(each) for each in ("containerd", "runc", "nft", "iptables", "ip", "apt-get")):
-        install = ["apt-get", "install", "-y", "-qq", "--no-install-recommends", *PACKAGES]
-        for command in (["apt-get", "update", "-qq"], install):
-            done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
-            if done.returncode != 0:
-                return f"real nodes need {', '.join(PACKAGES)}: {' '.join(command)}: {done.stderr[-300:]}"
+    programs = ["containerd", "runc", "nft", "iptables", "ip", *(IMAGE_PACKAGES if USES_IMAGES else ())]
+    if all(shutil.which(each) for each in programs):
+        return ""
+    packages = [*PACKAGES, *(IMAGE_PACKAGES if USES_IMAGES else ())]
+    if not shutil.which("apt-get"):
+        return f"real nodes need {', '.join(packages)}: tests on them are skipped"
+    install = ["apt-get", "install", "-y", "-qq", "--no-install-recommends", *packages]
+    for command in (["apt-get", "update", "-qq"], install):
+        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
+        if done.returncode != 0:
+            return f"real nodes need {', '.join(packages)}: {' '.join(command)}: {done.stderr[-300:]}"
     return ""
 
 
@@ -47,7 +56,8 @@ class NodeCluster(Cluster):
     def start(self, nodes: int = len(NODES)) -> None:
         self.kubeup("start", "--nodes", "--network-policy")
         self.kubeconfig = self.kubeup("kubeconfig")
-        images = [str(self._make_host_image()), str(self._make_nats_image())]
+        ours = self._build_images() if USES_IMAGES else [self._make_host_image()]
+        images = [str(each) for each in (*ours, self._make_nats_image())]
         self.start_node(*NODES[:nodes], images=images)
         self.kubeup("volumes", str(VOLUMES))
 
@@ -83,6 +93,21 @@ class NodeCluster(Cluster):
         found = self.kubectl("get", "persistentvolume", volume, "-o", "jsonpath={.spec.hostPath.path}")
         return Path(found)
 
+    def _build_images(self) -> list[Path]:
+        """Build operator and runtime as the README says, but without a registry."""
+        return [
+            self._build(OPERATOR_IMAGE, "operator"),
+            self._build(RUNTIME_IMAGE, "runtime", "--target", "cpu"),
+        ]
+
+    def _build(self, image: str, name: str, *options: str) -> Path:
+        archive = Path(self._folder) / f"{name}.tar"
+        command = [str(Path(self._command).parent / "mkapp"), str(ROOT), image, str(archive)]
+        command += ["-f", str(ROOT / "images" / name / "Dockerfile"), *options, *_constraints()]
+        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=1200)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        return archive
+
     def _make_host_image(self) -> Path:
         """Make an image of empty folders, for pods that mount this machine's own."""
         root = Path(self._folder) / "host"
@@ -105,6 +130,13 @@ class NodeCluster(Cluster):
         done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
         return archive
+
+
+def _constraints() -> list[str]:
+    """Return buildah's option for a file that this machine's pip takes its constraints from."""
+    pip = [sys.executable, "-m", "pip", "config", "get", "global.constraint"]
+    found = subprocess.run(pip, check=False, capture_output=True, text=True, timeout=60).stdout.strip()
+    return ["-v", f"{found}:{found}:ro"] if found else []
 
 
 def mounted_folders() -> dict[str, Path]:

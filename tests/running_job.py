@@ -8,7 +8,7 @@ from typing import Any
 
 from asyncrl_api.manifests import load_documents
 from asyncrl_runtime.trainer.deepspeed_config import deep_merge
-from node_cluster import NodeCluster, claim, host_claims, host_overlay
+from node_cluster import USES_IMAGES, NodeCluster, claim, host_claims, host_overlay
 from operator_process import Job, eventually
 
 ROOT = Path(__file__).parent.parent
@@ -59,6 +59,16 @@ class RunningJob(Job):
         labels = f"asyncrl.dev/job={self.name},asyncrl.dev/group={group}"
         return self.kubectl("logs", "-l", labels, "--all-containers", "--tail=20")
 
+    def describe(self) -> str:
+        """Return all that there is to see of the job, for the reader of a failed test."""
+        questions = [
+            ["get", "arl,jobs,statefulsets,pods", "-o", "wide"],
+            ["get", "events", "--sort-by=.lastTimestamp"],
+            *(["logs", name, "--all-containers", "--tail=30"] for name in self.names("pods")),
+        ]
+        answers = [self._nodes.run("kubectl", "-n", self.namespace, *question) for question in questions]
+        return "\n\n".join(answer.stdout + answer.stderr for answer in answers)
+
     def audit(self) -> str:
         """Return what `asyncrl audit` says of its books."""
         command = [str(Path(sys.executable).parent / "asyncrl"), "audit", str(self.folder)]
@@ -68,19 +78,23 @@ class RunningJob(Job):
 
 def prepare(nodes: NodeCluster, namespace: str) -> None:
     """Make what the quickstart finds in its namespace."""
-    nodes.apply(claim("checkpoints"), claim("models"), *host_claims(namespace), namespace=namespace)
+    folders = [] if USES_IMAGES else host_claims(namespace)
+    nodes.apply(claim("checkpoints"), claim("models"), *folders, namespace=namespace)
 
 
 def quickstart(**spec: Any) -> dict[str, Any]:
-    """Return the example, its pods on this machine's files; `spec` is merged into the blocks of its spec."""
+    """Return the example with a cache for its model; `spec` is merged into the blocks of its spec."""
     [manifest] = load_documents(ROOT / "examples" / "quickstart.yaml")
     blocks = manifest["spec"]
-    ours = {
+    ours: dict[str, Any] = {
         "model": {"cache": {"claimName": "models"}},
-        "trainer": {"podTemplate": host_overlay("trainer"), "terminationGracePeriodSeconds": GRACE_SECONDS},
+        "trainer": {"terminationGracePeriodSeconds": GRACE_SECONDS},
+    }
+    files = {
+        "trainer": {"podTemplate": host_overlay("trainer")},
         "rollout": {"podTemplate": host_overlay("engine", "worker")},
     }
-    for changes in (ours, spec):
+    for changes in (ours, {} if USES_IMAGES else files, spec):
         for name, value in changes.items():
             blocks[name] = deep_merge(blocks.get(name, {}), value) if isinstance(value, dict) else value
     return dict(manifest)

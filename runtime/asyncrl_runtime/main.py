@@ -76,6 +76,7 @@ def trainer(
     verify_weights: Annotated[bool, typer.Option(help="Compare the engines' checksums.")] = False,
 ) -> None:
     """The trainer: rank 0 is the controller, every rank updates the policy."""
+    _heed_sigterm()
     from asyncrl_runtime.trainer.launch import launch
 
     arguments = ["--config", str(config), "--attempt", str(attempt), "--host", host]
@@ -135,6 +136,7 @@ def audit(folder: Annotated[Path, typer.Argument(help="Of the job: holds ledger.
 
 def _run(config_path: Path, process: Callable[[RunConfig], None]) -> NoReturn:
     """Run a process to its end and exit as asyncrl_api.exits says."""
+    _heed_sigterm()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
@@ -147,6 +149,16 @@ def _run(config_path: Path, process: Callable[[RunConfig], None]) -> NoReturn:
         logging.exception("this should not have happened")
         _fail(ExitError(ExitCode.TRY_AGAIN, f"{type(error).__name__}: {error}"))
     _end(ExitCode.DONE)
+
+
+def _heed_sigterm() -> None:
+    """End on SIGTERM from the start on, as every process does but the first of a container.
+
+    That one ignores what it has no handler for, and its pod would wait out its grace period. A process that
+    is up replaces the handler by its own.
+    """
+    if os.getpid() == 1:
+        signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number))
 
 
 def _fail(error: ExitError) -> NoReturn:
@@ -163,6 +175,7 @@ def _end(code: int) -> NoReturn:
         with contextlib.suppress(OSError):  # SIGKILL has no handler to be taken back
             signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
+        os._exit(128 - code)  # the first process of a container does not end by its own signal
     os._exit(code)
 
 

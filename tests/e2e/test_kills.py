@@ -5,22 +5,23 @@ import time
 
 import pytest
 
+from installed_operator import Operator
 from node_cluster import NodeCluster
-from operator_process import OperatorProcess, eventually
+from operator_process import eventually
 from running_job import RunningJob
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900)]
 
-MANY = 500
+MANY = 5000
 MORE = 3
 """Steps that are trained between two kills."""
 SECONDS = 240
 
 
-def test_a_job_goes_on_whatever_dies(nodes: NodeCluster, operator: OperatorProcess, job: RunningJob) -> None:
+def test_a_job_goes_on_whatever_dies(nodes: NodeCluster, operator: Operator, job: RunningJob) -> None:
     job.apply(
         training={"maxSteps": MANY},
-        evaluation={"samples": 50, "everySteps": 500},
+        evaluation={"samples": 50, "everySteps": 5000},
         checkpoint={"everySteps": 10},
         failurePolicy={"deadNodeForceDeleteSeconds": 5, "trainer": {"maxRestarts": 5, "backoffSeconds": 1}},
     )
@@ -30,10 +31,10 @@ def test_a_job_goes_on_whatever_dies(nodes: NodeCluster, operator: OperatorProce
     goes_on(job)
 
     [trainer] = job.pods("trainer")
-    nodes.kill_process(trainer["spec"]["nodeName"], "asyncrl-runtime trainer")
+    nodes.kill_process(trainer["spec"]["nodeName"], "asyncrl_runtime.main rank")
     eventually("a second attempt", lambda: "quickstart-trainer-2" in job.names("jobs"), SECONDS)
     goes_on(job)
-    assert job.events()["TrainerRestart"] == 1
+    assert job.events()["Disrupted"] == 1, "SIGKILL comes from outside, and is no fault of the trainer"
 
     job.kubectl("delete", "pod", "quickstart-nats-0", "--grace-period=0", "--force")
     goes_on(job)
@@ -53,7 +54,7 @@ def test_a_job_goes_on_whatever_dies(nodes: NodeCluster, operator: OperatorProce
     finally:
         nodes.start_node(trainer["spec"]["nodeName"])
     attempt = job.status()["attempt"]
-    assert (attempt["restarts"], attempt["disruptions"]) == (1, 1)
+    assert (attempt["restarts"], attempt["disruptions"]) == (0, 2)
 
     job.patch({"training": {"maxSteps": MANY}, "suspend": True})
     job.wait("Suspended", 120)

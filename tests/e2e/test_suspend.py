@@ -15,8 +15,8 @@ GRACE_AND = 25.0
 
 def test_a_suspended_job_goes_on_from_its_checkpoint_and_grows_and_shrinks(job: RunningJob) -> None:
     job.apply(
-        training={"maxSteps": 500},
-        evaluation={"samples": 50, "everySteps": 500},
+        training={"maxSteps": 5000},
+        evaluation={"samples": 50, "everySteps": 5000},
         checkpoint={"everySteps": 100},
     )
     job.wait_for_step(3)
@@ -47,8 +47,8 @@ NAMES = {"quickstart-rollout-0", "quickstart-rollout-1"}
 def test_a_trainer_of_another_size_goes_on_from_the_checkpoint(job: RunningJob, stage: int) -> None:
     budget = {"total": 4, "mode": "Manual"}
     job.apply(
-        training={"maxSteps": 500},
-        evaluation={"samples": 50, "everySteps": 500},
+        training={"maxSteps": 5000},
+        evaluation={"samples": 50, "everySteps": 5000},
         trainer={"deepspeed": {"zeroStage": stage}},
         gpuBudget=budget | {"split": {"trainer": 2, "rollout": 2}},
     )
