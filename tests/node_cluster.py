@@ -5,6 +5,7 @@ claims, which namespaces of the restricted level allow. An edit is in the next p
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -133,10 +134,11 @@ class NodeCluster(Cluster):
 
 
 def _constraints() -> list[str]:
-    """Return buildah's option for a file that this machine's pip takes its constraints from."""
-    pip = [sys.executable, "-m", "pip", "config", "get", "global.constraint"]
-    found = subprocess.run(pip, check=False, capture_output=True, text=True, timeout=60).stdout.strip()
-    return ["-v", f"{found}:{found}:ro"] if found else []
+    """Return buildah's options for the file that this machine's pip takes its constraints from, if any."""
+    pip = [sys.executable, "-m", "pip", "config", "list"]
+    settings = subprocess.run(pip, check=True, capture_output=True, text=True, timeout=60).stdout
+    found = re.search(r"\.constraint='(/.+)'", settings)
+    return ["-v", f"{found[1]}:{found[1]}:ro"] if found else []
 
 
 def mounted_folders() -> dict[str, Path]:
