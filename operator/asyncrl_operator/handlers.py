@@ -79,4 +79,9 @@ def configure(settings: kopf.OperatorSettings) -> None:
     settings.persistence.finalizer = f"{DOMAIN}/operator"
     settings.persistence.progress_storage = kopf.AnnotationsProgressStorage(prefix=DOMAIN)
     settings.persistence.diffbase_storage = kopf.AnnotationsDiffBaseStorage(prefix=DOMAIN)
-    logging.getLogger("kopf.objects").setLevel(logging.WARNING)  # a line for each event of each job
+    for noisy in (
+        "kopf.objects",
+        "kopf.activities.probe",
+        "aiohttp.access",
+    ):  # a line for each event or probe
+        logging.getLogger(noisy).setLevel(logging.WARNING)

@@ -168,6 +168,7 @@ async def _run_shell(
         namespaces=settings.namespaces,
         liveness_endpoint=f"http://0.0.0.0:{liveness_port}/healthz" if liveness_port else None,
         standalone=True,
+        identity="asyncrl-operator",  # else it asks for the user's name, which a container has not
     )
 
 
