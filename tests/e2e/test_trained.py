@@ -23,7 +23,7 @@ def test_an_applied_job_trains_a_policy_to_the_end(job: RunningJob) -> None:
     eventually("steps are shown", lambda: job.step() > 0, SECONDS)
     row = job.kubectl("get", "arl", job.name).splitlines()[1].split()
     assert row[1] == "Running" and re.fullmatch(rf"\d+/{STEPS}", row[2])
-    assert row[3:6] == ["1/1", "2/2", "3/3"]
+    assert (row[3], row[5]) == ("1/1", "3/3") and re.fullmatch(r"[12]/2", row[4])
     assert job.logs("trainer") and job.logs("rollout")
     assert {group for group in ("trainer", "rollout", "messaging") if has_token(job, group)} == {"trainer"}
     job.wait("Finished", SECONDS)
