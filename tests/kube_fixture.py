@@ -13,6 +13,8 @@ from typing import Any
 
 NODES, GPUS = 4, 8
 WAIT_SECONDS = 60
+SIZE = {"storage": "1Gi"}
+"""Of a claim; nobody looks."""
 
 
 class Cluster:
@@ -103,6 +105,32 @@ class Cluster:
         finally:
             process.terminate()
             process.wait(timeout=10)
+
+
+def claim(name: str, modes: list[str] | None = None, **spec: Any) -> dict[str, Any]:
+    """Return a PersistentVolumeClaim; of the default class unless told otherwise."""
+    return {
+        "apiVersion": "v1",
+        "kind": "PersistentVolumeClaim",
+        "metadata": {"name": name},
+        "spec": {"accessModes": modes or ["ReadWriteMany"], "resources": {"requests": SIZE}, **spec},
+    }
+
+
+def claim_of_folder(namespace: str, name: str, folder: str, modes: list[str]) -> list[dict[str, Any]]:
+    """Return a claim to a folder of this machine, and the volume that it is bound to."""
+    volume = f"{namespace}-{name}"
+    spec = {
+        "capacity": SIZE,
+        "accessModes": modes,
+        "storageClassName": "",
+        "hostPath": {"path": folder},
+        "claimRef": {"namespace": namespace, "name": name},
+    }
+    bound = claim(name, modes, storageClassName="", volumeName=volume)
+    bound["metadata"]["namespace"] = namespace
+    metadata = {"name": volume}
+    return [{"apiVersion": "v1", "kind": "PersistentVolume", "metadata": metadata, "spec": spec}, bound]
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any, Final
 
-from kube_fixture import Cluster, why_not
+from kube_fixture import Cluster, claim_of_folder, why_not
 from nats_server_fixture import nats_binary
 
 ROOT = Path(__file__).parent.parent
@@ -154,36 +154,11 @@ def mounted_folders() -> dict[str, Path]:
 
 def host_claims(namespace: str) -> list[Object]:
     """Return claims to the folders of this machine that pods of the host image need, and their volumes."""
-    found: list[Object] = []
-    for name, folder in mounted_folders().items():
-        volume, modes, size = f"{namespace}-{name}", ["ReadOnlyMany"], {"storage": "1Gi"}
-        found += [
-            {
-                "apiVersion": "v1",
-                "kind": "PersistentVolume",
-                "metadata": {"name": volume},
-                "spec": {
-                    "capacity": size,
-                    "accessModes": modes,
-                    "storageClassName": "",
-                    "hostPath": {"path": str(folder)},
-                    "claimRef": {"namespace": namespace, "name": name},
-                },
-            },
-            claim(name, modes=modes, storageClassName="", volumeName=volume),
-        ]
-    return found
-
-
-def claim(name: str, modes: list[str] | None = None, **spec: Any) -> Object:
-    """Return a claim to a folder that all nodes see; of the default class unless told otherwise."""
-    resources = {"requests": {"storage": "1Gi"}}
-    return {
-        "apiVersion": "v1",
-        "kind": "PersistentVolumeClaim",
-        "metadata": {"name": name},
-        "spec": {"accessModes": modes or ["ReadWriteMany"], "resources": resources, **spec},
-    }
+    return [
+        each
+        for name, folder in mounted_folders().items()
+        for each in claim_of_folder(namespace, name, str(folder), ["ReadOnlyMany"])
+    ]
 
 
 def host_overlay(*containers: str) -> Object:

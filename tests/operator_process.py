@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from asyncrl_api.report import Report
-from kube_fixture import Cluster
+from kube_fixture import Cluster, claim_of_folder
 
 ROOT = Path(__file__).parent.parent
 HOME = "asyncrl-system"
@@ -47,31 +47,7 @@ def make_job(name: str = "gsm8k", **spec: Any) -> dict[str, Any]:
 
 def make_claim(namespace: str) -> list[dict[str, Any]]:
     """Return the claim that the jobs' checkpoints go to, and a volume for it."""
-    size, modes = {"storage": "1Gi"}, ["ReadWriteMany"]
-    volume = {
-        "apiVersion": "v1",
-        "kind": "PersistentVolume",
-        "metadata": {"name": namespace},
-        "spec": {
-            "capacity": size,
-            "accessModes": modes,
-            "storageClassName": "",
-            "hostPath": {"path": "/tmp"},
-            "claimRef": {"namespace": namespace, "name": "checkpoints"},
-        },
-    }
-    claim = {
-        "apiVersion": "v1",
-        "kind": "PersistentVolumeClaim",
-        "metadata": {"name": "checkpoints", "namespace": namespace},
-        "spec": {
-            "accessModes": modes,
-            "storageClassName": "",
-            "volumeName": namespace,
-            "resources": {"requests": size},
-        },
-    }
-    return [volume, claim]
+    return claim_of_folder(namespace, "checkpoints", "/tmp", ["ReadWriteMany"])
 
 
 def eventually(what: str, holds: Callable[[], Any], seconds: float = SECONDS) -> Any:

@@ -7,25 +7,28 @@ from pathlib import Path
 from typing import Any
 
 from asyncrl_api.manifests import load_documents
+from asyncrl_operator.overlay import lay_over
 from asyncrl_runtime.trainer.deepspeed_config import deep_merge
-from node_cluster import USES_IMAGES, NodeCluster, claim, host_claims, host_overlay
+from kube_fixture import claim
+from node_cluster import USES_IMAGES, NodeCluster, host_claims, host_overlay
 from operator_process import Job, eventually
 
-ROOT = Path(__file__).parent.parent
+EXAMPLES = Path(__file__).parents[1] / "examples"
 GRACE_SECONDS = 20
 STEP_SECONDS = 180
 """For the next step, the start of all pods included."""
 
 
 class RunningJob(Job):
-    """examples/quickstart.yaml in a namespace of real nodes."""
+    """One of the examples in a namespace of real nodes."""
 
-    def __init__(self, nodes: NodeCluster, namespace: str) -> None:
-        super().__init__(nodes, namespace, "quickstart")
+    def __init__(self, nodes: NodeCluster, namespace: str, example: str = "quickstart.yaml") -> None:
+        self._example = EXAMPLES / example
+        super().__init__(nodes, namespace, load_documents(self._example)[0]["metadata"]["name"])
         self._nodes = nodes
 
     def apply(self, **spec: Any) -> None:
-        self._nodes.apply(quickstart(**spec), namespace=self.namespace)
+        self._nodes.apply(in_pods(self._example, **spec), namespace=self.namespace)
 
     @property
     def folder(self) -> Path:
@@ -54,6 +57,11 @@ class RunningJob(Job):
             and "deletionTimestamp" not in pod["metadata"]
         ]
 
+    def execute(self, group: str, container: str, code: str) -> str:
+        """Run Python in the first pod of a group, with all that the pod has, and return what it prints."""
+        [name, *_] = sorted(pod["metadata"]["name"] for pod in self.pods(group))
+        return self.kubectl("exec", name, "-c", container, "--", "python3", "-c", code).strip()
+
     def logs(self, group: str) -> str:
         """Return what a user sees of a group by its labels."""
         labels = f"asyncrl.dev/job={self.name},asyncrl.dev/group={group}"
@@ -77,24 +85,32 @@ class RunningJob(Job):
 
 
 def prepare(nodes: NodeCluster, namespace: str) -> None:
-    """Make what the quickstart finds in its namespace."""
+    """Make what the examples find in their namespace."""
     folders = [] if USES_IMAGES else host_claims(namespace)
     nodes.apply(claim("checkpoints"), claim("models"), *folders, namespace=namespace)
 
 
-def quickstart(**spec: Any) -> dict[str, Any]:
-    """Return the example with a cache for its model; `spec` is merged into the blocks of its spec."""
-    [manifest] = load_documents(ROOT / "examples" / "quickstart.yaml")
+def in_pods(example: Path, **spec: Any) -> dict[str, Any]:
+    """Return an example with a cache for its model; `spec` is merged into the blocks of its spec."""
+    [manifest] = load_documents(example)
     blocks = manifest["spec"]
     ours: dict[str, Any] = {
         "model": {"cache": {"claimName": "models"}},
         "trainer": {"terminationGracePeriodSeconds": GRACE_SECONDS},
     }
-    files = {
-        "trainer": {"podTemplate": host_overlay("trainer")},
-        "rollout": {"podTemplate": host_overlay("engine", "worker")},
-    }
-    for changes in (ours, {} if USES_IMAGES else files, spec):
+    for changes in (ours, pod_templates(), spec):
         for name, value in changes.items():
             blocks[name] = deep_merge(blocks.get(name, {}), value) if isinstance(value, dict) else value
     return dict(manifest)
+
+
+def pod_templates(**overlays: dict[str, Any]) -> dict[str, Any]:
+    """Return blocks for trainer and rollout whose pods find our code, with a test's overlays by group."""
+    if USES_IMAGES:
+        return {group: {"podTemplate": overlay} for group, overlay in overlays.items()}
+    files = {"trainer": host_overlay("trainer"), "rollout": host_overlay("engine", "worker")}
+    laid = {
+        group: lay_over(file, overlays.get(group, {}), "podTemplate", "nvidia.com/gpu")
+        for group, file in files.items()
+    }
+    return {group: {"podTemplate": template} for group, template in laid.items()}

@@ -24,12 +24,22 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeCluster]:
         pytest.skip(reason)
     made = NodeCluster(os.environ["KUBEUP"], tmp_path_factory.mktemp("nodes") / "cluster")
     try:
-        made.start()
+        start(made)
         if not USES_IMAGES:
             made.apply_crd(ROOT / "crds" / FILE_NAME)
         yield made
     finally:
         made.stop()
+
+
+def start(cluster: NodeCluster) -> None:
+    """Start it. Not every root may make nodes: `make e2e` fails then, other runs skip these tests."""
+    try:
+        cluster.start()
+    except AssertionError as error:
+        if USES_IMAGES:
+            raise
+        pytest.skip(f"no real nodes can be started here: {error}")
 
 
 @pytest.fixture(scope="session")

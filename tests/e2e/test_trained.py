@@ -30,9 +30,25 @@ def test_an_applied_job_trains_a_policy_to_the_end(job: RunningJob) -> None:
     assert job.condition("Complete")["status"] == "True", job.status()
     status = job.status()
     assert status["progress"]["step"] == STEPS and float(status["reward"]["mean"]) > 0.1
-    assert (job.folder / "export" / "config.json").exists()
+    assert (job.folder / "export" / "final" / "config.json").exists()
     assert len(list((job.folder / "checkpoints").glob("step-*"))) >= 2
     assert re.search(rf"trained {STEPS * BATCH}  discarded \d+  missing 0  twice 0", job.audit())
+
+
+@pytest.mark.slow
+def test_a_trainer_of_two_pods_trains_as_one(job: RunningJob) -> None:
+    """Ranks meet over the pod network, by the name of the first pod."""
+    job.apply(
+        training={"maxSteps": 10},
+        evaluation={"samples": 50, "everySteps": 50},
+        gpuBudget={"total": 4, "mode": "Manual", "split": {"trainer": 2, "rollout": 2}},
+        trainer={"gpusPerNode": 1, "deepspeed": {"zeroStage": 2}},
+    )
+    job.wait_for_step(1, SECONDS)
+    assert len(job.pods("trainer")) == 2
+    job.wait("Finished", SECONDS)
+    assert job.condition("Complete")["status"] == "True", job.status()
+    assert "missing 0  twice 0" in job.audit()
 
 
 def has_token(job: RunningJob, group: str) -> bool:
