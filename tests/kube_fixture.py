@@ -142,6 +142,9 @@ def making_namespace(cluster: Cluster) -> Iterator[str]:
     wait = ["wait", "--for=create", "serviceaccount/default", "--timeout=30s"]
     cluster.kubectl("-n", name, *wait)  # pods need it
     yield name
+    # Jobs first: a namespace waits for the grace of its pods before it deletes the rest, and until then an
+    # operator is refused there.
+    cluster.run("kubectl", "-n", name, "delete", "asyncrljobs", "--all", "--wait=false")
     cluster.kubectl("delete", "namespace", name, "--wait=false")
 
 

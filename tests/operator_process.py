@@ -200,7 +200,8 @@ class Job:
         self.kubectl("patch", "asyncrljob", self.name, "--type=merge", "-p", json.dumps({"spec": spec}))
 
     def delete(self) -> None:
-        self.kubectl("delete", "asyncrljob", self.name, "--wait=false")
+        """Delete it, without waiting; one that is gone is no matter."""
+        self.kubectl("delete", "asyncrljob", self.name, "--wait=false", "--ignore-not-found")
 
     def report(self, step: int = 1, **values: Any) -> bool:
         """Write a report as the present attempt's trainer does; always true."""

@@ -320,12 +320,22 @@ class Cluster:
         owners = live["metadata"].get("ownerReferences") or ()
         return str(live["metadata"]["uid"]) if any(each["uid"] == owner for each in owners) else ""
 
-    async def last_event(self, namespace: str, kind: str, name: str, reason: str) -> str:
-        """Return the message of the newest Event of a reason about an object; empty if there is none."""
-        selector = f"involvedObject.kind={kind},involvedObject.name={name},reason={reason}"
-        page = await self._api.get(EVENTS.path(namespace), fieldSelector=selector, limit="50")
-        events = sorted(page["items"], key=lambda each: each.get("lastTimestamp") or "")
-        return str(events[-1].get("message", "")) if events else ""
+    async def last_events(self, namespace: str, reason: str) -> dict[tuple[str, str], str]:
+        """Return the newest message of Events of a reason, by kind and name of what they are about.
+
+        Of a whole namespace, since the API server reads all its Events for the answer, whatever is asked for.
+        """
+        events: list[Json] = []
+        query = {"fieldSelector": f"reason={reason}", "limit": "500", "continue": ""}
+        while True:
+            page = await self._api.get(EVENTS.path(namespace), **query)
+            events += page["items"]
+            if not (token := page["metadata"].get("continue", "")):
+                break
+            query["continue"] = token
+        events.sort(key=lambda each: each.get("lastTimestamp") or "")
+        about = [(each, each["involvedObject"]) for each in events]
+        return {(of["kind"], of["name"]): str(each.get("message", "")) for each, of in about}
 
     def _store(self, resource: Resource, namespace: str) -> Store[bytes]:
         return self._children[resource, self._scope(namespace)].store

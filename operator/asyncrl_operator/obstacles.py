@@ -3,6 +3,7 @@
 What must be asked of the API server is asked seldom, and only while something is amiss.
 """
 
+import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ REFERENCE_SECONDS = 10.0
 """Between two looks for an object that is missing."""
 PODS_SECONDS = 10.0
 """Between two looks for why pods are not made."""
+EVENTS_SHARE = 0.05
+"""Of the time, that the API server may spend on Events of a namespace for our sake."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,14 @@ class Asked:
     refusal: Problem | None = None
 
 
+@dataclass(frozen=True)
+class Told:
+    """What Events of a namespace say of refused pods, by kind and name of what the pods were for."""
+
+    messages: dict[tuple[str, str], str]
+    good_until: float
+
+
 @dataclass
 class Obstacles:
     """Looks for what stands in the way of a job.
@@ -58,6 +69,8 @@ class Obstacles:
     _schema: Problem | None = None
     _schema_at: float | None = None
     """When the served CRD was looked at; None: not yet."""
+    _refusals: dict[str, Told] = field(default_factory=dict)
+    _asking: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def find(self, key: Key, uid: str, generation: int, spec: Spec, seen: Observed) -> Found:
         """Return the worst of what stands in the way.
@@ -110,12 +123,29 @@ class Obstacles:
 
     async def _refusal(self, namespace: str, owners: list[tuple[Resource, str]]) -> Problem | None:
         """Return what the controller of Jobs or StatefulSets was told when it wanted to make pods."""
+        told = await self._told(namespace)
         for resource, name in owners:
-            message = await self.cluster.last_event(namespace, resource.kind, name, "FailedCreate")
-            if message:
+            if message := told.get((resource.kind, name)):
                 reason = "QuotaExceeded" if "exceeded quota" in message else "PodsRefused"
                 return Problem(reason, f"{resource.kind} {name}: {message}")
         return None
+
+    async def _told(self, namespace: str) -> dict[tuple[str, str], str]:
+        """Return why pods of a namespace were refused, by kind and name of what they were for.
+
+        Asked for seldom, for all jobs of the namespace: with many Events an answer takes seconds.
+        """
+        async with self._asking:
+            known = self._refusals.get(namespace)
+            if known is None or self.clock() >= known.good_until:
+                began = self.clock()
+                messages = await self.cluster.last_events(namespace, "FailedCreate")
+                now = self.clock()
+                rest = max(PODS_SECONDS, (now - began) / EVENTS_SHARE)
+                current = {name: each for name, each in self._refusals.items() if each.good_until > now}
+                known = Told(messages, now + rest)
+                self._refusals = {**current, namespace: known}
+            return known.messages
 
 
 def references(spec: Spec) -> list[tuple[Resource, str, str]]:

@@ -20,7 +20,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -35,11 +35,17 @@ from kube_fixture import Cluster, why_not
 from operator_process import OperatorProcess, eventually, grant_rights, make_claim, make_job, running_operator
 
 ROOT = Path(__file__).parents[2]
-NAMESPACE = "bench"
-GROUP = f"/apis/asyncrl.dev/v1alpha1/namespaces/{NAMESPACE}/asyncrljobs"
+GROUP = "/apis/asyncrl.dev/v1alpha1"
+JOBS_PER_NAMESPACE = 50
+"""Some costs grow with a namespace: who may grant a Role is looked up in all its RoleBindings."""
 PODS_PER_JOB = 10
 PODS_PER_NODE = 100
 BUDGET = {"total": 9, "allocation": "None", "mode": "Manual", "split": {"trainer": 1, "rollout": 8}}
+
+
+def home_of(number: int) -> str:
+    """Return the namespace of a job."""
+    return f"bench-{number // JOBS_PER_NAMESPACE}"
 
 
 class Jobs:
@@ -49,10 +55,10 @@ class Jobs:
         limits = httpx.Limits(max_connections=16)
         self.http = httpx.Client(base_url=url, timeout=60, trust_env=False, limits=limits)
 
-    def create(self, name: str) -> None:
+    def create(self, name: str, namespace: str) -> None:
         # Its pods stay unbound without the claim; fake nodes run what the scheduler places.
         job = make_job(name, gpuBudget=BUDGET)
-        answer = self.http.post(GROUP, json=job)
+        answer = self.http.post(f"{GROUP}/namespaces/{namespace}/asyncrljobs", json=job)
         answer.raise_for_status()
 
     def exists(self, path: str) -> bool:
@@ -62,14 +68,15 @@ class Jobs:
         counts: dict[str, int] = {}
         token = ""
         while True:
-            page = self.http.get(GROUP, params={"limit": 500, "continue": token}).json()
+            query: dict[str, str | int] = {"limit": 500, "continue": token}
+            page = self.http.get(f"{GROUP}/asyncrljobs", params=query).json()
             for item in page["items"]:
                 phase = item.get("status", {}).get("phase", "")
                 counts[phase] = counts.get(phase, 0) + 1
             if not (token := page["metadata"].get("continue", "")):
                 return counts
 
-    def report(self, name: str, step: int) -> None:
+    def report(self, number: int, step: int) -> None:
         """Write a report as the trainer does."""
         report = Report(
             attempt=1,
@@ -80,7 +87,7 @@ class Jobs:
             time=datetime.now(UTC).isoformat(timespec="seconds"),
         )
         body = {"data": {"report": report.model_dump_json(by_alias=True, exclude_none=True)}}
-        path = f"/api/v1/namespaces/{NAMESPACE}/configmaps/{name}-report"
+        path = f"/api/v1/namespaces/{home_of(number)}/configmaps/job-{number}-report"
         headers = {"Content-Type": "application/merge-patch+json"}
         self.http.patch(path, content=json.dumps(body), headers=headers).raise_for_status()
 
@@ -90,7 +97,7 @@ def measure_latency(jobs: Jobs, count: int) -> list[float]:
     seconds = []
     for number in range(count):
         name = f"lat-{number}"
-        root = f"namespaces/{NAMESPACE}"
+        root = f"namespaces/{home_of(0)}"
         paths = [
             f"/apis/apps/v1/{root}/statefulsets/{name}-rollout",
             f"/apis/batch/v1/{root}/jobs/{name}-trainer-1",
@@ -98,7 +105,7 @@ def measure_latency(jobs: Jobs, count: int) -> list[float]:
             f"/api/v1/{root}/services/{name}-rollout",
         ]
         began = time.monotonic()
-        jobs.create(name)
+        jobs.create(name, home_of(0))
         while paths:
             time.sleep(0.005)
             paths = [path for path in paths if not jobs.exists(path)]
@@ -108,23 +115,23 @@ def measure_latency(jobs: Jobs, count: int) -> list[float]:
 
 
 def delete_all(cluster: Cluster, jobs: Jobs) -> None:
-    cluster.kubectl("-n", NAMESPACE, "delete", "arl", "--all", "--wait=false")
-    path = f"/api/v1/namespaces/{NAMESPACE}/pods"
+    cluster.kubectl("-n", home_of(0), "delete", "arl", "--all", "--wait=false")
+    path = f"/api/v1/namespaces/{home_of(0)}/pods"
     eventually("all pods are gone", lambda: not jobs.http.get(path, params={"limit": 1}).json()["items"], 900)
 
 
-def bring_up(jobs: Jobs, count: int, first: Callable[[int], None]) -> float:
+def bring_up(jobs: Jobs, count: int) -> float:
     """Make `count` jobs at once; return seconds until all run."""
     began = time.monotonic()
     for number in range(count):
-        first(number)
+        jobs.create(f"job-{number}", home_of(number))
     shown = 0.0
     while (running := jobs.phases().get("Running", 0)) < count:
         assert time.monotonic() - began < 3600, jobs.phases()
         if time.monotonic() - shown > 30:
             print(f"  {running} of {count} run after {time.monotonic() - began:.0f} s", flush=True)
             shown = time.monotonic()
-        time.sleep(1)
+        time.sleep(min(5.0, 0.005 * count))  # a look at all jobs is work for the API server, too
     return time.monotonic() - began
 
 
@@ -143,7 +150,7 @@ def watch_steady(
         while not ended.is_set():
             began = time.monotonic()
             for number in range(count):
-                jobs.report(f"job-{number}", step if changes else 1)
+                jobs.report(number, step if changes else 1)
                 if ended.wait(max(0.0, began + 30 * (number + 1) / count - time.monotonic())):
                     return
             step += 1
@@ -168,8 +175,9 @@ def control_plane(count: int) -> Iterator[tuple[Cluster, str, Path]]:
         try:
             cluster.start(max(4, count * PODS_PER_JOB // PODS_PER_NODE + 2))
             cluster.apply_crd(ROOT / "crds" / FILE_NAME)
-            cluster.kubectl("create", "namespace", NAMESPACE)
-            cluster.apply(*make_claim(NAMESPACE), namespace=NAMESPACE)
+            for namespace in dict.fromkeys(home_of(number) for number in range(count)):
+                cluster.kubectl("create", "namespace", namespace)
+                cluster.apply(*make_claim(namespace))
             with cluster.proxy() as url:
                 yield cluster, url, Path(folder)
         finally:
@@ -182,15 +190,14 @@ def measure_baseline(cluster: Cluster, jobs: Jobs, folder: Path, count: int) -> 
     Objects are those of a job that runs, made job by job as quickly as they are taken.
     """
     with running_operator(grant_rights(cluster, folder), folder):
-        jobs.create("pattern")
+        jobs.create("pattern", home_of(0))
         eventually("it runs", lambda: jobs.phases().get("Running", 0) == 1, 60)
         objects = children_of(cluster)
     began = time.monotonic()
     for number in range(count):
         for path, text in objects:
-            name = f"base-{number}"
-            body = json.loads(text.replace("pattern", name))
-            answer = jobs.http.post(path, json=body)
+            body = json.loads(text.replace("pattern", f"base-{number}"))
+            answer = jobs.http.post(path.replace(home_of(0), home_of(number)), json=body)
             assert answer.status_code in (201, 409), answer.text
     while _count_running(jobs) < (count + 1) * PODS_PER_JOB:
         assert time.monotonic() - began < 3600
@@ -199,7 +206,7 @@ def measure_baseline(cluster: Cluster, jobs: Jobs, folder: Path, count: int) -> 
 
 
 def _count_running(jobs: Jobs) -> int:
-    path, token, count = f"/api/v1/namespaces/{NAMESPACE}/pods", "", 0
+    path, token, count = "/api/v1/pods", "", 0
     while True:
         query = {"fieldSelector": "status.phase=Running", "limit": "2000", "continue": token}
         page = jobs.http.get(path, params=query).json()
@@ -223,8 +230,8 @@ def children_of(cluster: Cluster) -> list[tuple[str, str]]:
         "jobs": "/apis/batch/v1",
     }
     for plural, root in kinds.items():
-        path = f"{root}/namespaces/{NAMESPACE}/{plural}"
-        for item in cluster.list(NAMESPACE, plural, "asyncrl.dev/job=pattern"):
+        path = f"{root}/namespaces/{home_of(0)}/{plural}"
+        for item in cluster.list(home_of(0), plural, "asyncrl.dev/job=pattern"):
             meta = item["metadata"]
             item["metadata"] = {name: meta[name] for name in ("name", "labels") if name in meta}
             item["metadata"]["labels"]["asyncrl.dev/job-uid"] = "pattern"
@@ -280,7 +287,7 @@ def show_many(jobs: Jobs, rights: Path, folder: Path, options: argparse.Namespac
     count = options.jobs
     with running_operator(rights, folder) as operator:
         process, before = psutil.Process(operator.pid), operator.num_calls()
-        took = bring_up(jobs, count, lambda number: jobs.create(f"job-{number}"))
+        took = bring_up(jobs, count)
         ratio = f", {took / alone:.2f} x the control plane alone" if alone else ""
         print(f"{count} jobs applied at once: all Running after {took:.0f} s{ratio}")
         per_job = (operator.num_calls() - before) / count

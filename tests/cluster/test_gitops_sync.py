@@ -9,7 +9,7 @@ import pytest
 
 from asyncrl_api.manifests import render_yaml
 from kube_fixture import Cluster
-from operator_process import Job, OperatorProcess, eventually, make_claim, make_job, running_operator
+from operator_process import Job, OperatorProcess, eventually, make_job, running_operator
 
 pytestmark = pytest.mark.e2e
 
@@ -71,17 +71,11 @@ def operator(operator_rights: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture(params=[(), ("--server-side",)], ids=["client-side", "server-side"])
-def repository(
-    cluster: Cluster, namespace: str, tmp_path: Path, request: pytest.FixtureRequest
-) -> Repository:
-    cluster.apply(*make_claim(namespace))
-    return Repository(cluster, tmp_path, namespace, request.param)
+def repository(cluster: Cluster, job: Job, tmp_path: Path, request: pytest.FixtureRequest) -> Repository:
+    return Repository(cluster, tmp_path, job.namespace, request.param)
 
 
-def test_a_job_is_in_sync_all_its_life(
-    cluster: Cluster, namespace: str, operator: OperatorProcess, repository: Repository
-) -> None:
-    job = Job(cluster, namespace)
+def test_a_job_is_in_sync_all_its_life(job: Job, operator: OperatorProcess, repository: Repository) -> None:
     spec: dict[str, Any] = {"reward": REWARD, "gpuBudget": BUDGET}
     repository.write("code", CODE)
     repository.write("job", make_job(**spec))

@@ -12,7 +12,6 @@ from operator_process import (
     OperatorProcess,
     eventually,
     jobs_that_end,
-    make_claim,
     running_operator,
 )
 
@@ -25,12 +24,6 @@ KINDS = "serviceaccounts,roles,rolebindings,services,configmaps,pdb,networkpolic
 def operator(operator_rights: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OperatorProcess]:
     with running_operator(operator_rights, tmp_path_factory.mktemp("operator")) as running:
         yield running
-
-
-@pytest.fixture
-def job(cluster: Cluster, namespace: str) -> Job:
-    cluster.apply(*make_claim(namespace))
-    return Job(cluster, namespace)
 
 
 @pytest.fixture

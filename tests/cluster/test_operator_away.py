@@ -4,18 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from kube_fixture import Cluster
-from operator_process import Job, eventually, make_claim, running_operator
+from operator_process import Job, eventually, running_operator
 
 pytestmark = pytest.mark.e2e
 
 
-def test_an_operator_comes_and_goes(
-    cluster: Cluster, namespace: str, operator_rights: Path, tmp_path: Path
-) -> None:
+def test_an_operator_comes_and_goes(job: Job, operator_rights: Path, tmp_path: Path) -> None:
     """It ends within seconds, starts without a write, makes up for what it missed; deletion does without."""
-    cluster.apply(*make_claim(namespace))
-    job = Job(cluster, namespace)
     with running_operator(operator_rights, tmp_path) as operator:
         job.apply()
         job.wait("Running")
@@ -23,7 +18,7 @@ def test_an_operator_comes_and_goes(
         assert operator.stop() < 5
     before = versions(job)
     with running_operator(operator_rights, tmp_path) as operator:
-        shown = f'namespace="{namespace}"'
+        shown = f'namespace="{job.namespace}"'
         eventually("the job was looked at", lambda: any(shown in series for series in operator.metrics()))
         assert versions(job) == before, "nothing of an unchanged job is written"
     job.kubectl("delete", "service", "gsm8k-nats")

@@ -10,23 +10,17 @@ from typing import Any
 import pytest
 
 from kube_fixture import Cluster
-from operator_process import Job, OperatorProcess, eventually, make_claim, running_operator
+from operator_process import Job, OperatorProcess, eventually, running_operator
 
 pytestmark = pytest.mark.e2e
 
 CPU = {"allocation": "None"}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def operator(operator_rights: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OperatorProcess]:
     with running_operator(operator_rights, tmp_path_factory.mktemp("operator")) as running:
         yield running
-
-
-@pytest.fixture
-def job(cluster: Cluster, namespace: str, operator: OperatorProcess) -> Job:
-    cluster.apply(*make_claim(namespace))
-    return Job(cluster, namespace)
 
 
 def annotated(**annotations: str) -> dict[str, Any]:

@@ -8,8 +8,7 @@ import pytest
 
 from asyncrl_operator.resources import JOB_UID_LABEL
 from chart import NAME, only, render, rights
-from kube_fixture import Cluster
-from operator_process import Job, OperatorProcess, eventually, make_claim, running_operator
+from operator_process import Job, OperatorProcess, eventually, running_operator
 
 pytestmark = pytest.mark.e2e
 
@@ -34,9 +33,7 @@ def granted() -> set[tuple[str, str]]:
     return {(name.partition(".")[0], verb) for name, verbs in role.items() for verb in verbs}
 
 
-def test_each_right_is_used(cluster: Cluster, namespace: str, operator: OperatorProcess) -> None:
-    cluster.apply(*make_claim(namespace))
-    job = Job(cluster, namespace)
+def test_each_right_is_used(job: Job, operator: OperatorProcess) -> None:
     job.kubectl("create", "quota", "few", "--hard=pods=0")  # events: list
     job.apply()
     job.wait_for_reason("Reconciling", "QuotaExceeded")

@@ -84,4 +84,3 @@ def job(
     yield made
     if request.node.stash.get(HAS_FAILED, False):
         print(made.describe())
-    made.delete()
