@@ -167,7 +167,8 @@ class Executor:
         key, desired, before = target.key, target.desired, self._settled.get(target.key)
         if desired is None:
             return []
-        if before == Settled(target.wanted, self._children(key)):
+        children = self._children(key)
+        if before == Settled(target.wanted, children):
             return []
         self._settled.pop(key, None)
         was_settled = before is not None and before.wanted == target.wanted
@@ -179,7 +180,8 @@ class Executor:
                 changes = await self._apply_all(target, self._render(target, desired, seen), is_verified)
             except SpecError as error:
                 raise Obstacle(_problem_of(error), needs_user=True) from error
-        self._settled[key] = Settled(target.wanted, self._children(key))
+        if self._children(key) == children:  # else the next pass looks: a child may have gone during this one
+            self._settled[key] = Settled(target.wanted, children)
         return changes if was_settled else []
 
     def _render(self, target: Target, desired: Desired, seen: Observed) -> list[Manifest]:
@@ -284,11 +286,11 @@ class Executor:
             await self._cluster.scale(key.namespace, group.name, replicas)
 
     def _children(self, key: Key) -> tuple[object, ...]:
-        """Return what tells one state of the children from another; the trainer's reports are none of it."""
+        """Return what tells one state of the children from another; what a trainer reports is none of it."""
+        report = report_name(key)
         return tuple(
-            (child.entry.uid, child.entry.is_deleting, child.entry.value)
-            for child in self._cluster.children(key)
-            if child.entry.name != report_name(key)
+            (each.entry.uid, each.entry.is_deleting, b"" if each.entry.name == report else each.entry.value)
+            for each in self._cluster.children(key)
         )
 
     # -- deletions

@@ -57,11 +57,16 @@ def take_labels_off(job: Job) -> None:
         what = f"{child['kind']}/{child['metadata']['name']}"
         job.kubectl("label", what, f"{JOB_UID_LABEL}-")
 
-    def are_back() -> bool:
+    def missing() -> list[str]:
         found = json.loads(job.kubectl("get", CHILDREN, "-l", JOB_UID_LABEL, "-o", "json"))["items"]
-        return len(found) > len(children)
+        there = {(each["kind"], each["metadata"]["name"]) for each in found}
+        places = ((each["kind"], each["metadata"]["name"]) for each in children)
+        return [f"{kind}/{name}" for kind, name in places if (kind, name) not in there]
 
-    eventually("all have their labels again", are_back)
+    try:
+        eventually("all have their labels again", lambda: not missing())
+    except AssertionError as error:
+        raise AssertionError(f"{error}: {missing()}") from error
     job.kubectl("label", "job/gsm8k-trainer-1", f"{JOB_UID_LABEL}-")
     eventually("a Job that cannot be watched is replaced", lambda: job.names("jobs") == ["gsm8k-trainer-2"])
     job.wait("Running")
