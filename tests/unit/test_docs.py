@@ -6,13 +6,13 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 NO_FAULT = {"Complete", "Running", "Suspended", "Suspending", "ConfigChanged", "Resized"}
 """What a job comes to by itself or by an edit."""
-IN_TWO_STEPS = {"ImagePull", "Disrupted", "JobDeleted", "PodsRefused"}
+IN_TWO_STEPS = {"ImagePull", "PodsRefused"}
 """Reasons that the code chooses before it says them."""
 
 
 def reasons_given() -> set[str]:
     code = "\n".join(path.read_text() for path in (ROOT / "operator" / "asyncrl_operator").glob("*.py"))
-    found = re.findall(r'\b(?:Problem|Ended)\(\s*"([A-Z]\w+)"', code)
+    found = re.findall(r'\b(?:Problem|Ended|_disruption)\(\s*"([A-Z]\w+)"', code)
     found += re.findall(r'\bStanding\(\s*"\w+", "([A-Z]\w+)"', code)
     assert all(f'"{reason}"' in code for reason in IN_TWO_STEPS)
     return {*found, *IN_TWO_STEPS} - NO_FAULT
