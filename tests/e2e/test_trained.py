@@ -2,6 +2,7 @@
 
 import json
 import re
+from typing import Any
 
 import pytest
 
@@ -41,7 +42,7 @@ def test_a_trainer_of_two_pods_trains_as_one(job: RunningJob) -> None:
     job.apply(
         training={"maxSteps": 10},
         evaluation={"samples": 50, "everySteps": 50},
-        gpuBudget={"total": 4, "mode": "Manual", "split": {"trainer": 2, "rollout": 2}},
+        gpuBudget=budget(trainer=2, rollout=2) | {"allocation": "None"},
         trainer={"gpusPerNode": 1, "deepspeed": {"zeroStage": 2}},
     )
     job.wait_for_step(1, SECONDS)
@@ -49,6 +50,29 @@ def test_a_trainer_of_two_pods_trains_as_one(job: RunningJob) -> None:
     job.wait("Finished", SECONDS)
     assert job.condition("Complete")["status"] == "True", job.status()
     assert "missing 0  twice 0" in job.audit()
+
+
+@pytest.mark.slow
+def test_gpus_are_asked_for_and_the_scheduler_says_when_there_are_too_few(job: RunningJob) -> None:
+    """The nodes advertise four each; there is no device, so all computes on CPUs."""
+    spec: dict[str, Any] = {"training": {"maxSteps": 5}, "evaluation": {"samples": 50, "everySteps": 50}}
+    job.apply(**spec, gpuBudget=budget(trainer=5, rollout=1))
+    assert "nvidia.com/gpu" in job.wait_for_reason("Reconciling", "Unschedulable")
+    job.apply(**spec, gpuBudget=budget(trainer=1, rollout=2))
+    job.wait("Finished", SECONDS)
+    assert job.condition("Complete")["status"] == "True", job.status()
+    [trainer] = job.pods("trainer")
+    assert trainer["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "1"
+
+
+def budget(trainer: int, rollout: int) -> dict[str, Any]:
+    split = {"trainer": trainer, "rollout": rollout}
+    return {
+        "total": trainer + rollout,
+        "allocation": "ExtendedResource",
+        "mode": "Manual",
+        "split": split,
+    }
 
 
 def has_token(job: RunningJob, group: str) -> bool:
