@@ -328,11 +328,11 @@ class Cluster:
         events: list[Json] = []
         query = {"fieldSelector": f"reason={reason}", "limit": "500", "continue": ""}
         while True:
-            page = await self._api.get(EVENTS.path(namespace), **query)
-            events += page["items"]
-            if not (token := page["metadata"].get("continue", "")):
+            page = await self._api.list(EVENTS.path(namespace), **query)
+            events += page
+            if not page.token:
                 break
-            query["continue"] = token
+            query["continue"] = page.token
         events.sort(key=lambda each: each.get("lastTimestamp") or "")
         about = [(each, each["involvedObject"]) for each in events]
         return {(of["kind"], of["name"]): str(each.get("message", "")) for each, of in about}

@@ -15,9 +15,23 @@ from asyncrl_operator.cluster import Cluster
 from asyncrl_operator.resources import ASYNCRL_JOBS
 
 DOMAIN = "asyncrl.dev"
-PAGE_SIZE = 500
+PAGE_SIZE = 100
+"""kopf decodes a page as a whole."""
 RETRY_SECONDS = (0.5, 1.0, 2.0, 3.0, 3.0, 3.0)
 """kopf's waits grow to 21 s; after the last, the watch is begun anew."""
+
+
+class NoDiffs(kopf.DiffBaseStorage):  # type: ignore[misc]  # kopf has no types
+    """Keeps nothing of an object: `on.event` has no use for it, and kopf would copy each object in full."""
+
+    def build(self, *, body: kopf.Body, extra_fields: Any = None) -> kopf.BodyEssence:
+        return kopf.BodyEssence({})
+
+    def fetch(self, *, body: kopf.Body) -> None:
+        return None
+
+    def store(self, *, body: kopf.Body, patch: kopf.Patch, essence: kopf.BodyEssence) -> None:
+        """Leave the object as it is."""
 
 
 def build_registry(
@@ -78,7 +92,7 @@ def configure(settings: kopf.OperatorSettings) -> None:
     # Unused, for `on.event` keeps nothing; a handler of another kind, some day, shall not leave kopf's names.
     settings.persistence.finalizer = f"{DOMAIN}/operator"
     settings.persistence.progress_storage = kopf.AnnotationsProgressStorage(prefix=DOMAIN)
-    settings.persistence.diffbase_storage = kopf.AnnotationsDiffBaseStorage(prefix=DOMAIN)
+    settings.persistence.diffbase_storage = NoDiffs()
     for noisy in (
         "kopf.objects",
         "kopf.activities.probe",

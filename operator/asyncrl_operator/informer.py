@@ -176,12 +176,12 @@ async def fill(
     listed: set[tuple[str, str]] = set()
     version, token = "", ""
     while not version or token:
-        page = await api.get(path, **query, limit=str(PAGE_SIZE), **({"continue": token} if token else {}))
-        for item in page["items"]:
+        page = await api.list(path, **query, limit=str(PAGE_SIZE), **({"continue": token} if token else {}))
+        for item in page:
             listed.add((item["metadata"].get("namespace", ""), item["metadata"]["name"]))
             if (entry := store.put(item)) is not None:
                 on_change(entry)
-        version, token = page["metadata"]["resourceVersion"], page["metadata"].get("continue", "")
+        version, token = page.metadata["resourceVersion"], page.token
     for entry in store.sweep(listed, int(version)):
         on_change(entry)
     return version

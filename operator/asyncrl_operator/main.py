@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import random
@@ -75,6 +76,7 @@ def main(
     defaults = Defaults(
         runtime_image=runtime_image, nats_image=nats_image, image_pull_secrets=_names(image_pull_secrets)
     )
+    gc.freeze()  # modules stay, and the client's hundreds of models are no work for each collection
     asyncio.run(run(Settings(_names(namespaces), defaults, metrics_port, liveness_port)))
 
 

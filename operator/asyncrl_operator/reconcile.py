@@ -72,7 +72,6 @@ class Reconciler:
         self._recorder = recorder
         self._telemetry = telemetry
         self._clock = clock
-        self._specs: dict[Key, tuple[str, int, Spec]] = {}
 
     async def reconcile(self, key: Key) -> float | None:
         """Take one step towards what a job asks for, say where it stands, and return when to look again.
@@ -95,7 +94,7 @@ class Reconciler:
         body = msgspec.json.decode(entry.value)
         generation, stored = body["metadata"].get("generation", 1), body["status"]
         try:
-            spec = self._parse(key, entry.uid, generation, body["spec"])
+            spec = Spec.model_validate(body["spec"])
         except ValidationError as error:
             await self._write(
                 entry, stored, unreadable(Status.model_validate(stored), generation, error, self._clock())
@@ -161,16 +160,7 @@ class Reconciler:
         written = await self._cluster.write_status(entry, patch)
         return written, msgspec.json.decode(written.value)["status"]
 
-    def _parse(self, key: Key, uid: str, generation: int, spec: Any) -> Spec:
-        known = self._specs.get(key)
-        if known is not None and known[:2] == (uid, generation):
-            return known[2]
-        parsed = Spec.model_validate(spec)
-        self._specs[key] = (uid, generation, parsed)
-        return parsed
-
     def _forget(self, key: Key) -> None:
-        self._specs.pop(key, None)
         self._executor.forget(key)
         self._obstacles.forget(key)
         self._telemetry.forget(key)
