@@ -287,11 +287,16 @@ def show_many(jobs: Jobs, rights: Path, folder: Path, options: argparse.Namespac
     count = options.jobs
     with running_operator(rights, folder) as operator:
         process, before = psutil.Process(operator.pid), operator.num_calls()
+        idle = sum(process.cpu_times()[:2])
         took = bring_up(jobs, count)
+        busy = sum(process.cpu_times()[:2]) - idle
         ratio = f", {took / alone:.2f} x the control plane alone" if alone else ""
         print(f"{count} jobs applied at once: all Running after {took:.0f} s{ratio}")
         per_job = (operator.num_calls() - before) / count
-        print(f"  operator: {rss(process):.0f} MiB, {per_job:.1f} API calls per job", flush=True)
+        print(
+            f"  operator: {rss(process):.0f} MiB, {per_job:.1f} API calls per job, {busy:.0f} s of CPU",
+            flush=True,
+        )
         for changes in (True, False):
             share, writes = watch_steady(operator, process, jobs, count, options.steady, changes)
             what = "change" if changes else "do not change"
