@@ -19,7 +19,11 @@ Short = Literal["", "Rollout", "Trainer"]
 STARVED_SHARE = 0.25
 """Of the trainer's time spent waiting for a batch: from there on, with an empty queue, rollout is short."""
 BUSY_SHARE = 0.05
-"""Up to there, with a full queue, the trainer is short."""
+"""Up to there, with a full queue, the trainer is short.
+
+A full queue has all that may wait at a time but one batch: tickets come as a step begins, and while it lasts
+engines are at work on them.
+"""
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,8 @@ def _short(spec: Spec, report: Report | None) -> Short:
     batch = spec.training.batch_size
     if report.wait_share >= STARVED_SHARE and report.queue_depth < batch:
         return "Rollout"
-    if report.wait_share <= BUSY_SHARE and report.queue_depth >= batch * max(1, spec.staleness.max_versions):
+    full = batch * max(0, spec.staleness.max_versions - 1)
+    if report.wait_share <= BUSY_SHARE and report.queue_depth >= full:
         return "Trainer"
     return ""
 
