@@ -5,9 +5,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+SGLANG := .venv-sglang
 RUN := runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: quickstart test unit e2e lint crd clean
+.PHONY: quickstart test unit e2e contract-sglang sglang lint crd clean
 
 quickstart: $(STAMP)
 	$(BIN)/asyncrl run examples/quickstart.yaml --out $(RUN)
@@ -24,6 +25,21 @@ unit: $(STAMP)
 # All tests whose pods run, on real nodes and from images of the Dockerfiles: as root, with KUBEUP.
 e2e: $(STAMP)
 	ASYNCRL_E2E_IMAGES=1 $(BIN)/pytest tests/e2e --durations 10
+
+# What worker and weight sync rely on in an engine, tried on SGLang itself.
+contract-sglang: $(STAMP) sglang
+	ASYNCRL_SGLANG_PYTHON=$(CURDIR)/$(SGLANG)/bin/python $(BIN)/pytest tests/contract
+
+# SGLang for CPUs, in an environment of its own, for its pins are others than DeepSpeed's (3.5 GB). Its own
+# requirements would bring CUDA, so they are listed here, and it comes without any.
+sglang: $(SGLANG)/.installed
+$(SGLANG)/.installed: images/sglang-cpu/requirements.txt images/sglang-cpu/without-requirements.txt
+	$(PYTHON) -m venv $(SGLANG)
+	$(SGLANG)/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(SGLANG)/bin/pip install --quiet --disable-pip-version-check -r images/sglang-cpu/requirements.txt
+	$(SGLANG)/bin/pip install --quiet --disable-pip-version-check --no-deps \
+		-r images/sglang-cpu/without-requirements.txt
+	touch $@
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -43,4 +59,4 @@ $(STAMP): pyproject.toml
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(SGLANG)

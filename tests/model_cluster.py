@@ -193,6 +193,7 @@ class ModelCluster:
             template=template,
             gpus=gpus,
             created_at=self.now,
+            ready_changed_at=self.now,
         )
 
     def _run_kubelet(self, pod: Pod) -> None:
@@ -207,7 +208,7 @@ class ModelCluster:
         if pod.deleted_at is not None:
             del self.pods[pod.name]
         elif pod.phase == "Pending" and pod.node and not pod.waiting:
-            self.pods[pod.name] = replace(pod, phase="Running", is_ready=True)
+            self.pods[pod.name] = replace(pod, phase="Running", is_ready=True, ready_changed_at=self.now)
         else:
             self.pods[pod.name] = pod
 

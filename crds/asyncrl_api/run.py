@@ -11,6 +11,9 @@ from asyncrl_api.marks import merge, split_live
 from asyncrl_api.names import JobNames, NatsAddress
 from asyncrl_api.wire import Wire
 
+SGLANG_PYTHON = "ASYNCRL_SGLANG_PYTHON"
+"""The variable that names the interpreter that has SGLang, where that is not our own: their pins differ."""
+
 
 class RunConfig(Wire):
     """What every process of a job is told, as one file that does not change during an attempt."""

@@ -240,15 +240,11 @@ def rollout_commands(
 
 
 def _engine_command(spec: Spec, gpus_per_replica: int, config: str, host: str, port: int) -> tuple[str, ...]:
-    address = ("--host", host, "--port", str(port))
+    address = ("--config", config, "--host", host, "--port", str(port))
+    arguments = spec.rollout.engine.args
     if spec.rollout.engine.type == "CPU":
-        return ("asyncrl-runtime", "engine", "--config", config, *address, *spec.rollout.engine.args)
-    dtype = "bfloat16" if spec.model.dtype == "BFloat16" else "float32"
-    source = spec.model.source.removeprefix("hf://").removeprefix("file://")
-    model = ("--model-path", source, "--revision", spec.model.revision)
-    sizes = ("--tp-size", str(gpus_per_replica), "--context-length", str(spec.model.context_length))
-    options = ("--dtype", dtype, "--enable-metrics", "--skip-server-warmup", *spec.rollout.engine.args)
-    return ("python", "-m", "sglang.launch_server", *model, *address, *sizes, *options)
+        return ("asyncrl-runtime", "engine", *address, *arguments)
+    return ("asyncrl-runtime", "sglang", *address, "--gpus", str(gpus_per_replica), *arguments)
 
 
 def _trainer_group(split: Split, places: Places, attempt: int) -> Group:

@@ -4,6 +4,7 @@ It starts the very commands that pods run, restarts what dies as the failure pol
 workers as kubelet would, and shows how the job stands. One thread, one loop.
 """
 
+import importlib.util
 import os
 import shutil
 import signal
@@ -25,6 +26,7 @@ from asyncrl_api.job import AsyncRLJob, Spec
 from asyncrl_api.manifests import FieldError, SpecError
 from asyncrl_api.processes import die_with_parent
 from asyncrl_api.report import Report
+from asyncrl_api.run import SGLANG_PYTHON
 from asyncrl_operator.layout import Plan, Process, plan, plan_split, trainer_command
 from asyncrl_operator.messaging import render_nats_config
 from asyncrl_operator.progress import Display
@@ -81,12 +83,12 @@ def free_ports(spec: Spec) -> dict[str, int]:
             each.close()
 
 
-def local_refusals(spec: Spec) -> list[FieldError]:
+def local_refusals(spec: Spec, *, has_sglang: bool) -> list[FieldError]:
     """Return what of a manifest cannot run on this machine, each with the remedy."""
     refusals = []
-    if spec.rollout.engine.type != "CPU":
-        rule = "asyncrl run starts the CPU engine alone: --set spec.rollout.engine.type=CPU"
-        refusals.append(FieldError("spec.rollout.engine.type", rule, spec.rollout.engine.type))
+    if spec.rollout.engine.type == "SGLang" and not has_sglang:
+        rule = f"{SGLANG_PYTHON} names no interpreter with SGLang: --set spec.rollout.engine.type=CPU"
+        refusals.append(FieldError("spec.rollout.engine.type", rule, "SGLang"))
     if spec.gpu_budget.allocation != "None":
         rule = "this machine's processes are not GPUs: --set spec.gpuBudget.allocation=None"
         refusals.append(FieldError("spec.gpuBudget.allocation", rule, spec.gpu_budget.allocation))
@@ -423,7 +425,8 @@ def environment() -> dict[str, str]:
 
 def check_runnable(job: AsyncRLJob) -> None:
     """Raise SpecError for what cannot run on this machine."""
-    if refusals := local_refusals(job.spec):
+    has_sglang = SGLANG_PYTHON in os.environ or importlib.util.find_spec("sglang") is not None
+    if refusals := local_refusals(job.spec, has_sglang=has_sglang):
         raise SpecError(refusals)
 
 

@@ -43,6 +43,8 @@ class Pod:
     """Annotation `asyncrl.dev/gpus`: what it counts against the budget."""
     phase: Literal["Pending", "Running", "Succeeded", "Failed", "Unknown"] = "Pending"
     is_ready: bool = False
+    ready_changed_at: Seconds = 0.0
+    """Since when it has been so."""
     node: str = ""
     """Empty until it is scheduled."""
     created_at: Seconds = 0.0

@@ -46,6 +46,9 @@ from asyncrl_operator.resources import ATTEMPT_LABEL, GPUS_ANNOTATION, TEMPLATE_
 
 Json = dict[str, Any]
 
+READY_FAILURES = 3
+"""In a row: at each step an engine takes in weights, and is not ready for a moment."""
+
 
 def trainer_template(job: AsyncRLJob, defaults: Defaults, attempt: Attempt) -> Json:
     """Return the template of one attempt's pods.
@@ -135,7 +138,7 @@ def rollout_template(job: AsyncRLJob, defaults: Defaults, gpus: int, template_ha
             *({"name": each, "mountPath": f"{CODE}/{each}", "readOnly": True} for each in code_volumes(spec)),
         ],
         **probes("/worker", failures=3),
-        "readinessProbe": probe("/ready") | {"periodSeconds": 2, "failureThreshold": 1},
+        "readinessProbe": probe("/ready") | {"periodSeconds": 2, "failureThreshold": READY_FAILURES},
         "securityContext": container_security(),
     }
     pod = render_pod(job, defaults, "rollout", [engine, worker])

@@ -7,6 +7,8 @@ from asyncrl_operator.observed import DeletePod, Node, Pod
 
 STUCK_SECONDS = 900.0
 """An updated pod that is not ready after so long has stopped the update."""
+PATIENCE_SECONDS = 10.0
+"""A pod of the older template that has not been ready for so long serves nobody."""
 UNKNOWN_NODE_SECONDS = 60.0
 """A node that is not known may be new, and the news of the pod have come first."""
 
@@ -27,8 +29,9 @@ def next_wave(
 ) -> Wave:
     """Return which pods of an older template go now: at most so many may be down at a time.
 
-    Those that are not ready go first and cost nothing, so that an update that follows a broken one gets
-    through (kubernetes#67250). While updated pods fail, they use up what may be down, and no more go.
+    Those that have not been ready for a while go first and cost nothing, so that an update that follows a
+    broken one gets through (kubernetes#67250). While updated pods fail, they use up what may be down, and no
+    more go.
 
     Args:
         template: the hash that pods should have; pods of the StatefulSet get it when they are made again.
@@ -38,18 +41,21 @@ def next_wave(
     outdated = [pod for pod in alive if pod.template != template]
     if not outdated:
         return Wave()
-    failing = [pod for pod in outdated if not pod.is_ready]
+    unready = [pod for pod in outdated if not pod.is_ready]
+    failing = [pod for pod in unready if now >= pod.ready_changed_at + PATIENCE_SECONDS]
     ready = [pod for pod in alive if pod.is_ready]
     budget = max(1, replicas * max_unavailable_percent // 100) - (replicas - len(ready))
     serving = sorted((pod for pod in outdated if pod.is_ready), key=_ordinal, reverse=True)
     chosen = failing + serving[: max(0, budget)]
     waiting = [pod for pod in alive if pod.template == template and not pod.is_ready]
     late = [pod for pod in waiting if now >= pod.created_at + STUCK_SECONDS]
+    wakes = [pod.created_at + STUCK_SECONDS for pod in waiting if pod not in late]
+    wakes += [pod.ready_changed_at + PATIENCE_SECONDS for pod in unready if pod not in failing]
     return Wave(
         tuple(DeletePod(pod.name, pod.uid, is_forced=False) for pod in chosen),
         is_under_way=True,
         stuck=f"{late[0].name} is not ready: {late[0].waiting or 'its probe fails'}" if late else "",
-        wake_at=min((pod.created_at + STUCK_SECONDS for pod in waiting if pod not in late), default=None),
+        wake_at=min(wakes, default=None),
     )
 
 

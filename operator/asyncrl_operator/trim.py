@@ -66,6 +66,7 @@ def trim_pod(raw: Json) -> KeptPod:
     statuses = [*status.get("initContainerStatuses", ()), *status.get("containerStatuses", ())]
     scheduled = _condition(raw, "PodScheduled") or {}
     disrupted = _condition(raw, "DisruptionTarget") or {}
+    ready = _condition(raw, "Ready") or {}
     pod = Pod(
         name=metadata["name"],
         uid=metadata["uid"],
@@ -74,7 +75,8 @@ def trim_pod(raw: Json) -> KeptPod:
         template=labels.get(TEMPLATE_LABEL, ""),
         gpus=_number(annotations.get(GPUS_ANNOTATION)),
         phase=status.get("phase", "Pending"),
-        is_ready=(_condition(raw, "Ready") or {}).get("status") == "True",
+        is_ready=ready.get("status") == "True",
+        ready_changed_at=to_seconds(ready.get("lastTransitionTime") or metadata["creationTimestamp"]),
         node=spec.get("nodeName", ""),
         created_at=to_seconds(metadata["creationTimestamp"]),
         deleted_at=to_seconds(deletion) if deletion else None,

@@ -47,6 +47,24 @@ def engine(
     _run(config, run)
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def sglang(
+    context: typer.Context,
+    config: ConfigPath,
+    host: Host = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Of the HTTP API.")] = 30000,
+    gpus: Annotated[int, typer.Option(help="Over which each tensor is spread.")] = 1,
+) -> None:
+    """SGLang over the job's model; further options are its own."""
+
+    def run(run_config: RunConfig) -> None:
+        from asyncrl_runtime.sglang.run import run_sglang
+
+        run_sglang(run_config, host, port, gpus=gpus, arguments=context.args)
+
+    _run(config, run)
+
+
 @app.command()
 def worker(
     config: ConfigPath,

@@ -172,7 +172,7 @@ def test_an_override_that_cannot_be_applied_says_why(smallest: Path, setting: st
 NOT_HERE: list[tuple[dict[str, Any], str]] = [
     (
         {"rollout": {"engine": {"type": "SGLang"}}},
-        'spec.rollout.engine.type: "SGLang": asyncrl run starts the CPU engine alone: '
+        'spec.rollout.engine.type: "SGLang": ASYNCRL_SGLANG_PYTHON names no interpreter with SGLang: '
         "--set spec.rollout.engine.type=CPU",
     ),
     (

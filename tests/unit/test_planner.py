@@ -2,10 +2,12 @@
 
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 
 from asyncrl_operator.observed import Pod, Problem
+from asyncrl_operator.rolling import next_wave
 from model_cluster import NAME, ModelCluster, make_spec
 
 
@@ -15,6 +17,10 @@ def running(**overrides: object) -> ModelCluster:
     cluster.run_until_still()
     assert cluster.phase == "Running"
     return cluster
+
+
+FULL = 4 * (4 - 1)
+"""Of these jobs: all that may wait while engines are at work on the newest batch."""
 
 
 def reasons(cluster: ModelCluster) -> list[str]:
@@ -236,7 +242,7 @@ def test_a_full_queue_gives_gpus_to_the_trainer_and_back_never_at_once() -> None
     cluster = running(gpuBudget={"auto": {"cooldownSeconds": 100}})
     sizes = []
     for step in range(60):
-        cluster.reports(wait_share=0.0, queue_depth=99, step=step)
+        cluster.reports(wait_share=0.0, queue_depth=FULL, step=step)
         cluster.run_until_still()
         assert cluster.status.split is not None
         sizes.append(cluster.status.split.trainer)
@@ -249,7 +255,7 @@ def test_a_full_queue_gives_gpus_to_the_trainer_and_back_never_at_once() -> None
 def test_without_leave_to_resize_the_trainer_spare_gpus_are_given_back() -> None:
     cluster = running(gpuBudget={"auto": {"cooldownSeconds": 100, "trainerResize": "Never"}})
     for _ in range(30):
-        cluster.reports(wait_share=0.0, queue_depth=99)
+        cluster.reports(wait_share=0.0, queue_depth=FULL)
         cluster.run_until_still()
         cluster.now += 10
     assert cluster.status.split is not None and cluster.status.split.trainer == 2
@@ -290,6 +296,18 @@ def test_a_new_engine_rolls_the_engines_in_waves() -> None:
     assert fewest == 4, "two of six may be down"
     assert not old & {pod.uid for pod in cluster.pods.values()}
     assert cluster.status.attempt is not None and cluster.status.attempt.number == 1
+
+
+def test_an_engine_that_is_not_ready_for_a_moment_is_not_replaced_before_its_turn() -> None:
+    def pod(name: str, template: str, **values: Any) -> Pod:
+        return Pod(name, name, "rollout", template=template, phase="Running", **values)
+
+    fresh = pod("j-rollout-1", "new", created_at=95.0)
+    for since, gone in ((95.0, ()), (80.0, ("j-rollout-0",))):
+        old = pod("j-rollout-0", "old", ready_changed_at=since)
+        wave = next_wave([old, fresh], "new", 2, 25, 100.0)
+        assert tuple(each.name for each in wave.deletions) == gone
+    assert next_wave([pod("j-rollout-0", "old", ready_changed_at=95.0)], "new", 1, 25, 100.0).wake_at == 105.0
 
 
 def test_a_bad_image_stops_the_update_and_the_next_edit_goes_through() -> None:

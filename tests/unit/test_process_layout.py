@@ -320,17 +320,12 @@ def test_a_shared_server_is_not_started() -> None:
     assert [group.role for group in shared.groups] == ["rollout", "trainer"]
 
 
-@pytest.mark.parametrize(
-    ("source", "path"), [("hf://Qwen/Qwen3-1.7B", "Qwen/Qwen3-1.7B"), ("file:///models/qwen", "/models/qwen")]
-)
-def test_sglang_is_told_model_sizes_and_address(source: str, path: str) -> None:
-    overrides = [f"model.source={source}", "rollout.gpusPerReplica=2", "rollout.engine.args=[--mem, '0.8']"]
-    planned = plan(make_job(*overrides), Places())
+def test_sglang_is_told_its_gpus_and_address() -> None:
+    planned = plan(make_job("rollout.gpusPerReplica=2", "rollout.engine.args=[--mem, '0.8']"), Places())
     (engine, *_) = [p for p in planned.processes if p.name.endswith("-engine")]
     assert engine.gpus == 2
     assert " ".join(engine.command) == (
-        f"python -m sglang.launch_server --model-path {path} --revision main --host 10.0.1.0 --port 30000 "
-        "--tp-size 2 --context-length 8192 --dtype bfloat16 --enable-metrics --skip-server-warmup --mem 0.8"
+        "asyncrl-runtime sglang --config /job/config.json --host 10.0.1.0 --port 30000 --gpus 2 --mem 0.8"
     )
 
 

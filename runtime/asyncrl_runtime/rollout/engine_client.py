@@ -48,6 +48,10 @@ class EngineRefused(Exception):
     """The engine answered that this request can never work."""
 
 
+class EngineLacks(EngineRefused):
+    """The engine does not know this endpoint (404): it is of another line."""
+
+
 @dataclass(frozen=True)
 class SamplingRequest:
     """One sequence to be continued."""
@@ -194,7 +198,7 @@ class EngineClient:
         Raises:
             EngineTimeout: no answer in time.
             EngineLost: no connection, or a server error.
-            EngineRefused: answered with a 4xx; the message is the engine's.
+            EngineRefused: answered with a 4xx; the message is the engine's. EngineLacks for a 404.
         """
         response = await self._control(self._http.post(path, json=body), path, timeout_seconds)
         result: dict[str, Any] = json.loads(response.text) if response.text.startswith("{") else {}
@@ -269,7 +273,8 @@ class EngineClient:
             return response
         message = response.text[:500]
         if 400 <= response.status_code < 500:
-            raise EngineRefused(f"{response.request.url.path}: {message}")
+            refusal = EngineLacks if response.status_code == 404 else EngineRefused
+            raise refusal(f"{response.request.url.path}: {message}")
         raise EngineFailed(f"{self.base_url}: {response.status_code}: {message}")
 
 

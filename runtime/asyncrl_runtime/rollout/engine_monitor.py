@@ -101,7 +101,7 @@ class EngineMonitor:
                 await self._adopt()
             self._is_up = True
         self._answered_at = self._clock()
-        self._observe(_parse_load(await self._engine.metrics()))
+        self._observe(parse_load(await self._engine.metrics()))
         self._dirty_since = (self._dirty_since or self._clock()) if self._receiver.state == "dirty" else None
 
     async def _adopt(self) -> None:
@@ -139,7 +139,7 @@ class EngineMonitor:
         self._is_up = False
 
 
-def _parse_load(text: str) -> EngineLoad:
+def parse_load(text: str) -> EngineLoad:
     """Read what is needed of SGLang's metrics; label sets (ranks) are summed, usage is the largest."""
     values: dict[str, list[float]] = {}
     for family in text_string_to_metric_families(text):

@@ -19,7 +19,13 @@ from asyncrl_runtime.contract.messages import (
     ProbeEngine,
     ReceiveBucket,
 )
-from asyncrl_runtime.rollout.engine_client import EngineClient, EngineLost, EngineRefused, EngineTimeout
+from asyncrl_runtime.rollout.engine_client import (
+    EngineClient,
+    EngineLacks,
+    EngineLost,
+    EngineRefused,
+    EngineTimeout,
+)
 
 Request = DrainEngine | ProbeEngine | JoinGroup | PrepareUpdate | ReceiveBucket | CommitUpdate
 
@@ -49,6 +55,7 @@ class WeightReceiver:
         self._interrupt = "Retract"
         self._num_buckets: int | None = None  # received in the open update; None outside of one
         self._is_draining = False
+        self._has_sessions = True
         self._watchdog: asyncio.TimerHandle | None = None
         self._lock = asyncio.Lock()
         self.is_dirty = False
@@ -70,6 +77,7 @@ class WeightReceiver:
         """Forget everything: a new engine process has no weights of ours and no group."""
         self._stop_watchdog()
         self._group, self._num_buckets, self._is_draining = None, None, False
+        self._has_sessions = True
         self.is_dirty = self.has_missed_deadline = False
         self._seen.version = None
 
@@ -141,8 +149,19 @@ class WeightReceiver:
         self._seen.num_updates_begun += 1
         self._num_buckets = 0
         await self._call("/pause_generation", {"mode": PAUSE_MODES[request.interrupt]})
-        await self._call("/begin_weight_update", {"selector": "all"})
+        await self._begin_session()
         self._start_watchdog(request.timeout_seconds)
+
+    async def _begin_session(self) -> None:
+        """Open the engine's own session; SGLang up to 0.5.20 has none, and takes buckets at any time."""
+        try:
+            await self._call("/begin_weight_update", {"selector": "all"})
+        except EngineLacks:
+            self._has_sessions = False
+
+    async def _end_session(self) -> None:
+        if self._has_sessions:
+            await self._call("/end_weight_update", {})
 
     async def _receive(self, request: ReceiveBucket) -> None:
         self._require_group(request.group)
@@ -167,7 +186,7 @@ class WeightReceiver:
         self._require_group(request.group)
         if not self._num_buckets:
             raise UpdateFailed("nothing was received")
-        await self._call("/end_weight_update", {})
+        await self._end_session()
         checksum = ""
         if request.checksum:
             answer = await self._call("/weights_checker", {"action": "checksum"}, 60)
@@ -183,7 +202,7 @@ class WeightReceiver:
         """End the update and leave the group; go on at the old version unless some of the new arrived."""
         received, self._num_buckets = self._num_buckets, None
         self.is_dirty = self.is_dirty or bool(received)
-        if received is not None:
+        if received is not None and self._has_sessions:
             await self._try("/end_weight_update", {})
         await self._leave_group()
         if received is not None and not self.is_dirty:
@@ -193,7 +212,7 @@ class WeightReceiver:
         """Close an update that was given up, to open another one; stay paused."""
         received, self._num_buckets = self._num_buckets, None
         self.is_dirty = self.is_dirty or bool(received)
-        await self._call("/end_weight_update", {})
+        await self._end_session()
 
     async def _leave_group(self) -> None:
         if self._group is None:

@@ -1,0 +1,77 @@
+"""Runs SGLang as the engine of a job: the command `asyncrl-runtime sglang` becomes its server."""
+
+import importlib.util
+import logging
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from asyncrl_api.exits import ExitCode, ExitError
+from asyncrl_api.job import Spec
+from asyncrl_api.run import SGLANG_PYTHON, RunConfig
+from asyncrl_runtime.model.source import ensure_model
+
+log = logging.getLogger(__name__)
+
+CPU_SHIM = Path(__file__).parent / "cpu_shim"
+CPU_TOKENS = 65536
+"""In the KV cache: SGLang would else measure the memory of the whole machine, and take a share of it."""
+CPU_OPTIONS = (
+    *("--device", "cpu", "--attention-backend", "torch_native", "--max-total-tokens", str(CPU_TOKENS)),
+    *("--mem-fraction-static", "0.3", "--disable-overlap-schedule", "--disable-cuda-graph"),
+)
+
+
+def run_sglang(config: RunConfig, host: str, port: int, *, gpus: int, arguments: Sequence[str]) -> NoReturn:
+    """Become SGLang's server over the job's model.
+
+    Args:
+        gpus: its tensor-parallel size.
+        arguments: `rollout.engine.args`; they come last, so they win.
+
+    Raises:
+        ExitError: the model cannot be had, or SGLang is not installed.
+    """
+    spec = config.spec
+    python = os.environ.get(SGLANG_PYTHON, sys.executable)
+    if python == sys.executable and importlib.util.find_spec("sglang") is None:
+        raise ExitError(
+            ExitCode.USAGE,
+            f"spec.rollout.engine.type: SGLang is not installed for {python}; name an interpreter that has "
+            f"it by {SGLANG_PYTHON} (`make sglang` makes one for CPUs), or set the type to CPU",
+        )
+    folder = ensure_model(spec.model, config.model_cache, spec.training.seed)
+    command = [python, *server_arguments(spec, folder, host, port, gpus), *arguments]
+    log.info("starting %s", " ".join(command))
+    try:
+        os.execve(python, command, environment(spec, os.environ))
+    except OSError as error:
+        raise ExitError(ExitCode.USAGE, f"{SGLANG_PYTHON}: {python}: {error.strerror}") from error
+
+
+def server_arguments(spec: Spec, folder: Path, host: str, port: int, gpus: int) -> list[str]:
+    """Return how the server is started, the interpreter apart."""
+    dtype = "bfloat16" if spec.model.dtype == "BFloat16" else "float32"
+    arguments = ["-m", "sglang.launch_server", "--model-path", str(folder), "--host", host]
+    arguments += ["--port", str(port), "--tp-size", str(gpus), "--dtype", dtype]
+    arguments += ["--context-length", str(spec.model.context_length)]
+    arguments += ["--random-seed", str(spec.training.seed), "--enable-metrics", "--skip-server-warmup"]
+    if spec.rollout.max_concurrency:
+        arguments += ["--max-running-requests", str(spec.rollout.max_concurrency)]
+    return [*arguments, *(CPU_OPTIONS if is_on_cpu(spec) else ())]
+
+
+def environment(spec: Spec, inherited: Mapping[str, str]) -> dict[str, str]:
+    """Return the server's variables: a probe costs no sample, and on a CPU it finds the shim."""
+    ours = {"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0"}
+    if is_on_cpu(spec):
+        paths = [str(CPU_SHIM), *filter(None, [inherited.get("PYTHONPATH", "")])]
+        ours |= {"SGLANG_USE_CPU_ENGINE": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    return {**inherited, **ours}
+
+
+def is_on_cpu(spec: Spec) -> bool:
+    """Whether the budget counts process slots, not GPUs."""
+    return spec.gpu_budget.allocation == "None"

@@ -1,0 +1,63 @@
+"""How SGLang is started, on GPUs and on CPUs."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from asyncrl_api.job import Spec
+from asyncrl_api.manifests import parse_spec
+from asyncrl_api.marks import merge
+from asyncrl_runtime.sglang.run import CPU_SHIM, environment, server_arguments
+from smallest import SMALLEST
+
+FOLDER = Path("/models/tiny")
+
+
+def spec_of(allocation: str) -> Spec:
+    changes = {"gpuBudget": {"allocation": allocation}, "rollout": {"maxConcurrency": 32}}
+    return parse_spec(merge(SMALLEST["spec"], changes))
+
+
+def test_on_gpus_it_is_told_model_sizes_and_address() -> None:
+    text = " ".join(server_arguments(spec_of("ExtendedResource"), FOLDER, "10.0.0.1", 30000, gpus=4))
+    assert "--model-path /models/tiny --host 10.0.0.1 --port 30000 --tp-size 4 --dtype bfloat16" in text
+    assert "--max-running-requests 32" in text
+    assert "cpu" not in text
+
+
+def test_on_cpus_it_has_the_shim_before_all_else() -> None:
+    text = " ".join(server_arguments(spec_of("None"), FOLDER, "127.0.0.1", 30000, gpus=1))
+    assert "--device cpu --attention-backend torch_native" in text
+    found = environment(spec_of("None"), {"PYTHONPATH": "/mine", "HOME": "/root"})
+    assert found["PYTHONPATH"] == f"{CPU_SHIM}{os.pathsep}/mine" and found["HOME"] == "/root"
+    assert found["SGLANG_USE_CPU_ENGINE"] == "1"
+
+
+def test_on_gpus_the_shim_is_out_of_reach() -> None:
+    found = environment(spec_of("ExtendedResource"), {"PYTHONPATH": "/mine"})
+    assert found["PYTHONPATH"] == "/mine" and "SGLANG_USE_CPU_ENGINE" not in found
+
+
+def test_the_shims_kernels_are_there_and_say_that_they_are_not() -> None:
+    code = """
+import sgl_kernel
+from sgl_kernel.kvcacheio import copy_all_layer_kv_cache_cpu as found
+try:
+    found()
+except NotImplementedError as error:
+    print(error)
+try:
+    import sgl_kernel.scalar_type
+except ImportError:
+    print("SGLang falls back on its own")
+"""
+    env = {**os.environ, "PYTHONPATH": str(CPU_SHIM)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=True, env=env, stdout=subprocess.PIPE, text=True
+    )
+    kernel = "sgl_kernel.kvcacheio.copy_all_layer_kv_cache_cpu"
+    assert done.stdout.splitlines() == [
+        f"{kernel} is a kernel for GPUs: there is none on this machine",
+        "SGLang falls back on its own",
+    ]

@@ -1,0 +1,142 @@
+"""Rank 0 of a weight group for tests of engines, and what they look at in an engine's answers."""
+
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from asyncrl_runtime.weights.group import host_group, leave_group, open_store
+from tiny_models import EngineProcess, tiny_model
+
+PROMPT = [5, 6, 7, 8, 9]
+
+
+class Trainer:
+    """Rank 0 of a weight group, in this process, as the trainer will be."""
+
+    def __init__(self, engines: list[EngineProcess], name: str, pool: ThreadPoolExecutor) -> None:
+        self.engines, self.name, self._pool = engines, name, pool
+        store = open_store("127.0.0.1")
+        joins = [
+            pool.submit(
+                engine.post,
+                "/init_weights_update_group",
+                {
+                    "master_address": "127.0.0.1",
+                    "master_port": store.port,
+                    "rank_offset": rank,
+                    "world_size": len(engines) + 1,
+                    "group_name": name,
+                    "backend": "gloo",
+                },
+            )
+            for rank, engine in enumerate(engines, start=1)
+        ]
+        self.group = host_group(store, len(engines) + 1, name, "gloo", timeout_seconds=20)
+        self.store = store
+        for join in joins:
+            assert join.result().json() == {
+                "success": True,
+                "message": "Succeeded to initialize custom process group.",
+            }
+
+    def send(
+        self, tensors: Mapping[str, Tensor], *, flat: bool = False, shapes: Any = None, **body: Any
+    ) -> list[httpx.Response]:
+        """Announce and broadcast one bucket; return the engines' answers."""
+        announced = {
+            "names": list(tensors),
+            "dtypes": [str(t.dtype).removeprefix("torch.") for t in tensors.values()],
+            "shapes": shapes or [list(t.shape) for t in tensors.values()],
+            "group_name": self.name,
+            "load_format": "flattened_bucket" if flat else None,
+            **body,
+        }
+        posts = [
+            self._pool.submit(e.post, "/update_weights_from_distributed", announced) for e in self.engines
+        ]
+        parts = [t.contiguous() for t in tensors.values()]
+        if flat:
+            parts = [torch.cat([t.flatten().view(torch.uint8) for t in parts])]
+        for part in parts:
+            dist.broadcast(part, src=0, group=self.group)
+        return [post.result() for post in posts]
+
+    def control(self, path: str, body: Any = None) -> None:
+        for engine in self.engines:
+            response = engine.post(path, body)
+            assert response.status_code == 200, response.text
+
+    def leave(self) -> None:
+        self.control("/destroy_weights_update_group", {"group_name": self.name})
+        leave_group(self.group)
+        self.store.close()
+
+
+def weights_of(seed: int) -> dict[str, Tensor]:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model(seed=seed))
+    return {name: p.data for name, p in model.named_parameters()}
+
+
+def load(weights: Mapping[str, Tensor]) -> Any:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model(), attn_implementation="eager")
+    model.load_state_dict(dict(weights))
+    return model
+
+
+@torch.inference_mode()
+def logprobs_under(
+    weights: Mapping[str, Tensor],
+    ids: list[int],
+    older: Mapping[str, Tensor] | None = None,
+    kept: int = 0,
+    temperature: float = 1.0,
+) -> list[float]:
+    """[tokens - 1] of a sequence, by transformers.
+
+    Args:
+        older: weights under which the keys and values of the first `kept` tokens were computed.
+    """
+    tokens = torch.tensor([ids])
+    past = load(older)(tokens[:, :kept], use_cache=True).past_key_values if older else None
+    logits = load(weights)(tokens[:, kept:], past_key_values=past, use_cache=True).logits
+    logprobs = (logits[0, :-1] / temperature).log_softmax(-1)
+    result: list[float] = logprobs.gather(1, tokens[0, kept + 1 :, None])[:, 0].tolist()
+    return result
+
+
+def metric(engine: EngineProcess, name: str) -> float:
+    lines = engine.http.get("/metrics").text.splitlines()
+    return next(float(line.split()[-1]) for line in lines if line.startswith(f"sglang:{name}{{"))
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def checksum(engine: EngineProcess) -> str:
+    result: str = engine.post("/weights_checker", {"action": "checksum"}).json()["per_engine_checksum"]
+    return result
+
+
+def ask(pool: ThreadPoolExecutor, engine: EngineProcess, max_new_tokens: int, **body: Any) -> "Future[Any]":
+    params = {"max_new_tokens": max_new_tokens, "ignore_eos": True, "sampling_seed": 1}
+    body = {"input_ids": PROMPT, "sampling_params": params, "return_logprob": True, **body}
+    return pool.submit(engine.generate, **body)
+
+
+def spans_of(answer: Any) -> list[tuple[str, int, int]]:
+    return [tuple(s.values()) for s in answer["meta_info"]["weight_versions"]]
+
+
+def output_logprobs(answer: Any) -> list[float]:
+    return [t[0] for t in answer["meta_info"]["output_token_logprobs"]]
