@@ -29,8 +29,15 @@ def nats_binary() -> str:
 class NatsServer:
     """May be killed, stopped for a while, and started again with or without its files."""
 
-    def __init__(self, folder: Path, store_bytes: int = 2 * 2**30, users: Sequence[User] = ()) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        store_bytes: int = 2 * 2**30,
+        users: Sequence[User] = (),
+        more_config: str = "",
+    ) -> None:
         self.folder = folder
+        self._more_config = more_config
         self.port = free_port()
         self._store_bytes = store_bytes
         self._users = users
@@ -52,6 +59,7 @@ class NatsServer:
                 is_persistent=False,
                 users=self._users,
             )
+            + self._more_config
         )
         log = (self.folder / "nats.log").open("ab")
         self._process = subprocess.Popen([nats_binary(), "-c", str(config)], stdout=log, stderr=log)

@@ -72,21 +72,18 @@ class NodeCluster(Cluster):
 
     def kill_process(self, node: str, pattern: str) -> None:
         """SIGKILL the processes of a node whose command line matches; they need not be there."""
-        command = [
-            self._command,
-            "node",
-            "exec",
-            "--dir",
-            self._folder,
-            node,
-            "--",
-            "pkill",
-            "-9",
-            "-f",
-            pattern,
-        ]
-        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+        done = self._on_node(node, "pkill", "-9", "-f", pattern)
         assert done.returncode in (0, 1), done.stderr
+
+    def tag_image(self, image: str, name: str) -> None:
+        """Give an image that the nodes have one more name."""
+        for node in NODES:
+            done = self._on_node(node, "ctr", "-n", "k8s.io", "images", "tag", "--force", image, name)
+            assert done.returncode == 0, done.stderr
+
+    def _on_node(self, node: str, *command: str) -> subprocess.CompletedProcess[str]:
+        execute = [self._command, "node", "exec", "--dir", self._folder, node, "--", *command]
+        return subprocess.run(execute, check=False, capture_output=True, text=True, timeout=60)
 
     def folder_of(self, namespace: str, claim: str) -> Path:
         """Return the folder of this machine that a claim is bound to."""

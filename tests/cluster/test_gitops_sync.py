@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 
-from asyncrl_api.manifests import render_yaml
+from gitops_repository import Repository
 from kube_fixture import Cluster
 from operator_process import Job, OperatorProcess, eventually, make_job, running_operator
 
 pytestmark = pytest.mark.e2e
 
-HEALTH = Path(__file__).parents[2] / "gitops" / "argocd" / "health.lua"
 CODE = {
     "apiVersion": "v1",
     "kind": "ConfigMap",
@@ -26,42 +25,6 @@ BUDGET = {
     "allocation": "None",
     "auto": {"initialRolloutPercent": 50, "cooldownSeconds": 4},
 }
-
-
-class Repository:
-    """A folder in Git, and the application that is synced from it."""
-
-    def __init__(self, cluster: Cluster, folder: Path, namespace: str, how: tuple[str, ...]) -> None:
-        if not (cluster.programs / "gitops").exists():
-            pytest.skip("the kit has no `gitops`: Argo CD's engine is not asked")
-        self._cluster = cluster
-        self._folder = folder
-        self._common = ["--namespace", namespace, "--lua", f"asyncrl.dev/AsyncRLJob={HEALTH}"]
-        self._how = how
-
-    def write(self, name: str, manifest: dict[str, Any]) -> None:
-        (self._folder / f"{name}.yaml").write_text(render_yaml(manifest))
-
-    def remove(self, name: str) -> None:
-        (self._folder / f"{name}.yaml").unlink()
-
-    def sync(self) -> None:
-        self._gitops("sync", *self._how)
-
-    def compare(self, kind: str) -> dict[str, Any]:
-        """Return what Argo CD says of the one object of a kind."""
-        [found] = [each for each in self._gitops("compare") if f"/{kind}/" in each["resource"]]
-        return found
-
-    def stands(self) -> tuple[str, str]:
-        """Return sync state and health of the job."""
-        found = self.compare("AsyncRLJob")
-        return found["sync"], found["health"]
-
-    def _gitops(self, verb: str, *options: str) -> list[dict[str, Any]]:
-        done = self._cluster.run("gitops", verb, str(self._folder), *self._common, *options)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 @pytest.fixture(scope="module")

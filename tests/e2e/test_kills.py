@@ -61,6 +61,36 @@ def test_a_job_goes_on_whatever_dies(nodes: NodeCluster, operator: Operator, job
     assert re.search(r"missing 0  twice 0", job.audit())
 
 
+@pytest.mark.parametrize("storage", ["Ephemeral", "Persistent"])
+def test_messaging_is_lost_with_its_node(nodes: NodeCluster, job: RunningJob, storage: str) -> None:
+    """What was in it is made again from the checkpoint, or is there again."""
+    job.apply(
+        training={"maxSteps": MANY},
+        evaluation={"samples": 50, "everySteps": 5000},
+        checkpoint={"everySteps": 10},
+        failurePolicy={"deadNodeForceDeleteSeconds": 5},
+        messaging={"embedded": {"storage": {"type": storage, "size": "1Gi"}}},
+    )
+    job.wait_for_step(2, SECONDS)
+    [pod] = job.pods("messaging")
+    lost = pod["spec"]["nodeName"]
+    nodes.kill_node(lost)
+    try:
+        eventually("NATS elsewhere", lambda: [lost] != nodes_of(job, "messaging") != [], SECONDS)
+        goes_on(job)
+    finally:
+        nodes.start_node(lost)
+    assert job.status()["attempt"]["restarts"] == 0
+    job.patch({"suspend": True})
+    job.wait("Suspended", 120)
+    assert re.search(r"missing 0  twice 0", job.audit())
+
+
+def nodes_of(job: RunningJob, group: str) -> list[str]:
+    """Return where the pods of a group are; those that wait for a node are nowhere."""
+    return [pod["spec"]["nodeName"] for pod in job.pods(group) if "nodeName" in pod["spec"]]
+
+
 def goes_on(job: RunningJob) -> None:
     """Wait until the job has trained on; what is repeated after a restart does not count."""
     time.sleep(1)  # a step that was under way when something died

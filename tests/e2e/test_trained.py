@@ -6,12 +6,28 @@ from typing import Any
 
 import pytest
 
+from asyncrl_runtime.trainer.deepspeed_config import deep_merge
+from node_cluster import NODES
 from operator_process import eventually
-from running_job import RunningJob
+from running_job import RunningJob, pod_templates
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 STEPS, BATCH = 40, 32
+TRAINER = {"matchLabels": {"asyncrl.dev/group": "trainer"}}
+APART = {
+    "spec": {
+        "topologySpreadConstraints": [
+            {
+                "maxSkew": 1,
+                "topologyKey": "kubernetes.io/hostname",
+                "whenUnsatisfiable": "DoNotSchedule",
+                "labelSelector": TRAINER,
+            }
+        ]
+    }
+}
+"""Pods of the trainer on nodes of their own."""
 SECONDS = 300
 
 
@@ -38,15 +54,18 @@ def test_an_applied_job_trains_a_policy_to_the_end(job: RunningJob) -> None:
 
 @pytest.mark.slow
 def test_a_trainer_of_two_pods_trains_as_one(job: RunningJob) -> None:
-    """Ranks meet over the pod network, by the name of the first pod."""
+    """Two ranks in each, on two nodes; they meet over the pod network, by the name of the first pod."""
     job.apply(
         training={"maxSteps": 10},
         evaluation={"samples": 50, "everySteps": 50},
-        gpuBudget=budget(trainer=2, rollout=2) | {"allocation": "None"},
-        trainer={"gpusPerNode": 1, "deepspeed": {"zeroStage": 2}},
+        gpuBudget=budget(trainer=4, rollout=2) | {"allocation": "None"},
+        **deep_merge(
+            pod_templates(trainer=APART),
+            {"trainer": {"gpusPerNode": 2, "deepspeed": {"zeroStage": 2}}},
+        ),
     )
     job.wait_for_step(1, SECONDS)
-    assert len(job.pods("trainer")) == 2
+    assert {pod["spec"]["nodeName"] for pod in job.pods("trainer")} == set(NODES)
     job.wait("Finished", SECONDS)
     assert job.condition("Complete")["status"] == "True", job.status()
     assert "missing 0  twice 0" in job.audit()
