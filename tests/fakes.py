@@ -250,6 +250,8 @@ class UpdatableEngine(EngineClient):
         self.faults: dict[str, Exception] = {}
         """What the calls of an endpoint fail with."""
         self.hangs = False
+        self.needs_session = True
+        """For buckets, as SGLang from 0.5.21 on."""
         self.start()
 
     def start(self) -> None:
@@ -285,7 +287,8 @@ class UpdatableEngine(EngineClient):
                 self._refuse_unless(self.has_session, "no session is open")
                 self.has_session = False
             case "/update_weights_from_distributed":
-                self._refuse_unless(self.has_session and body["group_name"] in self.groups, "no session")
+                self._refuse_unless(self.has_session or not self.needs_session, "no session")
+                self._refuse_unless(body["group_name"] in self.groups, "no such group")
                 self.label = body.get("weight_version", self.label)
         return {"success": True, "per_engine_checksum": "c0ffee"}
 

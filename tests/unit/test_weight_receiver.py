@@ -14,7 +14,7 @@ from asyncrl_runtime.contract.messages import (
     ProbeEngine,
     ReceiveBucket,
 )
-from asyncrl_runtime.rollout.engine_client import EngineLost, EngineRefused
+from asyncrl_runtime.rollout.engine_client import EngineLacks, EngineLost, EngineRefused
 from asyncrl_runtime.rollout.weight_receiver import CONTROL_SECONDS, Request, WeightReceiver
 from fakes import UpdatableEngine, run_in_virtual_time
 
@@ -103,6 +103,23 @@ async def test_an_epoch_makes_these_calls_and_the_engine_samples_with_the_versio
     assert (join["rank_offset"], join["world_size"], join["group_name"]) == (2, 3, "wu-1.1")
     assert ["weight_version" in body for body in buckets] == [False, True]
     assert buckets[0]["names"] == ("w",) and buckets[0]["load_format"] == "flattened_bucket"
+
+
+async def test_an_engine_without_sessions_takes_its_buckets_in_a_pause() -> None:
+    """SGLang up to 0.5.20 has no such endpoints; one that was restarted may be of a newer line."""
+    controller = Controller()
+    controller.engine.faults[BEGIN] = EngineLacks(f"{BEGIN}: Not Found")
+    controller.engine.needs_session = False
+    assert await controller.update(V1)
+    assert controller.engine.paths == [JOIN, PAUSE, BEGIN, RECEIVE, RECEIVE, CHECK, CONTINUE]
+    assert controller.engine.weights.version == V1 and not controller.engine.is_paused
+
+    controller.engine.faults.clear()
+    controller.engine.needs_session = True
+    controller.engine.start()
+    controller.receiver.engine_restarted()
+    assert await controller.update(V1)
+    assert controller.engine.paths[-8:] == [JOIN, PAUSE, BEGIN, RECEIVE, RECEIVE, END, CHECK, CONTINUE]
 
 
 @pytest.mark.parametrize(
