@@ -4,7 +4,8 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -19,7 +20,7 @@ from asyncrl_runtime.trainer.policy import Policy
 from asyncrl_runtime.transport.broker import Broker
 from asyncrl_runtime.transport.fleet import Fleet
 from asyncrl_runtime.transport.streams import make_streams
-from asyncrl_runtime.weights.publisher import Bucket, WeightPublisher
+from asyncrl_runtime.weights.publisher import Bucket, LoadBucket, WeightPublisher
 from job_harness import JobHarness, until
 from nats_server_fixture import NatsServer
 
@@ -66,14 +67,14 @@ class PolicyAndEngines:
 
     @property
     def num_bytes(self) -> int:
-        return sum(tensor.nbytes for bucket in self._buckets() for _, tensor in bucket)
+        return self.policy.num_bytes
 
     async def publish(self) -> float:
         """Publish the weights under the next version and return the seconds; every engine attests it."""
         self.version = PolicyVersion(1, self.version.version + 1)
         await until(lambda: len(self._fleet.living) == len(self.urls))  # a busy machine lets them fall silent
         began = time.perf_counter()
-        published = await self.publisher.publish(self.version, self._buckets, "Retract")
+        published = await self.publisher.publish(self.version, self._buckets(), "Retract")
         seconds = time.perf_counter() - began
         assert (len(published.engines), published.num_epochs) == (len(self.urls), 1), published
         async with httpx.AsyncClient() as http:
@@ -82,8 +83,11 @@ class PolicyAndEngines:
                 assert label == str(self.version), f"{url} is at {label}, not at {self.version}"
         return seconds
 
-    def _buckets(self) -> Iterator[Bucket]:
-        return self.policy.parameters_in_buckets(self._bucket_bytes)
+    def _buckets(self) -> list[LoadBucket]:
+        async def load(names: tuple[str, ...]) -> Bucket:
+            return self.policy.weights(names)
+
+        return [partial(load, names) for names in self.policy.buckets(self._bucket_bytes)]
 
 
 @contextlib.asynccontextmanager
@@ -102,7 +106,6 @@ async def open_engines(
             await make_streams(broker.jetstream, names, 2**28)
             fleet = await _hear_heartbeats(broker, names.heartbeat("*"))
             policy = await asyncio.to_thread(make_policy)
-            buckets = policy.parameters_in_buckets(2**62)
             publisher = WeightPublisher(
                 broker,
                 names,
@@ -110,7 +113,7 @@ async def open_engines(
                 attempt=1,
                 host=LOOPBACK,
                 backend="gloo",
-                model_bytes=sum(tensor.nbytes for bucket in buckets for _, tensor in bucket),
+                model_bytes=policy.num_bytes,
             )
             states = ["empty"] * num_engines
             await asyncio.to_thread(

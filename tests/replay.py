@@ -53,8 +53,8 @@ def replay(
 
 
 def _weights(policy: Policy) -> dict[str, torch.Tensor]:
-    [bucket] = policy.parameters_in_buckets(2**40)
-    return {name: tensor.clone() for name, tensor in bucket}
+    [names] = policy.buckets(2**40)
+    return {name: tensor.clone() for name, tensor in policy.weights(names)}
 
 
 @torch.no_grad()

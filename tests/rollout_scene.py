@@ -8,7 +8,8 @@ import contextlib
 import hashlib
 import itertools
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -281,11 +282,11 @@ async def publish(
     """Publish the weights of the tiny model made with `seed`, a few tensors at a time."""
     tensors = list(weights_of(seed).items())
 
-    def buckets() -> Iterator[Bucket]:
-        for start in range(0, len(tensors), TENSORS_PER_BUCKET):
-            yield tensors[start : start + TENSORS_PER_BUCKET]
+    async def load(start: int) -> Bucket:
+        return tensors[start : start + TENSORS_PER_BUCKET]
 
-    return await publisher.publish(version, buckets, interrupt)
+    starts = range(0, len(tensors), TENSORS_PER_BUCKET)
+    return await publisher.publish(version, [partial(load, start) for start in starts], interrupt)
 
 
 async def holds(replica: Replica, version: PolicyVersion, seed: int) -> bool:

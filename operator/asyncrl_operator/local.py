@@ -92,9 +92,6 @@ def local_refusals(spec: Spec, *, has_sglang: bool) -> list[FieldError]:
     if spec.gpu_budget.allocation != "None":
         rule = "this machine's processes are not GPUs: --set spec.gpuBudget.allocation=None"
         refusals.append(FieldError("spec.gpuBudget.allocation", rule, spec.gpu_budget.allocation))
-    if spec.trainer.deepspeed.zero_stage == 3:
-        rule = "ZeRO 3 is not there yet: --set spec.trainer.deepspeed.zeroStage=2"
-        refusals.append(FieldError("spec.trainer.deepspeed.zeroStage", rule, 3))
     if spec.weight_sync.backend == "NCCL":
         rule = "NCCL needs GPUs: --set spec.weightSync.backend=Gloo"
         refusals.append(FieldError("spec.weightSync.backend", rule, "NCCL"))

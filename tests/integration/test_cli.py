@@ -181,11 +181,6 @@ NOT_HERE: list[tuple[dict[str, Any], str]] = [
         "--set spec.gpuBudget.allocation=None",
     ),
     (
-        {"trainer": {"deepspeed": {"zeroStage": 3}}},
-        "spec.trainer.deepspeed.zeroStage: 3: ZeRO 3 is not there yet: "
-        "--set spec.trainer.deepspeed.zeroStage=2",
-    ),
-    (
         {"weightSync": {"backend": "NCCL"}},
         'spec.weightSync.backend: "NCCL": NCCL needs GPUs: --set spec.weightSync.backend=Gloo',
     ),

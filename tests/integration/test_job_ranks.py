@@ -18,20 +18,23 @@ from nats_server_fixture import NatsServer
 from replay import replay
 from tiny_models import tiny_model
 
+ALL_IN_SHARES = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+
 
 def build_job_of_two_ranks(zero_stage: int) -> AsyncRLJob:
     return build_job(
         training={"batchSize": 3, "maxSteps": 6, "learningRate": 1e-4},
-        trainer={"deepspeed": {"zeroStage": zero_stage}},
+        trainer={"deepspeed": {"zeroStage": zero_stage, "config": ALL_IN_SHARES if zero_stage == 3 else {}}},
         gpuBudget={"total": 3, "mode": "Manual", "split": {"trainer": 2, "rollout": 1}},
     )
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [2, 3])
 async def test_ranks_end_together_when_one_is_killed_and_go_on_from_the_checkpoint(
-    own_nats: NatsServer, tmp_path: Path, process_group: None
+    own_nats: NatsServer, tmp_path: Path, process_group: None, zero_stage: int
 ) -> None:
-    job = build_job_of_two_ranks(zero_stage=2)
+    job = build_job_of_two_ranks(zero_stage)
     with JobHarness(tmp_path / "run", own_nats, job) as harness:
         async with Witness(harness) as witness:
             harness.start_rollout(0)

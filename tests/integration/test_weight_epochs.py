@@ -3,13 +3,14 @@
 import contextlib
 import socket
 from collections.abc import AsyncIterator
+from functools import partial
 
 import pytest
 
 from asyncrl_api.names import JobNames, NatsAddress
 from asyncrl_runtime.contract.messages import PolicyVersion
 from asyncrl_runtime.trainer.policy import Policy
-from asyncrl_runtime.weights.publisher import ChecksumMismatch, Published
+from asyncrl_runtime.weights.publisher import Bucket, ChecksumMismatch, Published
 from rollout_scene import SPEC, Scene, checksums_of, holds, open_scene, publish, versions
 from tiny_models import tiny_model
 
@@ -33,12 +34,15 @@ async def test_a_policy_reaches_all_engines_to_the_bit(scene: Scene, process_gro
         algorithm=SPEC.algorithm,
         deepspeed=SPEC.trainer.deepspeed,
     )
-    buckets = list(policy.parameters_in_buckets(BUCKET_BYTES))
+    buckets = [policy.weights(names) for names in policy.buckets(BUCKET_BYTES)]
     assert len(buckets) > 5 and max(map(len, buckets)) > 1
     assert max(tensor.nbytes for bucket in buckets for _, tensor in bucket) > BUCKET_BYTES
-    published = await scene.publisher(verify=True).publish(
-        V0, lambda: policy.parameters_in_buckets(BUCKET_BYTES), "Retract"
-    )
+
+    async def load(bucket: Bucket) -> Bucket:
+        return bucket
+
+    loads = [partial(load, bucket) for bucket in buckets]
+    published = await scene.publisher(verify=True).publish(V0, loads, "Retract")
     assert published.engines == ("a", "b") and published.num_epochs == 1
     assert len(set(published.checksums.values())) == 1 and all(published.checksums.values())
     sent = checksums_of(dict(pair for bucket in buckets for pair in bucket))

@@ -5,9 +5,10 @@ import contextlib
 import logging
 import shutil
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from asyncrl_runtime.trainer.schedule import learning_rate
 from asyncrl_runtime.trainer.step import plan_step
 from asyncrl_runtime.transport.fleet import Fleet
 from asyncrl_runtime.transport.ledger import Ledger
-from asyncrl_runtime.weights.publisher import Bucket, WeightPublisher
+from asyncrl_runtime.weights.publisher import LoadBucket, WeightPublisher
 
 log = logging.getLogger(__name__)
 
@@ -125,13 +126,13 @@ class TrainerJob:
         began = self._parts.clock()
         label = PolicyVersion(self._parts.attempt, version)
         interrupt = self._controller.spec.rollout.interrupt
-        await self._parts.weights.publish(label, self._buckets, interrupt)
+        await self._parts.weights.publish(label, self._buckets(), interrupt)
         await self._control.announce(label)
         self._publish_seconds = self._parts.clock() - began
 
-    def _buckets(self) -> Iterator[Bucket]:
-        megabytes = self._parts.spec.weight_sync.bucket_megabytes
-        return self._parts.ranks.policy.parameters_in_buckets(megabytes * 2**20)
+    def _buckets(self) -> list[LoadBucket]:
+        ranks, megabytes = self._parts.ranks, self._parts.spec.weight_sync.bucket_megabytes
+        return [partial(ranks.weights, names) for names in ranks.policy.buckets(megabytes * 2**20)]
 
     async def _boundary(self) -> None:
         """What is done wherever the trainer waits: mend lost streams, give late engines their weights.

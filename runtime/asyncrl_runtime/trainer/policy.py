@@ -20,7 +20,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import HfDeepSpeedConfig
 from transformers.utils import logging as transformers_logging
 
 from asyncrl_api.job import AlgorithmSpec, DeepSpeedSpec, TrainingSpec
@@ -33,6 +34,7 @@ from asyncrl_runtime.trainer.token_logprobs import token_logprobs
 _TAG = "policy"
 CONVERSION_SECONDS = 540
 """Less than the other ranks wait for rank 0."""
+EXPORT_BUCKET_BYTES = 256 * 2**20
 _TORCH_DTYPES = {"BFloat16": torch.bfloat16, "Float32": torch.float32}
 
 
@@ -90,24 +92,23 @@ class Policy:
             recompute_activations: in the backward pass, layer by layer. By default on a GPU, whose memory
                 bounds `tokensPerMicroBatch`, and not on a CPU.
         """
-        if deepspeed.zero_stage == 3:
-            raise ValueError("trainer.deepspeed.zeroStage is 3, the trainer knows 0, 1 and 2")
         library = _import_deepspeed()  # before transformers does, and chooses the accelerator for us
         self.device = _local_device()
         self.world_size = dist.get_world_size()
         self._algorithm = algorithm
         self._zero_stage = deepspeed.zero_stage
         self._dtype: Dtype = dtype
-        model = load_model(folder, dtype)
-        if self.device.type == "cuda" if recompute_activations is None else recompute_activations:
-            model.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
         config = derive_config(
             zero_stage=deepspeed.zero_stage,
             dtype=dtype,
             gradient_clipping=training.gradient_clipping,
-            num_parameters=sum(p.numel() for p in model.parameters()),
+            num_parameters=count_parameters(folder),
             overrides=deepspeed.config,
         )
+        with _without_prints():
+            model = load_model(folder, dtype, sharded_by=config if self.is_sharded else None)
+        if self.device.type == "cuda" if recompute_activations is None else recompute_activations:
+            model.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
         with _without_prints():
             self._engine = library.initialize(
                 model=model, model_parameters=parameter_groups(model, training.weight_decay), config=config
@@ -188,31 +189,66 @@ class Policy:
         logprobs: Tensor = self._reference(batch)[0]
         return logprobs
 
-    def parameters_in_buckets(self, max_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
-        """Yield the weights as (Hugging Face name, tensor), always in the same order; tied ones once.
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each rank holds only its share of every weight (ZeRO 3)."""
+        return self._zero_stage == 3
 
-        All ranks go through it, though up to ZeRO 2 each holds all weights: under ZeRO 3 the gathering of a
-        bucket, which is collective, would stand around its `yield`. The tensors are the live ones, valid
-        until the next bucket is asked for, and not to be changed.
+    @property
+    def num_bytes(self) -> int:
+        """Of all weights, tied ones once."""
+        return sum(_num_bytes(parameter) for parameter in self._parameters.values())
+
+    def buckets(self, max_bytes: int) -> list[tuple[str, ...]]:
+        """Return the names of the weights in buckets, always in the same order; tied ones once.
 
         Args:
             max_bytes: of a bucket; a tensor larger than that comes alone.
         """
-        bucket: list[tuple[str, Tensor]] = []
-        num_bytes = 0
-        for name, parameter in self._engine.module.causal_lm.named_parameters():
-            if bucket and num_bytes + parameter.nbytes > max_bytes:
-                yield bucket
-                bucket, num_bytes = [], 0
-            bucket.append((name, parameter.detach()))
-            num_bytes += parameter.nbytes
-        if bucket:
-            yield bucket
+        buckets: list[tuple[str, ...]] = []
+        room = 0
+        for name, parameter in self._parameters.items():
+            if not buckets or _num_bytes(parameter) > room:
+                buckets.append(())
+                room = max_bytes
+            buckets[-1] += (name,)
+            room -= _num_bytes(parameter)
+        return buckets
+
+    @torch.no_grad()
+    def weights(self, names: Sequence[str]) -> list[tuple[str, Tensor]]:
+        """Return weights by their Hugging Face names; of a sharded policy collective, and on rank 0 alone.
+
+        The tensors are not to be changed; up to ZeRO 2 they are the live ones.
+        """
+        parameters = [self._parameters[name] for name in names]
+        if not self.is_sharded:
+            return [(name, each.detach()) for name, each in zip(names, parameters, strict=True)]
+        from deepspeed.runtime.zero import GatheredParameters
+
+        with GatheredParameters(parameters):
+            if dist.get_rank() != 0:
+                return []
+            return [(name, each.detach().clone()) for name, each in zip(names, parameters, strict=True)]
+
+    @property
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        return dict(self._engine.module.causal_lm.named_parameters())
 
     def export(self, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
-        """Write a folder that `from_pretrained` loads, in the model's dtype. Rank 0 writes, nobody waits."""
+        """Write a folder that `from_pretrained` loads, in the model's dtype. Rank 0 writes, nobody waits.
+
+        Collective where the policy is sharded; rank 0 then has room for all weights on the CPU.
+        """
+        state: dict[str, Tensor] | None = None
+        if self.is_sharded:
+            state = {
+                name: tensor.cpu()
+                for names in self.buckets(EXPORT_BUCKET_BYTES)
+                for name, tensor in self.weights(names)
+            }
         if dist.get_rank() == 0:
-            self._engine.module.causal_lm.save_pretrained(folder)
+            self._engine.module.causal_lm.save_pretrained(folder, state_dict=state)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
 
@@ -250,13 +286,16 @@ class Policy:
         """Load a ZeRO checkpoint of another number of ranks by way of DeepSpeed's universal form."""
         if dist.get_rank() == 0:
             shutil.rmtree(scratch, ignore_errors=True)
-            make_universal(folder / _TAG, scratch / _TAG)
+            make_universal(folder / _TAG, scratch / _TAG, is_sharded=self.is_sharded)
         dist.barrier()
+        decays = [group["weight_decay"] for group in self._engine.optimizer.param_groups]
         self._engine._config.load_universal_checkpoint = True
         try:
             self._engine.load_checkpoint(str(scratch), tag=_TAG)
         finally:
             self._engine._config.load_universal_checkpoint = False
+        if self.is_sharded:
+            _mend_optimizer(self._engine.optimizer.optimizer, decays)
         dist.barrier()
         if dist.get_rank() == 0:
             shutil.rmtree(scratch)
@@ -266,7 +305,19 @@ class Policy:
         return {"world_size": self.world_size, "zero_stage": self._zero_stage, "dtype": self._dtype}
 
 
-def make_universal(checkpoint: Path, target: Path) -> None:
+def _mend_optimizer(optimizer: torch.optim.Optimizer, decays: Sequence[float]) -> None:
+    """Undo what DeepSpeed 0.19.8 does to an optimizer of several groups as it loads ZeRO 3's universal form.
+
+    All groups get the settings of the first, and all states one and the same count of steps, which each of
+    them would then advance.
+    """
+    for group, decay in zip(optimizer.param_groups, decays, strict=True):
+        group["weight_decay"] = decay
+    for state in optimizer.state.values():
+        state["step"] = torch.as_tensor(state["step"]).clone()
+
+
+def make_universal(checkpoint: Path, target: Path, *, is_sharded: bool) -> None:
     """Convert a ZeRO checkpoint into DeepSpeed's universal form, which any number of ranks can load.
 
     In a process of its own: the conversion starts workers, and prints.
@@ -274,7 +325,8 @@ def make_universal(checkpoint: Path, target: Path) -> None:
     Raises:
         OSError: with the last lines of what it printed, as when the disk is full.
     """
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
+    command += [] if is_sharded else ["--inject_missing_state"]
     command += ["--input_folder", str(checkpoint), "--output_folder", str(target)]
     what = f"checkpoint {checkpoint} was not cut anew for another number of ranks"
     try:
@@ -287,19 +339,37 @@ def make_universal(checkpoint: Path, target: Path) -> None:
         raise OSError("\n".join([f"{what}:", *(done.stdout + done.stderr).splitlines()[-5:]]))
 
 
-def load_model(folder: Path, dtype: Dtype) -> ResponseModel:
+def load_model(folder: Path, dtype: Dtype, *, sharded_by: Mapping[str, Any] | None = None) -> ResponseModel:
     """Load a causal LM whose passes over the same tokens all give the same log-probs: dropout is off.
 
     It is in training mode nevertheless, in which alone transformers recomputes activations.
+
+    Args:
+        sharded_by: DeepSpeed's config for ZeRO 3: each weight is cut into shares as it is made.
     """
     transformers_logging.disable_progress_bar()
+    # transformers asks for it by a weak reference, so it lives as long as this call.
+    sharding = HfDeepSpeedConfig(dict(sharded_by)) if sharded_by is not None else None
     causal_lm = AutoModelForCausalLM.from_pretrained(
         folder, dtype=_TORCH_DTYPES[dtype], attn_implementation=attention.IMPLEMENTATION
     )
+    del sharding
     for module in causal_lm.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     return ResponseModel(causal_lm).train()
+
+
+def count_parameters(folder: Path) -> int:
+    """Return the number of a model's parameters, tied ones once, without making any."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _num_bytes(parameter: nn.Parameter) -> int:
+    """Return the bytes of the whole parameter, of which ZeRO 3 leaves a share."""
+    return int(getattr(parameter, "ds_numel", parameter.numel())) * parameter.element_size()
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -307,10 +377,10 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
     Decay pulls to zero, which is no neutral place for the scale of a norm.
     """
-    parameters = list(model.parameters())
+    parameters = [(p, len(getattr(p, "ds_shape", p.shape))) for p in model.parameters()]
     return [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p, ndim in parameters if ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p, ndim in parameters if ndim < 2], "weight_decay": 0.0},
     ]
 
 

@@ -20,6 +20,7 @@ from asyncrl_api.job import AlgorithmSpec
 from asyncrl_runtime.trainer.packing import TrainingSample, pack
 from asyncrl_runtime.trainer.policy import Policy
 from asyncrl_runtime.trainer.step import StepPlan, train_step
+from asyncrl_runtime.weights.publisher import Bucket
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +59,13 @@ class Logprobs:
 
 
 @dataclass(frozen=True)
+class Gather:
+    """Weights of a sharded policy, by name."""
+
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Ping:
     pass
 
@@ -71,7 +79,7 @@ class PeerLost(Exception):
     """Another rank has died or hangs; this one cannot go on without it."""
 
 
-Command = Train | Save | Load | Export | Logprobs | Ping | Stop
+Command = Train | Save | Load | Export | Logprobs | Gather | Ping | Stop
 
 
 class Ranks:
@@ -98,6 +106,13 @@ class Ranks:
         loop = asyncio.get_running_loop()
         self._idle.set()
         return await loop.run_in_executor(self._thread, self._run_everywhere, command)
+
+    async def weights(self, names: tuple[str, ...]) -> Bucket:
+        """Return weights by name, valid until the next step."""
+        if self.policy.is_sharded:
+            bucket: Bucket = await self.run(Gather(names))
+            return bucket
+        return self.policy.weights(names)
 
     async def keep_awake(self) -> None:
         """Ping the other ranks while there is nothing to do, until cancelled."""
@@ -145,6 +160,8 @@ class Ranks:
                 self.policy.load(folder, scratch)
             case Export(folder):
                 self.policy.export(folder, self._tokenizer)
+            case Gather(names):
+                return self.policy.weights(names)
             case Logprobs(samples):
                 return [self.policy.logprobs([pack([sample])])[0] for sample in samples]
         return None

@@ -276,7 +276,6 @@ def _make_publisher(
 ) -> WeightPublisher:
     spec = config.spec.weight_sync
     on_gpu = spec.backend == "NCCL" or (spec.backend == "Auto" and torch.cuda.is_available())
-    buckets = ranks.policy.parameters_in_buckets(2**62)
     return WeightPublisher(
         broker,
         config.names,
@@ -284,7 +283,7 @@ def _make_publisher(
         attempt=options.attempt,
         host=options.host,
         backend="nccl" if on_gpu else "gloo",
-        model_bytes=sum(tensor.nbytes for bucket in buckets for _, tensor in bucket),
+        model_bytes=ranks.policy.num_bytes,
         timeout_seconds=spec.timeout_seconds,
         verify=options.verify_weights,
     )

@@ -7,7 +7,7 @@ anything went wrong is given up: the next epoch has a new name, fewer members, a
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -40,6 +40,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 Bucket = list[tuple[str, Tensor]]
+LoadBucket = Callable[[], Awaitable[Bucket]]
+"""Gives a bucket when it is its turn: under ZeRO 3 it lies in pieces on all ranks until then."""
 Member = tuple[str, str]
 """(worker, engine process): a restarted engine is another member."""
 
@@ -128,7 +130,7 @@ class WeightPublisher:
         return sum(beat.engine_state != "down" and self._has(beat, version) for beat in self._fleet.living)
 
     async def publish(
-        self, version: PolicyVersion, buckets: Callable[[], Iterator[Bucket]], interrupt: str
+        self, version: PolicyVersion, buckets: Sequence[LoadBucket], interrupt: str
     ) -> Published:
         """Send `version` to every engine that lives, is willing, and has another one.
 
@@ -136,7 +138,7 @@ class WeightPublisher:
         boundary. Returns after MAX_EPOCHS at the latest, each within the phases' deadlines.
 
         Args:
-            buckets: starts over the weights, always in the same order.
+            buckets: the weights, always in the same order, at least one.
             interrupt: `spec.rollout.interrupt`.
 
         Raises:
@@ -154,7 +156,7 @@ class WeightPublisher:
                 break
             num_epochs += 1
             try:
-                await self._run_epoch(members, version, buckets(), interrupt, checksums)
+                await self._run_epoch(members, version, buckets, interrupt, checksums)
             except _EpochFailed as error:
                 log.warning("weights %s, epoch %d: %s", version, self._epoch, error)
                 failed |= error.culprits | (error.suspects & suspected)
@@ -187,7 +189,7 @@ class WeightPublisher:
         self,
         members: list[Member],
         version: PolicyVersion,
-        buckets: Iterator[Bucket],
+        buckets: Sequence[LoadBucket],
         interrupt: str,
         checksums: dict[str, str],
     ) -> None:
@@ -261,16 +263,17 @@ class WeightPublisher:
         return host_group(store, world_size, self._group_name, self._backend, self._timeout)
 
     async def _transfer(
-        self, members: list[Member], version: PolicyVersion, buckets: Iterator[Bucket]
+        self, members: list[Member], version: PolicyVersion, buckets: Sequence[LoadBucket]
     ) -> None:
-        for bucket, is_last in _with_last(buckets):
+        for number, load in enumerate(buckets, start=1):
+            bucket = await load()
             request = ReceiveBucket(
                 group=self._group_name,
                 version=version,
                 names=tuple(name for name, _ in bucket),
                 dtypes=tuple(str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket),
                 shapes=tuple(tuple(tensor.shape) for _, tensor in bucket),
-                is_last=is_last,
+                is_last=number == len(buckets),
                 timeout_seconds=self._timeout,
             )
             asked = {
@@ -365,15 +368,6 @@ class _EpochFailed(Exception):
         super().__init__(message)
         self.culprits = culprits
         self.suspects = suspects
-
-
-def _with_last(buckets: Iterator[Bucket]) -> Iterator[tuple[Bucket, bool]]:
-    """Yield each bucket with whether it is the last."""
-    current = next(buckets)
-    for following in buckets:
-        yield current, False
-        current = following
-    yield current, True
 
 
 def _first_line(error: Exception) -> str:
