@@ -89,6 +89,17 @@ def test_the_pod_is_told_all_that_the_process_asks_for() -> None:
     assert {each["name"] for each in container["env"]} == asked
 
 
+def test_the_operator_runs_elsewhere_half_a_minute_after_its_node_is_gone() -> None:
+    for settings, more in (
+        ((), []),
+        (("tolerations[0].key=infra", "tolerations[0].operator=Exists"), ["infra"]),
+    ):
+        pod = only(render(*settings), "Deployment")["spec"]["template"]["spec"]
+        seconds = {each["key"]: each.get("tolerationSeconds") for each in pod["tolerations"]}
+        gone = {f"node.kubernetes.io/{taint}": 30 for taint in ("unreachable", "not-ready")}
+        assert seconds == gone | dict.fromkeys(more)
+
+
 def test_values_reach_the_process() -> None:
     settings = (
         "watchNamespaces={a,b}",
