@@ -116,7 +116,7 @@ def test_what_this_machine_cannot_run_can_be_planned(smallest: Path) -> None:
     ended = asyncrl("plan", smallest, "--set", "spec.gpuBudget.total=16")
     assert ended.returncode == 0
     assert ended.stdout.startswith("GPUs: trainer 4, rollout 12 (12 x 1), idle 0 (InitialRatio)\n")
-    assert ended.stdout.count("python -m sglang.launch_server --model-path Qwen/Qwen3-1.7B") == 12
+    assert ended.stdout.count("asyncrl-runtime sglang --config runs/gsm8k/config.json") == 12
 
 
 def test_a_budget_that_is_too_small_for_the_model_is_named(smallest: Path) -> None:
