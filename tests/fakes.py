@@ -342,6 +342,16 @@ class FakeRanks:
         self._answer = answer
         self.commands: list[Any] = []
 
+    @property
+    def policy(self) -> Self:
+        return self
+
+    def buckets(self, max_bytes: int) -> list[tuple[str, ...]]:
+        return [("w",)]
+
+    async def weights(self, names: tuple[str, ...]) -> list[tuple[str, Any]]:
+        raise AssertionError("FakeWeights asks for none")
+
     async def run(self, command: Any) -> Any:
         self.commands.append(command)
         return self._answer(command)

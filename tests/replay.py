@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from asyncrl_api.job import Spec
+from asyncrl_api.job import DeepSpeedSpec, Spec
 from asyncrl_runtime.contract.messages import Group, Sample, floats_from_bytes, ids_from_bytes
 from asyncrl_runtime.trainer.controller import with_recorded_values
 from asyncrl_runtime.trainer.policy import Policy
@@ -25,7 +25,7 @@ def replay(
         dtype=spec.model.dtype,
         training=spec.training,
         algorithm=spec.algorithm,
-        deepspeed=spec.trainer.deepspeed,
+        deepspeed=DeepSpeedSpec(zero_stage=0),
     )
     yield _weights(policy)
     for step in history.steps:
