@@ -15,6 +15,16 @@ from asyncrl_runtime.weights.group import host_group, leave_group, open_store
 from tiny_models import EngineProcess, tiny_model
 
 PROMPT = [5, 6, 7, 8, 9]
+DYING_TRAINER = """
+import os, sys, torch, torch.distributed as dist
+from asyncrl_runtime.weights.group import host_group, open_store
+store = open_store("127.0.0.1")
+print(store.port, flush=True)
+group = host_group(store, 2, "dying", "gloo", 20)
+sys.stdin.readline()
+dist.broadcast(torch.full((64,), 7.0), src=0, group=group)  # model.norm.weight, and not the next
+os._exit(1)
+"""
 
 
 class Trainer:

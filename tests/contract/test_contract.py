@@ -11,6 +11,7 @@ import pytest
 from asyncrl_runtime.rollout.engine_monitor import parse_load
 from tiny_models import EngineProcess
 from weight_trainer import (
+    DYING_TRAINER,
     PROMPT,
     Trainer,
     ask,
@@ -23,17 +24,6 @@ from weight_trainer import (
     weights_of,
 )
 
-DYING_TRAINER = """
-import os, sys
-from asyncrl_runtime.weights.group import host_group, open_store
-import torch, torch.distributed as dist
-store = open_store("127.0.0.1")
-print(store.port, flush=True)
-group = host_group(store, 2, "dying", "gloo", timeout_seconds=20)
-sys.stdin.readline()
-dist.broadcast(torch.zeros(64), src=0, group=group)
-os._exit(1)
-"""
 LONG = 100
 """Tokens of an answer that is still under way when something happens to it."""
 

@@ -13,7 +13,6 @@ pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
 
 OLD = RUNTIME_IMAGE if USES_IMAGES else HOST_IMAGE
 NEW = f"{OLD.rpartition(':')[0]}:next"
-ENGINES = ["quickstart-rollout-0", "quickstart-rollout-1"]
 
 
 def images(job: RunningJob) -> list[str]:

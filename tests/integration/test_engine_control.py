@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 from tiny_models import EngineProcess, running_engine, tiny_model
+from weight_trainer import metric, wait_until
 
 PROMPT = [5, 6, 7, 8, 9]
 STEP_SECONDS = 0.04
@@ -35,18 +36,6 @@ def _slow_and_running(engine: EngineProcess) -> Iterator[None]:
 def pool() -> Iterator[ThreadPoolExecutor]:
     with ThreadPoolExecutor() as pool:
         yield pool
-
-
-def metric(engine: EngineProcess, name: str) -> float:
-    lines = engine.http.get("/metrics").text.splitlines()
-    return next(float(line.split()[-1]) for line in lines if line.startswith(f"sglang:{name}{{"))
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def ask(

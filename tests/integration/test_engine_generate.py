@@ -3,7 +3,6 @@
 import json
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tiny_models import EngineProcess, running_engine, tiny_model
+from weight_trainer import metric, wait_until
 
 PROMPT = [5, 6, 7, 8, 9]
 
@@ -45,18 +45,6 @@ def of_tokens(logprobs: torch.Tensor, ids: list[int]) -> list[float]:
 
 def sampling(**params: Any) -> dict[str, Any]:
     return {"max_new_tokens": 12, "ignore_eos": True, **params}
-
-
-def metric(engine: EngineProcess, name: str) -> float:
-    lines = engine.http.get("/metrics").text.splitlines()
-    return next(float(line.split()[-1]) for line in lines if line.startswith(f"sglang:{name}{{"))
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_the_answer_has_the_fields_of_sglang(engine: EngineProcess) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from asyncrl_runtime.weights.group import host_group, open_store
 from tiny_models import EngineProcess, running_engine, tiny_model
 from weight_trainer import (
+    DYING_TRAINER,
     PROMPT,
     Trainer,
     ask,
@@ -246,18 +247,6 @@ def test_without_a_pause_an_update_waits_for_running_requests(
     ended = running.result()["meta_info"]["request_finished_ts"]
     assert late.result()["meta_info"]["forward_entry_time"] >= ended
     engine.post("/end_weight_update")
-
-
-DYING_TRAINER = """
-import os, sys, torch, torch.distributed as dist
-from asyncrl_runtime.weights.group import host_group, open_store
-store = open_store("127.0.0.1")
-print(store.port, flush=True)
-group = host_group(store, 2, "dying", "gloo", 20)
-sys.stdin.readline()
-dist.broadcast(torch.full((64,), 7.0), src=0, group=group)  # model.norm.weight, and not the next
-os._exit(1)
-"""
 
 
 def test_a_trainer_that_dies_within_a_bucket(engine: EngineProcess, pool: ThreadPoolExecutor) -> None:

@@ -221,7 +221,8 @@ class Policy:
 
         The tensors are not to be changed; up to ZeRO 2 they are the live ones.
         """
-        parameters = [self._parameters[name] for name in names]
+        found = self._parameters
+        parameters = [found[name] for name in names]
         if not self.is_sharded:
             return [(name, each.detach()) for name, each in zip(names, parameters, strict=True)]
         from deepspeed.runtime.zero import GatheredParameters

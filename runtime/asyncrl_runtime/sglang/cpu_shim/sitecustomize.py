@@ -20,19 +20,19 @@ SCHEMAS = (
 class DeclareOperators(importlib.abc.MetaPathFinder):
     """Declares torchvision's operators just before it is imported; finds nothing itself."""
 
-    library: object = None
+    declarations: object = None
     """Kept: the declarations go with it."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname == "torchvision" and self.library is None:
+        if fullname == "torchvision" and self.declarations is None:
             import torch
 
-            library = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
+            operators = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
             for schema in SCHEMAS:
-                library.define(schema)  # type: ignore[no-untyped-call]
-            self.library = library
+                operators.define(schema)  # type: ignore[no-untyped-call]
+            self.declarations = operators
         return None
 
 
