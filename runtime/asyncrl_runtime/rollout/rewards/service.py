@@ -28,9 +28,8 @@ class RewardService:
     def __init__(self, url: str, *, timeout_seconds: float) -> None:
         self._url = url
         self._timeout_seconds = timeout_seconds
-        self._turns = asyncio.Semaphore(
-            MAX_CONCURRENT_REQUESTS
-        )  # waiting for one's turn is not the service's time
+        # Waiting for one's turn is not the service's time.
+        self._turns = asyncio.Semaphore(MAX_CONCURRENT_REQUESTS)
         limits = httpx.Limits(max_connections=MAX_CONCURRENT_REQUESTS)
         self._client = httpx.AsyncClient(timeout=None, limits=limits)
 
