@@ -252,6 +252,33 @@ CASES = {
         "gpuBudget.split.rollout is 8, but must be at least rollout.minReplicas, 3, times "
         "rollout.gpusPerReplica, 4: raise it",
     ),
+    "an engine's own arguments": Case(
+        ["spec.rollout.engine.args=[--tp-comm, --mem-fraction-static, '0.8']"],
+        ["spec.rollout.engine.args=[--mem-fraction-static, '0.8', --dp-size=2]"],
+        "spec.rollout.engine.args",
+        'rollout.engine.args has "--dp-size=2", which the operator decides: leave it out; for '
+        "tensor-parallel engines set rollout.gpusPerReplica; data- and pipeline-parallel engines are not "
+        "supported",
+    ),
+    "a CPU engine is one process": Case(
+        ["spec.rollout.engine.type=CPU", "spec.rollout.gpusPerReplica=1"],
+        ["spec.rollout.engine.type=CPU", "spec.rollout.gpusPerReplica=2"],
+        "spec.rollout.gpusPerReplica",
+        "rollout.gpusPerReplica is 2, but rollout.engine.type CPU is one process that cannot be spread: use "
+        "1, or SGLang",
+    ),
+    "NCCL needs GPUs": Case(
+        ["spec.weightSync.backend=NCCL"],
+        ["spec.weightSync.backend=NCCL", "spec.gpuBudget.allocation=None"],
+        "spec.weightSync.backend",
+        "weightSync.backend NCCL needs GPUs, but gpuBudget.allocation is None: use Auto or Gloo",
+    ),
+    "NCCL needs engines on GPUs": Case(
+        ["spec.weightSync.backend=Gloo", "spec.rollout.engine.type=CPU"],
+        ["spec.weightSync.backend=NCCL", "spec.rollout.engine.type=CPU"],
+        "spec.weightSync.backend",
+        "weightSync.backend NCCL needs engines on GPUs, but rollout.engine.type is CPU: use Auto or Gloo",
+    ),
     "no resource claims yet": Case(
         ["spec.gpuBudget.allocation=None"],
         ["spec.gpuBudget.allocation=ResourceClaim"],

@@ -20,6 +20,7 @@ from ruamel.yaml.constructor import SafeConstructor
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from asyncrl_api.base import PATTERN_WORDS
+from asyncrl_api.free_forms import free_form_violations
 from asyncrl_api.job import API_VERSION, KIND, AsyncRLJob, Spec, to_manifest
 from asyncrl_api.marks import block_of, marks
 from asyncrl_api.rules import violations
@@ -183,7 +184,8 @@ def _check(document: Any) -> tuple[AsyncRLJob | None, list[FieldError]]:
         return None, errors
     if errors:
         return None, errors
-    return job, [FieldError(path, message) for path, message in violations(to_manifest(job))]
+    broken = [*violations(to_manifest(job)), *free_form_violations(job.spec)]
+    return job, [FieldError(path, message) for path, message in broken]
 
 
 def _wrong_kind(document: Any) -> list[FieldError]:

@@ -298,6 +298,43 @@ _BUDGET = (
     ),
 )
 
+# What the operator passes to an engine itself, and what would make of it more than weight groups count.
+_OWN_ARGUMENT = (
+    "matches('^--(config|host|port|gpus|model|model-path|nnodes|node-rank|"
+    "tp|tp-size|tensor-parallel-size|dp|dp-size|data-parallel-size|pp|pp-size|pipeline-parallel-size)(=.*)?$')"
+)
+
+_ENGINE = (
+    _rule(
+        "spec.rollout",
+        "engine.args",
+        f"!self.engine.args.exists(a, a.{_OWN_ARGUMENT})",
+        'rollout.engine.args has "%s", which the operator decides: leave it out; for tensor-parallel engines '
+        "set rollout.gpusPerReplica; data- and pipeline-parallel engines are not supported",
+        f"self.engine.args.filter(a, a.{_OWN_ARGUMENT})[0]",
+    ),
+    _rule(
+        "spec.rollout",
+        "gpusPerReplica",
+        "self.engine.type != 'CPU' || self.gpusPerReplica <= 1",
+        "rollout.gpusPerReplica is %d, but rollout.engine.type CPU is one process that cannot be spread: use "
+        "1, or SGLang",
+        "self.gpusPerReplica",
+    ),
+    _rule(
+        "spec",
+        "weightSync.backend",
+        "self.weightSync.backend != 'NCCL' || self.gpuBudget.allocation != 'None'",
+        "weightSync.backend NCCL needs GPUs, but gpuBudget.allocation is None: use Auto or Gloo",
+    ),
+    _rule(
+        "spec",
+        "weightSync.backend",
+        "self.weightSync.backend != 'NCCL' || self.rollout.engine.type != 'CPU'",
+        "weightSync.backend NCCL needs engines on GPUs, but rollout.engine.type is CPU: use Auto or Gloo",
+    ),
+)
+
 # A field that nothing acts on yet is refused, never ignored.
 _NOT_YET = (
     _rule(
@@ -329,7 +366,7 @@ _NOT_YET = (
     ),
 )
 
-RULES = (_NAME, *_SOURCES, *_SELECTED, *_TRAINING, *_BUDGET, *_NOT_YET)
+RULES = (_NAME, *_SOURCES, *_SELECTED, *_TRAINING, *_BUDGET, *_ENGINE, *_NOT_YET)
 """All rules but those that follow from change marks."""
 
 

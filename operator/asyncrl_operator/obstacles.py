@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from asyncrl_api.free_forms import free_form_violations
 from asyncrl_api.job import Spec
 from asyncrl_operator.cluster import Cluster
 from asyncrl_operator.observed import Observed, Problem
@@ -81,6 +82,8 @@ class Obstacles:
         now = self.clock()
         if problem := await self._with_schema(now):
             return Found(problem, wake_at=now + SCHEMA_SECONDS)
+        if broken := next(free_form_violations(spec), None):
+            return Found(Problem("InvalidSpec", broken.message))
         asked = self._asked.setdefault(key, Asked())
         if problem := await self._with_references(asked, key.namespace, (uid, generation), spec):
             return Found(problem, wake_at=now + REFERENCE_SECONDS)

@@ -1,6 +1,5 @@
 import json
 import math
-from typing import Any
 
 import numpy as np
 import pytest
@@ -177,20 +176,6 @@ def test_the_users_config_is_merged_over_ours() -> None:
     assert config["optimizer"]["params"]["betas"] == [0.9, 0.999]
     assert config["optimizer"]["params"]["torch_adam"] is True, "what was not named stays"
     assert config["zero_optimization"]["stage"] == 2 and config["zero_optimization"]["overlap_comm"] is True
-
-
-@pytest.mark.parametrize(
-    ("path", "overrides"),
-    [
-        ("gradient_accumulation_steps", {"gradient_accumulation_steps": 4}),
-        ("zero_optimization.stage", {"zero_optimization": {"stage": 3}}),
-    ],
-)
-def test_what_the_trainer_rests_on_cannot_be_overridden(path: str, overrides: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=f"trainer.deepspeed.config.{path} is set"):
-        derive_config(
-            zero_stage=2, dtype="Float32", gradient_clipping=1.0, num_parameters=9, overrides=overrides
-        )
 
 
 def test_merging_changes_neither_side() -> None:

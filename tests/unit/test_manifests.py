@@ -265,6 +265,18 @@ def test_rules_across_fields_wait_until_the_fields_are_right(document: dict[str,
         parse_job(rule_broken)
 
 
+@pytest.mark.parametrize("path", ["gradient_accumulation_steps", "zero_optimization.stage", "fp16"])
+def test_what_the_trainer_rests_on_cannot_be_overridden(document: dict[str, Any], path: str) -> None:
+    field = f"trainer.deepspeed.config.{path}"
+    message = f"spec.{field}: {field} is set, but the trainer decides it from other fields: leave it out"
+    assert problems(apply_overrides(document, [f"spec.{field}=3"])) == [message]
+
+
+def test_other_settings_of_deepspeed_are_free(document: dict[str, Any]) -> None:
+    offloaded = "{zero_optimization: {offload_optimizer: {device: cpu}}, bf16: {}}"
+    assert problems(apply_overrides(document, [f"spec.trainer.deepspeed.config={offloaded}"])) == []
+
+
 def test_a_spec_alone_can_be_parsed(document: dict[str, Any]) -> None:
     assert parse_spec(document["spec"]) == parse_job(document).spec
     with pytest.raises(SpecError, match="spec: must be a map, not a list"):

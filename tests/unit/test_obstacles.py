@@ -2,11 +2,13 @@
 
 from typing import Any, cast
 
+from asyncrl_api.job import Spec
+from asyncrl_api.marks import merge
 from asyncrl_operator.cluster import Cluster
 from asyncrl_operator.observed import Observed, Problem, StatefulSet
 from asyncrl_operator.obstacles import EVENTS_SHARE, PODS_SECONDS, Obstacles
 from asyncrl_operator.workqueue import Key
-from model_cluster import make_spec
+from model_cluster import SMALL, make_spec
 
 SHORT = Observed(rollout=StatefulSet("gsm8k-rollout", 2, "template"))
 """Two engines are ordered, and no pod is there."""
@@ -46,6 +48,14 @@ async def test_pods_that_are_missing_for_a_while_are_asked_for() -> None:
     assert await reason_of(obstacles) == "" and answers.num_asked == 0
     answers.now += PODS_SECONDS
     assert await reason_of(obstacles) == "QuotaExceeded"
+
+
+async def test_what_lies_in_a_free_form_field_is_looked_at() -> None:
+    obstacles, _ = make_obstacles()
+    spec = Spec.model_validate(merge(SMALL, {"trainer": {"deepspeed": {"config": {"fp16": {}}}}}))
+    found = await obstacles.find(Key("team", "gsm8k"), "uid", 1, spec, SHORT)
+    assert found.problem is not None and found.problem.reason == "InvalidSpec"
+    assert found.problem.message.startswith("trainer.deepspeed.config.fp16 is set, but the trainer decides")
 
 
 async def test_one_question_serves_all_jobs_of_a_namespace() -> None:

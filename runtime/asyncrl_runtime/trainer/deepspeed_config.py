@@ -9,20 +9,6 @@ BETAS = (0.9, 0.95)
 """Of AdamW (AReaL, arXiv 2505.24298, table 3): a run has few updates, for which 0.999 remembers too long."""
 
 
-RESERVED = (
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-    "managed_gradient_accumulation",
-    "gradient_allreduce_op",
-    "scheduler",
-    "fp16",
-    "zero_optimization.stage",
-    "bf16.enabled",
-)
-"""What the trainer rests on. Another value would silently scale gradients, or contradict the manifest."""
-
-
 def derive_config(
     *,
     zero_stage: int,
@@ -38,13 +24,7 @@ def derive_config(
 
     Args:
         num_parameters: of the model. DeepSpeed's reduction buffers have room for 500 million otherwise.
-
-    Raises:
-        ValueError: `overrides` sets one of RESERVED.
     """
-    for path in RESERVED:
-        if _is_set(overrides, path):
-            raise ValueError(f"trainer.deepspeed.config.{path} is set, but the trainer decides it")
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -68,13 +48,6 @@ def derive_config(
         if zero_stage >= 1:  # stage 0 knows only the model's own dtype
             config["data_types"] = {"grad_accum_dtype": "fp32"}
     return deep_merge(config, overrides)
-
-
-def _is_set(config: Mapping[str, Any], path: str) -> bool:
-    key, _, rest = path.partition(".")
-    if key not in config or not rest:
-        return key in config
-    return isinstance(config[key], Mapping) and _is_set(config[key], rest)
 
 
 def deep_merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
