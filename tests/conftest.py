@@ -5,6 +5,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
@@ -17,6 +18,10 @@ from kube_fixture import Cluster, making_namespace, why_not
 from nats_server_fixture import NatsServer
 
 ROOT = Path(__file__).parents[1]
+
+# A busy machine takes its time; that is no fault of what is tested.
+hypothesis.settings.register_profile("asyncrl", deadline=None)
+hypothesis.settings.load_profile("asyncrl")
 
 
 class FilesButOneCluster(LoadFileScheduling):  # type: ignore[misc]  # xdist has no types

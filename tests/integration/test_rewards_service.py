@@ -44,6 +44,9 @@ class Service(ThreadingHTTPServer):
         self.received: list[dict[str, Any]] = []
         self.is_over = threading.Event()
 
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Say nothing of clients that gave up."""
+
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_port}/score"

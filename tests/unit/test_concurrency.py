@@ -82,7 +82,7 @@ def test_the_limit_never_sticks(group_size: int) -> None:
     st.integers(1, 4096),
     st.lists(st.tuples(st.floats(0, 1), st.integers(0, 9999), st.integers(0, 5), st.integers(0, 5000))),
 )
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_the_limit_stays_between_one_group_and_the_highest(
     group_size: int, observations: list[tuple[float, int, int, int]]
 ) -> None:
@@ -129,7 +129,7 @@ def test_slots_are_freed_one_by_one_and_once() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 9))), st.data())
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_all_slots_are_free_when_all_tickets_are_closed(
     tickets: list[tuple[int, int]], data: st.DataObject
 ) -> None:

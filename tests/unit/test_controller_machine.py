@@ -437,4 +437,4 @@ def _content(batch: Batch) -> list[tuple[int, tuple[Sample, ...], list[list[bool
 
 
 TestController = ControllerMachine.TestCase
-TestController.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestController.settings = settings(max_examples=150, stateful_step_count=40)

@@ -231,7 +231,7 @@ seeds = st.integers(0, 2**63)
 
 
 @given(sizes, seeds, st.integers(0, 20))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_every_pass_over_the_data_takes_each_row_once(num_rows: int, seed: int, epoch: int) -> None:
     order = PromptOrder(num_rows, seed)
     first = epoch * num_rows + 1
@@ -239,7 +239,7 @@ def test_every_pass_over_the_data_takes_each_row_once(num_rows: int, seed: int, 
 
 
 @given(sizes, seeds, st.lists(st.integers(1, 500), min_size=1))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_the_row_is_a_function_of_the_ticket_whenever_it_is_asked(
     num_rows: int, seed: int, tickets: list[int]
 ) -> None:

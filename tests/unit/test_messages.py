@@ -125,7 +125,7 @@ def tag_of(kind: type[Message]) -> str:
 
 @pytest.mark.parametrize("kind", KINDS, ids=tag_of)
 @given(data=st.data())
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 def test_every_message_survives_the_wire(kind: type[Message], data: st.DataObject) -> None:
     message = data.draw(values(kind))
     assert decode(encode(message), kind) == message
@@ -211,7 +211,7 @@ def test_one_of_several_kinds_is_told_apart_by_its_tag() -> None:
 
 @pytest.mark.parametrize("kind", KINDS, ids=tag_of)
 @given(data=st.data())
-@settings(max_examples=3, deadline=None)
+@settings(max_examples=3)
 def test_older_and_newer_processes_understand_each_other(kind: type[Message], data: st.DataObject) -> None:
     """A field added later comes last, with a default: without it a message is read, and with it too."""
     message = make_group(1) if kind is Group else data.draw(values(kind))
@@ -295,7 +295,7 @@ def test_a_part_is_one_of_its_group(index: int) -> None:
 
 
 @given(st.lists(int32s))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_ids_are_four_little_endian_bytes_each(numbers: list[int]) -> None:
     data = ids_to_bytes(numbers)
     assert data == b"".join(number.to_bytes(4, "little", signed=True) for number in numbers)
@@ -308,7 +308,7 @@ def test_an_id_beyond_32_bits_is_refused() -> None:
 
 
 @given(st.lists(st.floats(width=32, allow_nan=False)))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_floats_of_32_bits_are_kept_exactly(numbers: list[float]) -> None:
     assert floats_from_bytes(floats_to_bytes(numbers)).tolist() == numbers
     assert len(floats_to_bytes(numbers)) == 4 * len(numbers)
@@ -321,7 +321,7 @@ def test_arrays_are_views_that_cannot_be_written() -> None:
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=40))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_a_mask_is_one_bit_a_token(bits: list[bool]) -> None:
     sample = make_sample(spans=[(1, 0, len(bits))], mask=bits)
     assert len(sample.response_mask) == -(-len(bits) // 8)
@@ -356,7 +356,7 @@ def test_a_label_names_a_version_or_is_the_engines_own(label: str, version: tupl
 
 
 @given(integers, integers)
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_a_version_is_read_from_its_label(attempt: int, version: int) -> None:
     assert PolicyVersion.parse(str(PolicyVersion(attempt, version))) == PolicyVersion(attempt, version)
 

@@ -38,7 +38,7 @@ def all_names(names: JobNames) -> set[str]:
 
 
 @given(st.tuples(labels, labels), st.tuples(labels, labels))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_two_jobs_share_no_name(one: tuple[str, str], other: tuple[str, str]) -> None:
     """Namespace and name are labels without `_`, so that joining them is unambiguous."""
     first, second = (JobNames(job="_".join(each)) for each in (one, other))
@@ -47,7 +47,7 @@ def test_two_jobs_share_no_name(one: tuple[str, str], other: tuple[str, str]) ->
 
 
 @given(labels, labels)
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_names_can_stand_on_the_broker(namespace: str, name: str) -> None:
     for each in all_names(JobNames(job=f"{namespace}_{name}")):
         assert not set(each) & set(" \t/\\>") and ".." not in each

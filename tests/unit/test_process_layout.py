@@ -93,7 +93,7 @@ def possible_splits(of: Spec) -> list[tuple[int, int]]:
 
 
 @given(budgets())
-@settings(deadline=None, max_examples=70)
+@settings(max_examples=70)
 def test_a_split_keeps_to_every_bound_and_exists_whenever_one_is_possible(chosen: Spec) -> None:
     if not (possible := possible_splits(chosen)):
         with pytest.raises(SpecError, match="BudgetTooSmall"):
@@ -107,7 +107,7 @@ def test_a_split_keeps_to_every_bound_and_exists_whenever_one_is_possible(chosen
 
 
 @given(budgets())
-@settings(deadline=None, max_examples=70)
+@settings(max_examples=70)
 def test_no_split_is_nearer_to_the_wanted_share_or_as_near_with_less_idle(chosen: Spec) -> None:
     size, total = gpus_per_replica(chosen), chosen.gpu_budget.total
     wanted = total * chosen.gpu_budget.auto.initial_rollout_percent / 100
@@ -154,7 +154,7 @@ MANUAL = "gpuBudget.mode=Manual"
 
 
 @given(trainer=st.integers(1, 8), rollout=st.integers(1, 32), total=st.integers(1, 64))
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_a_manual_split_is_the_users(trainer: int, rollout: int, total: int) -> None:
     split = f"gpuBudget.split={{trainer: {trainer}, rollout: {rollout}}}"
     overrides = [MANUAL, split, f"gpuBudget.total={total}"]
@@ -251,7 +251,7 @@ def test_what_does_not_fit_is_refused_with_what_would() -> None:
 
 
 @given(budgets())
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_each_replica_has_an_engine_and_a_worker_and_each_gpu_one_process(chosen: Spec) -> None:
     if not possible_splits(chosen):
         return

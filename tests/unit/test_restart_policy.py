@@ -57,7 +57,7 @@ def test_none_is_allowed_where_the_budget_is_zero() -> None:
 
 
 @given(st.lists(st.tuples(st.sampled_from([KILLED, -signal.SIGTERM, FAILED, 75, 137]), st.integers(0, 3))))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_signals_and_failures_have_a_budget_each(ends: list[tuple[int, int]]) -> None:
     """A preempted trainer does not use up what its own failures may cost, nor the other way round."""
     trainer = budget(max_restarts=2, max_disruptions=4)

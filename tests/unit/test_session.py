@@ -331,7 +331,7 @@ lives = st.lists(
     st.integers(20, 90),
     st.booleans(),
 )
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_a_sample_is_the_same_however_it_was_broken_off(
     lives: list[tuple[int, Cut]], workflow: Workflow, room: int, are_weights_updated: bool
 ) -> None:
