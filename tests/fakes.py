@@ -252,6 +252,7 @@ class UpdatableEngine(EngineClient):
         self.hangs = False
         self.needs_session = True
         """For buckets, as SGLang from 0.5.21 on."""
+        self.tp_size = 1
         self.start()
 
     def start(self) -> None:
@@ -264,6 +265,9 @@ class UpdatableEngine(EngineClient):
     @property
     def paths(self) -> list[str]:
         return [path for path, _ in self.calls]
+
+    async def num_ranks(self) -> int:
+        return self.tp_size
 
     async def call(
         self, path: str, body: dict[str, Any], timeout_seconds: float = PROBE_SECONDS
@@ -349,7 +353,7 @@ class FakeRanks:
     def buckets(self, max_bytes: int) -> list[tuple[str, ...]]:
         return [("w",)]
 
-    async def weights(self, names: tuple[str, ...]) -> list[tuple[str, Any]]:
+    async def bucket(self, names: tuple[str, ...]) -> Any:
         raise AssertionError("FakeWeights asks for none")
 
     async def run(self, command: Any) -> Any:

@@ -13,6 +13,7 @@ import httpx
 from asyncrl_api.processes import die_with_parent
 from asyncrl_runtime.engine.server import serve
 from nats_server_fixture import free_port
+from posing_engine import pose
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
@@ -21,10 +22,15 @@ _context.set_forkserver_preload(
 
 
 class ForkedEngine:
-    """An engine on a port of its own, which it keeps when it is started again."""
+    """An engine on a port of its own, which it keeps when it is started again.
 
-    def __init__(self, model_folder: Path) -> None:
+    Args:
+        tp_size: it poses as one over so many GPUs.
+    """
+
+    def __init__(self, model_folder: Path, tp_size: int = 1) -> None:
         self._model_folder = model_folder
+        self._tp_size = tp_size
         self._port = free_port()
         self.url = f"http://127.0.0.1:{self._port}"
         self._http = httpx.AsyncClient(base_url=self.url, timeout=30, trust_env=False)
@@ -33,7 +39,7 @@ class ForkedEngine:
     def _start(self) -> None:
         log = self._model_folder.with_name(f"engine-{self._port}.log")
         self._process = _context.Process(
-            target=_serve, args=(self._model_folder, self._port, log), daemon=True
+            target=_serve, args=(self._model_folder, self._port, log, self._tp_size), daemon=True
         )
         self._process.start()
 
@@ -108,8 +114,10 @@ class ForkedEngine:
         return checksums
 
 
-def _serve(model_folder: Path, port: int, log: Path) -> None:
+def _serve(model_folder: Path, port: int, log: Path, tp_size: int) -> None:
     die_with_parent()
+    if tp_size > 1:
+        pose(tp_size)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     logging.basicConfig(filename=log, level=logging.INFO)
     serve(model_folder, "127.0.0.1", port)

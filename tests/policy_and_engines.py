@@ -20,7 +20,8 @@ from asyncrl_runtime.trainer.policy import Policy
 from asyncrl_runtime.transport.broker import Broker
 from asyncrl_runtime.transport.fleet import Fleet
 from asyncrl_runtime.transport.streams import make_streams
-from asyncrl_runtime.weights.publisher import Bucket, LoadBucket, WeightPublisher
+from asyncrl_runtime.weights.bucket import Bucket
+from asyncrl_runtime.weights.publisher import LoadBucket, WeightPublisher
 from job_harness import JobHarness, until
 from nats_server_fixture import NatsServer
 
@@ -85,7 +86,9 @@ class PolicyAndEngines:
 
     def _buckets(self) -> list[LoadBucket]:
         async def load(names: tuple[str, ...]) -> Bucket:
-            return self.policy.weights(names)
+            bucket = await asyncio.to_thread(self.policy.bucket, names)
+            assert bucket is not None
+            return bucket
 
         return [partial(load, names) for names in self.policy.buckets(self._bucket_bytes)]
 

@@ -41,7 +41,8 @@ from asyncrl_runtime.transport.broker import Broker
 from asyncrl_runtime.transport.fleet import Fleet
 from asyncrl_runtime.transport.reader import OrderedReader
 from asyncrl_runtime.transport.streams import delete_streams, make_streams
-from asyncrl_runtime.weights.publisher import Bucket, Published, WeightPublisher
+from asyncrl_runtime.weights.bucket import Bucket, BucketBuffer
+from asyncrl_runtime.weights.publisher import Published, WeightPublisher
 from fakes import FakeBackend
 from forked_engines import ForkedEngine
 from harness_data import reward
@@ -161,12 +162,10 @@ class Scene:
         self.publishers.append(publisher)
         return publisher
 
-    async def add(self, *names: str, model_folder: Path | None = None) -> list[Replica]:
+    async def add(self, *names: str, model_folder: Path | None = None, tp_size: int = 1) -> list[Replica]:
         """Start replicas, and wait until their engines are known to have no weights."""
-        added = [
-            Replica(name, ForkedEngine(model_folder or tiny_model()), self._address, self.names)
-            for name in names
-        ]
+        folder = model_folder or tiny_model()
+        added = [Replica(name, ForkedEngine(folder, tp_size), self._address, self.names) for name in names]
         self.replicas |= {replica.name: replica for replica in added}
         for replica in added:
             await replica.engine.wait_until_it_answers()
@@ -281,9 +280,11 @@ async def publish(
 ) -> Published:
     """Publish the weights of the tiny model made with `seed`, a few tensors at a time."""
     tensors = list(weights_of(seed).items())
+    buffer = BucketBuffer()
 
     async def load(start: int) -> Bucket:
-        return tensors[start : start + TENSORS_PER_BUCKET]
+        chosen = tensors[start : start + TENSORS_PER_BUCKET]
+        return buffer.fill(chosen, sum(tensor.nbytes for _, tensor in chosen), torch.device("cpu"))
 
     starts = range(0, len(tensors), TENSORS_PER_BUCKET)
     return await publisher.publish(version, [partial(load, start) for start in starts], interrupt)

@@ -21,13 +21,18 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
-Family = Literal["llama", "qwen3"]
+Family = Literal["llama", "qwen2", "qwen3", "qwen3_moe"]
 
 PAD, BOS, EOS = 0, 1, 2
+FEW_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -79,7 +84,9 @@ def build_model(
     """
     kind, config_kind = {
         "llama": (LlamaForCausalLM, LlamaConfig),
+        "qwen2": (Qwen2ForCausalLM, Qwen2Config),
         "qwen3": (Qwen3ForCausalLM, Qwen3Config),
+        "qwen3_moe": (Qwen3MoeForCausalLM, Qwen3MoeConfig),
     }[family]
     config = config_kind(
         vocab_size=vocabulary_size,
@@ -95,6 +102,7 @@ def build_model(
         eos_token_id=EOS,
         tie_word_embeddings=tie_word_embeddings,
         initializer_range=initializer_range,
+        **(FEW_EXPERTS if family == "qwen3_moe" else {}),
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)

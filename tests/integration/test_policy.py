@@ -10,7 +10,7 @@ import re
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from asyncrl_runtime.trainer.deepspeed_config import BETAS
 from asyncrl_runtime.trainer.diagnostics import report_tokens
 from asyncrl_runtime.trainer.packing import TrainingSample, distribute, pack, split_minibatches
 from asyncrl_runtime.trainer.policy import Policy, Update
+from asyncrl_runtime.weights.bucket import Bucket
 from naive_rl import NaiveTrainer
 
 STAGES = (0, 1, 2, 3)
@@ -116,8 +117,19 @@ def train_step(policy: Policy, samples: Sequence[TrainingSample], capacity: int 
 
 
 def weights_of(policy: Policy) -> dict[str, Tensor]:
-    """Return them on rank 0; collective."""
-    return {name: tensor.clone() for names in policy.buckets(4096) for name, tensor in policy.weights(names)}
+    """Return them on rank 0, as they are sent to engines; collective."""
+    buckets = map(policy.bucket, policy.buckets(4096))
+    return {name: tensor for bucket in buckets if bucket is not None for name, tensor in unpack(bucket)}
+
+
+def unpack(bucket: Bucket) -> Iterator[tuple[str, Tensor]]:
+    start = 0
+    for name, dtype_name, shape in zip(bucket.names, bucket.dtypes, bucket.shapes, strict=True):
+        dtype = getattr(torch, dtype_name)
+        end = start + torch.Size(shape).numel() * dtype.itemsize
+        yield name, bucket.data[start:end].clone().view(dtype).view(shape)
+        start = end
+    assert start == bucket.data.nbytes
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:

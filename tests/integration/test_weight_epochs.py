@@ -10,7 +10,8 @@ import pytest
 from asyncrl_api.names import JobNames, NatsAddress
 from asyncrl_runtime.contract.messages import PolicyVersion
 from asyncrl_runtime.trainer.policy import Policy
-from asyncrl_runtime.weights.publisher import Bucket, ChecksumMismatch, Published
+from asyncrl_runtime.weights.bucket import Bucket
+from asyncrl_runtime.weights.publisher import ChecksumMismatch, Published
 from rollout_scene import SPEC, Scene, checksums_of, holds, open_scene, publish, versions
 from tiny_models import tiny_model
 
@@ -34,21 +35,46 @@ async def test_a_policy_reaches_all_engines_to_the_bit(scene: Scene, process_gro
         algorithm=SPEC.algorithm,
         deepspeed=SPEC.trainer.deepspeed,
     )
-    buckets = [policy.weights(names) for names in policy.buckets(BUCKET_BYTES)]
+    buckets = policy.buckets(BUCKET_BYTES)
+    weights = dict(policy.weights([name for names in buckets for name in names]))
     assert len(buckets) > 5 and max(map(len, buckets)) > 1
-    assert max(tensor.nbytes for bucket in buckets for _, tensor in bucket) > BUCKET_BYTES
+    assert max(tensor.nbytes for tensor in weights.values()) > BUCKET_BYTES
 
-    async def load(bucket: Bucket) -> Bucket:
+    async def load(names: tuple[str, ...]) -> Bucket:
+        bucket = policy.bucket(names)
+        assert bucket is not None
         return bucket
 
-    loads = [partial(load, bucket) for bucket in buckets]
+    loads = [partial(load, names) for names in buckets]
     published = await scene.publisher(verify=True).publish(V0, loads, "Retract")
     assert published.engines == ("a", "b") and published.num_epochs == 1
     assert len(set(published.checksums.values())) == 1 and all(published.checksums.values())
-    sent = checksums_of(dict(pair for bucket in buckets for pair in bucket))
+    sent = checksums_of(weights)
     for replica in replicas:
         assert await replica.engine.checksums() == sent
         assert await replica.engine.label() == str(V0) and not await replica.engine.is_paused()
+
+
+async def test_an_engine_over_several_gpus_is_as_many_members(scene: Scene) -> None:
+    """Ranks lie one behind the other; an engine that is lost takes all of its own away."""
+    await scene.add("a")
+    [b] = await scene.add("b", tp_size=2)
+    [c] = await scene.add("c", tp_size=3)
+    publisher = scene.publisher(verify=True)
+    assert set((await publish(publisher, V0, seed=1)).engines) == {"a", "b", "c"}
+    assert {(join.world_size) for join in scene.joins} == {7}
+    starts = sorted(join.rank for join in scene.joins)
+    assert starts[0] == 1 and sorted(map(int.__sub__, [*starts[1:], 7], starts)) == [1, 2, 3]
+    assert all([await holds(each, V0, seed=1) for each in scene.replicas.values()])
+
+    scene.joins.clear()
+    c.engine.kill()
+    assert set((await publish(publisher, V1, seed=2)).engines) == {"a", "b"}
+    assert scene.joins[-1].world_size == 4
+    await scene.restart_engine(c)
+    assert (await publish(publisher, V1, seed=2)).engines == ("c",)
+    assert [(join.rank, join.world_size) for join in scene.joins[-1:]] == [(1, 4)]
+    assert await holds(b, V1, seed=2) and await holds(c, V1, seed=2)
 
 
 async def test_engines_that_differ_after_the_same_weights_are_a_mismatch(scene: Scene) -> None:

@@ -217,6 +217,15 @@ async def test_a_dead_engine_is_known_by_the_answer_and_by_the_probe() -> None:
     assert (await controller.ask(epoch(V1)[0]))[0].message == "connection refused"
 
 
+async def test_the_probe_says_how_many_ranks_the_engine_takes() -> None:
+    controller = Controller()
+    controller.engine.tp_size = 4
+    assert (await controller.ask(ProbeEngine()))[0].num_ranks == 4
+    controller.engine.tp_size = 2
+    controller.receiver.engine_restarted()
+    assert (await controller.ask(ProbeEngine()))[0].num_ranks == 2
+
+
 # -- time
 
 

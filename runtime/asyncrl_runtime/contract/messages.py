@@ -307,6 +307,8 @@ class ControlReply(Message, frozen=True, kw_only=True, tag="reply.v1"):
     ok: bool
     message: str = ""
     checksum: str = ""
+    num_ranks: int = 1
+    """To ProbeEngine: how many ranks of a weight group the engine takes, one for each of its GPUs."""
 
 
 def encode(message: Message) -> bytes:

@@ -46,7 +46,8 @@ class EngineApp:
         self._parser = RequestParser(model, limits.context_length, limits.max_total_tokens)
         self._gate = Gate()
         self.generation = Generation(scheduler, self._parser, self._gate, self._metrics.observe)
-        self._control = Control(scheduler, WeightsReceiver(model), self._gate, self.generation)
+        self._receiver = WeightsReceiver(model)
+        self._control = Control(scheduler, self._receiver, self._gate, self.generation)
 
     def build(self) -> Starlette:
         health = self.health_generate if _flag("SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION") else self.health
@@ -108,6 +109,7 @@ class EngineApp:
         return JSONResponse(
             {
                 **self._arguments,
+                "tp_size": self._receiver.tp_size,
                 "version": SGLANG_VERSION,
                 "engine": "asyncrl",
                 "startup_time": self._started,

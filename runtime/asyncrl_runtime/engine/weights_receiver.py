@@ -54,6 +54,9 @@ class WeightsReceiver:
     is loaded bucket by bucket, each after it has arrived as a whole.
     """
 
+    tp_size = 1
+    """How many members of a group this engine is."""
+
     def __init__(self, model: CausalModel) -> None:
         self._model = model
         self._parameters = model.parameters()

@@ -214,6 +214,17 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
+def weight_names(folder: Path) -> set[str]:
+    """Return what the weights are called in a model folder's safetensors files; none where it has others."""
+    from safetensors import safe_open
+
+    names: set[str] = set()
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as weights:
+            names |= set(weights.keys())
+    return names
+
+
 def vocab_size(folder: Path) -> int:
     """Return the number of embeddings, beyond which a token id would kill an engine."""
     config = json.loads((folder / "config.json").read_text())

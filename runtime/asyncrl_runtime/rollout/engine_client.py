@@ -181,6 +181,14 @@ class EngineClient:
         self.is_in_doubt = False
         return info
 
+    async def num_ranks(self) -> int:
+        """How many members the engine is in a weight group: its tensor-parallel size.
+
+        Raises:
+            EngineLost: no answer within PROBE_SECONDS.
+        """
+        return int((await self.get("/server_info", PROBE_SECONDS))["tp_size"])
+
     async def metrics(self) -> str:
         """The engine's metrics in Prometheus' text format."""
         return (await self._control(self._http.get("/metrics"), "/metrics", PROBE_SECONDS)).text

@@ -52,6 +52,7 @@ class WeightReceiver:
         self._seen = engine.weights
         self._num_running = num_running
         self._group: str | None = None
+        self._num_ranks: int | None = None
         self._interrupt = "Retract"
         self._num_buckets: int | None = None  # received in the open update; None outside of one
         self._is_draining = False
@@ -77,6 +78,7 @@ class WeightReceiver:
         """Forget everything: a new engine process has no weights of ours and no group."""
         self._stop_watchdog()
         self._group, self._num_buckets, self._is_draining = None, None, False
+        self._num_ranks = None
         self._has_sessions = True
         self.is_dirty = self.has_missed_deadline = False
         self._seen.version = None
@@ -102,9 +104,11 @@ class WeightReceiver:
             return ControlReply(ok=False, message="it has missed a deadline, and waits to be restarted")
         try:
             await self._engine.model_info()
+            if self._num_ranks is None:
+                self._num_ranks = await self._engine.num_ranks()
         except (EngineLost, EngineRefused) as error:
             return ControlReply(ok=False, message=str(error))
-        return ControlReply(ok=True)
+        return ControlReply(ok=True, num_ranks=self._num_ranks)
 
     async def leave(self) -> None:
         """Leave the group for good, on the way out."""

@@ -21,6 +21,7 @@ CPU_TOKENS = 65536
 CPU_OPTIONS = (
     *("--device", "cpu", "--attention-backend", "torch_native", "--max-total-tokens", str(CPU_TOKENS)),
     *("--mem-fraction-static", "0.3", "--disable-overlap-schedule", "--disable-cuda-graph"),
+    "--sleep-on-idle",  # else it keeps a core busy with nothing to do
 )
 
 

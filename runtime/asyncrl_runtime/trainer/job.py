@@ -132,7 +132,7 @@ class TrainerJob:
 
     def _buckets(self) -> list[LoadBucket]:
         ranks, megabytes = self._parts.ranks, self._parts.spec.weight_sync.bucket_megabytes
-        return [partial(ranks.weights, names) for names in ranks.policy.buckets(megabytes * 2**20)]
+        return [partial(ranks.bucket, names) for names in ranks.policy.buckets(megabytes * 2**20)]
 
     async def _boundary(self) -> None:
         """What is done wherever the trainer waits: mend lost streams, give late engines their weights.

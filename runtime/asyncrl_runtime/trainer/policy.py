@@ -30,11 +30,11 @@ from asyncrl_runtime.trainer.deepspeed_config import Dtype, derive_config
 from asyncrl_runtime.trainer.loss import compute_loss
 from asyncrl_runtime.trainer.packing import MicroBatch
 from asyncrl_runtime.trainer.token_logprobs import token_logprobs
+from asyncrl_runtime.weights.bucket import Bucket, BucketBuffer
 
 _TAG = "policy"
 CONVERSION_SECONDS = 540
 """Less than the other ranks wait for rank 0."""
-EXPORT_BUCKET_BYTES = 256 * 2**20
 _TORCH_DTYPES = {"BFloat16": torch.bfloat16, "Float32": torch.float32}
 
 
@@ -113,6 +113,7 @@ class Policy:
             self._engine = library.initialize(
                 model=model, model_parameters=parameter_groups(model, training.weight_decay), config=config
             )[0]
+        self._buffer = BucketBuffer()
         self._reference: ResponseModel | None = None
         if algorithm.kl_coefficient > 0:
             self._reference = load_model(folder, dtype).to(self.device).requires_grad_(False)
@@ -216,21 +217,40 @@ class Policy:
         return buckets
 
     @torch.no_grad()
-    def weights(self, names: Sequence[str]) -> list[tuple[str, Tensor]]:
-        """Return weights by their Hugging Face names; of a sharded policy collective, and on rank 0 alone.
+    def bucket(self, names: Sequence[str]) -> Bucket | None:
+        """Return weights as engines are sent them, good until the next bucket; collective where sharded.
 
-        The tensors are not to be changed; up to ZeRO 2 they are the live ones.
+        No rank holds more than its share and one whole weight beside, rank 0 the bucket too.
+
+        Returns:
+            None on the other ranks.
+        """
+        weights = self.weights(names)
+        if dist.get_rank() != 0:
+            for _ in weights:  # this rank's shares are needed
+                pass
+            return None
+        num_bytes = sum(_num_bytes(self._parameters[name]) for name in names)
+        return self._buffer.fill(weights, num_bytes, self.device)
+
+    def weights(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+        """Yield weights by their Hugging Face names; of a sharded policy every rank goes through all of them.
+
+        A tensor is not to be changed; of a sharded policy it is whole until the next one is asked for.
         """
         found = self._parameters
-        parameters = [found[name] for name in names]
+        for name in names:
+            with self._whole(found[name]):
+                yield name, found[name].detach()
+
+    def _whole(self, parameter: nn.Parameter) -> contextlib.AbstractContextManager[object]:
+        """Have a parameter whole on every rank for a while; collective where it lies in shares."""
         if not self.is_sharded:
-            return [(name, each.detach()) for name, each in zip(names, parameters, strict=True)]
+            return contextlib.nullcontext()
         from deepspeed.runtime.zero import GatheredParameters
 
-        with GatheredParameters(parameters):
-            if dist.get_rank() != 0:
-                return []
-            return [(name, each.detach().clone()) for name, each in zip(names, parameters, strict=True)]
+        context: contextlib.AbstractContextManager[object] = GatheredParameters([parameter])
+        return context
 
     @property
     def _parameters(self) -> dict[str, nn.Parameter]:
@@ -243,11 +263,10 @@ class Policy:
         """
         state: dict[str, Tensor] | None = None
         if self.is_sharded:
-            state = {
-                name: tensor.cpu()
-                for names in self.buckets(EXPORT_BUCKET_BYTES)
-                for name, tensor in self.weights(names)
-            }
+            state = {}
+            for name, tensor in self.weights(tuple(self._parameters)):
+                if dist.get_rank() == 0:
+                    state[name] = tensor.to("cpu", copy=True)
         if dist.get_rank() == 0:
             self._engine.module.causal_lm.save_pretrained(folder, state_dict=state)
             if tokenizer is not None:

@@ -20,7 +20,7 @@ from asyncrl_api.job import AlgorithmSpec
 from asyncrl_runtime.trainer.packing import TrainingSample, pack
 from asyncrl_runtime.trainer.policy import Policy
 from asyncrl_runtime.trainer.step import StepPlan, train_step
-from asyncrl_runtime.weights.publisher import Bucket
+from asyncrl_runtime.weights.bucket import Bucket
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class Logprobs:
 
 @dataclass(frozen=True)
 class Gather:
-    """Weights of a sharded policy, by name."""
+    """A bucket of weights that lie in shares on all ranks, by their names."""
 
     names: tuple[str, ...]
 
@@ -107,12 +107,14 @@ class Ranks:
         self._idle.set()
         return await loop.run_in_executor(self._thread, self._run_everywhere, command)
 
-    async def weights(self, names: tuple[str, ...]) -> Bucket:
-        """Return weights by name, valid until the next step."""
+    async def bucket(self, names: tuple[str, ...]) -> Bucket:
+        """Return weights by name, good until the next bucket."""
+        bucket: Bucket
         if self.policy.is_sharded:
-            bucket: Bucket = await self.run(Gather(names))
-            return bucket
-        return self.policy.weights(names)
+            bucket = await self.run(Gather(names))
+        else:
+            bucket = await self.call(self.policy.bucket, names)
+        return bucket
 
     async def keep_awake(self) -> None:
         """Ping the other ranks while there is nothing to do, until cancelled."""
@@ -161,7 +163,7 @@ class Ranks:
             case Export(folder):
                 self.policy.export(folder, self._tokenizer)
             case Gather(names):
-                return self.policy.weights(names)
+                return self.policy.bucket(names)
             case Logprobs(samples):
                 return [self.policy.logprobs([pack([sample])])[0] for sample in samples]
         return None

@@ -23,7 +23,7 @@ from asyncrl_api.report import CheckpointReport, EvaluationReport, Report
 from asyncrl_api.run import RunConfig
 from asyncrl_runtime.contract.messages import Heartbeat, decode
 from asyncrl_runtime.contract.rows import prompt_text
-from asyncrl_runtime.model.source import ensure_model, load_tokenizer, warmup_prompts
+from asyncrl_runtime.model.source import ensure_model, load_tokenizer, warmup_prompts, weight_names
 from asyncrl_runtime.trainer.checkpoints import (
     FOLDER,
     Checkpoint,
@@ -86,6 +86,8 @@ def run_rank(config: RunConfig, options: Options) -> None:
             algorithm=spec.algorithm,
             deepspeed=spec.trainer.deepspeed,
         )
+        if spec.rollout.engine.type == "SGLang":
+            check_names(policy, folder)
         ranks = Ranks(policy, spec.algorithm, make_control_group(), load_tokenizer(folder))
         if dist.get_rank() == 0:
             asyncio.run(_control(config, options, folder, ranks))
@@ -100,6 +102,25 @@ def run_rank(config: RunConfig, options: Options) -> None:
     finally:
         with contextlib.suppress(Exception):  # a lost peer must not hide why
             dist.destroy_process_group()
+
+
+def check_names(policy: Policy, folder: Path) -> None:
+    """Refuse a model whose weights have other names in transformers than in the files that SGLang loads.
+
+    SGLang takes an update by the names of the files, and passes over in silence what it does not know: its
+    policy would never change. So it is where transformers merges the experts of a mixture.
+
+    Raises:
+        ExitError: names the first of them.
+    """
+    in_files = weight_names(folder)
+    sent = (name for names in policy.buckets(1) for name in names)
+    if in_files and (unknown := next((name for name in sent if name not in in_files), None)):
+        raise ExitError(
+            ExitCode.REFUSED,
+            f"spec.model.source: {unknown} is called otherwise in {folder}, and SGLang would pass over its "
+            "updates; Llama, Qwen2 and Qwen3 are known to work",
+        )
 
 
 async def _control(config: RunConfig, options: Options, model_folder: Path, ranks: Ranks) -> None:
@@ -275,14 +296,15 @@ def _make_publisher(
     config: RunConfig, options: Options, broker: Broker, fleet: Fleet, ranks: Ranks
 ) -> WeightPublisher:
     spec = config.spec.weight_sync
-    on_gpu = spec.backend == "NCCL" or (spec.backend == "Auto" and torch.cuda.is_available())
+    are_on_gpu = torch.cuda.is_available() and config.spec.rollout.engine.type == "SGLang"
+    uses_nccl = spec.backend == "NCCL" or (spec.backend == "Auto" and are_on_gpu)
     return WeightPublisher(
         broker,
         config.names,
         fleet,
         attempt=options.attempt,
         host=options.host,
-        backend="nccl" if on_gpu else "gloo",
+        backend="nccl" if uses_nccl else "gloo",
         model_bytes=ranks.policy.num_bytes,
         timeout_seconds=spec.timeout_seconds,
         verify=options.verify_weights,

@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -33,15 +32,16 @@ from asyncrl_runtime.contract.messages import (
 )
 from asyncrl_runtime.transport.broker import Broker
 from asyncrl_runtime.transport.fleet import Fleet
+from asyncrl_runtime.weights.bucket import Bucket
 from asyncrl_runtime.weights.group import GroupStore, host_group, leave_group, open_store
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-Bucket = list[tuple[str, Tensor]]
 LoadBucket = Callable[[], Awaitable[Bucket]]
-"""Gives a bucket when it is its turn: under ZeRO 3 it lies in pieces on all ranks until then."""
+"""Gives a bucket when it is its turn: there is memory for one, and under ZeRO 3 its weights lie in pieces on
+all ranks until then."""
 Member = tuple[str, str]
 """(worker, engine process): a restarted engine is another member."""
 
@@ -109,7 +109,6 @@ class WeightPublisher:
         self._failed_after: dict[str, Heartbeat] = {}  # worker -> its last word before it failed
         self._published: PolicyVersion | None = None
         self._checksums: dict[str, str] = {}  # of that version, by worker
-        self._buffer = torch.empty(0, dtype=torch.uint8)
         self._side = ThreadPoolExecutor(1, thread_name_prefix="weights")
 
     def behind(self, version: PolicyVersion) -> list[Member]:
@@ -228,9 +227,10 @@ class WeightPublisher:
         blame.
         """
         self._epoch += 1
-        self._expect(await self._ask(members, ProbeEngine(), PROBE_SECONDS), "probe")
+        probed = await self._ask(members, ProbeEngine(), PROBE_SECONDS)
+        self._expect(probed, "probe")
+        first_ranks, world_size = place({m: reply.num_ranks for m, reply in probed.items() if reply})
         store = open_store(self._host)
-        world_size = 1 + len(members)
         requests = {
             member: JoinGroup(
                 group=self._group_name,
@@ -241,7 +241,7 @@ class WeightPublisher:
                 backend=self._backend,
                 timeout_seconds=self._timeout + 5,
             )
-            for rank, member in enumerate(members, start=1)
+            for member, rank in first_ranks.items()
         }
         asked = {
             member: asyncio.create_task(self._ask_one(member, request, self._timeout + 10))
@@ -270,9 +270,9 @@ class WeightPublisher:
             request = ReceiveBucket(
                 group=self._group_name,
                 version=version,
-                names=tuple(name for name, _ in bucket),
-                dtypes=tuple(str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket),
-                shapes=tuple(tuple(tensor.shape) for _, tensor in bucket),
+                names=bucket.names,
+                dtypes=bucket.dtypes,
+                shapes=bucket.shapes,
                 is_last=number == len(buckets),
                 timeout_seconds=self._timeout,
             )
@@ -281,7 +281,7 @@ class WeightPublisher:
                 for member in members
             }
             try:
-                await self._in_side_thread(self._broadcast, bucket)
+                await self._in_side_thread(self._broadcast, bucket.data)
             except (RuntimeError, TimeoutError) as error:
                 raise await self._broken_broadcast(asked, error) from error
             self._expect({member: await task for member, task in asked.items()}, "transfer")
@@ -301,19 +301,10 @@ class WeightPublisher:
         suspects = {member for member in early if (reply := replies[member]) and not reply.ok}
         return _EpochFailed(f"broadcast: {_first_line(error)}", silent, suspects)
 
-    def _broadcast(self, bucket: Bucket) -> None:
-        """Send one bucket as a flat array of bytes, from a buffer that is used again."""
-        num_bytes = sum(tensor.nbytes for _, tensor in bucket)
-        device = bucket[0][1].device
-        if self._buffer.nbytes < num_bytes or self._buffer.device != device:
-            self._buffer = torch.empty(num_bytes, dtype=torch.uint8, device=device)
-        flat, start = self._buffer[:num_bytes], 0
-        for _, tensor in bucket:
-            flat[start : start + tensor.nbytes].copy_(tensor.reshape(-1).view(torch.uint8))
-            start += tensor.nbytes
+    def _broadcast(self, data: Tensor) -> None:
         failure = ""
         try:
-            dist.broadcast(flat, src=0, group=self._group)
+            dist.broadcast(data, src=0, group=self._group)
         except RuntimeError as error:
             failure = str(error)
         if failure:
@@ -357,6 +348,18 @@ class WeightPublisher:
         """What we saw committed counts before the heartbeat, which is up to a second old."""
         said = None if beat.engine_state == "dirty" else beat.version
         return self._at.get((beat.worker, beat.engine), said) == version
+
+
+def place(num_ranks: Mapping[Member, int]) -> tuple[dict[Member, int], int]:
+    """Return the first rank of each engine, one behind the other, and the size of the group.
+
+    Rank 0 is the trainer's. An engine over several GPUs takes as many ranks, the first and those after it.
+    """
+    first_ranks, world_size = {}, 1
+    for member, count in num_ranks.items():
+        first_ranks[member] = world_size
+        world_size += count
+    return first_ranks, world_size
 
 
 class _EpochFailed(Exception):

@@ -1,0 +1,34 @@
+"""Weights go to SGLang under names that it knows, or not at all."""
+
+from pathlib import Path
+
+import pytest
+
+from asyncrl_api.exits import ExitCode, ExitError
+from asyncrl_runtime.trainer.policy import Policy
+from asyncrl_runtime.trainer.run import check_names
+from rollout_scene import SPEC
+from tiny_models import Family, tiny_model
+
+
+def load(folder: Path) -> Policy:
+    return Policy(
+        folder,
+        dtype="Float32",
+        training=SPEC.training,
+        algorithm=SPEC.algorithm,
+        deepspeed=SPEC.trainer.deepspeed,
+    )
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_families_whose_names_are_those_of_the_files(family: Family, process_group: None) -> None:
+    folder = tiny_model(family, tie_word_embeddings=True)
+    check_names(load(folder), folder)
+
+
+def test_experts_that_are_merged_are_refused(process_group: None) -> None:
+    folder = tiny_model("qwen3_moe")
+    with pytest.raises(ExitError, match=r"experts\.gate_up_proj is called otherwise in .* SGLang") as refused:
+        check_names(load(folder), folder)
+    assert refused.value.code == ExitCode.REFUSED
