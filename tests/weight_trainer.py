@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -12,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from asyncrl_runtime.weights.group import host_group, leave_group, open_store
-from tiny_models import EngineProcess, tiny_model
+from tiny_models import EngineProcess, Family, tiny_model
 
 PROMPT = [5, 6, 7, 8, 9]
 DYING_TRAINER = """
@@ -28,10 +29,17 @@ os._exit(1)
 
 
 class Trainer:
-    """Rank 0 of a weight group, in this process, as the trainer will be."""
+    """Rank 0 of a weight group, in this process, as the trainer will be.
 
-    def __init__(self, engines: list[EngineProcess], name: str, pool: ThreadPoolExecutor) -> None:
+    Args:
+        tp_size: ranks of each engine.
+    """
+
+    def __init__(
+        self, engines: list[EngineProcess], name: str, pool: ThreadPoolExecutor, tp_size: int = 1
+    ) -> None:
         self.engines, self.name, self._pool = engines, name, pool
+        world_size = 1 + tp_size * len(engines)
         store = open_store("127.0.0.1")
         joins = [
             pool.submit(
@@ -41,14 +49,14 @@ class Trainer:
                     "master_address": "127.0.0.1",
                     "master_port": store.port,
                     "rank_offset": rank,
-                    "world_size": len(engines) + 1,
+                    "world_size": world_size,
                     "group_name": name,
                     "backend": "gloo",
                 },
             )
-            for rank, engine in enumerate(engines, start=1)
+            for rank, engine in zip(range(1, world_size, tp_size), engines, strict=True)
         ]
-        self.group = host_group(store, len(engines) + 1, name, "gloo", timeout_seconds=20)
+        self.group = host_group(store, world_size, name, "gloo", timeout_seconds=20)
         self.store = store
         for join in joins:
             assert join.result().json() == {
@@ -89,8 +97,8 @@ class Trainer:
         self.store.close()
 
 
-def weights_of(seed: int) -> dict[str, Tensor]:
-    model = AutoModelForCausalLM.from_pretrained(tiny_model(seed=seed))
+def weights_of(seed: int, family: Family = "llama", **kind: bool) -> dict[str, Tensor]:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model(family, seed, **kind))
     return {name: p.data for name, p in model.named_parameters()}
 
 
@@ -116,8 +124,20 @@ def logprobs_under(
     tokens = torch.tensor([ids])
     past = load(older)(tokens[:, :kept], use_cache=True).past_key_values if older else None
     logits = load(weights)(tokens[:, kept:], past_key_values=past, use_cache=True).logits
-    logprobs = (logits[0, :-1] / temperature).log_softmax(-1)
-    result: list[float] = logprobs.gather(1, tokens[0, kept + 1 :, None])[:, 0].tolist()
+    return _logprobs_of(logits[0] / temperature, tokens[0, kept:])
+
+
+@torch.inference_mode()
+def logprobs_of_model(folder: Path, ids: list[int]) -> list[float]:
+    """[tokens - 1] of a sequence, by transformers, in fp32."""
+    tokens = torch.tensor(ids)
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
+    return _logprobs_of(model(tokens[None]).logits[0], tokens)
+
+
+def _logprobs_of(logits: Tensor, tokens: Tensor) -> list[float]:
+    logprobs = logits[:-1].log_softmax(-1)
+    result: list[float] = logprobs.gather(1, tokens[1:, None])[:, 0].tolist()
     return result
 
 

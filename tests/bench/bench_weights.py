@@ -1,17 +1,21 @@
 """A whole weight update against a raw gloo broadcast of the same bytes to the same number of processes.
 
 update: `WeightPublisher.publish` through all its phases, from a Policy's parameters in buckets, over NATS to
-    the workers of two CPU engines, as the local runner starts them: pause and begin, flatten and broadcast,
+    the workers of two engines, as the local runner starts them: pause and begin, flatten and broadcast,
     load into the live parameters, end and continue. It ends when both workers have said so; then both engines
     must attest the version. `with join`: the same after the group was left, so that a store is opened and a
     group of three is formed again, as where an engine came or went.
+loading: the part of `update` between the ends of the broadcasts and the engines' answers to them, in which
+    they copy what came into their parameters. On SGLang the reach holds for `update` without it.
 raw: `torch.distributed.broadcast` of one tensor of uint8 from this process to two others that do nothing
     else, until both have it.
 
 Engines have one thread each and nothing to sample. Runs alternate; the ratio is that of the medians. At the
-end the engines' checksums are compared with the policy's weights, which were changed meanwhile.
+end CPU engines' checksums are compared with the policy's weights, which were changed meanwhile; SGLang has
+checksums on GPUs alone.
 
     python tests/bench/bench_weights.py [--repeats 11]
+    ASYNCRL_SGLANG_PYTHON=... python tests/bench/bench_weights.py --engine SGLang
 """
 
 import argparse
@@ -29,10 +33,11 @@ from typing import Any, NamedTuple
 import httpx
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from asyncrl_runtime.weights.group import host_group, join_group, open_store
-from asyncrl_runtime.weights.publisher import Bucket
+from asyncrl_runtime.weights.publisher import WeightPublisher
 from job_harness import build_job
 from policy_and_engines import LOOPBACK, PolicyAndEngines, load_policy, open_engines, prepare_process
 from tiny_models import build_model
@@ -110,7 +115,25 @@ def receive_for_ever(port: int, rank: int, num_bytes: int, pipe: Connection) -> 
         pipe.send(time.monotonic())
 
 
-async def measure(name: str, folder: Path, repeats: int) -> str:
+class Stopwatch:
+    """Takes the time that engines need after each broadcast of a publisher."""
+
+    def __init__(self, publisher: WeightPublisher) -> None:
+        self._broadcast, self._expect = publisher._broadcast, publisher._expect
+        vars(publisher).update(_broadcast=self._run_broadcast, _expect=self._run_expect)
+        self._ended = self.loading = 0.0
+
+    def _run_broadcast(self, data: Tensor) -> None:
+        self._broadcast(data)
+        self._ended = time.perf_counter()
+
+    def _run_expect(self, replies: Any, phase: str) -> None:
+        if phase == "transfer":
+            self.loading += time.perf_counter() - self._ended
+        self._expect(replies, phase)
+
+
+async def measure(name: str, folder: Path, engine: str, repeats: int) -> str:
     """Return the line of the table for one size."""
     size = SIZES[name]
     dtype = torch.bfloat16 if size.dtype == "BFloat16" else torch.float32
@@ -118,6 +141,7 @@ async def measure(name: str, folder: Path, repeats: int) -> str:
     job = build_job(
         model,
         model={"dtype": size.dtype},
+        rollout={"engine": {"type": engine}},
         gpuBudget={
             "total": 1 + NUM_ENGINES,
             "mode": "Manual",
@@ -126,26 +150,28 @@ async def measure(name: str, folder: Path, repeats: int) -> str:
     )
     async with open_engines(folder, job, lambda: load_policy(model, job), NUM_ENGINES) as engines:
         raw = RawBroadcast(engines.num_bytes)
-        seconds: dict[str, list[float]] = {"raw": [], "update": [], "with join": []}
+        stopwatch = Stopwatch(engines.publisher)
+        seconds: dict[str, list[float]] = {"raw": [], "update": [], "loading": [], "with join": []}
         for repeat in range(repeats + 1):
-            times = {
-                "raw": await asyncio.to_thread(raw.run),
-                "update": await engines.publish(),
-            }
+            times = {"raw": await asyncio.to_thread(raw.run)}
+            stopwatch.loading = 0.0
+            times["update"] = await engines.publish()
+            times["loading"] = stopwatch.loading
             await engines.publisher.leave()
             times["with join"] = await engines.publish()
             if repeat:  # the first makes the buffers
                 for side, value in times.items():
                     seconds[side].append(value)
-        await _compare_checksums(engines)
+        if engine == "CPU":
+            await _compare_checksums(engines)
         raw.end()
-        return _row(name, engines.num_bytes, seconds, size.reach)
+        return _row(f"{name}, {engine}", engines.num_bytes, seconds, size.reach)
 
 
 async def _compare_checksums(engines: PolicyAndEngines) -> None:
     """The engines hold the policy's weights, which have never been in a folder."""
     [names] = engines.policy.buckets(2**62)
-    parameters = engines.policy.weights(names)
+    parameters = list(engines.policy.weights(names))
     await asyncio.to_thread(_change, parameters)
     await engines.publish()
     expected = {
@@ -161,13 +187,13 @@ async def _compare_checksums(engines: PolicyAndEngines) -> None:
 
 
 @torch.no_grad()
-def _change(parameters: Bucket) -> None:
+def _change(parameters: list[tuple[str, Tensor]]) -> None:
     for _, tensor in parameters:
         tensor.add_(0.125)
 
 
 def _row(name: str, num_bytes: int, seconds: dict[str, list[float]], reach: str) -> str:
-    raw, update, join = (statistics.median(seconds[side]) for side in ("raw", "update", "with join"))
+    raw, update, loading, join = (statistics.median(each) for each in seconds.values())
     pairs = [a / b for a, b in zip(seconds["update"], seconds["raw"], strict=True)]
     columns = [
         name,
@@ -175,7 +201,9 @@ def _row(name: str, num_bytes: int, seconds: dict[str, list[float]], reach: str)
         f"{raw * 1e3:.1f}",
         f"{update * 1e3:.1f}",
         f"{(update - raw) * 1e3:.1f}",
+        f"{loading * 1e3:.1f}",
         f"{update / raw:.2f}",
+        f"{(update - loading) / raw:.2f}",
         f"{min(pairs):.2f} .. {statistics.median(pairs):.2f} .. {max(pairs):.2f}",
         f"{join * 1e3:.1f}",
         reach,
@@ -187,13 +215,15 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--engine", choices=["CPU", "SGLang"], default="CPU")
     options = parser.parse_args()
     prepare_process()
-    print("| weights | MB | raw, ms | update, ms | more, ms | ratio | of the pairs | with join, ms | reach |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    columns = ["weights", "MB", "raw, ms", "update, ms", "more, ms", "loading, ms", "ratio"]
+    columns += ["without loading", "of the pairs", "with join, ms", "reach"]
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for name in options.sizes:
         with tempfile.TemporaryDirectory() as folder:
-            print(asyncio.run(measure(name, Path(folder), options.repeats)), flush=True)
+            print(asyncio.run(measure(name, Path(folder), options.engine, options.repeats)), flush=True)
 
 
 if __name__ == "__main__":
