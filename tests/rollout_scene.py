@@ -42,7 +42,8 @@ from asyncrl_runtime.transport.fleet import Fleet
 from asyncrl_runtime.transport.reader import OrderedReader
 from asyncrl_runtime.transport.streams import delete_streams, make_streams
 from asyncrl_runtime.weights.bucket import Bucket, BucketBuffer
-from asyncrl_runtime.weights.publisher import Published, WeightPublisher
+from asyncrl_runtime.weights.engines import Published
+from asyncrl_runtime.weights.publisher import WeightPublisher
 from fakes import FakeBackend
 from forked_engines import ForkedEngine
 from harness_data import reward

@@ -279,6 +279,20 @@ CASES = {
         "spec.weightSync.backend",
         "weightSync.backend NCCL needs engines on GPUs, but rollout.engine.type is CPU: use Auto or Gloo",
     ),
+    "adapters are whole on each rank": Case(
+        ["spec.training.lora.rank=8", "spec.trainer.deepspeed.zeroStage=2"],
+        ["spec.training.lora.rank=8", "spec.trainer.deepspeed.zeroStage=3"],
+        "spec.training.lora.rank",
+        "training.lora.rank is 8, but adapters are not trained with trainer.deepspeed.zeroStage 3: use 2 or "
+        "less",
+    ),
+    "each adapter has its own KV cache": Case(
+        ["spec.training.lora.rank=8", "spec.rollout.interrupt=Drain"],
+        ["spec.training.lora.rank=8", "spec.rollout.interrupt=InPlace"],
+        "spec.rollout.interrupt",
+        "rollout.interrupt InPlace is not possible with training.lora.rank 8, for the KV cache is that of an "
+        "adapter: use Retract or Drain",
+    ),
     "no resource claims yet": Case(
         ["spec.gpuBudget.allocation=None"],
         ["spec.gpuBudget.allocation=ResourceClaim"],

@@ -335,6 +335,25 @@ _ENGINE = (
     ),
 )
 
+_ADAPTERS = (
+    _rule(
+        "spec",
+        "training.lora.rank",
+        "self.training.lora.rank == 0 || self.trainer.deepspeed.zeroStage < 3",
+        "training.lora.rank is %d, but adapters are not trained with trainer.deepspeed.zeroStage 3: use 2 or "
+        "less",
+        "self.training.lora.rank",
+    ),
+    _rule(
+        "spec",
+        "rollout.interrupt",
+        "self.training.lora.rank == 0 || self.rollout.interrupt != 'InPlace'",
+        "rollout.interrupt InPlace is not possible with training.lora.rank %d, for the KV cache is that of "
+        "an adapter: use Retract or Drain",
+        "self.training.lora.rank",
+    ),
+)
+
 # A field that nothing acts on yet is refused, never ignored.
 _NOT_YET = (
     _rule(
@@ -366,7 +385,7 @@ _NOT_YET = (
     ),
 )
 
-RULES = (_NAME, *_SOURCES, *_SELECTED, *_TRAINING, *_BUDGET, *_ENGINE, *_NOT_YET)
+RULES = (_NAME, *_SOURCES, *_SELECTED, *_TRAINING, *_BUDGET, *_ENGINE, *_ADAPTERS, *_NOT_YET)
 """All rules but those that follow from change marks."""
 
 

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from asyncrl_api.base import ApiType, Count, CountOrZero, NonNegative, Positive
+from asyncrl_api.base import ApiType, Count, CountOrZero, Name, NonNegative, Positive
 from asyncrl_api.marks import field
 
 
@@ -15,6 +15,20 @@ class ScheduleSpec(ApiType):
         "After warm-up. Linear and Cosine fall to zero at the maxSteps in force.", default="Constant"
     )
     warmup_steps: CountOrZero = field("Steps in which the learning rate rises linearly from 0.", default=0)
+
+
+class LoRASpec(ApiType):
+    """Low-rank adapters: the model's weights stay, and small factors are trained (arXiv 2106.09685)."""
+
+    rank: Annotated[int, Field(ge=0, le=1024)] = field(
+        "Rank of the factors; 0: no adapters, all weights are trained.", default=0
+    )
+    alpha: Positive = field("What adapters add is scaled by alpha / rank.", default=32.0)
+    target_modules: Annotated[list[Name], Field(min_length=1, max_length=32)] = field(
+        "Linear layers that get adapters, by the last part of their name.",
+        default=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        list_type="atomic",
+    )
 
 
 class TrainingSpec(ApiType):
@@ -41,6 +55,11 @@ class TrainingSpec(ApiType):
         "Largest norm of the gradient of an optimizer update; 0: not clipped.", mark="R", default=1.0
     )
     seed: CountOrZero = field("Seed of sampling noise, and of model factories.", mark="I", default=1)
+    lora: LoRASpec = field("Low-rank adapters.", mark="I", default=LoRASpec())
+
+    @property
+    def trains_adapters(self) -> bool:
+        return self.lora.rank > 0
 
 
 class ClipSpec(ApiType):

@@ -30,7 +30,7 @@ from asyncrl_runtime.rollout.slots import Slots
 from asyncrl_runtime.rollout.workflows import make_workflow
 from asyncrl_runtime.trainer.checkpoints import Checkpoint, Checkpoints
 from asyncrl_runtime.trainer.dataset import load_rows
-from asyncrl_runtime.trainer.policy import Policy
+from asyncrl_runtime.trainer.policy import Policy, merge_adapter
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +93,13 @@ def _export(config: RunConfig, checkpoint: Checkpoint, scratch: Path) -> Path:
         policy.load(checkpoint.policy_folder, scratch.with_suffix(".resized"))
     except ValueError as error:
         raise ExitError(ExitCode.REFUSED, str(error)) from error
-    policy.export(scratch, load_tokenizer(source))
+    tokenizer = load_tokenizer(source)
+    if not spec.training.trains_adapters:
+        policy.export(scratch, tokenizer)
+        return scratch
+    policy.export(scratch / "adapter", None)
+    merge_adapter(source, scratch / "adapter", scratch)
+    tokenizer.save_pretrained(scratch)
     return scratch
 
 

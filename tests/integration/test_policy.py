@@ -17,12 +17,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import torch.distributed as dist
+from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from asyncrl_api.job import AlgorithmSpec, DeepSpeedSpec, TrainingSpec
+from asyncrl_api.job import AlgorithmSpec, DeepSpeedSpec, LoRASpec, TrainingSpec
 from asyncrl_runtime.trainer.deepspeed_config import BETAS
 from asyncrl_runtime.trainer.diagnostics import report_tokens
 from asyncrl_runtime.trainer.packing import TrainingSample, distribute, pack, split_minibatches
@@ -90,7 +92,13 @@ def make_policy(folder: Path, stage: int, *, dtype: Any = "Float32", **changes: 
     return Policy(
         folder,
         dtype=dtype,
-        training=TrainingSpec(batch_size=3, max_steps=10, weight_decay=0.1, gradient_clipping=0.5),
+        training=TrainingSpec(
+            batch_size=3,
+            max_steps=10,
+            weight_decay=0.1,
+            gradient_clipping=0.5,
+            lora=changes.pop("lora", LoRASpec()),
+        ),
         algorithm=algorithm_of(**changes.pop("algorithm", {})),
         deepspeed=DeepSpeedSpec(zero_stage=stage, config=ALL_IN_SHARES if stage == 3 else {}),
         **changes,
@@ -236,6 +244,45 @@ def run_export(model: Path, folder: Path) -> dict[str, Any]:
     return {"weights": weights_of(policy), "buckets": buckets}
 
 
+def run_adapters(model: Path, folder: Path, stage: int) -> dict[str, Any]:
+    lora = LoRASpec(rank=4, alpha=8.0, target_modules=["q_proj", "down_proj"])
+    policy = make_policy(model, stage, lora=lora)
+    before = frozen(policy)
+    first = adapters_of(policy)
+    train_step(policy, make_batch(0))
+    policy.save(folder / "checkpoint")
+    trained = adapters_of(policy)
+    resumed = make_policy(model, stage, lora=lora)
+    resumed.load(folder / "checkpoint", folder / "scratch")
+    restored = adapters_of(resumed)
+    train_step(policy, make_batch(1))
+    train_step(resumed, make_batch(1))
+    policy.export(folder / "exported", tokenizer=None)
+    batch = pack(make_batch(2))
+    with pytest.raises(ValueError) as refused:
+        make_policy(model, stage).load(folder / "checkpoint", folder / "scratch")
+    return {
+        "first": first,
+        "trained": trained,
+        "restored": same(restored, trained),
+        "repeated": same(adapters_of(policy), adapters_of(resumed)),
+        "after": adapters_of(policy),
+        "frozen": same(before, frozen(policy)),
+        "logprobs": policy.logprobs([batch])[0],
+        "num_bytes": policy.num_bytes,
+        "refused": str(refused.value),
+    }
+
+
+def adapters_of(policy: Policy) -> dict[str, Tensor]:
+    return safetensors.torch.load(policy.adapter().weights)
+
+
+def frozen(policy: Policy) -> dict[str, Tensor]:
+    parameters = policy._engine.module.named_parameters()
+    return {name: each.detach().clone() for name, each in parameters if not each.requires_grad}
+
+
 Scenario = Callable[..., dict[str, Any]]
 SCENARIOS: dict[str, tuple[Scenario, dict[str, Any]]] = {
     **{f"updates-{stage}": (run_updates, {"stage": stage, "capacity": CAPACITY}) for stage in STAGES},
@@ -260,6 +307,7 @@ SCENARIOS: dict[str, tuple[Scenario, dict[str, Any]]] = {
         for stage in STAGES
         for dtype in ("Float32", "BFloat16")
     },
+    **{f"adapters-{stage}": (run_adapters, {"stage": stage}) for stage in (0, 1, 2)},
     "foreign": (run_foreign_checkpoint, {}),
     "reference": (run_reference, {}),
     "export": (run_export, {}),
@@ -470,6 +518,53 @@ def test_an_export_is_a_hugging_face_folder(session: Session) -> None:
     expected = session["export"]["weights"]
     assert same(dict(model.named_parameters()), expected), "tied weights once, under Hugging Face's names"
     assert model(input_ids=torch.tensor([[1, 2, 3]])).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_adapters_alone_are_trained(session: Session, stage: int) -> None:
+    found = session[f"adapters-{stage}"]
+    names = {name.removeprefix("base_model.model.model.layers.") for name in found["first"]}
+    assert names == {
+        f"{layer}.{module}.lora_{factor}.weight"
+        for layer in (0, 1)
+        for module in ("self_attn.q_proj", "mlp.down_proj")
+        for factor in "AB"
+    }
+    assert found["frozen"]
+    first, after = found["first"], found["after"]
+    assert all(tensor.any() == ("lora_A" in name) for name, tensor in first.items()), (
+        "nothing is added at first"
+    )
+    assert not any(torch.equal(first[name], after[name]) for name in first)
+    assert found["num_bytes"] == sum(tensor.nbytes for tensor in first.values())
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_adapters_go_on_from_a_checkpoint(session: Session, stage: int) -> None:
+    found = session[f"adapters-{stage}"]
+    assert found["restored"] and found["repeated"]
+    assert '"rank":4' in found["refused"], "a checkpoint of adapters is none of all weights"
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_all_ranks_and_stages_train_the_same_adapters(sessions: dict[int, Session], stage: int) -> None:
+    expected = sessions[1]["adapters-0"]["after"]
+    for session in sessions.values():
+        for name, tensor in session[f"adapters-{stage}"]["after"].items():
+            assert torch.allclose(tensor, expected[name], rtol=0, atol=1e-5), name
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_peft_loads_exported_adapters(session: Session, stage: int) -> None:
+    base = AutoModelForCausalLM.from_pretrained(session.model)
+    model = PeftModel.from_pretrained(base, session.folder / f"adapters-{stage}" / "exported")
+    batch = pack(make_batch(2))
+    starts = torch.where(batch.position_ids == 0)[0].tolist()
+    sequences = [batch.input_ids[None, a:b] for a, b in pairwise([*starts, len(batch.input_ids)])]
+    logits = torch.cat([model(input_ids=each).logits[0] for each in sequences])
+    rows = logits[batch.positions] / batch.temperatures[:, None]
+    expected = rows.log_softmax(-1).gather(1, batch.targets[:, None])[:, 0]
+    assert torch.allclose(session[f"adapters-{stage}"]["logprobs"], expected, atol=1e-5)
 
 
 def test_buckets_are_filled_up_to_their_size(session: Session) -> None:

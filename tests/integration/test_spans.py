@@ -2,15 +2,15 @@
 
 import asyncio
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import httpx
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from asyncrl_runtime.contract.messages import Sample, floats_from_bytes, ids_from_bytes
+from asyncrl_runtime.trainer.policy import add_adapters, load_model
 from asyncrl_runtime.transport.audit import audit
 from job_harness import JobHarness, Recorder, build_job, until
 from nats_server_fixture import NatsServer
@@ -25,14 +25,21 @@ of its own version and that of the sample's first: it may be off by about as muc
 drift, measured on the same tokens), and twice that is the bound."""
 
 
+ADAPTERS = {"lora": {"rank": 4, "targetModules": ["q_proj", "v_proj", "down_proj"]}, "learningRate": 1e-2}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("interrupt", ["Retract", "InPlace"])
+@pytest.mark.parametrize(
+    ("interrupt", "training"),
+    [("Retract", {}), ("InPlace", {}), ("Retract", ADAPTERS)],
+    ids=["retract", "in place", "adapters"],
+)
 async def test_logprobs_are_those_of_the_attested_versions(
-    own_nats: NatsServer, tmp_path: Path, process_group: None, interrupt: str
+    own_nats: NatsServer, tmp_path: Path, process_group: None, interrupt: str, training: dict[str, Any]
 ) -> None:
     job = build_job(
         sampling={"groupSize": 2, "maxNewTokens": 40},
-        training={"batchSize": 2, "maxSteps": 8, "learningRate": 1e-4},
+        training={"batchSize": 2, "maxSteps": 8, "learningRate": 1e-4, **training},
         staleness={"maxVersions": 4},
         rollout={"interrupt": interrupt},
     )
@@ -48,8 +55,10 @@ async def test_logprobs_are_those_of_the_attested_versions(
         versions = list(replay(job.spec, tiny_model(), history, recorder.groups))
         samples = [s for g in recorder.groups.values() for s in g.samples if len(s.version_spans) > 1]
         assert len(samples) >= 4, "too few samples span versions; is the engine slow enough?"
-        model = AutoModelForCausalLM.from_pretrained(tiny_model())
-        off = [compare(model, versions, sample) for sample in samples]
+        model = load_model(tiny_model(), "Float32")
+        if job.spec.training.trains_adapters:
+            add_adapters(model, job.spec.training.lora, seed=0)
+        off = [compare(model.causal_lm, versions, sample) for sample in samples]
         print(f"{interrupt}: {len(samples)} samples; {max(o.first for o in off):.1e} in first spans, ")
         print(f"  {max(o.later for o in off):.1e} in later ones, drift {max(o.drift for o in off):.1e}")
         assert max(o.first for o in off) < EXACT

@@ -11,7 +11,8 @@ from asyncrl_api.names import JobNames, NatsAddress
 from asyncrl_runtime.contract.messages import PolicyVersion
 from asyncrl_runtime.trainer.policy import Policy
 from asyncrl_runtime.weights.bucket import Bucket
-from asyncrl_runtime.weights.publisher import ChecksumMismatch, Published
+from asyncrl_runtime.weights.engines import Published
+from asyncrl_runtime.weights.publisher import ChecksumMismatch
 from rollout_scene import SPEC, Scene, checksums_of, holds, open_scene, publish, versions
 from tiny_models import tiny_model
 

@@ -8,7 +8,7 @@ import pytest
 from asyncrl_api.names import JobNames, NatsAddress
 from asyncrl_runtime.contract.messages import PolicyVersion
 from asyncrl_runtime.rollout.engine_client import EngineRefused
-from asyncrl_runtime.weights.publisher import Published
+from asyncrl_runtime.weights.engines import Published
 from nats_server_fixture import NatsServer
 from rollout_scene import Scene, holds, open_scene, publish, versions
 

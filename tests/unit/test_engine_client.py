@@ -38,9 +38,11 @@ def chunk(num_tokens: int, finish: str | None = None, versions: Sequence[tuple[s
 
 
 @asynccontextmanager
-async def talking(reply: Reply) -> AsyncIterator[tuple[EngineClient, ScriptedServer]]:
+async def talking(
+    reply: Reply, *, samples_with_adapters: bool = False
+) -> AsyncIterator[tuple[EngineClient, ScriptedServer]]:
     async with scripted_server(reply) as server:
-        client = EngineClient(server.url, VOCAB_SIZE)
+        client = EngineClient(server.url, VOCAB_SIZE, samples_with_adapters=samples_with_adapters)
         client.weights.version = PolicyVersion(1, 3)
         try:
             yield client, server
@@ -126,6 +128,67 @@ async def test_an_engine_is_reached_without_the_proxy_of_its_pod(monkeypatch: py
     monkeypatch.delenv("no_proxy", raising=False)
     async with talking(answering({"weight_version": "1.3"})) as (client, _):
         assert await client.model_info() == {"weight_version": "1.3"}
+
+
+# -- adapters
+
+
+@asynccontextmanager
+async def changing_adapters(
+    *answers: Any, to: PolicyVersion | None
+) -> AsyncIterator[tuple[EngineClient, ScriptedServer]]:
+    """An engine that is given another adapter before it answers anything, and then answers one by one."""
+    left = list(answers)
+
+    async def reply(exchange: Exchange) -> None:
+        client.weights.version = to
+        answer = left.pop(0)
+        if exchange.body.get("stream"):
+            await exchange.events(answer, "[DONE]")
+            await exchange.end()
+        else:
+            await exchange.answer(answer)
+
+    async with talking(reply, samples_with_adapters=True) as (client, server):
+        yield client, server
+
+
+async def test_what_was_broken_off_for_a_newer_adapter_goes_on_under_it() -> None:
+    """Whatever label the engine had meanwhile: a token is of the adapter that its request named."""
+    first, second = chunk(3, "abort", [("1.4", 3)]), chunk(2, "stop", [("1.4", 2)])
+    async with changing_adapters(first, second, to=PolicyVersion(1, 4)) as (client, server):
+        generation = await client.stream(REQUEST)
+    assert generation.output_ids == [10, 11, 12, 10, 11] and generation.finish_reason == "stop"
+    assert generation.spans == (VersionSpan(1, 3, 3), VersionSpan(1, 4, 5))
+    assert [body["lora_path"] for body in server.bodies] == ["1.3", "1.4"]
+    assert server.bodies[1]["input_ids"] == [1, 2, 3, 10, 11, 12]
+    assert server.bodies[1]["sampling_params"]["max_new_tokens"] == 37
+    assert server.bodies[1]["sampling_params"]["sampling_seed"] == 9
+
+
+async def test_of_a_group_each_goes_on_that_was_broken_off() -> None:
+    together = [chunk(3, "abort", [("1.4", 3)]), chunk(1, "stop", [("1.4", 1)]), chunk(40, "abort")]
+    second = chunk(2, "stop", [("1.4", 2)])
+    async with changing_adapters(together, second, to=PolicyVersion(1, 4)) as (client, server):
+        broken, whole, full = await client.generate([REQUEST] * 3)
+    assert len(broken.output_ids) == 5 and len(server.bodies) == 2
+    assert whole.spans == (VersionSpan(1, 3, 1),) and whole.finish_reason == "stop"
+    assert full.finish_reason == "length", "there is no room to go on"
+
+
+async def test_what_was_broken_off_to_end_is_answered_as_it_is() -> None:
+    async with changing_adapters(chunk(3, "abort"), to=PolicyVersion(1, 3)) as (client, server):
+        generation = await client.stream(REQUEST)
+    assert generation.finish_reason == "abort" and len(server.bodies) == 1
+
+
+async def test_an_engine_that_was_replaced_meanwhile_has_no_adapter_to_go_on_with() -> None:
+    async with changing_adapters(chunk(3, "abort"), to=None) as (client, server):
+        with pytest.raises(BrokenStream, match="the engine has no adapter yet") as broken:
+            await client.stream(REQUEST)
+        assert broken.value.earned.spans == (VersionSpan(1, 3, 3),) and len(server.bodies) == 1
+        with pytest.raises(EngineLost, match="the engine has no adapter yet"):
+            await client.generate([REQUEST])
 
 
 # -- what comes back instead of an answer

@@ -51,6 +51,13 @@ DEFAULTS: dict[str, Any] = {
             "weightDecay": 0.01,
             "gradientClipping": 1.0,
             "seed": 1,
+            "lora": {
+                "rank": 0,
+                "alpha": 32.0,
+                "targetModules": [
+                    *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+                ],
+            },
         },
         "algorithm": {
             "policyLoss": "DecoupledPPO",

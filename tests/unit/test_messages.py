@@ -133,6 +133,8 @@ def test_every_message_survives_the_wire(kind: type[Message], data: st.DataObjec
 
 def test_every_message_says_on_the_wire_what_and_of_which_version_it_is() -> None:
     assert sorted(map(tag_of, KINDS)) == [
+        "adapter.v1",
+        "adapterpart.v1",
         "bucket.v1",
         "commit.v1",
         "drain.v1",

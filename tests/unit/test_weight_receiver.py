@@ -7,6 +7,7 @@ import pytest
 from asyncrl_runtime.contract.messages import (
     CommitUpdate,
     ControlReply,
+    ControlRequest,
     DrainEngine,
     JoinGroup,
     PolicyVersion,
@@ -15,7 +16,7 @@ from asyncrl_runtime.contract.messages import (
     ReceiveBucket,
 )
 from asyncrl_runtime.rollout.engine_client import EngineLacks, EngineLost, EngineRefused
-from asyncrl_runtime.rollout.weight_receiver import CONTROL_SECONDS, Request, WeightReceiver
+from asyncrl_runtime.rollout.weight_receiver import CONTROL_SECONDS, WeightReceiver
 from fakes import UpdatableEngine, run_in_virtual_time
 
 V0, V1 = PolicyVersion(1, 0), PolicyVersion(1, 1)
@@ -39,7 +40,7 @@ class Controller:
         self.num_running = num_running
         self.receiver = WeightReceiver(self.engine, lambda: self.num_running)
 
-    async def ask(self, *requests: Request) -> list[ControlReply]:
+    async def ask(self, *requests: ControlRequest) -> list[ControlReply]:
         """Stops at the first no, as the controller does."""
         replies: list[ControlReply] = []
         for request in requests:
@@ -53,7 +54,7 @@ class Controller:
         return all(reply.ok for reply in await self.ask(*epoch(version, interrupt)))
 
 
-def epoch(version: PolicyVersion, interrupt: str = "Retract", group: str = "") -> list[Request]:
+def epoch(version: PolicyVersion, interrupt: str = "Retract", group: str = "") -> list[ControlRequest]:
     group = group or f"wu-{version}"
     return [
         JoinGroup(

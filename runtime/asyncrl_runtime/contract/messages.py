@@ -9,7 +9,7 @@ import functools
 import operator
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, Self, TypeVar, overload
+from typing import Any, Self, TypeVar, get_args, overload
 
 import msgspec
 import numpy as np
@@ -301,6 +301,38 @@ class CommitUpdate(Message, frozen=True, kw_only=True, tag="commit.v1"):
     """Answer with the engine's checksum."""
 
 
+class AdapterPart(Message, frozen=True, kw_only=True, tag="adapterpart.v1"):
+    """A piece of an adapter's weights; the pieces of a version come in order, one after the other."""
+
+    version: PolicyVersion
+    offset: int
+    data: bytes
+
+
+class LoadAdapter(Message, frozen=True, kw_only=True, tag="adapter.v1"):
+    """Have the engine load the adapter that came in pieces, and go on sampling with it."""
+
+    version: PolicyVersion
+    num_bytes: int
+    config: str
+    """PEFT's adapter_config.json."""
+    interrupt: str
+    """`Retract` or `Drain`."""
+    timeout_seconds: float
+
+
+ControlRequest = (
+    DrainEngine
+    | ProbeEngine
+    | JoinGroup
+    | PrepareUpdate
+    | ReceiveBucket
+    | CommitUpdate
+    | AdapterPart
+    | LoadAdapter
+)
+
+
 class ControlReply(Message, frozen=True, kw_only=True, tag="reply.v1"):
     """A worker's answer to a phase."""
 
@@ -318,9 +350,6 @@ def encode(message: Message) -> bytes:
 A = TypeVar("A", bound=Message)
 B = TypeVar("B", bound=Message)
 C = TypeVar("C", bound=Message)
-D = TypeVar("D", bound=Message)
-E = TypeVar("E", bound=Message)
-F = TypeVar("F", bound=Message)
 
 
 @overload
@@ -329,24 +358,34 @@ def decode(data: bytes, kind: type[A], /) -> A: ...
 def decode(data: bytes, kind: type[A], other: type[B], /) -> A | B: ...
 @overload
 def decode(data: bytes, kind: type[A], other: type[B], third: type[C], /) -> A | B | C: ...
-@overload
-def decode(
-    data: bytes, kind: type[A], b: type[B], c: type[C], d: type[D], e: type[E], f: type[F], /
-) -> A | B | C | D | E | F: ...
 def decode(data: bytes, *kinds: type[Message]) -> Message:
     """Return the message in `data`, which must be one of `kinds`.
 
     Raises:
         ValueError: the bytes are no such message, or of a version that this code does not know; names both.
     """
+    result: Message = _decode(data, kinds)
+    return result
+
+
+def _decode(data: bytes, kinds: tuple[type[Message], ...]) -> Any:
     try:
-        result: Message = _decoder(kinds).decode(data)
+        return _decoder(kinds).decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         expected = " or ".join(str(kind.__struct_config__.tag) for kind in kinds)
         raise ValueError(
             f"expected {expected}, got {_tag(data)}: {error} ({len(data)} bytes: {data[:24]!r})"
         ) from error
-    return result
+
+
+def decode_request(data: bytes) -> ControlRequest:
+    """Return what the controller asks a worker for.
+
+    Raises:
+        ValueError: as `decode`.
+    """
+    request: ControlRequest = _decode(data, get_args(ControlRequest))
+    return request
 
 
 def _tag(data: bytes) -> str:

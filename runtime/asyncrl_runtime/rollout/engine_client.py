@@ -10,7 +10,7 @@ import json
 import logging
 import uuid
 from collections.abc import Awaitable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx
@@ -74,6 +74,29 @@ class Generation:
     finish_reason: str
     """`stop`, `length`, or `abort` for one that was broken off by request."""
 
+    def followed_by(self, more: "Generation") -> "Generation":
+        """Return both as one."""
+        shift = len(self.output_ids)
+        later = (VersionSpan(s.attempt, s.version, s.end + shift) for s in more.spans)
+        return Generation(
+            [*self.output_ids, *more.output_ids],
+            [*self.logprobs, *more.logprobs],
+            merge_spans([*self.spans, *later]),
+            more.finish_reason,
+        )
+
+
+def merge_spans(spans: Sequence[VersionSpan]) -> tuple[VersionSpan, ...]:
+    """Join neighbors of one version and drop empty spans."""
+    merged: list[VersionSpan] = []
+    for span in spans:
+        if span.end <= (merged[-1].end if merged else 0):
+            continue
+        if merged and merged[-1].policy_version == span.policy_version:
+            merged.pop()
+        merged.append(span)
+    return tuple(merged)
+
 
 class BrokenStream(EngineLost):
     """The engine went away in mid answer; `earned` is what can be kept of it, finish reason `abort`."""
@@ -94,10 +117,15 @@ class WeightsSeen:
 
 
 class EngineClient:
-    """Talks to one engine over loopback."""
+    """Talks to one engine over loopback.
 
-    def __init__(self, base_url: str, vocab_size: int) -> None:
+    Args:
+        samples_with_adapters: each version is an adapter that is called like it, so every request names one.
+    """
+
+    def __init__(self, base_url: str, vocab_size: int, *, samples_with_adapters: bool = False) -> None:
         self.base_url = base_url
+        self._samples_with_adapters = samples_with_adapters
         self.weights = WeightsSeen()
         self.is_in_doubt = False
         """A request has failed, and the engine has not answered a probe since: it may be gone."""
@@ -131,10 +159,17 @@ class EngineClient:
             EngineLost: no complete answer came.
             EngineRefused: a request can never work; the message is the engine's.
         """
-        body = self._body(requests, cache_salt)
+        adapter = self._adapter
+        body = self._body(requests, cache_salt, adapter)
         response = await self._until_lost(self._http.post("/generate", json=body))
-        answers = self._checked(response).json()
-        return [_generation(answer) for answer in answers]
+        earned = [_generation(answer, adapter) for answer in self._checked(response).json()]
+        if not self._has_moved_on(adapter):
+            return earned
+        pairs = zip(requests, earned, strict=True)
+        try:
+            return list(await asyncio.gather(*(self._go_on(request, each) for request, each in pairs)))
+        except BrokenStream as error:  # what one has earned is not for the others
+            raise (EngineFailed if error.is_reported else EngineLost)(str(error)) from error
 
     async def stream(self, request: SamplingRequest, *, cache_salt: str | None = None) -> Generation:
         """Sample one continuation, receiving it in pieces, so that little is lost with the engine.
@@ -144,15 +179,47 @@ class EngineClient:
             EngineLost: the engine failed at it, or attests weights that are not this job's: nothing is kept.
             EngineRefused: the request can never work.
         """
-        answer = _Answer(self.weights)
+        adapter = self._adapter
+        answer = _Answer(self.weights, adapter)
         try:
-            await self._until_lost(self._receive(self._single_body(request, cache_salt), answer))
+            await self._until_lost(self._receive(self._single_body(request, cache_salt, adapter), answer))
             if not answer.is_whole:
                 raise EngineLost(f"{self.base_url}: the stream ended without an end")
         except EngineLost as error:
             if not answer.is_whole:  # else nothing was lost: going on would sample behind the answer's end
                 raise BrokenStream(error, answer.earned()) from error
-        return _generation(answer.last)
+        earned = _generation(answer.last, adapter)
+        return await self._go_on(request, earned) if self._has_moved_on(adapter) else earned
+
+    @property
+    def _adapter(self) -> PolicyVersion | None:
+        """Whose tokens an answer to a request of now has; None where the engine itself attests that.
+
+        Raises:
+            EngineLost: adapters are sampled with, and the engine has none.
+        """
+        if self._samples_with_adapters and self.weights.version is None:
+            raise EngineLost(f"{self.base_url}: the engine has no adapter yet")
+        return self.weights.version if self._samples_with_adapters else None
+
+    def _has_moved_on(self, adapter: PolicyVersion | None) -> bool:
+        return adapter is not None and adapter != self.weights.version
+
+    async def _go_on(self, request: SamplingRequest, earned: Generation) -> Generation:
+        """Finish under a newer adapter what was broken off for its sake."""
+        room = request.max_new_tokens - len(earned.output_ids)
+        if earned.finish_reason != "abort":
+            return earned
+        if room <= 0:
+            return replace(earned, finish_reason="length")
+        ids = [*request.input_ids, *earned.output_ids]
+        try:
+            more = await self.stream(replace(request, input_ids=ids, max_new_tokens=room))
+        except BrokenStream as error:
+            raise BrokenStream(error, earned.followed_by(error.earned)) from error
+        except EngineLost as error:
+            raise BrokenStream(error, earned) from error
+        return earned.followed_by(more)
 
     async def _receive(self, body: dict[str, Any], answer: "_Answer") -> None:
         async with self._http.stream("POST", "/generate", json=body) as response:
@@ -224,7 +291,9 @@ class EngineClient:
         except httpx.HTTPError as error:
             raise EngineLost(f"{self.base_url}{path}: {type(error).__name__}: {error}") from error
 
-    def _body(self, requests: Sequence[SamplingRequest], cache_salt: str | None) -> dict[str, Any]:
+    def _body(
+        self, requests: Sequence[SamplingRequest], cache_salt: str | None, adapter: PolicyVersion | None
+    ) -> dict[str, Any]:
         for request in requests:
             for token in request.input_ids:
                 if not 0 <= token < self._vocab_size:
@@ -245,10 +314,13 @@ class EngineClient:
             ],
             "return_logprob": True,
             **({"cache_salt": cache_salt} if cache_salt else {}),
+            **({"lora_path": str(adapter)} if adapter else {}),
         }
 
-    def _single_body(self, request: SamplingRequest, cache_salt: str | None) -> dict[str, Any]:
-        body = self._body([request], cache_salt)
+    def _single_body(
+        self, request: SamplingRequest, cache_salt: str | None, adapter: PolicyVersion | None
+    ) -> dict[str, Any]:
+        body = self._body([request], cache_salt, adapter)
         lists = ("input_ids", "rid", "sampling_params")
         sampling_params = {**body["sampling_params"][0], "stream_interval": STREAM_INTERVAL_TOKENS}
         return {
@@ -290,12 +362,14 @@ class _Answer:
     """A streamed answer so far: chunks are cumulative, and only the last one attests versions.
 
     Of a broken one, what came before the first update since the request began is of the version that the
-    engine had then; what came later may be of that version or of a newer one, so it is dropped.
+    engine had then; what came later may be of that version or of a newer one, so it is dropped. Of an adapter
+    that was named all of it is.
     """
 
-    def __init__(self, weights: WeightsSeen) -> None:
+    def __init__(self, weights: WeightsSeen, adapter: PolicyVersion | None) -> None:
         self.last: dict[str, Any] = {}
         self._weights = weights
+        self._adapter = adapter
         self._version = weights.version
         self._completed = weights.num_updates_completed
         self._updates = self._updates_now()
@@ -313,7 +387,7 @@ class _Answer:
     def earned(self) -> Generation:
         if not self.last or self._version is None:
             return Generation([], [], (), "abort")
-        untouched = self._weights.num_updates_completed == self._completed
+        untouched = self._adapter is not None or self._weights.num_updates_completed == self._completed
         count = len(self.last["output_ids"]) if untouched else self._num_before_update
         span = VersionSpan(self._version.attempt, self._version.version, count)
         return Generation(
@@ -329,11 +403,14 @@ def _logprobs(answer: dict[str, Any]) -> list[float]:
     return [entry[0] for entry in answer["meta_info"]["output_token_logprobs"]]
 
 
-def _generation(answer: dict[str, Any]) -> Generation:
+def _generation(answer: dict[str, Any], adapter: PolicyVersion | None) -> Generation:
     meta = answer["meta_info"]
     reason = meta["finish_reason"]
     if status := reason.get("status_code"):  # failed after its stream had begun as a 200
         raise (EngineRefused if status < 500 else EngineFailed)(f"{status}: {reason['message']}")
+    if adapter is not None:
+        span = VersionSpan(adapter.attempt, adapter.version, len(answer["output_ids"]))
+        return Generation(answer["output_ids"], _logprobs(answer), merge_spans([span]), reason["type"])
     spans = []
     for span in meta["weight_versions"]:
         version = PolicyVersion.parse(span["version"])

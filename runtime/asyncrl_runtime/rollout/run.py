@@ -47,8 +47,11 @@ async def run_worker(config: RunConfig, name: str, engine_url: str, host: str, h
     )  # first, since loading takes long
     folder = await asyncio.to_thread(ensure_model, spec.model, config.model_cache, spec.training.seed)
     try:
+        engine = EngineClient(
+            engine_url, vocab_size(folder), samples_with_adapters=spec.training.trains_adapters
+        )
         async with _scorer(config) as scorer:
-            await _run(config, name, EngineClient(engine_url, vocab_size(folder)), folder, scorer, listener)
+            await _run(config, name, engine, folder, scorer, listener)
     except ImportFailed as error:
         raise ExitError(ExitCode.REFUSED, str(error)) from error
     except RewardNotLoaded as error:

@@ -26,6 +26,7 @@ from asyncrl_runtime.rollout.engine_client import (
     EngineRefused,
     Generation,
     SamplingRequest,
+    merge_spans,
 )
 from asyncrl_runtime.rollout.prompts import PromptRenderer
 
@@ -201,7 +202,7 @@ class SampleSession:
             response_ids=ids_to_bytes(response.ids[:end]),
             behavior_logprobs=floats_to_bytes(response.logprobs[:end]),
             response_mask=mask_to_bytes(response.mask[:end]),
-            version_spans=_merged(spans),
+            version_spans=merge_spans(spans),
             reward=float(reward),
             temperature=self._limits.temperature,
             finish_reason=self._finish_reason,
@@ -239,22 +240,11 @@ class SampleSession:
             raise
         except (EngineLost, EngineRefused) as error:
             if isinstance(error, BrokenStream):
-                earned = _joined(earned, error.earned)
+                earned = earned.followed_by(error.earned)
             self._turns.append(_record(before, earned))
             self.engine_error = error
             raise
-        return _joined(earned, more)
-
-
-def _joined(first: Generation, second: Generation) -> Generation:
-    shift = len(first.output_ids)
-    spans = [*first.spans, *(VersionSpan(s.attempt, s.version, s.end + shift) for s in second.spans)]
-    return Generation(
-        [*first.output_ids, *second.output_ids],
-        [*first.logprobs, *second.logprobs],
-        _merged(spans),
-        second.finish_reason,
-    )
+        return earned.followed_by(more)
 
 
 def _record(before: list[int], generation: Generation) -> TurnRecord:
@@ -265,15 +255,3 @@ def _record(before: list[int], generation: Generation) -> TurnRecord:
         version_spans=generation.spans,
         finish_reason="" if generation.finish_reason == "abort" else generation.finish_reason,
     )
-
-
-def _merged(spans: Sequence[VersionSpan]) -> tuple[VersionSpan, ...]:
-    """Join neighbors of one version and drop empty spans."""
-    merged: list[VersionSpan] = []
-    for span in spans:
-        if span.end <= (merged[-1].end if merged else 0):
-            continue
-        if merged and merged[-1].policy_version == span.policy_version:
-            merged.pop()
-        merged.append(span)
-    return tuple(merged)

@@ -13,6 +13,7 @@ from typing import Any
 from asyncrl_runtime.contract.messages import (
     CommitUpdate,
     ControlReply,
+    ControlRequest,
     DrainEngine,
     JoinGroup,
     PrepareUpdate,
@@ -26,8 +27,6 @@ from asyncrl_runtime.rollout.engine_client import (
     EngineRefused,
     EngineTimeout,
 )
-
-Request = DrainEngine | ProbeEngine | JoinGroup | PrepareUpdate | ReceiveBucket | CommitUpdate
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +82,7 @@ class WeightReceiver:
         self.is_dirty = self.has_missed_deadline = False
         self._seen.version = None
 
-    async def handle(self, request: Request) -> ControlReply:
+    async def handle(self, request: ControlRequest) -> ControlReply:
         """Carry out one phase and say how it went; never raises for what the engine does."""
         if isinstance(request, DrainEngine):
             self._is_draining = True
@@ -95,7 +94,7 @@ class WeightReceiver:
             try:
                 return await self._phase(request)
             except (UpdateFailed, EngineLost, EngineRefused) as error:
-                log.warning("%s of %s failed: %s", type(request).__name__, request.group, error)
+                log.warning("%s failed: %s", type(request).__name__, error)
                 await self._retreat()
                 return ControlReply(ok=False, message=str(error))
 
@@ -116,7 +115,7 @@ class WeightReceiver:
             self._stop_watchdog()
             await self._retreat()
 
-    async def _phase(self, request: JoinGroup | PrepareUpdate | ReceiveBucket | CommitUpdate) -> ControlReply:
+    async def _phase(self, request: ControlRequest) -> ControlReply:
         match request:
             case JoinGroup():
                 await self._join(request)
@@ -126,6 +125,8 @@ class WeightReceiver:
                 await self._receive(request)
             case CommitUpdate():
                 return ControlReply(ok=True, checksum=await self._commit(request))
+            case _:
+                raise UpdateFailed(f"this engine takes no {type(request).__name__}")
         return ControlReply(ok=True)
 
     async def _join(self, request: JoinGroup) -> None:

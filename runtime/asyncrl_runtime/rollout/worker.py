@@ -18,17 +18,13 @@ from asyncrl_api.protocols import Workflow
 from asyncrl_api.run import with_live_values
 from asyncrl_runtime.contract.messages import (
     EVALUATION_ROWS,
-    CommitUpdate,
     CurrentVersion,
-    DrainEngine,
     Heartbeat,
-    JoinGroup,
-    PrepareUpdate,
-    ProbeEngine,
-    ReceiveBucket,
     decode,
+    decode_request,
     encode,
 )
+from asyncrl_runtime.rollout.adapter_receiver import AdapterReceiver
 from asyncrl_runtime.rollout.concurrency import ConcurrencyLimit
 from asyncrl_runtime.rollout.engine_client import EngineClient, EngineLost
 from asyncrl_runtime.rollout.engine_monitor import EngineMonitor
@@ -86,7 +82,8 @@ class Worker:
         self._state_bucket = state_bucket
         self._slots = Slots()
         self._limit = ConcurrencyLimit(spec.sampling.group_size, spec.rollout.max_concurrency)
-        self._receiver = WeightReceiver(engine, lambda: self._slots.num_taken)
+        receiver = AdapterReceiver if spec.training.trains_adapters else WeightReceiver
+        self._receiver = receiver(engine, lambda: self._slots.num_taken)
         self._monitor = EngineMonitor(
             engine, self._receiver, lambda: self._slots.num_taken, self._limit.observe, time.monotonic
         )
@@ -222,11 +219,8 @@ class Worker:
             await asyncio.sleep(HEARTBEAT_SECONDS)
 
     async def _on_control(self, message: Msg) -> None:
-        """One phase of a weight epoch; nats-py calls this for one message after the other."""
-        request = decode(
-            message.data, DrainEngine, ProbeEngine, JoinGroup, PrepareUpdate, ReceiveBucket, CommitUpdate
-        )
-        reply = await self._receiver.handle(request)
+        """One phase of an update; nats-py calls this for one message after the other."""
+        reply = await self._receiver.handle(decode_request(message.data))
         await message.respond(encode(reply))
 
     async def _on_announcement(self, message: Msg) -> None:

@@ -61,6 +61,11 @@ def server_arguments(spec: Spec, folder: Path, host: str, port: int, gpus: int) 
     arguments += ["--random-seed", str(spec.training.seed), "--enable-metrics", "--skip-server-warmup"]
     if spec.rollout.max_concurrency:
         arguments += ["--max-running-requests", str(spec.rollout.max_concurrency)]
+    if spec.training.trains_adapters:
+        lora = spec.training.lora
+        arguments += ["--enable-lora", "--max-lora-rank", str(lora.rank)]
+        arguments += ["--lora-target-modules", *lora.target_modules]
+        arguments += ["--lora-backend", "torch_native"] if is_on_cpu(spec) else []
     return [*arguments, *(CPU_OPTIONS if is_on_cpu(spec) else ())]
 
 

@@ -35,6 +35,7 @@ from asyncrl_runtime.trainer.schedule import learning_rate
 from asyncrl_runtime.trainer.step import plan_step
 from asyncrl_runtime.transport.fleet import Fleet
 from asyncrl_runtime.transport.ledger import Ledger
+from asyncrl_runtime.weights.adapters import AdapterPublisher
 from asyncrl_runtime.weights.publisher import LoadBucket, WeightPublisher
 
 log = logging.getLogger(__name__)
@@ -68,7 +69,7 @@ class JobParts:
     ledger: Ledger
     ranks: Ranks
     fleet: Fleet
-    weights: WeightPublisher
+    weights: WeightPublisher | AdapterPublisher
     checkpoints: Checkpoints
     evaluator: Evaluator | None
     metrics: Metrics
@@ -126,7 +127,11 @@ class TrainerJob:
         began = self._parts.clock()
         label = PolicyVersion(self._parts.attempt, version)
         interrupt = self._controller.spec.rollout.interrupt
-        await self._parts.weights.publish(label, self._buckets(), interrupt)
+        match self._parts.weights:
+            case AdapterPublisher() as adapters:
+                await adapters.publish(label, self._parts.ranks.adapter, interrupt)
+            case weights:
+                await weights.publish(label, self._buckets(), interrupt)
         await self._control.announce(label)
         self._publish_seconds = self._parts.clock() - began
 

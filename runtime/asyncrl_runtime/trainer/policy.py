@@ -12,24 +12,29 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 import torch.distributed as dist
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.utils import logging as transformers_logging
 
-from asyncrl_api.job import AlgorithmSpec, DeepSpeedSpec, TrainingSpec
+from asyncrl_api.job import AlgorithmSpec, DeepSpeedSpec, LoRASpec, TrainingSpec
 from asyncrl_runtime.model import attention
 from asyncrl_runtime.trainer.deepspeed_config import Dtype, derive_config
 from asyncrl_runtime.trainer.loss import compute_loss
 from asyncrl_runtime.trainer.packing import MicroBatch
 from asyncrl_runtime.trainer.token_logprobs import token_logprobs
+from asyncrl_runtime.weights.adapters import Adapter
 from asyncrl_runtime.weights.bucket import Bucket, BucketBuffer
 
 _TAG = "policy"
@@ -98,15 +103,19 @@ class Policy:
         self._algorithm = algorithm
         self._zero_stage = deepspeed.zero_stage
         self._dtype: Dtype = dtype
-        config = derive_config(
+        self._lora = training.lora
+        derive = partial(
+            derive_config,
             zero_stage=deepspeed.zero_stage,
             dtype=dtype,
             gradient_clipping=training.gradient_clipping,
-            num_parameters=count_parameters(folder),
             overrides=deepspeed.config,
         )
+        config = derive(num_parameters=count_parameters(folder))
         with _without_prints():
             model = load_model(folder, dtype, sharded_by=config if self.is_sharded else None)
+        if training.trains_adapters:
+            config = derive(num_parameters=add_adapters(model, training.lora, training.seed))
         if self.device.type == "cuda" if recompute_activations is None else recompute_activations:
             model.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
         with _without_prints():
@@ -197,8 +206,8 @@ class Policy:
 
     @property
     def num_bytes(self) -> int:
-        """Of all weights, tied ones once."""
-        return sum(_num_bytes(parameter) for parameter in self._parameters.values())
+        """Of all weights that are trained, tied ones once."""
+        return sum(_num_bytes(each) for each in self._parameters.values() if each.requires_grad)
 
     def buckets(self, max_bytes: int) -> list[tuple[str, ...]]:
         """Return the names of the weights in buckets, always in the same order; tied ones once.
@@ -256,9 +265,22 @@ class Policy:
     def _parameters(self) -> dict[str, nn.Parameter]:
         return dict(self._engine.module.causal_lm.named_parameters())
 
+    @torch.no_grad()
+    def adapter(self) -> Adapter:
+        """Return the adapters as an engine loads them; of a policy that trains such, on any rank alone."""
+        causal_lm = self._engine.module.causal_lm
+        with tempfile.TemporaryDirectory() as folder:
+            causal_lm.peft_config["default"].save_pretrained(folder)
+            config = (Path(folder) / "adapter_config.json").read_text()
+        weights = {
+            name: tensor.cpu().contiguous() for name, tensor in get_peft_model_state_dict(causal_lm).items()
+        }
+        return Adapter(config, safetensors.torch.save(weights))
+
     def export(self, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
         """Write a folder that `from_pretrained` loads, in the model's dtype. Rank 0 writes, nobody waits.
 
+        Of a policy that trains adapters it holds these alone, as PEFT loads them.
         Collective where the policy is sharded; rank 0 then has room for all weights on the CPU.
         """
         state: dict[str, Tensor] | None = None
@@ -322,7 +344,8 @@ class Policy:
 
     @property
     def _layout(self) -> dict[str, int | str]:
-        return {"world_size": self.world_size, "zero_stage": self._zero_stage, "dtype": self._dtype}
+        layout = {"world_size": self.world_size, "zero_stage": self._zero_stage, "dtype": self._dtype}
+        return layout | ({"lora": self._lora.model_dump_json()} if self._lora.rank else {})
 
 
 def _mend_optimizer(optimizer: torch.optim.Optimizer, decays: Sequence[float]) -> None:
@@ -380,6 +403,37 @@ def load_model(folder: Path, dtype: Dtype, *, sharded_by: Mapping[str, Any] | No
     return ResponseModel(causal_lm).train()
 
 
+def add_adapters(model: ResponseModel, lora: LoRASpec, seed: int) -> int:
+    """Freeze the model, and put small factors beside its linear layers that change nothing at first.
+
+    Returns:
+        How many parameters are trained.
+
+    Raises:
+        ValueError: no layer is called like one of `target_modules`.
+    """
+    settings = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        target_modules=list(lora.target_modules),
+        lora_dropout=0.0,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        # In the model's dtype: DeepSpeed keeps masters in fp32.
+        model.causal_lm = get_peft_model(model.causal_lm, settings, autocast_adapter_dtype=False)
+    model.train()
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def merge_adapter(base: Path, adapter: Path, folder: Path) -> None:
+    """Write a Hugging Face folder of a model with its adapters worked in."""
+    causal_lm = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    PeftModel.from_pretrained(causal_lm, adapter).merge_and_unload().save_pretrained(folder)
+
+
 def count_parameters(folder: Path) -> int:
     """Return the number of a model's parameters, tied ones once, without making any."""
     with torch.device("meta"):
@@ -397,11 +451,13 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
     Decay pulls to zero, which is no neutral place for the scale of a norm.
     """
-    parameters = [(p, len(getattr(p, "ds_shape", p.shape))) for p in model.parameters()]
-    return [
+    trained = [p for p in model.parameters() if p.requires_grad]
+    parameters = [(p, len(getattr(p, "ds_shape", p.shape))) for p in trained]
+    groups: list[dict[str, Any]] = [
         {"params": [p for p, ndim in parameters if ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p, ndim in parameters if ndim < 2], "weight_decay": 0.0},
     ]
+    return [group for group in groups if group["params"]]
 
 
 def _local_device() -> torch.device:

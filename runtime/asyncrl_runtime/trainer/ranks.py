@@ -20,6 +20,7 @@ from asyncrl_api.job import AlgorithmSpec
 from asyncrl_runtime.trainer.packing import TrainingSample, pack
 from asyncrl_runtime.trainer.policy import Policy
 from asyncrl_runtime.trainer.step import StepPlan, train_step
+from asyncrl_runtime.weights.adapters import Adapter
 from asyncrl_runtime.weights.bucket import Bucket
 
 log = logging.getLogger(__name__)
@@ -115,6 +116,11 @@ class Ranks:
         else:
             bucket = await self.call(self.policy.bucket, names)
         return bucket
+
+    async def adapter(self) -> Adapter:
+        """Return the adapters that are trained."""
+        adapter: Adapter = await self.call(self.policy.adapter)
+        return adapter
 
     async def keep_awake(self) -> None:
         """Ping the other ranks while there is nothing to do, until cancelled."""

@@ -48,6 +48,7 @@ from asyncrl_runtime.transport.fleet import Fleet
 from asyncrl_runtime.transport.lease import Holder, Lease
 from asyncrl_runtime.transport.ledger import History, Ledger, LedgerError, Superseded
 from asyncrl_runtime.transport.streams import delete_streams, make_lease_bucket
+from asyncrl_runtime.weights.adapters import AdapterPublisher
 from asyncrl_runtime.weights.publisher import ChecksumMismatch, WeightPublisher
 
 log = logging.getLogger(__name__)
@@ -86,7 +87,7 @@ def run_rank(config: RunConfig, options: Options) -> None:
             algorithm=spec.algorithm,
             deepspeed=spec.trainer.deepspeed,
         )
-        if spec.rollout.engine.type == "SGLang":
+        if spec.rollout.engine.type == "SGLang" and not spec.training.trains_adapters:
             check_names(policy, folder)
         ranks = Ranks(policy, spec.algorithm, make_control_group(), load_tokenizer(folder))
         if dist.get_rank() == 0:
@@ -294,8 +295,17 @@ async def _load_policy(config: RunConfig, ranks: Ranks, checkpoint: Checkpoint |
 
 def _make_publisher(
     config: RunConfig, options: Options, broker: Broker, fleet: Fleet, ranks: Ranks
-) -> WeightPublisher:
+) -> WeightPublisher | AdapterPublisher:
     spec = config.spec.weight_sync
+    if config.spec.training.trains_adapters:
+        return AdapterPublisher(
+            broker,
+            config.names,
+            fleet,
+            attempt=options.attempt,
+            num_bytes=ranks.policy.num_bytes,
+            timeout_seconds=spec.timeout_seconds,
+        )
     are_on_gpu = torch.cuda.is_available() and config.spec.rollout.engine.type == "SGLang"
     uses_nccl = spec.backend == "NCCL" or (spec.backend == "Auto" and are_on_gpu)
     return WeightPublisher(

@@ -7,9 +7,8 @@ anything went wrong is given up: the next epoch has a new name, fewer members, a
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch.distributed as dist
@@ -19,20 +18,16 @@ from asyncrl_api.names import JobNames
 from asyncrl_runtime.contract.messages import (
     CommitUpdate,
     ControlReply,
-    DrainEngine,
-    Heartbeat,
     JoinGroup,
-    Message,
     PolicyVersion,
     PrepareUpdate,
     ProbeEngine,
     ReceiveBucket,
-    decode,
-    encode,
 )
 from asyncrl_runtime.transport.broker import Broker
 from asyncrl_runtime.transport.fleet import Fleet
 from asyncrl_runtime.weights.bucket import Bucket
+from asyncrl_runtime.weights.engines import Engines, Member, Published
 from asyncrl_runtime.weights.group import GroupStore, host_group, leave_group, open_store
 
 log = logging.getLogger(__name__)
@@ -42,35 +37,19 @@ T = TypeVar("T")
 LoadBucket = Callable[[], Awaitable[Bucket]]
 """Gives a bucket when it is its turn: there is memory for one, and under ZeRO 3 its weights lie in pieces on
 all ranks until then."""
-Member = tuple[str, str]
-"""(worker, engine process): a restarted engine is another member."""
-
 MAX_EPOCHS = 4
 """Tries of one publication; each leaves out who failed in the one before."""
-BASE_SECONDS = 15.0
-SLOWEST_BYTES_PER_SECOND = 50e6
 PROBE_SECONDS = 6.0
 """A worker's own probe of its engine lasts 5 s at most."""
 SUSPECT_SECONDS = 1.0
 """After a broadcast that broke, for the words of those who broke it."""
 
 
-@dataclass(frozen=True)
-class Published:
-    """What became of one publication."""
-
-    engines: tuple[str, ...] = ()
-    """Workers whose engines have the version now, by this publication."""
-    failed: tuple[str, ...] = ()
-    num_epochs: int = 0
-    checksums: Mapping[str, str] = field(default_factory=dict)
-
-
 class ChecksumMismatch(Exception):
     """Engines that were sent the same weights hold different ones."""
 
 
-class WeightPublisher:
+class WeightPublisher(Engines):
     """Brings engines to a version. One publication at a time.
 
     Args:
@@ -93,40 +72,19 @@ class WeightPublisher:
         timeout_seconds: float = 0,
         verify: bool = False,
     ) -> None:
-        self._broker = broker
-        self._names = names
-        self._fleet = fleet
-        self._attempt = attempt
+        super().__init__(
+            broker, names, fleet, attempt=attempt, num_bytes=model_bytes, timeout_seconds=timeout_seconds
+        )
         self._host = host
         self._backend = backend
-        self._timeout = timeout_seconds or BASE_SECONDS + model_bytes / SLOWEST_BYTES_PER_SECOND
         self._verify = verify
         self._epoch = 0
         self._store: GroupStore | None = None  # as long as the group: NCCL meets there at its first broadcast
         self._group: dist.ProcessGroup | None = None
         self._members: tuple[Member, ...] = ()
-        self._at: dict[Member, PolicyVersion] = {}
-        self._failed_after: dict[str, Heartbeat] = {}  # worker -> its last word before it failed
         self._published: PolicyVersion | None = None
         self._checksums: dict[str, str] = {}  # of that version, by worker
         self._side = ThreadPoolExecutor(1, thread_name_prefix="weights")
-
-    def behind(self, version: PolicyVersion) -> list[Member]:
-        """Return the engines that live and are not known to have `version`.
-
-        One that has failed is asked again when it has spoken again: it may be dead, and not silent for long.
-        """
-        return [
-            (beat.worker, beat.engine)
-            for beat in self._fleet.living
-            if beat.engine_state != "down"
-            and not self._has(beat, version)
-            and beat is not self._failed_after.get(beat.worker)
-        ]
-
-    def num_engines(self, version: PolicyVersion) -> int:
-        """Return how many living engines sample with `version`."""
-        return sum(beat.engine_state != "down" and self._has(beat, version) for beat in self._fleet.living)
 
     async def publish(
         self, version: PolicyVersion, buckets: Sequence[LoadBucket], interrupt: str
@@ -160,20 +118,13 @@ class WeightPublisher:
                 log.warning("weights %s, epoch %d: %s", version, self._epoch, error)
                 failed |= error.culprits | (error.suspects & suspected)
                 suspected |= error.suspects
-                self._failed_after |= {
-                    beat.worker: beat for beat in self._fleet.living if (beat.worker, beat.engine) in failed
-                }
+                self._remember_failures(failed)
                 await self.leave()
         earlier = self._checksums if version == self._published else {}
         self._published, self._checksums = version, earlier | checksums
         if len(set(self._checksums.values())) > 1:
             raise ChecksumMismatch(f"version {version}: {self._checksums}")
         return Published(tuple(checksums), tuple(worker for worker, _ in failed), num_epochs, checksums)
-
-    async def _drained(self, members: list[Member]) -> list[Member]:
-        """Have all let their samples finish; return those that have. The others are asked again later."""
-        replies = await self._ask(members, DrainEngine(), self._timeout)
-        return [member for member, reply in replies.items() if reply is not None and reply.ok]
 
     async def leave(self) -> None:
         """Give up the group, if there is one; never waits for anybody."""
@@ -322,19 +273,6 @@ class WeightPublisher:
             raise TimeoutError("a collective outlasted its own deadline and was abandoned")
         return future.result()
 
-    async def _ask(
-        self, members: Iterable[Member], request: Message, timeout_seconds: float
-    ) -> dict[Member, ControlReply | None]:
-        """Ask all side by side; None stands for no answer in time."""
-        members = list(members)
-        replies = await asyncio.gather(*(self._ask_one(m, request, timeout_seconds) for m in members))
-        return dict(zip(members, replies, strict=True))
-
-    async def _ask_one(self, member: Member, request: Message, timeout_seconds: float) -> ControlReply | None:
-        subject = self._names.control(member[0])
-        answer = await self._broker.request(subject, encode(request), timeout_seconds)
-        return None if answer is None else decode(answer, ControlReply)
-
     def _expect(self, replies: Mapping[Member, ControlReply | None], phase: str) -> None:
         """Raise unless all said yes."""
         culprits = {member for member, reply in replies.items() if reply is None or not reply.ok}
@@ -343,11 +281,6 @@ class WeightPublisher:
                 self._at.pop(member, None)
             said = [f"{m[0]}: {r.message if (r := replies[m]) else 'no answer'}" for m in sorted(culprits)]
             raise _EpochFailed(f"{phase}: {'; '.join(said)}", culprits)
-
-    def _has(self, beat: Heartbeat, version: PolicyVersion) -> bool:
-        """What we saw committed counts before the heartbeat, which is up to a second old."""
-        said = None if beat.engine_state == "dirty" else beat.version
-        return self._at.get((beat.worker, beat.engine), said) == version
 
 
 def place(num_ranks: Mapping[Member, int]) -> tuple[dict[Member, int], int]:

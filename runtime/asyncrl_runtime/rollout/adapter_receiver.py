@@ -1,0 +1,99 @@
+"""A worker's part where adapters are trained: each version is one more adapter of an engine whose base stays.
+
+The adapter comes in pieces over NATS and goes to the engine by the folder that both see. It is called like
+its version, and requests name it, so that nobody has to pause: what was under way is broken off, and goes on
+under the new name (EngineClient).
+"""
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from asyncrl_runtime.contract.messages import (
+    AdapterPart,
+    ControlReply,
+    ControlRequest,
+    LoadAdapter,
+    PolicyVersion,
+)
+from asyncrl_runtime.rollout.engine_client import EngineClient
+from asyncrl_runtime.rollout.weight_receiver import UpdateFailed, WeightReceiver
+
+KEPT_ADAPTERS = 2
+"""The one before the newest stays: a request may have named it and be on its way."""
+
+
+class AdapterReceiver(WeightReceiver):
+    """Drives one engine from adapter to adapter."""
+
+    def __init__(self, engine: EngineClient, num_running: Callable[[], int]) -> None:
+        super().__init__(engine, num_running)
+        self._loaded: list[PolicyVersion] = []
+        self._arriving: tuple[PolicyVersion, bytearray] | None = None
+        self._is_switching = False
+
+    @property
+    def state(self) -> str:
+        return "updating" if self._is_switching else super().state
+
+    def engine_restarted(self) -> None:
+        super().engine_restarted()
+        self._loaded.clear()
+
+    async def _phase(self, request: ControlRequest) -> ControlReply:
+        match request:
+            case AdapterPart():
+                self._take(request)
+            case LoadAdapter():
+                await self._load(request)
+            case _:
+                raise UpdateFailed(f"this engine takes adapters, and no {type(request).__name__}")
+        return ControlReply(ok=True)
+
+    def _take(self, part: AdapterPart) -> None:
+        if part.offset == 0:
+            self._arriving = (part.version, bytearray())
+        if self._arriving is None or self._arriving[0] != part.version:
+            raise UpdateFailed(f"a piece of adapter {part.version} came without those before it")
+        weights = self._arriving[1]
+        if len(weights) != part.offset:
+            raise UpdateFailed(
+                f"a piece of adapter {part.version} begins at {part.offset}, not {len(weights)}"
+            )
+        weights += part.data
+
+    async def _load(self, request: LoadAdapter) -> None:
+        """Load the adapter, sample with it from now on, and drop those that nobody asks for any more."""
+        arrived, self._arriving = self._arriving, None
+        if arrived is None or (arrived[0], len(arrived[1])) != (request.version, request.num_bytes):
+            raise UpdateFailed(f"adapter {request.version} of {request.num_bytes} bytes has not come whole")
+        if request.version not in self._loaded:  # else a reply was lost
+            await self._hand_over(str(request.version), arrived[1], request)
+            self._loaded.append(request.version)
+        await self._switch(request)
+        while len(self._loaded) > KEPT_ADAPTERS:
+            await self._try("/unload_lora_adapter", {"lora_name": str(self._loaded.pop(0))})
+
+    async def _hand_over(self, name: str, weights: bytearray, request: LoadAdapter) -> None:
+        await self._try("/unload_lora_adapter", {"lora_name": name})  # of an earlier worker
+        folder = Path(tempfile.mkdtemp(prefix=f"adapter-{name}-"))
+        try:
+            (folder / "adapter_config.json").write_text(request.config)
+            (folder / "adapter_model.safetensors").write_bytes(weights)
+            body = {"lora_name": name, "lora_path": str(folder)}
+            await self._call("/load_lora_adapter", body, request.timeout_seconds)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    async def _switch(self, request: LoadAdapter) -> None:
+        """Name the new adapter in every request from now on, and break off those that named another."""
+        self._is_switching = True  # until the engine's label, by which it is known, is that of the version
+        self._seen.version = request.version
+        self._is_draining = False
+        is_retracting = request.interrupt == "Retract"
+        try:
+            label = {"new_version": str(request.version), "abort_all_requests": is_retracting}
+            await self._call("/update_weight_version", label)
+        finally:
+            self._is_switching = False

@@ -1,0 +1,79 @@
+"""Brings the adapters of a policy to its engines, over NATS: the broadcast between processes knows none."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
+
+from asyncrl_runtime.contract.messages import AdapterPart, ControlReply, LoadAdapter, PolicyVersion
+from asyncrl_runtime.weights.engines import Engines, Member, Published
+
+log = logging.getLogger(__name__)
+
+PART_BYTES = 4 * 2**20
+"""A message of NATS holds 8 MB."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A policy's adapters in the form of PEFT."""
+
+    config: str
+    """adapter_config.json."""
+    weights: bytes
+    """adapter_model.safetensors."""
+
+
+LoadedAdapter = Callable[[], Awaitable[Adapter]]
+
+
+class AdapterPublisher(Engines):
+    """Brings engines to a version, one beside the other: no engine waits for another."""
+
+    async def publish(self, version: PolicyVersion, load: LoadedAdapter, interrupt: str) -> Published:
+        """Send `version` to every engine that lives, is willing, and has another one.
+
+        Args:
+            load: gives the adapter if there is anybody to send it to.
+            interrupt: `spec.rollout.interrupt`.
+        """
+        members = self.behind(version)
+        if interrupt == "Drain":
+            members = await self._drained(members)
+        if not members:
+            return Published()
+        adapter = await load()
+        sent = await asyncio.gather(*(self._send(each, version, adapter, interrupt) for each in members))
+        failed = []
+        for member, reply in zip(members, sent, strict=True):
+            if reply is not None and reply.ok:
+                self._at[member] = version
+            else:
+                log.warning("adapter %s: %s: %s", version, member[0], reply.message if reply else "no answer")
+                self._at.pop(member, None)
+                failed.append(member)
+        self._remember_failures(failed)
+        engines = tuple(worker for worker, engine in members if (worker, engine) not in failed)
+        return Published(engines, tuple(worker for worker, _ in failed), num_epochs=1)
+
+    async def _send(
+        self, member: Member, version: PolicyVersion, adapter: Adapter, interrupt: str
+    ) -> ControlReply | None:
+        """Return the first answer that is no yes, or the last."""
+        for part in _parts(version, adapter.weights):
+            reply = await self._ask_one(member, part, self._timeout)
+            if reply is None or not reply.ok:
+                return reply
+        request = LoadAdapter(
+            version=version,
+            num_bytes=len(adapter.weights),
+            config=adapter.config,
+            interrupt=interrupt,
+            timeout_seconds=self._timeout,
+        )
+        return await self._ask_one(member, request, self._timeout + 10)
+
+
+def _parts(version: PolicyVersion, weights: bytes) -> Iterator[AdapterPart]:
+    for offset in range(0, len(weights), PART_BYTES):
+        yield AdapterPart(version=version, offset=offset, data=weights[offset : offset + PART_BYTES])

@@ -1,0 +1,112 @@
+"""The engines as trainer rank 0 knows them: who lives, who has which version, and how they are asked."""
+
+import asyncio
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from asyncrl_api.names import JobNames
+from asyncrl_runtime.contract.messages import (
+    ControlReply,
+    DrainEngine,
+    Heartbeat,
+    Message,
+    PolicyVersion,
+    decode,
+    encode,
+)
+from asyncrl_runtime.transport.broker import Broker
+from asyncrl_runtime.transport.fleet import Fleet
+
+Member = tuple[str, str]
+"""(worker, engine process): a restarted engine is another member."""
+
+BASE_SECONDS = 15.0
+SLOWEST_BYTES_PER_SECOND = 50e6
+
+
+@dataclass(frozen=True)
+class Published:
+    """What became of one publication."""
+
+    engines: tuple[str, ...] = ()
+    """Workers whose engines have the version now, by this publication."""
+    failed: tuple[str, ...] = ()
+    num_epochs: int = 0
+    checksums: Mapping[str, str] = field(default_factory=dict)
+
+
+class Engines:
+    """What publishers of weights and of adapters share.
+
+    Args:
+        attempt: of the trainer.
+        num_bytes: of what is published.
+        timeout_seconds: of a phase; 0 scales it by the bytes.
+    """
+
+    def __init__(
+        self,
+        broker: Broker,
+        names: JobNames,
+        fleet: Fleet,
+        *,
+        attempt: int,
+        num_bytes: int,
+        timeout_seconds: float = 0,
+    ) -> None:
+        self._broker = broker
+        self._names = names
+        self._fleet = fleet
+        self._attempt = attempt
+        self._timeout = timeout_seconds or BASE_SECONDS + num_bytes / SLOWEST_BYTES_PER_SECOND
+        self._at: dict[Member, PolicyVersion] = {}
+        self._failed_after: dict[str, Heartbeat] = {}  # worker -> its last word before it failed
+
+    def behind(self, version: PolicyVersion) -> list[Member]:
+        """Return the engines that live and are not known to have `version`.
+
+        One that has failed is asked again when it has spoken again: it may be dead, and not silent for long.
+        """
+        return [
+            (beat.worker, beat.engine)
+            for beat in self._fleet.living
+            if beat.engine_state != "down"
+            and not self._has(beat, version)
+            and beat is not self._failed_after.get(beat.worker)
+        ]
+
+    def num_engines(self, version: PolicyVersion) -> int:
+        """Return how many living engines sample with `version`."""
+        return sum(beat.engine_state != "down" and self._has(beat, version) for beat in self._fleet.living)
+
+    async def leave(self) -> None:
+        """Let go of the engines; never waits for anybody."""
+
+    async def _drained(self, members: list[Member]) -> list[Member]:
+        """Have all let their samples finish; return those that have. The others are asked again later."""
+        replies = await self._ask(members, DrainEngine(), self._timeout)
+        return [member for member, reply in replies.items() if reply is not None and reply.ok]
+
+    def _remember_failures(self, failed: Iterable[Member]) -> None:
+        failed = set(failed)
+        self._failed_after |= {
+            beat.worker: beat for beat in self._fleet.living if (beat.worker, beat.engine) in failed
+        }
+
+    async def _ask(
+        self, members: Iterable[Member], request: Message, timeout_seconds: float
+    ) -> dict[Member, ControlReply | None]:
+        """Ask all side by side; None stands for no answer in time."""
+        members = list(members)
+        replies = await asyncio.gather(*(self._ask_one(m, request, timeout_seconds) for m in members))
+        return dict(zip(members, replies, strict=True))
+
+    async def _ask_one(self, member: Member, request: Message, timeout_seconds: float) -> ControlReply | None:
+        subject = self._names.control(member[0])
+        answer = await self._broker.request(subject, encode(request), timeout_seconds)
+        return None if answer is None else decode(answer, ControlReply)
+
+    def _has(self, beat: Heartbeat, version: PolicyVersion) -> bool:
+        """What we saw committed counts before the heartbeat, which is up to a second old."""
+        said = None if beat.engine_state == "dirty" else beat.version
+        return self._at.get((beat.worker, beat.engine), said) == version

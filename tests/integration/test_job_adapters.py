@@ -1,0 +1,66 @@
+"""A job that trains adapters: its engines are killed, its policy is handed out in PEFT's form."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from asyncrl_runtime.transport.audit import audit
+from job_harness import JobHarness, build_job
+from job_witness import Engine, Witness, finish
+from nats_server_fixture import NatsServer
+from replay import replay
+from tiny_models import tiny_model
+
+TRAINING = {
+    "batchSize": 3,
+    "maxSteps": 6,
+    "learningRate": 1e-2,
+    "lora": {"rank": 4, "alpha": 8.0, "targetModules": ["q_proj", "down_proj"]},
+}
+
+
+@pytest.mark.slow
+async def test_an_engine_that_is_killed_comes_back_with_the_newest_adapter(
+    own_nats: NatsServer, tmp_path: Path, process_group: None
+) -> None:
+    job = build_job(training=TRAINING)
+    with JobHarness(tmp_path / "run", own_nats, job) as harness:
+        async with Witness(harness) as witness:
+            harness.start_rollout(0)
+            await Engine(harness, 0).slow_down(0.05)
+            harness.start_trainer()
+            await witness.until("step 2", lambda: harness.step >= 2)
+            harness.kill("rollout-0-engine")
+            harness.start("rollout-0-engine")
+            await finish(harness)
+            history, groups = harness.history, witness.groups
+            await witness.until(
+                "all is there", lambda: all(t in groups for s in history.steps for t in s.tickets)
+            )
+        assert audit(history).is_clean
+        assert all(line["num_engines"] <= 1 for line in harness.metrics)
+        versions = {
+            span.version for group in groups.values() for s in group.samples for span in s.version_spans
+        }
+        assert max(versions) >= 4, "it has sampled with adapters that came after the kill"
+        check_export(harness, list(replay(job.spec, tiny_model(), history, groups))[-1])
+
+
+def check_export(harness: JobHarness, weights: dict[str, torch.Tensor]) -> None:
+    """What was exported is what the recorded batches make of adapters, and PEFT loads it."""
+    folder = harness.folder.path / "export" / "final"
+    exported = load_file(folder / "adapter_model.safetensors")
+    expected = {name.replace(".default.", "."): each for name, each in weights.items() if ".lora_" in name}
+    assert exported.keys() == expected.keys()
+    for name, tensor in exported.items():
+        assert torch.allclose(tensor, expected[name], rtol=0, atol=1e-5), name
+    assert json.loads((folder / "adapter_config.json").read_text())["r"] == 4
+    base = AutoModelForCausalLM.from_pretrained(tiny_model())
+    ids = torch.tensor([[5, 6, 7]])
+    before = base(ids).logits
+    assert not torch.allclose(PeftModel.from_pretrained(base, folder)(ids).logits, before, atol=1e-3)

@@ -1,0 +1,122 @@
+"""A worker's part where adapters are trained: what the engine was told, whatever came in which order."""
+
+from collections.abc import Iterable
+
+import pytest
+
+from asyncrl_runtime.contract.messages import (
+    AdapterPart,
+    ControlReply,
+    ControlRequest,
+    DrainEngine,
+    LoadAdapter,
+    PolicyVersion,
+    PrepareUpdate,
+)
+from asyncrl_runtime.rollout.adapter_receiver import AdapterReceiver
+from asyncrl_runtime.rollout.engine_client import EngineLost, EngineRefused
+from fakes import UpdatableEngine
+
+V0, V1, V2 = (PolicyVersion(1, version) for version in range(3))
+LOAD, LABEL, UNLOAD = "/load_lora_adapter", "/update_weight_version", "/unload_lora_adapter"
+
+
+class Controller:
+    """Sends adapters of six bytes in pieces."""
+
+    def __init__(self, num_running: int = 0) -> None:
+        self.engine = UpdatableEngine()
+        self.receiver = AdapterReceiver(self.engine, lambda: num_running)
+
+    async def ask(self, requests: Iterable[ControlRequest]) -> list[ControlReply]:
+        return [await self.receiver.handle(request) for request in requests]
+
+    async def send(self, version: PolicyVersion, interrupt: str = "Retract") -> ControlReply:
+        return (await self.ask([*pieces(version), load(version, interrupt)]))[-1]
+
+    def loaded(self) -> list[str]:
+        """Return the names of the adapters that the engine has, by what it was told."""
+        names = []
+        for path, body in self.engine.calls:
+            if path == LOAD:
+                names.append(body["lora_name"])
+            elif path == UNLOAD and body["lora_name"] in names:
+                names.remove(body["lora_name"])
+        return names
+
+
+def pieces(version: PolicyVersion) -> list[ControlRequest]:
+    return [AdapterPart(version=version, offset=at, data=b"abcdef"[at : at + 3]) for at in (0, 3)]
+
+
+def load(version: PolicyVersion, interrupt: str = "Retract") -> LoadAdapter:
+    return LoadAdapter(version=version, num_bytes=6, config="{}", interrupt=interrupt, timeout_seconds=9)
+
+
+async def test_an_adapter_is_loaded_under_its_version_and_what_ran_is_broken_off() -> None:
+    controller = Controller()
+    assert (await controller.send(V0)).ok and controller.receiver.state == "ready"
+    assert controller.engine.weights.version == V0
+    assert controller.engine.calls[-1] == (LABEL, {"new_version": "1.0", "abort_all_requests": True})
+
+
+async def test_the_adapter_before_the_newest_stays() -> None:
+    controller = Controller()
+    for version in (V0, V1, V2):
+        assert (await controller.send(version)).ok
+    assert controller.loaded() == ["1.1", "1.2"]
+
+
+async def test_where_samples_are_let_finish_nothing_is_broken_off() -> None:
+    controller = Controller(num_running=2)
+    assert not (await controller.ask([DrainEngine()]))[0].ok and controller.receiver.state == "draining"
+    await controller.send(V0, "Drain")
+    assert controller.engine.calls[-1][1]["abort_all_requests"] is False
+    assert controller.receiver.state == "ready"
+
+
+@pytest.mark.parametrize(
+    ("requests", "message"),
+    [
+        ([load(V0)], "adapter 1.0 of 6 bytes has not come whole"),
+        ([pieces(V0)[0], load(V0)], "adapter 1.0 of 6 bytes has not come whole"),
+        ([*pieces(V1), load(V0)], "adapter 1.0 of 6 bytes has not come whole"),
+        ([pieces(V0)[1]], "a piece of adapter 1.0 came without those before it"),
+        ([pieces(V1)[0], pieces(V0)[1]], "a piece of adapter 1.0 came without those before it"),
+        ([pieces(V0)[0], pieces(V0)[1], pieces(V0)[1]], "a piece of adapter 1.0 begins at 3, not 6"),
+        (
+            [PrepareUpdate(group="wu-1-1", version=V0, interrupt="Retract", timeout_seconds=9)],
+            "this engine takes adapters, and no PrepareUpdate",
+        ),
+    ],
+)
+async def test_what_is_not_whole_is_not_loaded(requests: list[ControlRequest], message: str) -> None:
+    controller = Controller()
+    assert (await controller.ask(requests))[-1].message == message
+    assert controller.loaded() == [] and controller.receiver.state == "empty"
+
+
+async def test_an_adapter_that_is_there_already_is_not_loaded_twice() -> None:
+    controller = Controller()
+    controller.engine.faults[LABEL] = EngineLost("connection reset")
+    assert not (await controller.send(V0)).ok
+    del controller.engine.faults[LABEL]
+    assert (await controller.send(V0)).ok
+    assert controller.engine.paths.count(LOAD) == 1
+
+
+async def test_a_new_process_of_the_engine_has_none() -> None:
+    controller = Controller()
+    await controller.send(V0)
+    controller.receiver.engine_restarted()
+    assert controller.receiver.state == "empty"
+    await controller.send(V0)
+    assert controller.engine.paths.count(LOAD) == 2
+
+
+async def test_an_adapter_that_the_engine_refuses_changes_nothing() -> None:
+    controller = Controller()
+    await controller.send(V0)
+    controller.engine.faults[LOAD] = EngineRefused("of another rank")
+    assert (await controller.send(V1)).message == "of another rank"
+    assert controller.engine.weights.version == V0 and controller.receiver.state == "ready"
