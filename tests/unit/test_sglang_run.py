@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from asyncrl_api.job import Spec
 from asyncrl_api.manifests import parse_spec
@@ -14,8 +15,8 @@ from smallest import SMALLEST
 FOLDER = Path("/models/tiny")
 
 
-def spec_of(allocation: str) -> Spec:
-    changes = {"gpuBudget": {"allocation": allocation}, "rollout": {"maxConcurrency": 32}}
+def spec_of(allocation: str, **more: Any) -> Spec:
+    changes = {"gpuBudget": {"allocation": allocation}, "rollout": {"maxConcurrency": 32}, **more}
     return parse_spec(merge(SMALLEST["spec"], changes))
 
 
@@ -32,6 +33,16 @@ def test_on_cpus_it_has_the_shim_before_all_else() -> None:
     found = environment(spec_of("None"), {"PYTHONPATH": "/mine", "HOME": "/root"})
     assert found["PYTHONPATH"] == f"{CPU_SHIM}{os.pathsep}/mine" and found["HOME"] == "/root"
     assert found["SGLANG_USE_CPU_ENGINE"] == "1"
+
+
+def test_where_adapters_are_trained_it_is_told_their_shape() -> None:
+    training = {"lora": {"rank": 8, "targetModules": ["q_proj", "up_proj"]}}
+    text = " ".join(server_arguments(spec_of("ExtendedResource", training=training), FOLDER, "h", 1, gpus=1))
+    assert "--enable-lora --max-lora-rank 8 --lora-target-modules q_proj up_proj" in text
+    assert "--lora-backend" not in text
+    text = " ".join(server_arguments(spec_of("None", training=training), FOLDER, "h", 1, gpus=1))
+    assert "--lora-backend torch_native" in text
+    assert "--enable-lora" not in server_arguments(spec_of("None"), FOLDER, "h", 1, gpus=1)
 
 
 def test_on_gpus_the_shim_is_out_of_reach() -> None:
