@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -305,6 +306,8 @@ class WeightPublisher:
         failure = ""
         try:
             dist.broadcast(data, src=0, group=self._group)
+            if data.is_cuda:  # there it has only been begun
+                torch.cuda.synchronize(data.device)
         except RuntimeError as error:
             failure = str(error)
         if failure:
