@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 SGLANG := .venv-sglang
 RUN := runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: quickstart test unit e2e contract-sglang sglang lint crd clean
+.PHONY: quickstart test unit e2e contract-sglang contract-sglang-before-sessions sglang lint crd clean
 
 quickstart: $(STAMP)
 	$(BIN)/asyncrl run examples/quickstart.yaml --out $(RUN)
@@ -29,6 +29,12 @@ e2e: $(STAMP)
 # What worker and weight sync rely on in an engine, tried on SGLang itself.
 contract-sglang: $(STAMP) sglang
 	ASYNCRL_SGLANG_PYTHON=$(CURDIR)/$(SGLANG)/bin/python $(BIN)/pytest tests/contract
+
+# A job on the last SGLang whose updates have no session, which shares the other requirements.
+contract-sglang-before-sessions: $(STAMP) sglang
+	cp -a $(SGLANG) $(SGLANG)-0.5.20
+	$(SGLANG)-0.5.20/bin/python -m pip install --quiet --disable-pip-version-check --no-deps sglang==0.5.20
+	ASYNCRL_SGLANG_PYTHON=$(CURDIR)/$(SGLANG)-0.5.20/bin/python $(BIN)/pytest tests/contract/test_job.py -k a_policy_is_trained
 
 # SGLang for CPUs, in an environment of its own, for its pins are others than DeepSpeed's (3.5 GB). Its own
 # requirements would bring CUDA, so they are listed here, and it comes without any.
@@ -59,4 +65,4 @@ $(STAMP): pyproject.toml
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) $(SGLANG)
+	rm -rf $(VENV) $(SGLANG) $(SGLANG)-0.5.20

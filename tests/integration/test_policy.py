@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from asyncrl_api.job import AlgorithmSpec, DeepSpeedSpec, LoRASpec, TrainingSpec
-from asyncrl_runtime.trainer.deepspeed_config import BETAS
+from asyncrl_runtime.trainer.deepspeed_config import BETAS, deep_merge
 from asyncrl_runtime.trainer.diagnostics import report_tokens
 from asyncrl_runtime.trainer.packing import TrainingSample, distribute, pack, split_minibatches
 from asyncrl_runtime.trainer.policy import Policy, Update
@@ -35,6 +35,11 @@ from naive_rl import NaiveTrainer
 STAGES = (0, 1, 2, 3)
 ALL_IN_SHARES = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 """Under ZeRO 3 weights as small as these would stay whole on each rank."""
+OFFLOADED: dict[int, dict[str, Any]] = {
+    1: {"offload_optimizer": {"device": "cpu"}},
+    2: {"offload_optimizer": {"device": "cpu"}},
+    3: {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}},
+}
 NUM_STEPS = 3
 LEARNING_RATE = 3e-3
 CAPACITY = 60
@@ -89,6 +94,7 @@ def algorithm_of(**changes: Any) -> AlgorithmSpec:
 
 
 def make_policy(folder: Path, stage: int, *, dtype: Any = "Float32", **changes: Any) -> Policy:
+    shares = ALL_IN_SHARES if stage == 3 else {}
     return Policy(
         folder,
         dtype=dtype,
@@ -100,7 +106,7 @@ def make_policy(folder: Path, stage: int, *, dtype: Any = "Float32", **changes: 
             lora=changes.pop("lora", LoRASpec()),
         ),
         algorithm=algorithm_of(**changes.pop("algorithm", {})),
-        deepspeed=DeepSpeedSpec(zero_stage=stage, config=ALL_IN_SHARES if stage == 3 else {}),
+        deepspeed=DeepSpeedSpec(zero_stage=stage, config=deep_merge(shares, changes.pop("config", {}))),
         **changes,
     )
 
@@ -288,6 +294,13 @@ SCENARIOS: dict[str, tuple[Scenario, dict[str, Any]]] = {
     **{f"updates-{stage}": (run_updates, {"stage": stage, "capacity": CAPACITY}) for stage in STAGES},
     "updates-wide": (run_updates, {"stage": 2, "capacity": 10_000}),
     "updates-narrow": (run_updates, {"stage": 2, "capacity": 25}),
+    **{
+        f"updates-{stage}-offloaded": (
+            run_updates,
+            {"stage": stage, "capacity": CAPACITY, "config": {"zero_optimization": offloaded}},
+        )
+        for stage, offloaded in OFFLOADED.items()
+    },
     "updates-recompute": (run_updates, {"stage": 1, "capacity": CAPACITY, "recompute_activations": True}),
     **{
         # With a clip so narrow as above, rounding would decide whether a token has a gradient.

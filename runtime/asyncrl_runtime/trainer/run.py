@@ -77,6 +77,9 @@ def run_rank(config: RunConfig, options: Options) -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     spec = config.spec
     folder = ensure_model(spec.model, config.model_cache, spec.training.seed)
+    # Abort a communicator that hangs, and no more: by default its watchdog ends the process as well, and
+    # the trainer outlives its engines.
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=COMMAND_SECONDS))
     try:

@@ -19,6 +19,7 @@ from torch.distributed.distributed_c10d import (
     Backend,
     GroupName,
     PrefixStore,
+    _abort_process_group,
     _new_process_group_helper,
     _world,
 )
@@ -92,8 +93,14 @@ def join_group(
 
 
 def leave_group(group: dist.ProcessGroup) -> None:
-    """Close this process's end; works at once, whatever became of the others."""
-    dist.destroy_process_group(group)
+    """Close this process's end; works at once, whatever became of the others.
+
+    NCCL waits for a dead peer for ever, in its collective and in its goodbye: its communicator is aborted.
+    """
+    if dist.get_backend(group) == "nccl":
+        _abort_process_group(group)
+    else:
+        dist.destroy_process_group(group)
 
 
 def _make_group(

@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -256,6 +257,8 @@ class WeightPublisher(Engines):
         failure = ""
         try:
             dist.broadcast(data, src=0, group=self._group)
+            if data.is_cuda:  # there it has only been begun
+                torch.cuda.synchronize(data.device)
         except RuntimeError as error:
             failure = str(error)
         if failure:
