@@ -13,6 +13,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from asyncrl_runtime.engine.adapter_registry import AdapterRegistry
 from asyncrl_runtime.engine.control import Control
 from asyncrl_runtime.engine.fields import BadRequest
 from asyncrl_runtime.engine.gate import Gate
@@ -45,9 +46,10 @@ class EngineApp:
         self._metrics = EngineMetrics(scheduler, str(model.folder))
         self._parser = RequestParser(model, limits.context_length, limits.max_total_tokens)
         self._gate = Gate()
-        self.generation = Generation(scheduler, self._parser, self._gate, self._metrics.observe)
+        adapters = AdapterRegistry(scheduler)
+        self.generation = Generation(scheduler, self._parser, self._gate, adapters, self._metrics.observe)
         self._receiver = WeightsReceiver(model)
-        self._control = Control(scheduler, self._receiver, self._gate, self.generation)
+        self._control = Control(scheduler, self._receiver, self._gate, adapters, self.generation)
 
     def build(self) -> Starlette:
         health = self.health_generate if _flag("SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION") else self.health

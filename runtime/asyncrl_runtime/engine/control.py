@@ -1,4 +1,7 @@
-"""SGLang's control endpoints: pause, abort, cache, weights. Each runs on the scheduler's thread, in order."""
+"""SGLang's control endpoints: pause, abort, cache, weights, adapters.
+
+What they do runs on the scheduler's thread, in order.
+"""
 
 import asyncio
 import hashlib
@@ -11,6 +14,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from asyncrl_runtime.engine.adapter_registry import AdapterRegistry
 from asyncrl_runtime.engine.fields import BadRequest
 from asyncrl_runtime.engine.gate import Gate
 from asyncrl_runtime.engine.generation import Generation
@@ -68,15 +72,32 @@ class Check(msgspec.Struct, frozen=True):
     action: str
 
 
+class NewAdapter(msgspec.Struct, frozen=True):
+    """`/load_lora_adapter`; its `pinned` means nothing here, where no adapter makes room for another."""
+
+    lora_name: str
+    lora_path: str
+
+
+class AdapterName(msgspec.Struct, frozen=True):
+    lora_name: str
+
+
 class Control:
     """The endpoints; belongs to one event loop."""
 
     def __init__(
-        self, scheduler: Scheduler, receiver: WeightsReceiver, gate: Gate, generation: Generation
+        self,
+        scheduler: Scheduler,
+        receiver: WeightsReceiver,
+        gate: Gate,
+        adapters: AdapterRegistry,
+        generation: Generation,
     ) -> None:
         self._scheduler = scheduler
         self._receiver = receiver
         self._gate = gate
+        self._adapters = adapters
         self._generation = generation
         self.model_path = str(scheduler.model.folder)
         """Where the weights came from last."""
@@ -95,6 +116,8 @@ class Control:
             "/update_weights_from_disk": self.update_weights_from_disk,
             "/update_weight_version": self.update_weight_version,
             "/weights_checker": self.weights_checker,
+            "/load_lora_adapter": self.load_lora_adapter,
+            "/unload_lora_adapter": self.unload_lora_adapter,
         }
         return [
             *(Route(path, endpoint, methods=["POST"]) for path, endpoint in post.items()),
@@ -201,6 +224,31 @@ class Control:
         rank = {"checksums": checksums, "per_gpu_checksum": whole, "parallelism_info": parallelism}
         return JSONResponse(
             {"success": True, "message": "Success.", "ranks": [rank], "per_engine_checksum": whole}
+        )
+
+    async def load_lora_adapter(self, request: HttpRequest) -> Response:
+        body = await _parse(request, NewAdapter)
+        return await self._adapters_after(self._adapters.load(body.lora_name, body.lora_path))
+
+    async def unload_lora_adapter(self, request: HttpRequest) -> Response:
+        """Answers when the requests that use the adapter have ended; in a pause they do not."""
+        body = await _parse(request, AdapterName)
+        return await self._adapters_after(self._adapters.unload(body.lora_name))
+
+    async def _adapters_after(self, change: Awaitable[None]) -> Response:
+        """Answer 200, or 400 with the message of the BadRequest, and what is loaded then."""
+        error_message = ""
+        try:
+            await change
+        except BadRequest as error:
+            error_message = str(error)
+        return JSONResponse(
+            {
+                "success": not error_message,
+                "error_message": error_message,
+                "loaded_adapters": self._adapters.loaded,
+            },
+            status_code=400 if error_message else 200,
         )
 
     def _abort_all(self) -> None:

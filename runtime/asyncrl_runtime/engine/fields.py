@@ -81,13 +81,15 @@ class GenerateBody(msgspec.Struct, frozen=True, kw_only=True):
     stream: bool = False
     cache_salt: str | list[str] = ""
     extra_key: str | list[str] = ""
+    lora_path: str | list[str | None] | None = None
+    """Names of adapters, whatever the field is called."""
 
 
 OTHER_BODY_FIELDS: Mapping[str, Any] = dict.fromkeys([
     "audio_data", "background", "bootstrap_host", "bootstrap_pair_key", "bootstrap_port", "bootstrap_room",
     "conversation_id", "custom_labels", "custom_logit_processor", "data_parallel_rank", "decode_tp_size",
     "disagg_prefill_dp_rank", "external_trace_header", "image_data", "image_max_dynamic_patch",
-    "input_embeds", "lora_id", "lora_path", "max_dynamic_patch", "max_thinking_tokens", "min_dynamic_patch",
+    "input_embeds", "lora_id", "max_dynamic_patch", "max_thinking_tokens", "min_dynamic_patch",
     "modalities", "no_logs", "priority", "require_reasoning", "return_bytes", "return_entropy",
     "return_hidden_states", "return_indexer_topk", "return_routed_experts", "return_sampling_mask",
     "return_text_in_logprobs", "routed_dp_rank", "routed_experts_start_len", "routing_key", "session_id",

@@ -10,6 +10,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from asyncrl_runtime.engine.adapter_registry import AdapterRegistry
 from asyncrl_runtime.engine.fields import BadRequest
 from asyncrl_runtime.engine.gate import Gate
 from asyncrl_runtime.engine.requests import Call, Request, RequestParser
@@ -60,6 +61,7 @@ class Generation:
         scheduler: Scheduler,
         parser: RequestParser,
         gate: Gate,
+        adapters: AdapterRegistry,
         observe: Callable[[Request], None],
     ) -> None:
         """
@@ -69,6 +71,7 @@ class Generation:
         self._scheduler = scheduler
         self._parser = parser
         self._gate = gate
+        self._adapters = adapters
         self._observe = observe
         self._live: set[str] = set()
         """Request ids, from arrival (held at the gate or not) until answered."""
@@ -136,7 +139,7 @@ class Generation:
 
     @contextlib.asynccontextmanager
     async def _running(self, call: Call) -> AsyncIterator[_Answers]:
-        """Pass the gate and submit; on the way out, abort what has not finished."""
+        """Pass the gate, get adapters and submit; on the way out, abort what has not finished."""
         answers = _Answers(call)
         rids = [request.rid for request in call.requests]
         for rid in rids:
@@ -147,11 +150,13 @@ class Generation:
         try:
             await self._gate.enter()
             try:
+                await self._adapters.lend(call.requests)
                 self._scheduler.post(lambda: self._scheduler.submit(call.requests))
                 yield answers
             finally:
                 if answers.num_open:
                     self._scheduler.post(lambda: self._scheduler.abort(frozenset(rids).__contains__))
+                self._adapters.give_back(call.requests)
                 self._gate.leave()
         finally:
             self._live.difference_update(rids)

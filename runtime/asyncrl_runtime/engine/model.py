@@ -1,6 +1,6 @@
 """A Hugging Face causal language model, loaded for sampling and checked before it serves."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from asyncrl_api.exits import ExitCode, ExitError
+from asyncrl_runtime.engine.adapters import AdaptedLayers, Share, add_deltas
 from asyncrl_runtime.engine.attention import ATTENTION, Segment, Window
 from asyncrl_runtime.engine.cache import KvCache
 
@@ -37,6 +38,11 @@ class CausalModel:
         self.config = self.module.config
         self.decoder: nn.Module = self.module.get_decoder()
         self.head: nn.Module = self.module.get_output_embeddings()
+        self.linear_layers = {
+            name: part for name, part in self.module.named_modules() if isinstance(part, nn.Linear)
+        }
+        self._head_name = next((n for n, layer in self.linear_layers.items() if layer is self.head), "")
+        self._adapted = AdaptedLayers({n: p for n, p in self.linear_layers.items() if p is not self.head})
         self.vocabulary_size = int(self.config.vocab_size)
         self.eos_ids = _eos_ids(self.module, self.tokenizer)
         if dtype == torch.float32:
@@ -49,12 +55,16 @@ class CausalModel:
         head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return KvCache(config.num_hidden_layers, config.num_key_value_heads, head_size, self.dtype)
 
-    def hidden(self, token_ids: Tensor, window: Window) -> Tensor:
+    def hidden(self, token_ids: Tensor, window: Window, shares: Sequence[Share] = ()) -> Tensor:
         """Run a window's tokens, [N] int64, storing their keys and values; return [N, hidden].
+
+        Args:
+            shares: of adapters in the tokens.
 
         Raises:
             IndexError: a token id is outside the vocabulary.
         """
+        self._adapted.apply(shares)
         output = self.decoder(
             input_ids=token_ids[None],
             position_ids=window.positions,
@@ -65,9 +75,10 @@ class CausalModel:
         result: Tensor = output.last_hidden_state[0]
         return result
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[..., vocabulary] float32 of [..., hidden]."""
+    def logits(self, hidden: Tensor, shares: Sequence[Share] = ()) -> Tensor:
+        """[n, vocabulary] float32 of [n, hidden], of which adapters have `shares`."""
         result: Tensor = self.head(hidden)
+        add_deltas(shares, self._head_name, hidden, result)
         return result.float()
 
     def parameters(self) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from asyncrl_runtime.engine.adapters import Adapter
 from asyncrl_runtime.engine.fields import (
     BadRequest,
     GenerateBody,
@@ -32,6 +33,11 @@ class Request:
     """First prompt position whose log-prob is returned; -1 for none."""
     return_prompt_ids: bool = False
     salt: str = ""
+    """The client's own; what keeps prompts apart in the cache is `cache_salt`."""
+    lora_path: str | None = None
+    """Name of an adapter, None for the base model alone."""
+    adapter: Adapter | None = None
+    """The one of that name, since before the scheduler has the request."""
     stream: bool = False
     received: float = field(default_factory=time.time)
 
@@ -57,6 +63,11 @@ class Request:
     def lacks_input_logprobs(self) -> bool:
         """Log-probs of the prompt are wanted and not there yet."""
         return self.logprob_start >= 0 and self.input_logprobs is None
+
+    @property
+    def cache_salt(self) -> str:
+        """Requests may share keys and values of prompts where this is equal."""
+        return self.salt if self.adapter is None else f"{self.adapter.uid}/{self.salt}"
 
     @property
     def is_watched(self) -> bool:
@@ -112,6 +123,7 @@ class RequestParser:
             _per_prompt(body.logprob_start_len, count, "logprob_start_len"),
             _per_prompt(body.cache_salt, count, "cache_salt"),
             _per_prompt(body.extra_key, count, "extra_key"),
+            _per_prompt(body.lora_path or None, count, "lora_path"),
             strict=True,
         )
         rids = iter(_rids(body.rid, count, n, is_single))
@@ -125,9 +137,10 @@ class RequestParser:
                 logprob_start=_check_start(start, len(prompt)) if return_logprob else -1,
                 return_prompt_ids=body.return_prompt_token_ids,
                 salt=f"{len(salt)}:{salt}{extra}",
+                lora_path=lora_path,
                 stream=body.stream,
             )
-            for prompt, sampling, return_logprob, start, salt, extra in columns
+            for prompt, sampling, return_logprob, start, salt, extra, lora_path in columns
             for _ in range(n)
         ]
         return Call(requests, is_single and n == 1, body.stream)

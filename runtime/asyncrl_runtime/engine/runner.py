@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from asyncrl_runtime.engine.adapters import Adapter, split
 from asyncrl_runtime.engine.attention import Segment, Window
 from asyncrl_runtime.engine.batch import Batch
 from asyncrl_runtime.engine.cache import KvCache, PrefixCache
@@ -31,6 +32,11 @@ class _Prompt(NamedTuple):
     kv: Tensor | None
     """What is known, [layers, 2, at least `start` tokens, heads, head size]."""
     requests: list[Request]
+
+    @property
+    def adapter(self) -> Adapter | None:
+        """The same for all of its requests."""
+        return self.requests[0].adapter
 
 
 class Runner:
@@ -55,31 +61,41 @@ class Runner:
             IndexError: a token id is outside the vocabulary.
         """
         decoding = self._batch.newest()
+        adapters = self._adapters()
         num_decoding = len(decoding.positions)
         longest = int(decoding.positions.max(initial=-1)) + 1
         if not admitted:
             self._cache.reserve(num_decoding, longest, num_decoding, longest)
             window = Window(self._cache, torch.from_numpy(decoding.positions), ())
-            return self._model.logits(self._model.hidden(torch.from_numpy(decoding.token_ids), window))
+            shares = split(adapters)
+            hidden = self._model.hidden(torch.from_numpy(decoding.token_ids), window, shares)
+            return self._model.logits(hidden, shares)
         prompts = self._group(admitted)
         num_tokens = max(longest, *(len(p.tokens) for p in prompts))
         self._cache.reserve(num_decoding + len(admitted), num_tokens, num_decoding, longest)
         segments = [self._place(prompt) for prompt in prompts]
         token_ids = np.concatenate([decoding.token_ids, *(p.tokens[p.start :] for p in prompts)])
         window = Window(self._cache, torch.from_numpy(decoding.positions), segments)
-        hidden = self._model.hidden(torch.from_numpy(token_ids), window)
+        for prompt in prompts:
+            adapters += [prompt.adapter] * (len(prompt.tokens) - prompt.start)
+        hidden = self._model.hidden(torch.from_numpy(token_ids), window, split(adapters))
         self._score(prompts, hidden[num_decoding:])
-        return self._model.logits(hidden[self._finish(prompts, segments, num_decoding)])
+        last = hidden[self._finish(prompts, segments, num_decoding)]
+        return self._model.logits(last, split(self._adapters()))
+
+    def _adapters(self) -> list[Adapter | None]:
+        """Of each row."""
+        return [request.adapter for request in self._batch.requests]
 
     def _group(self, requests: Sequence[Request]) -> list[_Prompt]:
-        """Merge equal prompts under equal salts, and look up what is known of each."""
+        """Merge equal prompts under equal salts and adapters, and look up what is known of each."""
         prompts: dict[tuple[str, bytes] | Request, _Prompt] = {}
         for request in requests:
             tokens = request.tokens
             if request.lacks_input_logprobs:  # which need the hidden states of the whole prompt
                 prompts[request] = _Prompt(tokens, 0, None, [request])
                 continue
-            key = (request.salt, tokens.tobytes())
+            key = (request.cache_salt, tokens.tobytes())
             if key in prompts:
                 prompts[key].requests.append(request)
                 continue
@@ -108,7 +124,7 @@ class Runner:
                 first = request.logprob_start + i
                 targets = torch.from_numpy(request.prompt[first + 1 : first + 1 + SCORED_POSITIONS])
                 states = hidden[start + first : start + first + len(targets)]
-                logprobs = self._model.logits(states).log_softmax(dim=-1)
+                logprobs = self._model.logits(states, split([request.adapter])).log_softmax(dim=-1)
                 scores[i : i + len(targets)] = logprobs.gather(1, targets[:, None])[:, 0].numpy()
             request.input_logprobs = scores
 
@@ -141,4 +157,4 @@ class Runner:
         is_known = prompt.kv is not None and prompt.kv.shape[2] == segment.end
         if not is_known and len(request.output_ids) == 0 and segment.end <= self._prefixes.max_tokens:
             kv = self._cache.export_row(segment.row, segment.end)
-            self._prefixes.put(request.salt, prompt.tokens.tobytes(), kv)
+            self._prefixes.put(request.cache_salt, prompt.tokens.tobytes(), kv)
