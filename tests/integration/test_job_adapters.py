@@ -36,18 +36,15 @@ async def test_an_engine_that_is_killed_comes_back_with_the_newest_adapter(
             harness.start_trainer()
             await witness.until("step 2", lambda: harness.step >= 2)
             harness.kill("rollout-0-engine")
+            killed_at = harness.step
             harness.start("rollout-0-engine")
             await finish(harness)
             history, groups = harness.history, witness.groups
-            await witness.until(
-                "all is there", lambda: all(t in groups for s in history.steps for t in s.tickets)
-            )
+            trained = {ticket for step in history.steps for ticket in step.tickets}
+            await witness.until("all is recorded", lambda: trained <= groups.keys())
         assert audit(history).is_clean
-        assert all(line["num_engines"] <= 1 for line in harness.metrics)
-        versions = {
-            span.version for group in groups.values() for s in group.samples for span in s.version_spans
-        }
-        assert max(versions) >= 4, "it has sampled with adapters that came after the kill"
+        samples = [sample for group in groups.values() for sample in group.samples]
+        assert max(span.version for sample in samples for span in sample.version_spans) >= killed_at
         check_export(harness, list(replay(job.spec, tiny_model(), history, groups))[-1])
 
 

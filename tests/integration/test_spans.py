@@ -8,9 +8,10 @@ import httpx
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from asyncrl_runtime.contract.messages import Sample, floats_from_bytes, ids_from_bytes
-from asyncrl_runtime.trainer.policy import add_adapters, load_model
+from asyncrl_runtime.trainer.policy import ResponseModel, add_adapters
 from asyncrl_runtime.transport.audit import audit
 from job_harness import JobHarness, Recorder, build_job, until
 from nats_server_fixture import NatsServer
@@ -55,7 +56,7 @@ async def test_logprobs_are_those_of_the_attested_versions(
         versions = list(replay(job.spec, tiny_model(), history, recorder.groups))
         samples = [s for g in recorder.groups.values() for s in g.samples if len(s.version_spans) > 1]
         assert len(samples) >= 4, "too few samples span versions; is the engine slow enough?"
-        model = load_model(tiny_model(), "Float32")
+        model = ResponseModel(AutoModelForCausalLM.from_pretrained(tiny_model()))
         if job.spec.training.trains_adapters:
             add_adapters(model, job.spec.training.lora, seed=0)
         off = [compare(model.causal_lm, versions, sample) for sample in samples]
