@@ -123,6 +123,12 @@ def test_weights_in_shares_reach_sglang(folder: Path) -> None:
     assert gap(job) < 1e-3
 
 
+def test_adapters_reach_sglang(folder: Path) -> None:
+    settings = QUICKSTART | {"spec.training.lora.rank": 8, "spec.training.learningRate": 1e-3}
+    job = run(folder, "quickstart.yaml", settings, 10, kill_at=(4,))
+    assert gap(job) < 1e-3
+
+
 @pytest.mark.parametrize(("dtype", "most"), [("Float32", 1e-3), ("BFloat16", 0.1)])
 def test_smollm2_is_trained_on_samples_of_sglang(folder: Path, dtype: str, most: float) -> None:
     """In bf16 engine and trainer round the same sums in another order, at three decimal digits."""
