@@ -30,9 +30,14 @@ def test_on_gpus_it_is_told_model_sizes_and_address() -> None:
 def test_on_cpus_it_has_the_shim_before_all_else() -> None:
     text = " ".join(server_arguments(spec_of("None"), FOLDER, "127.0.0.1", 30000, gpus=1))
     assert "--device cpu --attention-backend torch_native" in text
-    found = environment(spec_of("None"), {"PYTHONPATH": "/mine", "HOME": "/root"})
+    found = environment(spec_of("None"), {"PYTHONPATH": "/mine", "HOME": "/root"}, gpus=1)
     assert found["PYTHONPATH"] == f"{CPU_SHIM}{os.pathsep}/mine" and found["HOME"] == "/root"
-    assert found["SGLANG_USE_CPU_ENGINE"] == "1"
+    assert found["SGLANG_USE_CPU_ENGINE"] == "1" and "SGLANG_CPU_OMP_THREADS_BIND" not in found
+
+
+def test_on_cpus_each_rank_has_a_core() -> None:
+    found = environment(spec_of("None"), {}, gpus=3)
+    assert len(found["SGLANG_CPU_OMP_THREADS_BIND"].split("|")) == 3
 
 
 def test_where_adapters_are_trained_it_is_told_their_shape() -> None:
@@ -46,7 +51,7 @@ def test_where_adapters_are_trained_it_is_told_their_shape() -> None:
 
 
 def test_on_gpus_the_shim_is_out_of_reach() -> None:
-    found = environment(spec_of("ExtendedResource"), {"PYTHONPATH": "/mine"})
+    found = environment(spec_of("ExtendedResource"), {"PYTHONPATH": "/mine"}, gpus=4)
     assert found["PYTHONPATH"] == "/mine" and "SGLANG_USE_CPU_ENGINE" not in found
 
 

@@ -47,7 +47,7 @@ def run_sglang(config: RunConfig, host: str, port: int, *, gpus: int, arguments:
     command = [python, *server_arguments(spec, folder, host, port, gpus), *arguments]
     log.info("starting %s", " ".join(command))
     try:
-        os.execve(python, command, environment(spec, os.environ))
+        os.execve(python, command, environment(spec, os.environ, gpus))
     except OSError as error:
         raise ExitError(ExitCode.USAGE, f"{SGLANG_PYTHON}: {python}: {error.strerror}") from error
 
@@ -69,12 +69,17 @@ def server_arguments(spec: Spec, folder: Path, host: str, port: int, gpus: int) 
     return [*arguments, *(CPU_OPTIONS if is_on_cpu(spec) else ())]
 
 
-def environment(spec: Spec, inherited: Mapping[str, str]) -> dict[str, str]:
+def environment(spec: Spec, inherited: Mapping[str, str], gpus: int) -> dict[str, str]:
     """Return the server's variables: a probe costs no sample, and on a CPU it finds the shim."""
     ours = {"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0"}
     if is_on_cpu(spec):
         paths = [str(CPU_SHIM), *filter(None, [inherited.get("PYTHONPATH", "")])]
         ours |= {"SGLANG_USE_CPU_ENGINE": "1", "PYTHONPATH": os.pathsep.join(paths)}
+        if spec.training.trains_adapters:
+            ours["ASYNCRL_SGLANG_UNPINNED"] = "1"
+        if gpus > 1:  # by default each rank has a NUMA node to itself, of which there may be one
+            cores = sorted(os.sched_getaffinity(0))
+            ours["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(str(cores[i % len(cores)]) for i in range(gpus))
     return {**inherited, **ours}
 
 
