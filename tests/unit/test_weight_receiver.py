@@ -19,7 +19,7 @@ from asyncrl_runtime.rollout.engine_client import EngineLacks, EngineLost, Engin
 from asyncrl_runtime.rollout.weight_receiver import CONTROL_SECONDS, WeightReceiver
 from fakes import UpdatableEngine, run_in_virtual_time
 
-V0, V1 = PolicyVersion(1, 0), PolicyVersion(1, 1)
+V0, V1, V2 = (PolicyVersion(1, version) for version in range(3))
 PHASE_SECONDS = 30.0
 
 JOIN = "/init_weights_update_group"
@@ -114,6 +114,10 @@ async def test_an_engine_without_sessions_takes_its_buckets_in_a_pause() -> None
     assert await controller.update(V1)
     assert controller.engine.paths == [JOIN, PAUSE, BEGIN, RECEIVE, RECEIVE, CHECK, CONTINUE]
     assert controller.engine.weights.version == V1 and not controller.engine.is_paused
+
+    assert await controller.update(V2), "what was under way is broken off: it dies of a flush over a queue"
+    modes = [body["mode"] for path, body in controller.engine.calls if path == PAUSE]
+    assert modes == ["retract", "abort"], "with the first weights nothing was"
 
     controller.engine.faults.clear()
     controller.engine.needs_session = True

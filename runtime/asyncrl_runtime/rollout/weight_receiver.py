@@ -153,9 +153,19 @@ class WeightReceiver:
         self._interrupt = request.interrupt
         self._seen.num_updates_begun += 1
         self._num_buckets = 0
-        await self._call("/pause_generation", {"mode": PAUSE_MODES[request.interrupt]})
+        await self._call("/pause_generation", {"mode": self._pause_mode})
         await self._begin_session()
         self._start_watchdog(request.timeout_seconds)
+
+    @property
+    def _pause_mode(self) -> str:
+        """How samples are interrupted.
+
+        SGLang without sessions dies when it flushes its cache over a queue, where retracting puts them: there
+        they are broken off, and go on as after an engine's loss.
+        """
+        mode = PAUSE_MODES[self._interrupt]
+        return "abort" if mode == "retract" and not self._has_sessions else mode
 
     async def _begin_session(self) -> None:
         """Open the engine's own session; SGLang up to 0.5.20 has none, and takes buckets at any time."""
