@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from asyncrl_api.exits import ExitCode, ExitError
-from asyncrl_runtime.trainer.policy import Policy
+from asyncrl_api.job import LoRASpec
+from asyncrl_runtime.trainer.policy import Policy, add_adapters, load_model
 from asyncrl_runtime.trainer.run import check_names
 from rollout_scene import SPEC
 from tiny_models import Family, tiny_model
@@ -25,6 +26,13 @@ def load(folder: Path) -> Policy:
 def test_families_whose_names_are_those_of_the_files(family: Family, process_group: None) -> None:
     folder = tiny_model(family, tie_word_embeddings=True)
     check_names(load(folder), folder)
+
+
+def test_adapters_of_layers_that_are_not_there_are_refused() -> None:
+    model = load_model(tiny_model(), "Float32")
+    with pytest.raises(ExitError, match=r"spec\.training\.lora\.targetModules: .*c_attn") as refused:
+        add_adapters(model, LoRASpec(rank=2, target_modules=["c_attn"]), seed=0)
+    assert refused.value.code == ExitCode.REFUSED
 
 
 def test_experts_that_are_merged_are_refused(process_group: None) -> None:

@@ -28,6 +28,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.utils import logging as transformers_logging
 
+from asyncrl_api.exits import ExitCode, ExitError
 from asyncrl_api.job import AlgorithmSpec, DeepSpeedSpec, LoRASpec, TrainingSpec
 from asyncrl_runtime.model import attention
 from asyncrl_runtime.trainer.deepspeed_config import Dtype, derive_config
@@ -410,7 +411,7 @@ def add_adapters(model: ResponseModel, lora: LoRASpec, seed: int) -> int:
         How many parameters are trained.
 
     Raises:
-        ValueError: no layer is called like one of `target_modules`.
+        ExitError: no layer is called like one of `target_modules`.
     """
     settings = LoraConfig(
         r=lora.rank,
@@ -422,8 +423,11 @@ def add_adapters(model: ResponseModel, lora: LoRASpec, seed: int) -> int:
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        # In the model's dtype: DeepSpeed keeps masters in fp32.
-        model.causal_lm = get_peft_model(model.causal_lm, settings, autocast_adapter_dtype=False)
+        try:  # in the model's dtype: DeepSpeed keeps masters in fp32
+            model.causal_lm = get_peft_model(model.causal_lm, settings, autocast_adapter_dtype=False)
+        except ValueError as error:
+            message = f"spec.training.lora.targetModules: {str(error).splitlines()[0]}"
+            raise ExitError(ExitCode.REFUSED, message) from error
     model.train()
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
