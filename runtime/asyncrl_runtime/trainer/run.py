@@ -19,6 +19,7 @@ import torch.distributed as dist
 from nats.aio.msg import Msg
 
 from asyncrl_api.exits import ExitCode, ExitError
+from asyncrl_api.job import Spec
 from asyncrl_api.report import CheckpointReport, EvaluationReport, Report
 from asyncrl_api.run import RunConfig
 from asyncrl_runtime.contract.messages import Heartbeat, decode
@@ -309,19 +310,28 @@ def _make_publisher(
             num_bytes=ranks.policy.num_bytes,
             timeout_seconds=spec.timeout_seconds,
         )
-    are_on_gpu = torch.cuda.is_available() and config.spec.rollout.engine.type == "SGLang"
-    uses_nccl = spec.backend == "NCCL" or (spec.backend == "Auto" and are_on_gpu)
     return WeightPublisher(
         broker,
         config.names,
         fleet,
         attempt=options.attempt,
         host=options.host,
-        backend="nccl" if uses_nccl else "gloo",
+        backend=choose_backend(config.spec, has_gpu=torch.cuda.is_available()),
         model_bytes=ranks.policy.num_bytes,
         timeout_seconds=spec.timeout_seconds,
         verify=options.verify_weights,
     )
+
+
+def choose_backend(spec: Spec, *, has_gpu: bool) -> str:
+    """Return torch's name of the library by which weights travel: engines on CPUs have none but gloo.
+
+    Args:
+        has_gpu: whether this trainer runs on one.
+    """
+    if spec.weight_sync.backend != "Auto":
+        return spec.weight_sync.backend.lower()
+    return "nccl" if has_gpu and spec.rollout.engine.type == "SGLang" else "gloo"
 
 
 def _make_evaluator(
