@@ -279,6 +279,12 @@ CASES = {
         "spec.weightSync.backend",
         "weightSync.backend NCCL needs engines on GPUs, but rollout.engine.type is CPU: use Auto or Gloo",
     ),
+    "adapters have their places": Case(
+        ["spec.training.lora={rank: 8, targetModules: [q_proj]}"],
+        ["spec.training.lora={rank: 8, targetModules: []}"],
+        "spec.training.lora.targetModules",
+        "training.lora.targetModules is empty, but training.lora.rank is 8: name a layer, or use rank 0",
+    ),
     "adapters are whole on each rank": Case(
         ["spec.training.lora.rank=8", "spec.trainer.deepspeed.zeroStage=2"],
         ["spec.training.lora.rank=8", "spec.trainer.deepspeed.zeroStage=3"],

@@ -337,6 +337,13 @@ _ENGINE = (
 
 _ADAPTERS = (
     _rule(
+        "spec.training.lora",
+        "targetModules",
+        "self.rank == 0 || self.targetModules.size() > 0",
+        "training.lora.targetModules is empty, but training.lora.rank is %d: name a layer, or use rank 0",
+        "self.rank",
+    ),
+    _rule(
         "spec",
         "training.lora.rank",
         "self.training.lora.rank == 0 || self.trainer.deepspeed.zeroStage < 3",

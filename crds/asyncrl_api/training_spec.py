@@ -24,7 +24,7 @@ class LoRASpec(ApiType):
         "Rank of the factors; 0: no adapters, all weights are trained.", default=0
     )
     alpha: Positive = field("What adapters add is scaled by alpha / rank.", default=32.0)
-    target_modules: Annotated[list[Name], Field(min_length=1, max_length=32)] = field(
+    target_modules: Annotated[list[Name], Field(max_length=32)] = field(
         "Linear layers that get adapters, by the last part of their name.",
         default=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
         list_type="atomic",

@@ -115,6 +115,7 @@ TRANSITIONS = {
     "spec.model": "spec.model.contextLength=4096",
     "spec.dataset": "spec.dataset.parameters={size: 10}",
     "spec.training.seed": "spec.training.seed=2",
+    "spec.training.lora": "spec.training.lora.rank=8",
     "spec.gpuBudget.resourceName": "spec.gpuBudget.resourceName=amd.com/gpu",
     "spec.gpuBudget.gpuMemory": "spec.gpuBudget.gpuMemory=80Gi",
     "spec.gpuBudget.allocation": "spec.gpuBudget.allocation=None",

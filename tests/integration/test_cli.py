@@ -181,10 +181,6 @@ NOT_HERE: list[tuple[dict[str, Any], str]] = [
         "--set spec.gpuBudget.allocation=None",
     ),
     (
-        {"weightSync": {"backend": "NCCL"}},
-        'spec.weightSync.backend: "NCCL": NCCL needs GPUs: --set spec.weightSync.backend=Gloo',
-    ),
-    (
         {"messaging": {"mode": "Shared", "shared": {"url": "nats://host:4222", "subjectPrefix": "team"}}},
         'spec.messaging.shared.subjectPrefix: "team": subject prefixes are not there yet: leave it empty',
     ),
