@@ -32,7 +32,7 @@ contract-sglang: $(STAMP) sglang
 
 # A job on the last SGLang whose updates have no session, which shares the other requirements.
 contract-sglang-before-sessions: $(STAMP) sglang
-	cp -a $(SGLANG) $(SGLANG)-0.5.20
+	rm -rf $(SGLANG)-0.5.20 && cp -a $(SGLANG) $(SGLANG)-0.5.20
 	$(SGLANG)-0.5.20/bin/python -m pip install --quiet --disable-pip-version-check --no-deps sglang==0.5.20
 	ASYNCRL_SGLANG_PYTHON=$(CURDIR)/$(SGLANG)-0.5.20/bin/python $(BIN)/pytest tests/contract/test_job.py -k a_policy_is_trained
 
