@@ -14,9 +14,11 @@ MAX_INT = 2**31 - 1
 
 QUANTITY = r"^[0-9]+(\.[0-9]+)?(k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$"
 OPTIONAL_QUANTITY = r"^([0-9]+(\.[0-9]+)?(k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?)?$"
+OPTIONAL_SUBJECT = r"^([A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*)?$"
 PATTERN_WORDS = {
     QUANTITY: "must be a quantity of bytes such as 10Gi",
     OPTIONAL_QUANTITY: "must be a quantity of bytes such as 80Gi, or empty",
+    OPTIONAL_SUBJECT: "must be words of letters, digits, - and _ with dots between them, or empty",
 }
 """What to tell a user whose value misses a pattern."""
 
@@ -30,6 +32,7 @@ Name = Annotated[str, Field(max_length=253)]
 Text = Annotated[str, Field(max_length=1024)]
 Quantity = Annotated[str, Field(max_length=32, pattern=QUANTITY)]
 OptionalQuantity = Annotated[str, Field(max_length=32, pattern=OPTIONAL_QUANTITY)]
+OptionalSubject = Annotated[str, Field(max_length=253, pattern=OPTIONAL_SUBJECT)]
 Arguments = Annotated[list[Text], Field(max_length=256)]
 FreeForm = dict[str, Any]
 """Kept as the user wrote it; `x-kubernetes-preserve-unknown-fields` in the CRD."""

@@ -23,15 +23,17 @@ class JobNames(Wire):
     """Names on the broker. One set of streams per job: ticket = stream sequence allows no sharing."""
 
     job: str
+    prefix: str = ""
+    """Before every subject, where an account has only some."""
 
     @classmethod
     def on_own_server(cls, namespace: str, name: str) -> Self:
         return cls(job=f"{namespace}_{name}")
 
     @classmethod
-    def on_shared_server(cls, namespace: str, name: str, uid: str) -> Self:
+    def on_shared_server(cls, namespace: str, name: str, uid: str, prefix: str = "") -> Self:
         """There, what an earlier object of this name left must not be taken for this one's."""
-        return cls(job=f"{namespace}_{name}_{uid}")
+        return cls(job=f"{namespace}_{name}_{uid}", prefix=prefix)
 
     @property
     def prompt_stream(self) -> str:
@@ -56,26 +58,37 @@ class JobNames(Wire):
 
     @property
     def inbox_prefix(self) -> str:
-        return f"_INBOX_{self.job}"
+        return self._prefixed(f"_INBOX_{self.job}")
 
     def prompt(self, ticket: int | str) -> str:
-        return f"rl.{self.job}.prompt.{ticket}"
+        return self._subject(f"prompt.{ticket}")
 
     def trajectory(self, ticket: int | str, sample: int | None = None) -> str:
-        return f"rl.{self.job}.traj.{ticket}" + ("" if sample is None else f".{sample}")
+        return self._subject(f"traj.{ticket}" + ("" if sample is None else f".{sample}"))
 
     def evaluation(self, direction: str, key: str) -> str:
         """`direction` is `ask` or `answer`."""
-        return f"rl.{self.job}.eval.{direction}.{key}"
+        return self._subject(f"eval.{direction}.{key}")
 
     def heartbeat(self, worker: str) -> str:
-        return f"rl.{self.job}.hb.{worker}"
+        return self._subject(f"hb.{worker}")
 
     def control(self, worker: str) -> str:
         """Where a worker is asked to take part in a weight epoch."""
-        return f"rl.{self.job}.weights.{worker}"
+        return self._subject(f"weights.{worker}")
 
     @property
     def announcements(self) -> str:
         """Where changes of the state bucket are republished."""
-        return f"rl.{self.job}.ann"
+        return self._subject("ann")
+
+    def _subject(self, rest: str) -> str:
+        return self._prefixed(f"rl.{self.job}.{rest}")
+
+    def _prefixed(self, subject: str) -> str:
+        return f"{self.prefix}.{subject}" if self.prefix else subject
+
+
+def ticket_of(trajectory_subject: str) -> int:
+    """Return the ticket that `JobNames.trajectory` has put into a subject."""
+    return int(trajectory_subject.rpartition(".traj.")[2].partition(".")[0])

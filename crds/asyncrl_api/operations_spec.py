@@ -9,7 +9,7 @@ from asyncrl_api.base import (
     ClaimReference,
     Count,
     CountOrZero,
-    Name,
+    OptionalSubject,
     Percent,
     Quantity,
     SecretReference,
@@ -42,7 +42,10 @@ class SharedSpec(ApiType):
     credentials_secret_ref: SecretReference | None = field(
         "Secret with the NATS credentials file; absent: the server asks for none.", default=None
     )
-    subject_prefix: Name = field("Put before all subjects, where the account asks for it.", default="")
+    subject_prefix: OptionalSubject = field(
+        "Put before the job's subjects, where the account has no others; those of JetStream itself stay.",
+        default="",
+    )
 
 
 class MessagingSpec(ApiType):

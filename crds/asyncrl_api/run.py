@@ -37,7 +37,8 @@ class RunConfig(Wire):
     @property
     def names(self) -> JobNames:
         if self.spec.messaging.mode == "Shared":
-            return JobNames.on_shared_server(self.namespace, self.name, self.uid)
+            prefix = self.spec.messaging.shared.subject_prefix
+            return JobNames.on_shared_server(self.namespace, self.name, self.uid, prefix)
         return JobNames.on_own_server(self.namespace, self.name)
 
     @classmethod

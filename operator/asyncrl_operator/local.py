@@ -92,11 +92,6 @@ def local_refusals(spec: Spec, *, has_sglang: bool) -> list[FieldError]:
     if spec.gpu_budget.allocation != "None":
         rule = "this machine's processes are not GPUs: --set spec.gpuBudget.allocation=None"
         refusals.append(FieldError("spec.gpuBudget.allocation", rule, spec.gpu_budget.allocation))
-    if spec.messaging.mode == "Shared" and spec.messaging.shared.subject_prefix:
-        rule = "subject prefixes are not there yet: leave it empty"
-        refusals.append(
-            FieldError("spec.messaging.shared.subjectPrefix", rule, spec.messaging.shared.subject_prefix)
-        )
     if spec.suspend:
         refusals.append(FieldError("spec.suspend", "a suspended job has no processes: set it to false", True))
     return refusals

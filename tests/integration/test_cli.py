@@ -181,10 +181,6 @@ NOT_HERE: list[tuple[dict[str, Any], str]] = [
         "--set spec.gpuBudget.allocation=None",
     ),
     (
-        {"messaging": {"mode": "Shared", "shared": {"url": "nats://host:4222", "subjectPrefix": "team"}}},
-        'spec.messaging.shared.subjectPrefix: "team": subject prefixes are not there yet: leave it empty',
-    ),
-    (
         {"suspend": True},
         "spec.suspend: true: a suspended job has no processes: set it to false",
     ),

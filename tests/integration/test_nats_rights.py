@@ -79,6 +79,35 @@ def test_a_job_runs_whole_with_the_rights_of_its_roles(guarded_nats: NatsServer,
         assert "violation" not in (guarded_nats.folder / "nats.log").read_text().lower()
 
 
+@pytest.mark.slow
+def test_a_job_keeps_to_the_subjects_of_its_account(tmp_path: Path) -> None:
+    """On a shared server, where the account has what begins with `team.` and JetStream's own."""
+    rights = {
+        "publish": {"allow": ["team.>", "$JS.API.>", "$JS.ACK.>", "$KV.>"]},
+        "subscribe": {"allow": ["team.>"]},
+    }
+    server = NatsServer(tmp_path / "nats", users=[User("trainer", PASSWORDS["trainer"], rights)])
+    job = JobHarness(
+        tmp_path / "run",
+        server,
+        build_job(
+            messaging={"mode": "Shared", "shared": {"url": server.url, "subjectPrefix": "team"}},
+            evaluation={"source": "harness_data:rows", "everySteps": 2, "samples": 2},
+        ),
+    )
+    address = NatsAddress(url=server.url, credentials_file=credentials(tmp_path, "trainer"))
+    job.config.model_copy(update={"nats": address}).save(job.folder.config)
+    server.start()
+    try:
+        with job:
+            job.start_rollout()
+            job.start_trainer()
+            assert job.wait("trainer") == 0, job.log_tail("trainer")
+    finally:
+        server.kill()
+    assert "violation" not in (server.folder / "nats.log").read_text().lower()
+
+
 @asynccontextmanager
 async def worker_client(server: NatsServer) -> AsyncIterator[tuple[Client, "asyncio.Queue[str]"]]:
     """A plain client with a worker's password, and what the server reproaches it with."""

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncrl_api.exits import ExitCode, ExitError
-from asyncrl_api.names import JobNames
+from asyncrl_api.names import JobNames, ticket_of
 from asyncrl_operator.restart_policy import FINAL_CODES
 from samples import make_job
 
@@ -26,6 +26,19 @@ def test_streams_buckets_and_subjects_are_those_of_the_layout() -> None:
     assert NAMES.control("rollout-0") == "rl.team_gsm8k.weights.rollout-0"
     assert NAMES.announcements == "rl.team_gsm8k.ann"
     assert NAMES.inbox_prefix == "_INBOX_team_gsm8k"
+
+
+def test_a_prefix_stands_before_subjects_only() -> None:
+    names = JobNames.on_shared_server("team", "gsm8k", "8d1f", "a.b")
+    assert names.prompt_stream == "RL_team_gsm8k_8d1f_PROMPT"
+    assert names.trajectory(12, 0) == "a.b.rl.team_gsm8k_8d1f.traj.12.0"
+    assert names.inbox_prefix == "a.b._INBOX_team_gsm8k_8d1f"
+
+
+@pytest.mark.parametrize("prefix", ["", "a", "a.traj.5"])
+def test_a_subject_of_a_trajectory_tells_its_ticket(prefix: str) -> None:
+    names = JobNames(job="team_gsm8k", prefix=prefix)
+    assert ticket_of(names.trajectory(12)) == ticket_of(names.trajectory(12, 3)) == 12
 
 
 def all_names(names: JobNames) -> set[str]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from asyncrl_api.job import Spec
+from asyncrl_api.names import ticket_of
 from asyncrl_runtime.contract.messages import Group, Tombstone
 from asyncrl_runtime.trainer.inbox import Inbox
 from asyncrl_runtime.trainer.staleness import LiveGroup, assess, form_batch, reject
@@ -138,8 +139,7 @@ class Controller:
             self._discard(rejected, arrived)
 
     def _is_done_with(self, message: StreamMessage) -> bool:
-        ticket = int(message.subject.split(".traj.")[1].split(".")[0])
-        return self.is_closed(ticket)
+        return self.is_closed(ticket_of(message.subject))
 
     def is_known(self, ticket: int) -> bool:
         """Whether a ticket is closed, or its group or a part of it is here."""

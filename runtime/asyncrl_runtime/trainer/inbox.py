@@ -3,6 +3,7 @@
 import asyncio
 import logging
 
+from asyncrl_api.names import ticket_of
 from asyncrl_runtime.contract.messages import (
     Group,
     GroupPart,
@@ -103,5 +104,4 @@ def _parse(message: StreamMessage) -> Group | GroupPart | Tombstone:
         return decode(message.data, Group, GroupPart, Tombstone)
     except ValueError as error:
         log.error("message %d on %s: %s", message.sequence, message.subject, error)
-        ticket = int(message.subject.split(".traj.")[1].split(".")[0])
-        return Tombstone(ticket=ticket, reason="undecodable", message=str(error))
+        return Tombstone(ticket=ticket_of(message.subject), reason="undecodable", message=str(error))
