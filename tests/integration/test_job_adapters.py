@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from asyncrl_runtime.transport.audit import audit
+from cli_runs import asyncrl
 from job_harness import JobHarness, build_job
 from job_witness import Engine, Witness, finish
 from nats_server_fixture import NatsServer
@@ -28,7 +29,8 @@ TRAINING = {
 async def test_an_engine_that_is_killed_comes_back_with_the_newest_adapter(
     own_nats: NatsServer, tmp_path: Path, process_group: None
 ) -> None:
-    job = build_job(training=TRAINING)
+    evaluation = {"source": "harness_data:rows", "everySteps": 6, "samples": 8}
+    job = build_job(training=TRAINING, evaluation=evaluation)
     with JobHarness(tmp_path / "run", own_nats, job) as harness:
         async with Witness(harness) as witness:
             harness.start_rollout(0)
@@ -46,6 +48,7 @@ async def test_an_engine_that_is_killed_comes_back_with_the_newest_adapter(
         samples = [sample for group in groups.values() for sample in group.samples]
         assert max(span.version for sample in samples for span in sample.version_spans) >= killed_at
         check_export(harness, list(replay(job.spec, tiny_model(), history, groups))[-1])
+        check_evaluation(harness)
 
 
 def check_export(harness: JobHarness, weights: dict[str, torch.Tensor]) -> None:
@@ -61,3 +64,13 @@ def check_export(harness: JobHarness, weights: dict[str, torch.Tensor]) -> None:
     ids = torch.tensor([[5, 6, 7]])
     before = base(ids).logits
     assert not torch.allclose(PeftModel.from_pretrained(base, folder)(ids).logits, before, atol=1e-3)
+
+
+def check_evaluation(harness: JobHarness) -> None:
+    """`asyncrl eval`, which merges the adapter, says what the engines said that sampled with it."""
+    report = harness.report
+    assert report is not None and report.first_evaluation is not None and report.last_evaluation is not None
+    assert report.first_evaluation.accuracy != report.last_evaluation.accuracy
+    ended = asyncrl("eval", harness.folder.path, seconds=240)
+    accuracy = f"{report.last_evaluation.accuracy:.1%}"
+    assert ended.stdout == f"step 6: held-out accuracy {accuracy} of 8 prompts\n", ended.stderr
