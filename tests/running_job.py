@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,11 @@ class RunningJob(Job):
             and "deletionTimestamp" not in pod["metadata"]
         ]
 
+    def ready_pods(self, group: str) -> dict[str, dict[str, Any]]:
+        """Return those of a group that are ready, by their names."""
+        found = {str(pod["metadata"]["name"]): pod for pod in self.pods(group)}
+        return {name: pod for name, pod in found.items() if ready_at(pod)}
+
     def execute(self, group: str, container: str, code: str) -> str:
         """Run Python in the first pod of a group, with all that the pod has, and return what it prints."""
         [name, *_] = sorted(pod["metadata"]["name"] for pod in self.pods(group))
@@ -82,6 +88,14 @@ class RunningJob(Job):
         command = [str(Path(sys.executable).parent / "asyncrl"), "audit", str(self.folder)]
         done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
         return done.stdout + done.stderr
+
+
+def ready_at(pod: dict[str, Any]) -> float:
+    """Return when a pod has become ready, Unix time to the second; 0 if it is not."""
+    for each in pod["status"].get("conditions", ()):
+        if (each["type"], each["status"]) == ("Ready", "True"):
+            return datetime.fromisoformat(each["lastTransitionTime"]).timestamp()
+    return 0.0
 
 
 def prepare(nodes: NodeCluster, namespace: str) -> None:

@@ -3,7 +3,7 @@
 - the quickstart to its end: from the start to the first step, steps per minute, held-out accuracy at the end;
 - SIGKILL of the trainer to its next step, beside the start of a trainer's pod to its next step;
 - suspend to zero pods; resume to the next step;
-- a third engine: asked for to ready, beside the start of its containers to ready.
+- a third engine: asked for to its first trajectory published, beside the start of its containers to ready.
 
     python tests/bench/bench_cluster.py
 
@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import IO
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from asyncrl_api.crdgen import FILE_NAME
@@ -29,12 +30,35 @@ from installed_operator import InstalledOperator, Operator
 from kube_fixture import making_namespace
 from node_cluster import HOST_IMAGE, NATS_IMAGE, USES_IMAGES, NodeCluster, why_no_nodes
 from operator_process import OperatorProcess, eventually, grant_rights
-from running_job import EXAMPLES, GRACE_SECONDS, RunningJob, prepare
+from running_job import EXAMPLES, GRACE_SECONDS, RunningJob, prepare, ready_at
 
 ROOT = Path(__file__).parents[2]
 WARM_STEPS = 20
 """Left out of the rate."""
 SECONDS = 900
+
+LISTEN = """
+import asyncio
+import time
+from pathlib import Path
+
+from asyncrl_api.run import RunConfig
+from asyncrl_runtime.contract.messages import Group, GroupPart, Tombstone, decode
+from asyncrl_runtime.transport.broker import Broker
+
+async def listen():
+    config = RunConfig.load(Path("/etc/asyncrl/config/config.json"))
+    broker = await Broker.connect(config.nats, config.names, "bench")
+    subscription = await broker.client.subscribe(config.names.trajectory(">"))
+    print("listens", flush=True)
+    async for message in subscription.messages:
+        if decode(message.data, Group, GroupPart, Tombstone).worker == {worker!r}:
+            print(time.time(), flush=True)
+            return
+
+asyncio.run(asyncio.wait_for(listen(), {seconds}))
+"""
+"""Run in the trainer's pod: when a worker's first trajectory is published."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +117,25 @@ class Watched(RunningJob):
         pod = sorted(self.pods(group), key=lambda each: str(each["metadata"]["name"]))[number]
         states = [each["state"]["running"]["startedAt"] for each in pod["status"]["containerStatuses"]]
         return min(datetime.fromisoformat(at).timestamp() for at in states)
+
+    @contextmanager
+    def listening_for(self, worker: str) -> Iterator[IO[str]]:
+        """Give where the time of a worker's first trajectory will be told."""
+        [trainer] = self.pods("trainer")
+        code = LISTEN.format(worker=worker, seconds=SECONDS)
+        command = ["exec", trainer["metadata"]["name"], "-c", "trainer", "--", "python3", "-c", code]
+        with subprocess.Popen(
+            ["kubectl", "-n", self.namespace, *command],
+            env=self._nodes.environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as listener:
+            try:
+                assert listener.stdout is not None
+                assert listener.stdout.readline() == "listens\n", "nobody listens in the trainer's pod"
+                yield listener.stdout
+            finally:
+                listener.terminate()
 
 
 @contextmanager
@@ -157,19 +200,20 @@ def disturb(nodes: NodeCluster) -> None:
         print(f"resume to the next step: {resumed - asked:.1f} s; its pod's start to that step: {cold:.1f} s")
         print(f"SIGKILL of the trainer to the next step: {again:.1f} s, {again / cold:.2f} x that start")
 
+        grow(job)
+
+
+def grow(job: Watched) -> None:
+    """Ask for a third engine, and wait for its first trajectory."""
+    name = f"{job.name}-rollout-2"
+    with job.listening_for(name) as told:
         asked = time.time()
         job.kubectl("scale", "arl", job.name, "--replicas=4")
-        eventually("the third engine is ready", lambda: is_ready(job, f"{job.name}-rollout-2"), SECONDS)
-        took, own = time.time() - asked, time.time() - job.started_at("rollout", 2)
-        print(f"a third engine: asked for to ready {took:.1f} s, of which its containers ran {own:.1f} s")
-
-
-def is_ready(job: RunningJob, name: str) -> bool:
-    for pod in job.pods("rollout"):
-        if pod["metadata"]["name"] == name:
-            found = {each["type"]: each["status"] for each in pod["status"].get("conditions", ())}
-            return found.get("Ready") == "True"
-    return False
+        first = float(told.readline())
+    pod = eventually("it is ready", lambda: job.ready_pods("rollout").get(name), SECONDS)
+    cold = ready_at(pod) - job.started_at("rollout", 2)
+    print(f"a third engine: asked for to its first trajectory {first - asked:.1f} s;", end=" ")
+    print(f"its containers' start to ready {cold:.1f} s")
 
 
 def main() -> None:

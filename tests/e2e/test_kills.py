@@ -36,6 +36,11 @@ def test_a_job_goes_on_whatever_dies(nodes: NodeCluster, operator: Operator, job
     goes_on(job)
     assert job.events()["Disrupted"] == 1, "SIGKILL comes from outside, and is no fault of the trainer"
 
+    [trainer] = job.pods("trainer")
+    job.kubectl("delete", "pod", trainer["metadata"]["name"], "--grace-period=0", "--force")
+    eventually("a third attempt", lambda: "quickstart-trainer-3" in job.names("jobs"), SECONDS)
+    goes_on(job)
+
     job.kubectl("delete", "pod", "quickstart-nats-0", "--grace-period=0", "--force")
     goes_on(job)
 
@@ -49,12 +54,12 @@ def test_a_job_goes_on_whatever_dies(nodes: NodeCluster, operator: Operator, job
     [trainer] = job.pods("trainer")
     nodes.kill_node(trainer["spec"]["nodeName"])
     try:
-        eventually("a third attempt", lambda: "quickstart-trainer-3" in job.names("jobs"), SECONDS)
+        eventually("a fourth attempt", lambda: "quickstart-trainer-4" in job.names("jobs"), SECONDS)
         goes_on(job)
     finally:
         nodes.start_node(trainer["spec"]["nodeName"])
     attempt = job.status()["attempt"]
-    assert (attempt["restarts"], attempt["disruptions"]) == (0, 2)
+    assert (attempt["restarts"], attempt["disruptions"]) == (0, 3)
 
     job.patch({"training": {"maxSteps": MANY}, "suspend": True})
     job.wait("Suspended", 120)

@@ -1,4 +1,4 @@
-"""A user's own reward in a ConfigMap, in a namespace with a quota, its groups on nodes of their own."""
+"""A user's own reward in a ConfigMap and a hub's token, under a quota, its groups on nodes of their own."""
 
 import re
 from pathlib import Path
@@ -13,7 +13,8 @@ from running_job import RunningJob, pod_templates
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-STEPS = 10
+STEPS = 60
+TOKEN = "import os; print(os.environ['HF_TOKEN'])"
 REQUESTS = {"cpu": "10m", "memory": "64Mi"}
 
 
@@ -27,6 +28,7 @@ def template(node: str, *containers: str) -> dict[str, Any]:
 def test_a_reward_of_ones_own_under_a_quota(nodes: NodeCluster, operator: Operator, namespace: str) -> None:
     job = RunningJob(nodes, namespace, "custom_reward/job.yaml")
     job.kubectl("create", "configmap", "code", f"--from-file={EXAMPLES / 'custom_reward' / 'digits.py'}")
+    job.kubectl("create", "secret", "generic", "hub", "--from-literal=HF_TOKEN=of-the-hub")
     hard = "requests.cpu=1,requests.memory=2Gi,limits.cpu=20,limits.memory=40Gi,pods=6"
     job.kubectl("create", "quota", "all", f"--hard={hard}")
     limits = {"type": "Container", "defaultRequest": REQUESTS, "default": {"cpu": "1", "memory": "1Gi"}}
@@ -40,6 +42,7 @@ def test_a_reward_of_ones_own_under_a_quota(nodes: NodeCluster, operator: Operat
         namespace=namespace,
     )
     job.apply(
+        model={"secretRef": {"name": "hub"}},
         reward={"configMapRef": {"name": "code"}},
         training={"maxSteps": STEPS},
         evaluation={"samples": 50, "everySteps": 50},
@@ -51,6 +54,8 @@ def test_a_reward_of_ones_own_under_a_quota(nodes: NodeCluster, operator: Operat
         for pod in job.children("pods")
     }
     assert (places["trainer"], places["rollout"]) == ("n1", "n2")
+    for group, container in (("trainer", "trainer"), ("rollout", "engine"), ("rollout", "worker")):
+        assert job.execute(group, container, TOKEN) == "of-the-hub"
     job.wait("Finished", 240)
     assert job.condition("Complete")["status"] == "True", job.status()
     assert re.search(r"missing 0  twice 0", job.audit())

@@ -72,6 +72,23 @@ def test_a_trainer_of_two_pods_trains_as_one(job: RunningJob) -> None:
 
 
 @pytest.mark.slow
+def test_adapters_are_trained_though_the_engines_die(job: RunningJob) -> None:
+    """They reach an engine with a worker's rights, by the folder that the two containers share."""
+    job.apply(
+        training={"maxSteps": STEPS, "lora": {"rank": 8}},
+        evaluation={"samples": 50, "everySteps": STEPS},
+    )
+    job.wait_for_step(3, SECONDS)
+    engines = [pod["metadata"]["name"] for pod in job.pods("rollout")]
+    job.kubectl("delete", "pod", *engines, "--grace-period=0", "--force")
+    assert job.trained() < STEPS / 2, "it is others that sample the rest"
+    job.wait("Finished", SECONDS)
+    assert job.condition("Complete")["status"] == "True", job.status()
+    assert (job.folder / "export" / "final" / "adapter_config.json").exists()
+    assert "missing 0  twice 0" in job.audit()
+
+
+@pytest.mark.slow
 def test_gpus_are_asked_for_and_the_scheduler_says_when_there_are_too_few(job: RunningJob) -> None:
     """The nodes advertise four each; there is no device, so all computes on CPUs."""
     spec: dict[str, Any] = {"training": {"maxSteps": 5}, "evaluation": {"samples": 50, "everySteps": 50}}

@@ -17,11 +17,7 @@ NEW = f"{OLD.rpartition(':')[0]}:next"
 
 def images(job: RunningJob) -> list[str]:
     """Return the images of the engines that are ready."""
-    return [
-        pod["spec"]["containers"][0]["image"]
-        for pod in job.pods("rollout")
-        if any(each["type"] == "Ready" and each["status"] == "True" for each in pod["status"]["conditions"])
-    ]
+    return [pod["spec"]["containers"][0]["image"] for pod in job.ready_pods("rollout").values()]
 
 
 def test_engines_are_replaced_one_by_one_and_no_sample_is_lost(nodes: NodeCluster, job: RunningJob) -> None:
