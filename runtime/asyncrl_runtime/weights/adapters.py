@@ -24,13 +24,13 @@ class Adapter:
     """adapter_model.safetensors."""
 
 
-LoadedAdapter = Callable[[], Awaitable[Adapter]]
+AdapterSource = Callable[[], Awaitable[Adapter]]
 
 
 class AdapterPublisher(Engines):
     """Brings engines to a version, one beside the other: no engine waits for another."""
 
-    async def publish(self, version: PolicyVersion, load: LoadedAdapter, interrupt: str) -> Published:
+    async def publish(self, version: PolicyVersion, load: AdapterSource, interrupt: str) -> Published:
         """Send `version` to every engine that lives, is willing, and has another one.
 
         Args:
