@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -258,6 +259,32 @@ async def test_a_job_measures_itself_on_prompts_that_it_does_not_train_on(
         ]
         assert len(prompts) == 16
         assert not any(f"<|user|>{text}" in prompt for text in held_out for prompt in prompts)
+
+
+@pytest.mark.slow
+async def test_the_first_policy_is_measured_once_though_the_trainer_dies(
+    own_nats: NatsServer, tmp_path: Path
+) -> None:
+    """With it dies its engine: until the recorded step is repeated nobody has weights to answer with."""
+    job = build_job(
+        evaluation={"source": "harness_data:rows", "samples": 8, "everySteps": 100},
+        checkpoint={"everySteps": 100},
+        training={"maxSteps": 3},
+    )
+    with JobHarness(tmp_path / "run", own_nats, job) as harness:
+        async with Witness(harness):
+            harness.start_rollout(0)
+            killed = harness.start_trainer(kill_after="asyncrl_runtime.trainer.job:TrainerJob.advance#1")
+            assert await asyncio.to_thread(killed.wait, 90) == -signal.SIGKILL, harness.log_tail("trainer")
+            harness.kill("rollout-0-engine")
+            harness.start("rollout-0-engine")
+            harness.start_trainer()
+            await finish(harness)
+        first, last = evaluations(harness)
+        assert (first["step"], first["highestVersion"], last["step"]) == (0, 0, 3)
+        report = harness.report
+        assert report is not None and report.first_evaluation is not None
+        assert report.first_evaluation.accuracy == first["accuracy"]
 
 
 def running(witness: Witness) -> list[str]:

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 
 from asyncrl_api.report import EvaluationReport
-from asyncrl_runtime.trainer.controller import Controller
+from asyncrl_runtime.trainer.checkpoints import Checkpoints
+from asyncrl_runtime.trainer.controller import Controller, recorded_values
 from asyncrl_runtime.trainer.evaluation import Evaluated
 from asyncrl_runtime.trainer.job import TrainerJob
 from asyncrl_runtime.trainer.ranks import Command, Export, Logprobs
+from asyncrl_runtime.transport.ledger import RecordedStep
 from fakes import FakeControl, FakeEvaluator, FakeRanks, FakeWeights, run_in_virtual_time
 from job_parts import make_job_parts
 from samples import make_job, make_sample
@@ -41,15 +43,15 @@ def at_version(version: int) -> Evaluated:
 class Rig:
     """A job at its last step, whose evaluations are all answered with the policy's version."""
 
-    def __init__(self, folder: Path, evaluator: FakeEvaluator) -> None:
+    def __init__(self, folder: Path, evaluator: FakeEvaluator, *, is_repeating: bool = False) -> None:
         clock = asyncio.get_running_loop().time
         spec = make_job("training.maxSteps=1", 'evaluation={"source": "m:f", "everySteps": 1}').spec
+        recorded = [RecordedStep(1, 0, (1,), {}, recorded_values(spec), {1: 0})] if is_repeating else []
         self.folder = folder
         self.weights = FakeWeights()
         self.ranks = FakeRanks(answer)
-        parts = make_job_parts(
-            folder, Controller(spec), FakeControl(), self.ranks, self.weights, evaluator, clock
-        )
+        controller = Controller(spec, recorded=recorded)
+        parts = make_job_parts(folder, controller, FakeControl(), self.ranks, self.weights, evaluator, clock)
         self.job = TrainerJob(parts, None)
 
     @property
@@ -71,6 +73,30 @@ def test_engine_and_trainer_are_compared_while_the_trainer_waits_alone(tmp_path:
         assert [type(command) for command in rig.ranks.commands] == [Logprobs]
         await rig.job.finish()
         assert rig.evaluations[2]["mismatch_absolute_gap"] == GAP
+
+    run_in_virtual_time(check())
+
+
+def test_the_first_policy_is_measured_once_and_the_checkpoint_says_how_it_did(tmp_path: Path) -> None:
+    async def check() -> None:
+        rig = Rig(tmp_path, FakeEvaluator(at_version(0)))
+        await rig.job.evaluate_first()
+        await rig.job.evaluate_first()
+        assert len(rig.evaluations) == 1
+        [checkpoint] = Checkpoints(rig.folder, "uid").restorable()
+        assert checkpoint.position.first_evaluation == at_version(0).report.model_dump(by_alias=True)
+
+    run_in_virtual_time(check())
+
+
+def test_the_first_policy_is_not_measured_where_steps_are_to_be_repeated(tmp_path: Path) -> None:
+    """Engines have a later one, or none, and nobody gives them any before that."""
+
+    async def check() -> None:
+        evaluator = FakeEvaluator(at_version(0))
+        evaluator.may_end = lambda: False
+        rig = Rig(tmp_path, evaluator, is_repeating=True)
+        await asyncio.wait_for(rig.job.evaluate_first(), 60)
 
     run_in_virtual_time(check())
 

@@ -364,8 +364,13 @@ class TrainerJob:
     # -- evaluation
 
     async def evaluate_first(self) -> None:
-        """Measure the policy before its first step, while the trainer waits; once in a job's life."""
-        if self._parts.evaluator is None or self._first_evaluation is not None or self.version > 0:
+        """Measure the policy before its first step, while the trainer waits; once in a job's life.
+
+        Where recorded steps are to be repeated it is too late: engines have a later policy, or none, which
+        they get after that.
+        """
+        is_late = self.version > 0 or self._controller.is_repeating
+        if self._parts.evaluator is None or self._first_evaluation is not None or is_late:
             return
         self._metrics.update(state="Evaluating")
         evaluated = None
@@ -374,6 +379,7 @@ class TrainerJob:
         if evaluated is not None:
             self._first_evaluation = evaluated.report.model_dump(by_alias=True)
             self._metrics.update(first_evaluation=evaluated.report)
+            await self._checkpoint()  # of the books: the next attempt knows of it
         self._step_began = self._parts.clock()
 
     def evaluate_if_due(self) -> None:
