@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from asyncrl_api.exits import ExitCode
-from asyncrl_operator.local import free_ports
+from asyncrl_operator.local.runner import free_ports
 from asyncrl_operator.restart_policy import (
     CONTAINER_RESET_SECONDS,
     MESSAGING_MAX_FAILURES,
@@ -146,7 +146,7 @@ def taken(port: int) -> Iterator[None]:
 
 WITH_PORTS = """\
 import json, sys
-from asyncrl_operator import cli
+from asyncrl_operator.local import cli
 ports = json.loads(sys.argv.pop(1))
 cli.free_ports = lambda spec: ports  # they were free when it looked
 cli.app()

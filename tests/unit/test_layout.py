@@ -69,7 +69,7 @@ for package in map(importlib.import_module, sys.argv[1:]):
 def test_types_and_operator_are_imported_without_torch_and_without_nats() -> None:
     """An operator's image has neither."""
     modules = python("-c", LIGHT, "asyncrl_api", "asyncrl_operator").split()
-    assert {"asyncrl_api.job", "asyncrl_operator.layout", "asyncrl_operator.cli"} <= set(modules)
+    assert {"asyncrl_api.job", "asyncrl_operator.layout", "asyncrl_operator.local.cli"} <= set(modules)
 
 
 def test_the_forbidden_would_be_noticed() -> None:

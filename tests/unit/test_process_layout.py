@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from asyncrl_api.job import Spec
 from asyncrl_api.manifests import SpecError
-from asyncrl_operator.cli import render_plan
+from asyncrl_operator.local.cli import render_plan
 from asyncrl_operator.layout import (
     Plan,
     Split,

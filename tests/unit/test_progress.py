@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from asyncrl_api.report import CheckpointReport, EvaluationReport, Report
-from asyncrl_operator.progress import LINE_SECONDS, REFRESH_SECONDS, Display, render_end, render_line
+from asyncrl_operator.local.progress import LINE_SECONDS, REFRESH_SECONDS, Display, render_end, render_line
 
 START = Report(attempt=1, step=0, max_steps=200, state="Starting")
 BEFORE = EvaluationReport(step=0, accuracy=0.37, num_prompts=500, lowest_version=0, highest_version=0)

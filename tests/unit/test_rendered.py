@@ -12,7 +12,7 @@ from asyncrl_api.manifests import SpecError, parse_job
 from asyncrl_api.marks import merge
 from asyncrl_api.run import RunConfig
 from asyncrl_operator.layout import plan
-from asyncrl_operator.local import LocalPlaces
+from asyncrl_operator.local.runner import LocalPlaces
 from asyncrl_operator.manifests import render_credentials, render_rollout, render_trainer
 from asyncrl_operator.messaging import worker_permissions
 from asyncrl_operator.observed import Attempt
