@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from asyncrl_operator.messaging import User, render_nats_config
+from asyncrl_operator.render.messaging import User, render_nats_config
 
 
 def free_port() -> int:

@@ -5,7 +5,8 @@ from typing import Any
 from asyncrl_api.job import AsyncRLJob
 from asyncrl_api.manifests import parse_job
 from asyncrl_api.marks import merge
-from asyncrl_operator.manifests import (
+from asyncrl_operator.observed import Attempt
+from asyncrl_operator.render.manifests import (
     Defaults,
     render_credentials,
     render_messaging,
@@ -13,7 +14,6 @@ from asyncrl_operator.manifests import (
     render_shared,
     render_trainer,
 )
-from asyncrl_operator.observed import Attempt
 from smallest import SMALLEST
 
 DEFAULTS = Defaults("localhost/runtime:1", "localhost/nats:1", ("registry",))

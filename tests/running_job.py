@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from asyncrl_api.manifests import load_documents
-from asyncrl_operator.overlay import lay_over
+from asyncrl_operator.render.overlay import lay_over
 from asyncrl_runtime.trainer.deepspeed_config import deep_merge
 from kube_fixture import claim
 from node_cluster import USES_IMAGES, NodeCluster, host_claims, host_overlay

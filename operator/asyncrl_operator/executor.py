@@ -13,14 +13,6 @@ from asyncrl_operator.cluster import Cluster
 from asyncrl_operator.compare import first_difference
 from asyncrl_operator.hashes import rollout_hash, trainer_hash
 from asyncrl_operator.layout import plan_split
-from asyncrl_operator.manifests import (
-    Defaults,
-    render_credentials,
-    render_messaging,
-    render_rollout,
-    render_shared,
-    render_trainer,
-)
 from asyncrl_operator.observed import (
     Attempt,
     DeleteChildren,
@@ -33,6 +25,14 @@ from asyncrl_operator.observed import (
     Problem,
 )
 from asyncrl_operator.refusals import Gone, Obstacle, check_ownership, is_namespace_ending, obstacle_from
+from asyncrl_operator.render.manifests import (
+    Defaults,
+    render_credentials,
+    render_messaging,
+    render_rollout,
+    render_shared,
+    render_trainer,
+)
 from asyncrl_operator.resources import CONFIG_MAPS, JOBS, PODS, SECRETS, is_made_once, resource_of
 from asyncrl_operator.sight import Child, outlived_configs, report_name
 from asyncrl_operator.workqueue import Key

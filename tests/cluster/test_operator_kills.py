@@ -21,10 +21,10 @@ from asyncrl_operator.api import Api, ApiError
 from asyncrl_operator.cluster import Cluster as Caches
 from asyncrl_operator.executor import Executor
 from asyncrl_operator.main import connect
-from asyncrl_operator.manifests import Defaults
 from asyncrl_operator.obstacles import Obstacles
 from asyncrl_operator.reconcile import Reconciler
 from asyncrl_operator.recorder import Recorder
+from asyncrl_operator.render.manifests import Defaults
 from asyncrl_operator.resources import ASYNCRL_JOBS
 from asyncrl_operator.telemetry import Telemetry
 from asyncrl_operator.workqueue import Key

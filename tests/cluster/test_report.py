@@ -11,7 +11,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from asyncrl_api.report import Report
-from asyncrl_operator.manifests import render_shared
+from asyncrl_operator.render.manifests import render_shared
 from asyncrl_runtime.trainer.cluster_report import (
     CHANGED_SECONDS,
     UNCHANGED_SECONDS,

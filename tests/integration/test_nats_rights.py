@@ -11,7 +11,7 @@ import pytest
 from nats.aio.client import Client
 
 from asyncrl_api.names import JobNames, NatsAddress
-from asyncrl_operator.messaging import User, worker_permissions
+from asyncrl_operator.render.messaging import User, worker_permissions
 from asyncrl_runtime.contract.messages import ResumePoint
 from asyncrl_runtime.transport.broker import Broker, TransportError
 from asyncrl_runtime.transport.parts import Parts

@@ -11,8 +11,8 @@ import pytest
 
 from asyncrl_api.report import Report
 from asyncrl_api.run import RunConfig
-from asyncrl_operator.manifests import render_trainer
 from asyncrl_operator.observed import Attempt
+from asyncrl_operator.render.manifests import render_trainer
 from asyncrl_runtime.trainer import cluster_report
 from asyncrl_runtime.trainer.cluster_report import (
     CHANGED_SECONDS,

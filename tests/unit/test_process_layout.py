@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from asyncrl_api.job import Spec
 from asyncrl_api.manifests import SpecError
-from asyncrl_operator.local.cli import render_plan
 from asyncrl_operator.layout import (
     Plan,
     Split,
@@ -22,6 +21,7 @@ from asyncrl_operator.layout import (
     trainer_command,
     trainer_sizes,
 )
+from asyncrl_operator.local.cli import render_plan
 from asyncrl_runtime.main import app
 from samples import make_job
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncrl_operator.quantities import BINARY, DECIMAL, QUANTITY, canonical, canonical_quantity
+from asyncrl_operator.render.quantities import BINARY, DECIMAL, QUANTITY, canonical, canonical_quantity
 from rendered_jobs import SPELLINGS
 
 

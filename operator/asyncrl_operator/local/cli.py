@@ -16,9 +16,11 @@ from asyncrl_api.exits import ExitCode, ExitError
 from asyncrl_api.job import AsyncRLJob
 from asyncrl_api.manifests import SpecError, apply_overrides, load_documents, parse_job, validate
 from asyncrl_api.report import Report
-from asyncrl_operator.local import run_folder
 from asyncrl_operator.layout import Plan
 from asyncrl_operator.layout import plan as plan_job
+from asyncrl_operator.local import run_folder
+from asyncrl_operator.local.progress import Display, render_end
+from asyncrl_operator.local.run_folder import RunFolder
 from asyncrl_operator.local.runner import (
     LocalPlaces,
     LocalRun,
@@ -27,8 +29,6 @@ from asyncrl_operator.local.runner import (
     free_ports,
     write_nats_config,
 )
-from asyncrl_operator.local.progress import Display, render_end
-from asyncrl_operator.local.run_folder import RunFolder
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Asynchronous RL jobs."

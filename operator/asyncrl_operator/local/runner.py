@@ -28,8 +28,9 @@ from asyncrl_api.processes import die_with_parent
 from asyncrl_api.report import Report
 from asyncrl_api.run import SGLANG_PYTHON
 from asyncrl_operator.layout import Plan, Process, plan, plan_split, trainer_command
-from asyncrl_operator.messaging import render_nats_config
 from asyncrl_operator.local.progress import Display
+from asyncrl_operator.local.run_folder import RunFolder
+from asyncrl_operator.render.messaging import render_nats_config
 from asyncrl_operator.restart_policy import (
     CONTAINER_RESET_SECONDS,
     MESSAGING_MAX_FAILURES,
@@ -38,7 +39,6 @@ from asyncrl_operator.restart_policy import (
     Restart,
     TrainerBudget,
 )
-from asyncrl_operator.local.run_folder import RunFolder
 
 LOOPBACK = "127.0.0.1"
 TICK_SECONDS = 0.1

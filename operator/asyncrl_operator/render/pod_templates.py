@@ -15,8 +15,8 @@ from asyncrl_operator.layout import (
     trainer_command,
 )
 from asyncrl_operator.observed import Attempt
-from asyncrl_operator.overlay import lay_over
-from asyncrl_operator.pod_parts import (
+from asyncrl_operator.render.overlay import lay_over
+from asyncrl_operator.render.pod_parts import (
     CODE,
     ENGINE_LINGERS_SECONDS,
     NATS,
@@ -41,7 +41,7 @@ from asyncrl_operator.pod_parts import (
     resources,
     secrets_as_variables,
 )
-from asyncrl_operator.quantities import canonical
+from asyncrl_operator.render.quantities import canonical
 from asyncrl_operator.resources import ATTEMPT_LABEL, GPUS_ANNOTATION, TEMPLATE_LABEL
 
 Json = dict[str, Any]

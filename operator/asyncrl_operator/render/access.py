@@ -4,7 +4,7 @@ from typing import Any
 
 from asyncrl_api.job import AsyncRLJob
 from asyncrl_operator.layout import HEALTH_PORT
-from asyncrl_operator.pod_parts import NATS_PORT, selector
+from asyncrl_operator.render.pod_parts import NATS_PORT, selector
 
 Json = dict[str, Any]
 

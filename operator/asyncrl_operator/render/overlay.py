@@ -5,7 +5,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from asyncrl_api.manifests import FieldError, SpecError
-from asyncrl_operator.quantities import canonical
+from asyncrl_operator.render.quantities import canonical
 
 Json = dict[str, Any]
 

@@ -13,12 +13,12 @@ from asyncrl_api.base import parse_quantity
 from asyncrl_api.job import AsyncRLJob, Spec
 from asyncrl_api.names import JobNames, NatsAddress
 from asyncrl_api.run import RunConfig, live_values
-from asyncrl_operator.access import render_access
 from asyncrl_operator.hashes import rollout_hash
 from asyncrl_operator.layout import HEALTH_PORT, TRAINER_PORT, num_trainer_pods
-from asyncrl_operator.messaging import User, render_nats_config, worker_permissions
 from asyncrl_operator.observed import Attempt
-from asyncrl_operator.pod_parts import (
+from asyncrl_operator.render.access import render_access
+from asyncrl_operator.render.messaging import User, render_nats_config, worker_permissions
+from asyncrl_operator.render.pod_parts import (
     CACHE,
     CODE,
     LIVE,
@@ -31,13 +31,13 @@ from asyncrl_operator.pod_parts import (
     labels,
     selector,
 )
-from asyncrl_operator.pod_templates import (
+from asyncrl_operator.render.pod_templates import (
     code_volumes,
     messaging_template,
     rollout_template,
     trainer_template,
 )
-from asyncrl_operator.quantities import canonical
+from asyncrl_operator.render.quantities import canonical
 from asyncrl_operator.resources import ATTEMPT_LABEL, TEMPLATE_LABEL
 
 __all__ = [
