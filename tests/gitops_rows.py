@@ -10,8 +10,8 @@ from typing import Any
 
 from asyncrl_api.job import API_VERSION, KIND, Spec
 from asyncrl_api.status import ClocksStatus, Status
-from asyncrl_operator.observed import Observed, Problem
-from asyncrl_operator.status import Job, Memory, Standing, describe
+from asyncrl_operator.decide.observed import Observed, Problem
+from asyncrl_operator.decide.status import Job, Memory, Standing, describe
 from model_cluster import NAME, UID, ModelCluster, make_spec
 
 Object = dict[str, Any]

@@ -15,9 +15,7 @@ from asyncrl_api.marks import merge
 from asyncrl_api.report import Report
 from asyncrl_api.status import Status
 from asyncrl_api.times import to_text
-from asyncrl_operator.hashes import rollout_hash
-from asyncrl_operator.layout import gpus_per_replica, num_trainer_pods
-from asyncrl_operator.observed import (
+from asyncrl_operator.decide.observed import (
     ContainerEnd,
     DeleteChildren,
     DeletePod,
@@ -31,8 +29,10 @@ from asyncrl_operator.observed import (
     StatefulSet,
     TrainerJob,
 )
-from asyncrl_operator.planner import plan
-from asyncrl_operator.status import Job
+from asyncrl_operator.decide.planner import plan
+from asyncrl_operator.decide.status import Job
+from asyncrl_operator.hashes import rollout_hash
+from asyncrl_operator.layout import gpus_per_replica, num_trainer_pods
 
 NAME, UID = "gsm8k", "0b5e"
 GRACE = 30.0

@@ -5,7 +5,7 @@ from typing import Any
 from asyncrl_api.job import AsyncRLJob
 from asyncrl_api.manifests import parse_job
 from asyncrl_api.marks import merge
-from asyncrl_operator.observed import Attempt
+from asyncrl_operator.decide.observed import Attempt
 from asyncrl_operator.render.manifests import (
     Defaults,
     render_credentials,

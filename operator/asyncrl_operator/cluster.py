@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from asyncrl_operator.api import Api, ApiError, Json, Propagation
+from asyncrl_operator.decide.observed import Node, Observed, Problem
 from asyncrl_operator.informer import RESYNC_SECONDS, Entry, Informer, Store, fill
-from asyncrl_operator.observed import Node, Observed, Problem
 from asyncrl_operator.refusals import Gone, check_ownership
 from asyncrl_operator.resources import (
     ASYNCRL_JOBS,

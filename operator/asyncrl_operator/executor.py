@@ -11,9 +11,7 @@ from asyncrl_api.manifests import SpecError
 from asyncrl_operator.api import ApiError
 from asyncrl_operator.cluster import Cluster
 from asyncrl_operator.compare import first_difference
-from asyncrl_operator.hashes import rollout_hash, trainer_hash
-from asyncrl_operator.layout import plan_split
-from asyncrl_operator.observed import (
+from asyncrl_operator.decide.observed import (
     Attempt,
     DeleteChildren,
     DeletePod,
@@ -24,6 +22,8 @@ from asyncrl_operator.observed import (
     Observed,
     Problem,
 )
+from asyncrl_operator.hashes import rollout_hash, trainer_hash
+from asyncrl_operator.layout import plan_split
 from asyncrl_operator.refusals import Gone, Obstacle, check_ownership, is_namespace_ending, obstacle_from
 from asyncrl_operator.render.manifests import (
     Defaults,

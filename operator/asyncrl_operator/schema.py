@@ -10,7 +10,7 @@ from typing import Any
 from asyncrl_api.job import API_VERSION, Spec
 from asyncrl_api.marks import FieldNode, tree
 from asyncrl_api.status import Status
-from asyncrl_operator.observed import Problem
+from asyncrl_operator.decide.observed import Problem
 
 OPENAPI_PATH = f"/openapi/v3/apis/{API_VERSION}"
 SCHEMA = "dev.asyncrl.v1alpha1.AsyncRLJob"

@@ -10,8 +10,8 @@ import msgspec
 from pydantic import ValidationError
 
 from asyncrl_api.report import Report
+from asyncrl_operator.decide.observed import Node, Observed, Pod, Problem, StatefulSet, TrainerJob
 from asyncrl_operator.informer import Entry
-from asyncrl_operator.observed import Node, Observed, Pod, Problem, StatefulSet, TrainerJob
 from asyncrl_operator.resources import (
     ATTEMPT_LABEL,
     CONFIG_MAPS,

@@ -9,7 +9,7 @@ from prometheus_client import Counter as Total
 
 from asyncrl_api.status import Phase, Status
 from asyncrl_api.times import to_seconds
-from asyncrl_operator.observed import Observed, Pod
+from asyncrl_operator.decide.observed import Observed, Pod
 from asyncrl_operator.workqueue import Key
 
 JOB = ("namespace", "job")

@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 
 from asyncrl_api.times import to_seconds
-from asyncrl_operator.observed import ContainerEnd, Node, Pod
+from asyncrl_operator.decide.observed import ContainerEnd, Node, Pod
 from asyncrl_operator.resources import (
     ATTEMPT_LABEL,
     GPUS_ANNOTATION,

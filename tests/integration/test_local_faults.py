@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 
 from asyncrl_api.exits import ExitCode
-from asyncrl_operator.local.runner import free_ports
-from asyncrl_operator.restart_policy import (
+from asyncrl_operator.decide.restart_policy import (
     CONTAINER_RESET_SECONDS,
     MESSAGING_MAX_FAILURES,
     ContainerBackoff,
     GiveUp,
     Restart,
 )
+from asyncrl_operator.local.runner import free_ports
 from cli_runs import CliRun, asyncrl, have_ended, write_job
 from job_harness import build_job
 from tiny_models import tiny_model

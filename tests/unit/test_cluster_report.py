@@ -11,7 +11,7 @@ import pytest
 
 from asyncrl_api.report import Report
 from asyncrl_api.run import RunConfig
-from asyncrl_operator.observed import Attempt
+from asyncrl_operator.decide.observed import Attempt
 from asyncrl_operator.render.manifests import render_trainer
 from asyncrl_runtime.trainer import cluster_report
 from asyncrl_runtime.trainer.cluster_report import (

@@ -3,9 +3,9 @@
 from typing import Any, cast
 
 from asyncrl_operator.cluster import Cluster
+from asyncrl_operator.decide.observed import Desired, Observed
 from asyncrl_operator.executor import Executor, Target
 from asyncrl_operator.informer import Store
-from asyncrl_operator.observed import Desired, Observed
 from asyncrl_operator.resources import CHILDREN, Resource, resource_of
 from asyncrl_operator.sight import Child
 from asyncrl_operator.trim import compact

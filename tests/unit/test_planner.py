@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from asyncrl_operator.observed import Pod, Problem
-from asyncrl_operator.rolling import next_wave
+from asyncrl_operator.decide.observed import Pod, Problem
+from asyncrl_operator.decide.rolling import next_wave
 from model_cluster import NAME, ModelCluster, make_spec
 
 

@@ -11,9 +11,9 @@ from ruamel.yaml import YAML
 from asyncrl_api.manifests import SpecError, parse_job
 from asyncrl_api.marks import merge
 from asyncrl_api.run import RunConfig
+from asyncrl_operator.decide.observed import Attempt
 from asyncrl_operator.layout import plan
 from asyncrl_operator.local.runner import LocalPlaces
-from asyncrl_operator.observed import Attempt
 from asyncrl_operator.render.manifests import render_credentials, render_rollout, render_trainer
 from asyncrl_operator.render.messaging import worker_permissions
 from rendered_jobs import BASE, DEFAULTS, SHAPES, job_of, render_all

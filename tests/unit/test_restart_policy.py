@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from asyncrl_api.exits import ExitCode
 from asyncrl_api.job import TrainerFailureSpec
-from asyncrl_operator.restart_policy import (
+from asyncrl_operator.decide.restart_policy import (
     CONTAINER_MAX_BACKOFF_SECONDS,
     CONTAINER_RESET_SECONDS,
     MESSAGING_MAX_FAILURES,

@@ -3,8 +3,8 @@
 import json
 from typing import Any
 
+from asyncrl_operator.decide.observed import Observed, Pod, StatefulSet, TrainerJob
 from asyncrl_operator.informer import Entry
-from asyncrl_operator.observed import Observed, Pod, StatefulSet, TrainerJob
 from asyncrl_operator.resources import CONFIG_MAPS, JOBS, STATEFUL_SETS, Resource
 from asyncrl_operator.sight import Child, outlived_configs, see
 from asyncrl_operator.trim import KeptPod

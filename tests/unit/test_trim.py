@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from asyncrl_operator.observed import ContainerEnd
+from asyncrl_operator.decide.observed import ContainerEnd
 from asyncrl_operator.sight import missing_reference
 from asyncrl_operator.trim import compact, trim_job, trim_node, trim_pod
 

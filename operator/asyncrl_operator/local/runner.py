@@ -27,11 +27,7 @@ from asyncrl_api.manifests import FieldError, SpecError
 from asyncrl_api.processes import die_with_parent
 from asyncrl_api.report import Report
 from asyncrl_api.run import SGLANG_PYTHON
-from asyncrl_operator.layout import Plan, Process, plan, plan_split, trainer_command
-from asyncrl_operator.local.progress import Display
-from asyncrl_operator.local.run_folder import RunFolder
-from asyncrl_operator.render.messaging import render_nats_config
-from asyncrl_operator.restart_policy import (
+from asyncrl_operator.decide.restart_policy import (
     CONTAINER_RESET_SECONDS,
     MESSAGING_MAX_FAILURES,
     ContainerBackoff,
@@ -39,6 +35,10 @@ from asyncrl_operator.restart_policy import (
     Restart,
     TrainerBudget,
 )
+from asyncrl_operator.layout import Plan, Process, plan, plan_split, trainer_command
+from asyncrl_operator.local.progress import Display
+from asyncrl_operator.local.run_folder import RunFolder
+from asyncrl_operator.render.messaging import render_nats_config
 
 LOOPBACK = "127.0.0.1"
 TICK_SECONDS = 0.1

@@ -13,9 +13,9 @@ from asyncrl_api.base import parse_quantity
 from asyncrl_api.job import AsyncRLJob, Spec
 from asyncrl_api.names import JobNames, NatsAddress
 from asyncrl_api.run import RunConfig, live_values
+from asyncrl_operator.decide.observed import Attempt
 from asyncrl_operator.hashes import rollout_hash
 from asyncrl_operator.layout import HEALTH_PORT, TRAINER_PORT, num_trainer_pods
-from asyncrl_operator.observed import Attempt
 from asyncrl_operator.render.access import render_access
 from asyncrl_operator.render.messaging import User, render_nats_config, worker_permissions
 from asyncrl_operator.render.pod_parts import (

@@ -6,6 +6,7 @@ Container names (`trainer`, `engine`, `worker`, `nats`) are API: overlays and `k
 from typing import Any
 
 from asyncrl_api.job import AsyncRLJob, Spec
+from asyncrl_operator.decide.observed import Attempt
 from asyncrl_operator.layout import (
     HEALTH_PORT,
     TRAINER_PORT,
@@ -14,7 +15,6 @@ from asyncrl_operator.layout import (
     rollout_commands,
     trainer_command,
 )
-from asyncrl_operator.observed import Attempt
 from asyncrl_operator.render.overlay import lay_over
 from asyncrl_operator.render.pod_parts import (
     CODE,

@@ -4,11 +4,11 @@ from dataclasses import dataclass, replace
 
 from asyncrl_api.status import AttemptStatus, ClocksStatus
 from asyncrl_api.times import to_seconds, to_text
-from asyncrl_operator import attempts
-from asyncrl_operator.observed import Problem
-from asyncrl_operator.rolling import Wave
-from asyncrl_operator.scene import Scene
-from asyncrl_operator.status import Memory, Standing
+from asyncrl_operator.decide import attempts
+from asyncrl_operator.decide.observed import Problem
+from asyncrl_operator.decide.rolling import Wave
+from asyncrl_operator.decide.scene import Scene
+from asyncrl_operator.decide.status import Memory, Standing
 
 REPORT_STALE_SECONDS = 300.0
 """A trainer that runs and has not reported for so long is told of."""

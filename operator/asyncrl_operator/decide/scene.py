@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from asyncrl_api.job import Spec
 from asyncrl_api.report import Report
 from asyncrl_api.status import AttemptStatus, ClocksStatus, Status
-from asyncrl_operator import attempts
+from asyncrl_operator.decide import attempts
+from asyncrl_operator.decide.observed import Observed, Pod
+from asyncrl_operator.decide.status import Job, Memory
 from asyncrl_operator.layout import num_trainer_pods
-from asyncrl_operator.observed import Observed, Pod
-from asyncrl_operator.status import Job, Memory
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from pydantic import ValidationError
 
 from asyncrl_api.status import Status
-from asyncrl_operator.status import Fact, renew
+from asyncrl_operator.decide.status import Fact, renew
 
 
 def unreadable(before: Status, generation: int, error: ValidationError, now: float) -> Status:

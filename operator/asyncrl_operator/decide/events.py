@@ -4,8 +4,8 @@ from collections.abc import Iterable
 
 from asyncrl_api.status import Status
 from asyncrl_api.times import to_seconds
-from asyncrl_operator.attempts import Ended
-from asyncrl_operator.observed import DeleteChildren, DeletePod, Deletion, Event, Observed
+from asyncrl_operator.decide.attempts import Ended
+from asyncrl_operator.decide.observed import DeleteChildren, DeletePod, Deletion, Event, Observed
 
 CHECKPOINT_SECONDS = 600.0
 """Between two Events about checkpoints."""

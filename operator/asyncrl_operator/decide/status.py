@@ -26,9 +26,9 @@ from asyncrl_api.status import (
     ThroughputStatus,
 )
 from asyncrl_api.times import to_seconds, to_text
-from asyncrl_operator.attempts import pods_of
+from asyncrl_operator.decide.attempts import pods_of
+from asyncrl_operator.decide.observed import Observed, Pod, Problem
 from asyncrl_operator.layout import num_trainer_pods
-from asyncrl_operator.observed import Observed, Pod, Problem
 from asyncrl_operator.resources import JOB_LABEL
 
 LONGEST_MESSAGE = 1000

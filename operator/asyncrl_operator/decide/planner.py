@@ -10,9 +10,8 @@ from dataclasses import dataclass, replace
 from asyncrl_api.manifests import SpecError
 from asyncrl_api.status import AttemptStatus, ClocksStatus, SplitStatus, Status
 from asyncrl_api.times import to_seconds, to_text
-from asyncrl_operator import attempts, events
-from asyncrl_operator.hashes import rollout_hash
-from asyncrl_operator.observed import (
+from asyncrl_operator.decide import attempts, events
+from asyncrl_operator.decide.observed import (
     Attempt,
     DeleteChildren,
     DeletePod,
@@ -24,12 +23,13 @@ from asyncrl_operator.observed import (
     Problem,
     TrainerJob,
 )
-from asyncrl_operator.rebalance import decide_split, next_move
-from asyncrl_operator.restart_policy import GiveUp
-from asyncrl_operator.rolling import Wave, is_on_dead_node, lost_pods, next_wave
-from asyncrl_operator.scene import Scene
-from asyncrl_operator.standing import overdue, stand
-from asyncrl_operator.status import Job, Memory, Standing, after_the_end, describe, next_show
+from asyncrl_operator.decide.rebalance import decide_split, next_move
+from asyncrl_operator.decide.restart_policy import GiveUp
+from asyncrl_operator.decide.rolling import Wave, is_on_dead_node, lost_pods, next_wave
+from asyncrl_operator.decide.scene import Scene
+from asyncrl_operator.decide.standing import overdue, stand
+from asyncrl_operator.decide.status import Job, Memory, Standing, after_the_end, describe, next_show
+from asyncrl_operator.hashes import rollout_hash
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from asyncrl_api.job import Spec
 from asyncrl_api.report import Report
 from asyncrl_api.status import AttemptStatus
 from asyncrl_api.times import to_seconds, to_text
+from asyncrl_operator.decide.observed import Observed, Pod, TrainerJob
+from asyncrl_operator.decide.restart_policy import GiveUp, TrainerBudget
+from asyncrl_operator.decide.rolling import is_on_dead_node
 from asyncrl_operator.hashes import trainer_hash
-from asyncrl_operator.observed import Observed, Pod, TrainerJob
-from asyncrl_operator.restart_policy import GiveUp, TrainerBudget
-from asyncrl_operator.rolling import is_on_dead_node
 
 TRAINER_CONTAINER = "trainer"
 UNSCHEDULABLE_SECONDS = 300.0
