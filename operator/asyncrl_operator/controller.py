@@ -4,7 +4,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 
-from asyncrl_operator.api import ApiError
+from asyncrl_operator.api_server.api import ApiError
 from asyncrl_operator.telemetry import Telemetry
 from asyncrl_operator.workqueue import Key, WorkQueue
 

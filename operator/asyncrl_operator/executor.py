@@ -8,8 +8,16 @@ from typing import Any
 
 from asyncrl_api.job import AsyncRLJob
 from asyncrl_api.manifests import SpecError
-from asyncrl_operator.api import ApiError
-from asyncrl_operator.cluster import Cluster
+from asyncrl_operator.api_server.api import ApiError
+from asyncrl_operator.api_server.cluster import Cluster
+from asyncrl_operator.api_server.refusals import (
+    Gone,
+    Obstacle,
+    check_ownership,
+    is_namespace_ending,
+    obstacle_from,
+)
+from asyncrl_operator.api_server.sight import Child, outlived_configs, report_name
 from asyncrl_operator.compare import first_difference
 from asyncrl_operator.decide.observed import (
     Attempt,
@@ -24,7 +32,6 @@ from asyncrl_operator.decide.observed import (
 )
 from asyncrl_operator.hashes import rollout_hash, trainer_hash
 from asyncrl_operator.layout import plan_split
-from asyncrl_operator.refusals import Gone, Obstacle, check_ownership, is_namespace_ending, obstacle_from
 from asyncrl_operator.render.manifests import (
     Defaults,
     render_credentials,
@@ -34,7 +41,6 @@ from asyncrl_operator.render.manifests import (
     render_trainer,
 )
 from asyncrl_operator.resources import CONFIG_MAPS, JOBS, PODS, SECRETS, is_made_once, resource_of
-from asyncrl_operator.sight import Child, outlived_configs, report_name
 from asyncrl_operator.workqueue import Key
 
 logger = logging.getLogger(__name__)

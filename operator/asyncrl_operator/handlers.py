@@ -11,7 +11,7 @@ from typing import Any
 import kopf
 from kubernetes.aio.client.configuration import Configuration
 
-from asyncrl_operator.cluster import Cluster
+from asyncrl_operator.api_server.cluster import Cluster
 from asyncrl_operator.resources import ASYNCRL_JOBS
 
 DOMAIN = "asyncrl.dev"

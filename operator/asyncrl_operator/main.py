@@ -19,14 +19,14 @@ from kubernetes.aio.client.api_client import ApiClient
 from kubernetes.aio.client.configuration import Configuration
 from prometheus_client import start_http_server
 
-from asyncrl_operator.api import Api, ApiError
-from asyncrl_operator.cluster import Cluster
+from asyncrl_operator.api_server.api import Api, ApiError
+from asyncrl_operator.api_server.cluster import Cluster
+from asyncrl_operator.api_server.recorder import Recorder
 from asyncrl_operator.controller import Controller
 from asyncrl_operator.executor import Executor
 from asyncrl_operator.handlers import build_registry
 from asyncrl_operator.obstacles import Obstacles
 from asyncrl_operator.reconcile import Reconciler
-from asyncrl_operator.recorder import Recorder
 from asyncrl_operator.render.manifests import Defaults
 from asyncrl_operator.telemetry import Telemetry
 from asyncrl_operator.workqueue import WorkQueue

@@ -14,17 +14,17 @@ from pydantic import ValidationError
 
 from asyncrl_api.job import AsyncRLJob, Metadata, Spec
 from asyncrl_api.status import Status
-from asyncrl_operator.cluster import Cluster
+from asyncrl_operator.api_server.cluster import Cluster
+from asyncrl_operator.api_server.informer import Entry
+from asyncrl_operator.api_server.recorder import Recorder
+from asyncrl_operator.api_server.refusals import Gone, Obstacle
 from asyncrl_operator.compare import merge_patch
 from asyncrl_operator.decide.observed import Event, Observed, Outcome
 from asyncrl_operator.decide.planner import plan
 from asyncrl_operator.decide.status import Job
 from asyncrl_operator.decide.unreadable import unreadable
 from asyncrl_operator.executor import Executor, Target
-from asyncrl_operator.informer import Entry
 from asyncrl_operator.obstacles import Obstacles
-from asyncrl_operator.recorder import Recorder
-from asyncrl_operator.refusals import Gone, Obstacle
 from asyncrl_operator.telemetry import Telemetry
 from asyncrl_operator.workqueue import Key
 

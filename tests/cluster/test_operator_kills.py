@@ -17,13 +17,13 @@ from typing import Any
 
 import pytest
 
-from asyncrl_operator.api import Api, ApiError
-from asyncrl_operator.cluster import Cluster as Caches
+from asyncrl_operator.api_server.api import Api, ApiError
+from asyncrl_operator.api_server.cluster import Cluster as Caches
+from asyncrl_operator.api_server.recorder import Recorder
 from asyncrl_operator.executor import Executor
 from asyncrl_operator.main import connect
 from asyncrl_operator.obstacles import Obstacles
 from asyncrl_operator.reconcile import Reconciler
-from asyncrl_operator.recorder import Recorder
 from asyncrl_operator.render.manifests import Defaults
 from asyncrl_operator.resources import ASYNCRL_JOBS
 from asyncrl_operator.telemetry import Telemetry

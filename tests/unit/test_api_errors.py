@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from asyncrl_operator.api import error_from
-from asyncrl_operator.refusals import Obstacle, check_ownership, is_namespace_ending, obstacle_from
+from asyncrl_operator.api_server.api import error_from
+from asyncrl_operator.api_server.refusals import Obstacle, check_ownership, is_namespace_ending, obstacle_from
 from asyncrl_operator.resources import CONFIG_MAPS
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any, cast
 
-from asyncrl_operator.cluster import Cluster
+from asyncrl_operator.api_server.cluster import Cluster
 from asyncrl_operator.resources import JOB_LABEL, JOB_UID_LABEL, STATEFUL_SETS
 from asyncrl_operator.workqueue import Key
 

@@ -2,13 +2,13 @@
 
 from typing import Any, cast
 
-from asyncrl_operator.cluster import Cluster
+from asyncrl_operator.api_server.cluster import Cluster
+from asyncrl_operator.api_server.informer import Store
+from asyncrl_operator.api_server.sight import Child
+from asyncrl_operator.api_server.trim import compact
 from asyncrl_operator.decide.observed import Desired, Observed
 from asyncrl_operator.executor import Executor, Target
-from asyncrl_operator.informer import Store
 from asyncrl_operator.resources import CHILDREN, Resource, resource_of
-from asyncrl_operator.sight import Child
-from asyncrl_operator.trim import compact
 from asyncrl_operator.workqueue import Key
 from rendered_jobs import DEFAULTS, job_of
 

@@ -6,7 +6,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncrl_operator.informer import Store
+from asyncrl_operator.api_server.informer import Store
 from asyncrl_operator.workqueue import Key
 
 KEY = Key("ns", "gsm8k")

@@ -4,7 +4,7 @@ from typing import Any, cast
 
 from asyncrl_api.job import Spec
 from asyncrl_api.marks import merge
-from asyncrl_operator.cluster import Cluster
+from asyncrl_operator.api_server.cluster import Cluster
 from asyncrl_operator.decide.observed import Observed, Problem, StatefulSet
 from asyncrl_operator.obstacles import EVENTS_SHARE, PODS_SECONDS, Obstacles
 from asyncrl_operator.workqueue import Key

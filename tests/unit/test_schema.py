@@ -5,7 +5,7 @@ from typing import Any
 from asyncrl_api.job import Spec
 from asyncrl_api.marks import FieldNode, tree
 from asyncrl_api.status import Status
-from asyncrl_operator.schema import SCHEMA, schema_problem
+from asyncrl_operator.api_server.schema import SCHEMA, schema_problem
 
 
 def properties(nodes: tuple[FieldNode, ...]) -> dict[str, Any]:

@@ -3,11 +3,11 @@
 import json
 from typing import Any
 
+from asyncrl_operator.api_server.informer import Entry
+from asyncrl_operator.api_server.sight import Child, outlived_configs, see
+from asyncrl_operator.api_server.trim import KeptPod
 from asyncrl_operator.decide.observed import Observed, Pod, StatefulSet, TrainerJob
-from asyncrl_operator.informer import Entry
 from asyncrl_operator.resources import CONFIG_MAPS, JOBS, STATEFUL_SETS, Resource
-from asyncrl_operator.sight import Child, outlived_configs, see
-from asyncrl_operator.trim import KeptPod
 from asyncrl_operator.workqueue import Key
 
 KEY, UID = Key("ns", "gsm8k"), "u1"

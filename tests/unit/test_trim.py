@@ -3,9 +3,9 @@
 import json
 from typing import Any
 
+from asyncrl_operator.api_server.sight import missing_reference
+from asyncrl_operator.api_server.trim import compact, trim_job, trim_node, trim_pod
 from asyncrl_operator.decide.observed import ContainerEnd
-from asyncrl_operator.sight import missing_reference
-from asyncrl_operator.trim import compact, trim_job, trim_node, trim_pod
 
 
 def make_pod(**status: Any) -> dict[str, Any]:

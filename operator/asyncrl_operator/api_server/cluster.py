@@ -6,10 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from asyncrl_operator.api import Api, ApiError, Json, Propagation
+from asyncrl_operator.api_server.api import Api, ApiError, Json, Propagation
+from asyncrl_operator.api_server.informer import RESYNC_SECONDS, Entry, Informer, Store, fill
+from asyncrl_operator.api_server.refusals import Gone, check_ownership
+from asyncrl_operator.api_server.schema import OPENAPI_PATH, schema_problem
+from asyncrl_operator.api_server.sight import Child, see
+from asyncrl_operator.api_server.trim import KeptPod, compact, trim_job, trim_node, trim_pod
 from asyncrl_operator.decide.observed import Node, Observed, Problem
-from asyncrl_operator.informer import RESYNC_SECONDS, Entry, Informer, Store, fill
-from asyncrl_operator.refusals import Gone, check_ownership
 from asyncrl_operator.resources import (
     ASYNCRL_JOBS,
     CHILDREN,
@@ -23,9 +26,6 @@ from asyncrl_operator.resources import (
     is_made_once,
     resource_of,
 )
-from asyncrl_operator.schema import OPENAPI_PATH, schema_problem
-from asyncrl_operator.sight import Child, see
-from asyncrl_operator.trim import KeptPod, compact, trim_job, trim_node, trim_pod
 from asyncrl_operator.workqueue import Key
 
 logger = logging.getLogger(__name__)

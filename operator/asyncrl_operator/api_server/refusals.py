@@ -1,6 +1,6 @@
 """What the API server, or an object in the way, refuses, and what that means to the user. Pure."""
 
-from asyncrl_operator.api import ApiError, Json
+from asyncrl_operator.api_server.api import ApiError, Json
 from asyncrl_operator.decide.observed import Problem
 from asyncrl_operator.resources import ASYNCRL_JOBS, Resource
 

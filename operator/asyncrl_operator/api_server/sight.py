@@ -10,8 +10,9 @@ import msgspec
 from pydantic import ValidationError
 
 from asyncrl_api.report import Report
+from asyncrl_operator.api_server.informer import Entry
+from asyncrl_operator.api_server.trim import KeptPod
 from asyncrl_operator.decide.observed import Node, Observed, Pod, Problem, StatefulSet, TrainerJob
-from asyncrl_operator.informer import Entry
 from asyncrl_operator.resources import (
     ATTEMPT_LABEL,
     CONFIG_MAPS,
@@ -20,7 +21,6 @@ from asyncrl_operator.resources import (
     TEMPLATE_LABEL,
     Resource,
 )
-from asyncrl_operator.trim import KeptPod
 from asyncrl_operator.workqueue import Key
 
 logger = logging.getLogger(__name__)
