@@ -1,1 +1,1 @@
-"""What is to be done about a job: plain values in, plain values out. Pure: no client of anything is imported."""
+"""What is to be done about a job: plain values in, plain values out. Pure: imports no client of anything."""

@@ -6,8 +6,8 @@ from asyncrl_api.status import AttemptStatus, ClocksStatus
 from asyncrl_api.times import to_seconds, to_text
 from asyncrl_operator.decide import attempts
 from asyncrl_operator.decide.observed import Problem
+from asyncrl_operator.decide.pass_state import PassState
 from asyncrl_operator.decide.rolling import Wave
-from asyncrl_operator.decide.scene import Scene
 from asyncrl_operator.decide.status import Memory, Standing
 
 REPORT_STALE_SECONDS = 300.0
@@ -28,44 +28,44 @@ class Stand:
     wakes: tuple[float, ...]
 
 
-def stand(scene: Scene, memory: Memory, wave: Wave) -> Stand:
+def stand(state: PassState, memory: Memory, wave: Wave) -> Stand:
     """Return how a job stands whose pods are wanted.
 
     It is up once the trainer, the broker and an engine are; and stays so, degraded if need be, for as long
     as the trainer runs.
     """
-    runs, was_up = scene.trainer_runs(memory.attempt), scene.status.is_true("Running")
-    is_up = runs and (was_up or (scene.is_messaging_ready and scene.num_ready_engines > 0))
-    least = scene.spec.failure_policy.rollout.min_available_percent
-    below = is_up and scene.num_ready_engines * 100 < least * scene.replicas
+    runs, was_up = state.trainer_runs(memory.attempt), state.status.is_true("Running")
+    is_up = runs and (was_up or (state.is_messaging_ready and state.num_ready_engines > 0))
+    least = state.spec.failure_policy.rollout.min_available_percent
+    below = is_up and state.num_ready_engines * 100 < least * state.replicas
     old = memory.clocks
     clocks = ClocksStatus(
-        pending_since=None if is_up else old.pending_since or to_text(scene.now),
-        below_minimum_since=(old.below_minimum_since or to_text(scene.now)) if below else None,
+        pending_since=None if is_up else old.pending_since or to_text(state.now),
+        below_minimum_since=(old.below_minimum_since or to_text(state.now)) if below else None,
     )
     memory = replace(memory, clocks=clocks)
-    wakes = [at for at, _ in clocks_running(scene, memory)]
+    wakes = [at for at, _ in clocks_running(state, memory)]
     if not is_up:
-        return Stand(_not_up(scene, memory.attempt), memory, tuple(wakes))
-    if (stale_at := _stale_at(scene, memory.attempt)) is not None and stale_at > scene.now:
+        return Stand(_not_up(state, memory.attempt), memory, tuple(wakes))
+    if (stale_at := _stale_at(state, memory.attempt)) is not None and stale_at > state.now:
         wakes.append(stale_at)
-    wakes += [at for at in _due_ready(scene) if at > scene.now]
-    held = sum(pod.gpus for pod in scene.alive)
-    report = scene.report
+    wakes += [at for at in _due_ready(state) if at > state.now]
+    held = sum(pod.gpus for pod in state.alive)
+    report = state.report
     progress = "no step yet" if report is None else f"step {report.step} of {report.max_steps}"
-    message = f"{held}/{scene.spec.gpu_budget.total} GPUs in use, {progress}"
-    degraded = _degraded(scene, wave, below, stale_at)
+    message = f"{held}/{state.spec.gpu_budget.total} GPUs in use, {progress}"
+    degraded = _degraded(state, wave, below, stale_at)
     return Stand(Standing("Running", "Running", message, degraded=degraded), memory, tuple(wakes))
 
 
-def overdue(scene: Scene, memory: Memory) -> Standing | None:
+def overdue(state: PassState, memory: Memory) -> Standing | None:
     """Return the end of a job one of whose clocks has run out."""
-    return next((end for at, end in clocks_running(scene, memory) if scene.now >= at), None)
+    return next((end for at, end in clocks_running(state, memory) if state.now >= at), None)
 
 
-def clocks_running(scene: Scene, memory: Memory) -> list[tuple[float, Standing]]:
+def clocks_running(state: PassState, memory: Memory) -> list[tuple[float, Standing]]:
     """Return when each clock that runs will have run out, and the end of the job that it brings."""
-    spec, clocks, found = scene.spec, memory.clocks, []
+    spec, clocks, found = state.spec, memory.clocks, []
     if spec.active_deadline_seconds and memory.start_time:
         at = to_seconds(memory.start_time) + spec.active_deadline_seconds
         text = f"spec.activeDeadlineSeconds: {spec.active_deadline_seconds} have passed"
@@ -73,24 +73,24 @@ def clocks_running(scene: Scene, memory: Memory) -> list[tuple[float, Standing]]
     if spec.pending_deadline_seconds and clocks.pending_since:
         at = to_seconds(clocks.pending_since) + spec.pending_deadline_seconds
         text = f"spec.pendingDeadlineSeconds: not running after {spec.pending_deadline_seconds} s"
-        last = f"; {scene.status.message}" if scene.status.message else ""
+        last = f"; {state.status.message}" if state.status.message else ""
         found.append((at, Standing("Failed", "PendingDeadlineExceeded", text + last)))
     policy = spec.failure_policy.rollout
     if policy.on_below_minimum == "Fail" and clocks.below_minimum_since:
         at = to_seconds(clocks.below_minimum_since) + policy.below_minimum_seconds
         text = (
-            f"{scene.num_ready_engines}/{scene.replicas} engines were ready, below minAvailablePercent "
+            f"{state.num_ready_engines}/{state.replicas} engines were ready, below minAvailablePercent "
             f"{policy.min_available_percent}, for {policy.below_minimum_seconds} s"
         )
         found.append((at, Standing("Failed", "RolloutBelowMinimum", text)))
     return found
 
 
-def _not_up(scene: Scene, attempt: AttemptStatus | None) -> Standing:
+def _not_up(state: PassState, attempt: AttemptStatus | None) -> Standing:
     last = attempt.last_reason if attempt is not None else ""
     if last == "Resized":
         return Standing("Resizing", last, "the trainer starts with another size from a checkpoint")
-    starts = _what_starts(scene, attempt)
+    starts = _what_starts(state, attempt)
     if last in NO_FAULT:
         return Standing("Starting", starts.reason, starts.message)
     assert attempt is not None
@@ -102,20 +102,20 @@ def _not_up(scene: Scene, attempt: AttemptStatus | None) -> Standing:
     return Standing("Restarting", last, f"{text}: {starts.message}")
 
 
-def _what_starts(scene: Scene, attempt: AttemptStatus | None) -> Problem:
+def _what_starts(state: PassState, attempt: AttemptStatus | None) -> Problem:
     """Return what is waited for, in the words of who keeps it waiting."""
-    if obstacle := scene.seen.blocked or _obstacle(scene):
+    if obstacle := state.seen.blocked or _obstacle(state):
         return obstacle
-    if not scene.trainer_runs(attempt):
+    if not state.trainer_runs(attempt):
         return Problem("TrainerStarting", "the trainer starts")
-    if not scene.is_messaging_ready:
+    if not state.is_messaging_ready:
         return Problem("MessagingStarting", "the NATS server starts")
     return Problem("RolloutStarting", "the trainer runs, no engine is ready yet")
 
 
-def _obstacle(scene: Scene) -> Problem | None:
+def _obstacle(state: PassState) -> Problem | None:
     """Return what keeps a pod from starting, as scheduler or kubelet say it."""
-    pods = sorted(scene.alive, key=lambda pod: pod.name)
+    pods = sorted(state.alive, key=lambda pod: pod.name)
     for pod in pods:
         if pod.unschedulable:
             return Problem("Unschedulable", f"pod {pod.name}: {pod.unschedulable}")
@@ -128,39 +128,39 @@ def _obstacle(scene: Scene) -> Problem | None:
     return None
 
 
-def _stale_at(scene: Scene, attempt: AttemptStatus | None) -> float | None:
-    sign = attempts.last_sign(attempt, scene.seen.report) if attempt is not None else None
+def _stale_at(state: PassState, attempt: AttemptStatus | None) -> float | None:
+    sign = attempts.last_sign(attempt, state.seen.report) if attempt is not None else None
     return None if sign is None else sign + REPORT_STALE_SECONDS
 
 
-def _due_ready(scene: Scene) -> list[float]:
+def _due_ready(state: PassState) -> list[float]:
     """Return when each engine that is not ready should have been."""
-    return [pod.created_at + ENGINE_SECONDS for pod in scene.alive_in("rollout") if not pod.is_ready]
+    return [pod.created_at + ENGINE_SECONDS for pod in state.alive_in("rollout") if not pod.is_ready]
 
 
-def _degraded(scene: Scene, wave: Wave, below: bool, stale_at: float | None) -> Problem | None:
+def _degraded(state: PassState, wave: Wave, below: bool, stale_at: float | None) -> Problem | None:
     """Return what is wrong with a job that is up, the worst first."""
-    ready, report, bound = scene.num_ready_engines, scene.report, scene.spec.staleness.max_versions
-    obstacle = _obstacle(scene)
+    ready, report, bound = state.num_ready_engines, state.report, state.spec.staleness.max_versions
+    obstacle = _obstacle(state)
     why = f"; {obstacle.message}" if obstacle else ""
     if below:
-        least = scene.spec.failure_policy.rollout.min_available_percent
-        text = f"{ready}/{scene.replicas} engines are ready, below minAvailablePercent {least}{why}"
+        least = state.spec.failure_policy.rollout.min_available_percent
+        text = f"{ready}/{state.replicas} engines are ready, below minAvailablePercent {least}{why}"
         return Problem("RolloutBelowMinimum", text)
-    if not scene.is_messaging_ready:
+    if not state.is_messaging_ready:
         return Problem("MessagingNotReady", f"the NATS server is not ready{why}")
     if wave.stuck:
         return Problem("RolloutUpdateStuck", f"the update of the engines has stopped: {wave.stuck}")
-    if stale_at is not None and scene.now >= stale_at:
+    if stale_at is not None and state.now >= stale_at:
         return Problem(
             "ReportStale", f"the trainer has not reported for {int(REPORT_STALE_SECONDS)} s or more"
         )
     if report is not None and report.staleness_p95 is not None and report.staleness_p95 > bound:
         text = f"tokens of {report.staleness_p95} versions ago are trained; staleness.maxVersions is {bound}"
         return Problem("StalenessExceeded", text)
-    if scene.seen.blocked is not None:
-        return scene.seen.blocked
-    is_late = any(at <= scene.now for at in _due_ready(scene))
-    if ready < scene.replicas and (is_late or obstacle):
-        return Problem("RolloutShort", f"{ready}/{scene.replicas} engines are ready{why}")
+    if state.seen.blocked is not None:
+        return state.seen.blocked
+    is_late = any(at <= state.now for at in _due_ready(state))
+    if ready < state.replicas and (is_late or obstacle):
+        return Problem("RolloutShort", f"{ready}/{state.replicas} engines are ready{why}")
     return None

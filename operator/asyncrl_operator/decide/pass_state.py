@@ -12,7 +12,7 @@ from asyncrl_operator.layout import num_trainer_pods
 
 
 @dataclass(frozen=True)
-class Scene:
+class PassState:
     """All that one pass knows."""
 
     job: Job
