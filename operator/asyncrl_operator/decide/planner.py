@@ -11,6 +11,7 @@ from asyncrl_api.manifests import SpecError
 from asyncrl_api.status import AttemptStatus, ClocksStatus, SplitStatus, Status
 from asyncrl_api.times import to_seconds, to_text
 from asyncrl_operator.decide import attempts, events
+from asyncrl_operator.decide.health import assess, overdue
 from asyncrl_operator.decide.observed import (
     Attempt,
     DeleteChildren,
@@ -27,7 +28,6 @@ from asyncrl_operator.decide.pass_state import PassState
 from asyncrl_operator.decide.rebalance import decide_split, next_move
 from asyncrl_operator.decide.restart_policy import GiveUp
 from asyncrl_operator.decide.rolling import Wave, is_on_dead_node, lost_pods, next_wave
-from asyncrl_operator.decide.standing import overdue, stand
 from asyncrl_operator.decide.status import Job, Memory, Standing, after_the_end, describe, next_show
 from asyncrl_operator.hashes import rollout_hash
 
@@ -172,7 +172,7 @@ def _go_on(state: PassState, memory: Memory) -> Decision:
     is_between = attempt is None or attempt.next_retry_time is not None
     replicas = _rollout_replicas(state, split, attempt)
     wave = _wave(state, replicas)
-    found = stand(state, memory, wave)
+    found = assess(state, memory, wave)
     if end := overdue(state, found.memory):
         return _finish(state, end)
     desired = Desired(

@@ -1,4 +1,4 @@
-"""How a job that is to run stands: up or starting, at strength or degraded, and since when. Pure."""
+"""The health of a job that is to run: up or starting, at strength or degraded, and since when. Pure."""
 
 from dataclasses import dataclass, replace
 
@@ -20,7 +20,7 @@ NO_FAULT = ("", "Suspended")
 
 
 @dataclass(frozen=True)
-class Stand:
+class Health:
     """How the job stands, what is remembered of it, and when it may change by itself."""
 
     standing: Standing
@@ -28,7 +28,7 @@ class Stand:
     wakes: tuple[float, ...]
 
 
-def stand(state: PassState, memory: Memory, wave: Wave) -> Stand:
+def assess(state: PassState, memory: Memory, wave: Wave) -> Health:
     """Return how a job stands whose pods are wanted.
 
     It is up once the trainer, the broker and an engine are; and stays so, degraded if need be, for as long
@@ -46,7 +46,7 @@ def stand(state: PassState, memory: Memory, wave: Wave) -> Stand:
     memory = replace(memory, clocks=clocks)
     wakes = [at for at, _ in clocks_running(state, memory)]
     if not is_up:
-        return Stand(_not_up(state, memory.attempt), memory, tuple(wakes))
+        return Health(_not_up(state, memory.attempt), memory, tuple(wakes))
     if (stale_at := _stale_at(state, memory.attempt)) is not None and stale_at > state.now:
         wakes.append(stale_at)
     wakes += [at for at in _due_ready(state) if at > state.now]
@@ -55,7 +55,7 @@ def stand(state: PassState, memory: Memory, wave: Wave) -> Stand:
     progress = "no step yet" if report is None else f"step {report.step} of {report.max_steps}"
     message = f"{held}/{state.spec.gpu_budget.total} GPUs in use, {progress}"
     degraded = _degraded(state, wave, below, stale_at)
-    return Stand(Standing("Running", "Running", message, degraded=degraded), memory, tuple(wakes))
+    return Health(Standing("Running", "Running", message, degraded=degraded), memory, tuple(wakes))
 
 
 def overdue(state: PassState, memory: Memory) -> Standing | None:
