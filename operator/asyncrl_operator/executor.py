@@ -10,6 +10,7 @@ from asyncrl_api.job import AsyncRLJob
 from asyncrl_api.manifests import SpecError
 from asyncrl_operator.api_server.api import ApiError
 from asyncrl_operator.api_server.cluster import Cluster
+from asyncrl_operator.api_server.observe import Child, outlived_configs, report_name
 from asyncrl_operator.api_server.refusals import (
     Gone,
     Obstacle,
@@ -17,7 +18,6 @@ from asyncrl_operator.api_server.refusals import (
     is_namespace_ending,
     obstacle_from,
 )
-from asyncrl_operator.api_server.sight import Child, outlived_configs, report_name
 from asyncrl_operator.compare import first_difference
 from asyncrl_operator.decide.observed import (
     Attempt,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from asyncrl_api.free_forms import free_form_violations
 from asyncrl_api.job import Spec
 from asyncrl_operator.api_server.cluster import Cluster
-from asyncrl_operator.api_server.sight import missing_reference
+from asyncrl_operator.api_server.observe import missing_reference
 from asyncrl_operator.decide.observed import Observed, Problem
 from asyncrl_operator.resources import CONFIG_MAPS, JOBS, SERVICE_ACCOUNTS, STATEFUL_SETS, Resource
 from asyncrl_operator.workqueue import Key

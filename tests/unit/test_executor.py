@@ -4,7 +4,7 @@ from typing import Any, cast
 
 from asyncrl_operator.api_server.cluster import Cluster
 from asyncrl_operator.api_server.informer import Store
-from asyncrl_operator.api_server.sight import Child
+from asyncrl_operator.api_server.observe import Child
 from asyncrl_operator.api_server.trim import compact
 from asyncrl_operator.decide.observed import Desired, Observed
 from asyncrl_operator.executor import Executor, Target

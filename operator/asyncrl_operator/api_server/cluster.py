@@ -8,9 +8,9 @@ from typing import Any, Protocol
 
 from asyncrl_operator.api_server.api import Api, ApiError, Json, Propagation
 from asyncrl_operator.api_server.informer import RESYNC_SECONDS, Entry, Informer, Store, fill
+from asyncrl_operator.api_server.observe import Child, observe
 from asyncrl_operator.api_server.refusals import Gone, check_ownership
 from asyncrl_operator.api_server.schema import OPENAPI_PATH, schema_problem
-from asyncrl_operator.api_server.sight import Child, see
 from asyncrl_operator.api_server.trim import KeptPod, compact, trim_job, trim_node, trim_pod
 from asyncrl_operator.decide.observed import Node, Observed, Problem
 from asyncrl_operator.resources import (
@@ -109,7 +109,7 @@ class Cluster:
         if self._nodes is not None:
             found = {name: self._nodes.store.get("", name) for name in {e.value.pod.node for e in pods}}
             nodes = {name: entry.value for name, entry in found.items() if entry is not None}
-        return see(key, uid, self.children(key), pods, nodes)
+        return observe(key, uid, self.children(key), pods, nodes)
 
     def children(self, key: Key) -> list[Child]:
         """Return all objects with the label of a job, pods apart, in the order in which they are made."""

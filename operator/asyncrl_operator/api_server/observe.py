@@ -41,7 +41,7 @@ class Child:
         return decoded
 
 
-def see(
+def observe(
     key: Key,
     uid: str,
     children: Iterable[Child],

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from asyncrl_operator.api_server.informer import Entry
-from asyncrl_operator.api_server.sight import Child, outlived_configs, see
+from asyncrl_operator.api_server.observe import Child, observe, outlived_configs
 from asyncrl_operator.api_server.trim import KeptPod
 from asyncrl_operator.decide.observed import Observed, Pod, StatefulSet, TrainerJob
 from asyncrl_operator.resources import CONFIG_MAPS, JOBS, STATEFUL_SETS, Resource
@@ -32,7 +32,7 @@ def test_a_pass_sees_its_own_children_and_the_pods_of_an_earlier_job_of_its_name
         child(STATEFUL_SETS, "gsm8k-rollout", labels={"asyncrl.dev/template": "t"}, spec={"replicas": 4}),
         child(STATEFUL_SETS, "gsm8k-nats", owner="u0", spec={"replicas": 1}),
     ]
-    seen = see(KEY, UID, children, [pod("a"), pod("b", job_uid="u0")], None)
+    seen = observe(KEY, UID, children, [pod("a"), pod("b", job_uid="u0")], None)
     assert seen.trainer_jobs == (TrainerJob("gsm8k-trainer-2", 2, is_failed=True, message="exit code 3"),)
     assert seen.rollout == StatefulSet("gsm8k-rollout", 4, "t") and seen.messaging is None
     assert [(each.name, each.is_ours) for each in seen.pods] == [("a", True), ("b", False)]
@@ -42,12 +42,12 @@ def test_a_pass_sees_its_own_children_and_the_pods_of_an_earlier_job_of_its_name
 def test_a_report_that_is_not_understood_is_as_good_as_none() -> None:
     text = '{"attempt": 1, "step": 4, "maxSteps": 9, "state": "Training"}'
     good = child(CONFIG_MAPS, "gsm8k-report", data={"report": text})
-    report = see(KEY, UID, [good], [], None).report
+    report = observe(KEY, UID, [good], [], None).report
     assert report is not None and report.step == 4
     bad = child(CONFIG_MAPS, "gsm8k-report", data={"report": "{}"})
-    assert see(KEY, UID, [bad], [], None).report is None
+    assert observe(KEY, UID, [bad], [], None).report is None
     foreign = child(CONFIG_MAPS, "gsm8k-report", owner="u0", data={"report": text})
-    assert see(KEY, UID, [foreign], [], None).report is None
+    assert observe(KEY, UID, [foreign], [], None).report is None
 
 
 def test_a_configuration_goes_when_nothing_will_read_it() -> None:
