@@ -4,8 +4,8 @@ from typing import Any, cast
 
 from asyncrl_operator.api_server.cluster import Cluster
 from asyncrl_operator.api_server.informer import Store
+from asyncrl_operator.api_server.kept_fields import compact
 from asyncrl_operator.api_server.observe import Child
-from asyncrl_operator.api_server.trim import compact
 from asyncrl_operator.decide.observed import Desired, Observed
 from asyncrl_operator.executor import Executor, Target
 from asyncrl_operator.resources import CHILDREN, Resource, resource_of

@@ -4,8 +4,8 @@ import json
 from typing import Any
 
 from asyncrl_operator.api_server.informer import Entry
+from asyncrl_operator.api_server.kept_fields import KeptPod
 from asyncrl_operator.api_server.observe import Child, observe, outlived_configs
-from asyncrl_operator.api_server.trim import KeptPod
 from asyncrl_operator.decide.observed import Observed, Pod, StatefulSet, TrainerJob
 from asyncrl_operator.resources import CONFIG_MAPS, JOBS, STATEFUL_SETS, Resource
 from asyncrl_operator.workqueue import Key

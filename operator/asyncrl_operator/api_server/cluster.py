@@ -8,10 +8,10 @@ from typing import Any, Protocol
 
 from asyncrl_operator.api_server.api import Api, ApiError, Json, Propagation
 from asyncrl_operator.api_server.informer import RESYNC_SECONDS, Entry, Informer, Store, fill
+from asyncrl_operator.api_server.kept_fields import KeptPod, compact, trim_job, trim_node, trim_pod
 from asyncrl_operator.api_server.observe import Child, observe
 from asyncrl_operator.api_server.refusals import Gone, check_ownership
 from asyncrl_operator.api_server.schema import OPENAPI_PATH, schema_problem
-from asyncrl_operator.api_server.trim import KeptPod, compact, trim_job, trim_node, trim_pod
 from asyncrl_operator.decide.observed import Node, Observed, Problem
 from asyncrl_operator.resources import (
     ASYNCRL_JOBS,

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from asyncrl_api.report import Report
 from asyncrl_operator.api_server.informer import Entry
-from asyncrl_operator.api_server.trim import KeptPod
+from asyncrl_operator.api_server.kept_fields import KeptPod
 from asyncrl_operator.decide.observed import Node, Observed, Pod, Problem, StatefulSet, TrainerJob
 from asyncrl_operator.resources import (
     ATTEMPT_LABEL,

@@ -3,8 +3,8 @@
 import json
 from typing import Any
 
+from asyncrl_operator.api_server.kept_fields import compact, trim_job, trim_node, trim_pod
 from asyncrl_operator.api_server.observe import missing_reference
-from asyncrl_operator.api_server.trim import compact, trim_job, trim_node, trim_pod
 from asyncrl_operator.decide.observed import ContainerEnd
 
 
