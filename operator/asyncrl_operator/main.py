@@ -22,10 +22,10 @@ from prometheus_client import start_http_server
 from asyncrl_operator.api_server.api import Api, ApiError
 from asyncrl_operator.api_server.cluster import Cluster
 from asyncrl_operator.api_server.recorder import Recorder
-from asyncrl_operator.controller import Controller
 from asyncrl_operator.executor import Executor
 from asyncrl_operator.handlers import build_registry
 from asyncrl_operator.obstacles import Obstacles
+from asyncrl_operator.passes import Passes
 from asyncrl_operator.reconcile import Reconciler
 from asyncrl_operator.render.manifests import Defaults
 from asyncrl_operator.telemetry import Telemetry
@@ -86,8 +86,8 @@ async def run(settings: Settings) -> None:
     async with connect() as client:
         api = Api(client, telemetry.called)
         queue = WorkQueue(jitter=lambda: random.uniform(0.8, 1.2))
-        controller = Controller(queue, telemetry, time.time)
-        cluster = Cluster(api, settings.namespaces, controller.wake, time.monotonic)
+        passes = Passes(queue, telemetry, time.time)
+        cluster = Cluster(api, settings.namespaces, passes.wake, time.monotonic)
         reconciler = Reconciler(
             cluster,
             Executor(cluster, settings.defaults, lambda: secrets.token_urlsafe(CREDENTIALS_BYTES)),
@@ -98,27 +98,27 @@ async def run(settings: Settings) -> None:
         )
         if settings.metrics_port:
             start_http_server(settings.metrics_port, registry=telemetry.registry)
-        await _run_all(settings, client.configuration, cluster, controller, reconciler, telemetry)
+        await _run_all(settings, client.configuration, cluster, passes, reconciler, telemetry)
 
 
 async def _run_all(
     settings: Settings,
     configuration: Configuration,
     cluster: Cluster,
-    controller: Controller,
+    passes: Passes,
     reconciler: Reconciler,
     telemetry: Telemetry,
 ) -> None:
     async def work() -> None:
         await cluster.wait_until_synced()
         logger.info("the caches are filled; reconciling begins")
-        await controller.run(reconciler.reconcile)
+        await passes.run(reconciler.reconcile)
 
-    registry = build_registry(cluster, configuration, lambda: check_health(cluster, controller))
+    registry = build_registry(cluster, configuration, lambda: check_health(cluster, passes))
     port = settings.liveness_port
     tasks = [
         asyncio.create_task(cluster.run(), name="caches"),
-        asyncio.create_task(work(), name="controller"),
+        asyncio.create_task(work(), name="passes"),
         asyncio.create_task(_show_watches(cluster, telemetry), name="watch metrics"),
     ]
     shell = asyncio.create_task(_run_shell(settings, cluster, registry, port), name="kopf")
@@ -146,7 +146,7 @@ async def connect() -> AsyncIterator[ApiClient]:
         yield client
 
 
-def check_health(cluster: Cluster, controller: Controller) -> None:
+def check_health(cluster: Cluster, passes: Passes) -> None:
     """Raise if the process is stuck and should be restarted. An API server that is down is no reason.
 
     Raises:
@@ -155,7 +155,7 @@ def check_health(cluster: Cluster, controller: Controller) -> None:
     for sign in cluster.signs():
         if (silence := time.monotonic() - sign.at) > WATCH_SILENCE_SECONDS:
             raise RuntimeError(f"the watch of {sign.watch} has been silent for {silence:.0f} s")
-    if (seconds := controller.longest_pass_seconds()) > STUCK_PASS_SECONDS:
+    if (seconds := passes.longest_pass_seconds()) > STUCK_PASS_SECONDS:
         raise RuntimeError(f"a pass has been under way for {seconds:.0f} s")
 
 

@@ -21,7 +21,7 @@ LOUD_FAILURES = 5
 """Failed passes in a row after which each is logged as an error."""
 
 
-class Controller:
+class Passes:
     """Has each job looked at when something about it has changed, or its time has come.
 
     Args:
