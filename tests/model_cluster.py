@@ -15,15 +15,11 @@ from asyncrl_api.marks import merge
 from asyncrl_api.report import Report
 from asyncrl_api.status import Status
 from asyncrl_api.times import to_text
+from asyncrl_operator.decide.desired import DeleteChildren, DeletePod, DeleteTrainerJob, Event, Outcome
 from asyncrl_operator.decide.observed import (
     ContainerEnd,
-    DeleteChildren,
-    DeletePod,
-    DeleteTrainerJob,
-    Event,
     Node,
     Observed,
-    Outcome,
     Pod,
     Problem,
     StatefulSet,

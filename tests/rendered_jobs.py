@@ -5,7 +5,7 @@ from typing import Any
 from asyncrl_api.job import AsyncRLJob
 from asyncrl_api.manifests import parse_job
 from asyncrl_api.marks import merge
-from asyncrl_operator.decide.observed import Attempt
+from asyncrl_operator.decide.desired import DesiredTrainer
 from asyncrl_operator.render.manifests import (
     Defaults,
     render_credentials,
@@ -93,7 +93,7 @@ def render_all(job: AsyncRLJob) -> list[dict[str, Any]]:
     objects = render_shared(job, DEFAULTS)
     if spec.messaging.mode == "Embedded":
         objects += [render_credentials(job, lambda: "secret"), *render_messaging(job, DEFAULTS, 1)]
-    objects += render_trainer(job, DEFAULTS, Attempt(3, split.trainer if split else 2))
+    objects += render_trainer(job, DEFAULTS, DesiredTrainer(3, split.trainer if split else 2))
     size = max(1, spec.rollout.gpus_per_replica)
     return objects + render_rollout(job, DEFAULTS, 2, size)
 

@@ -19,17 +19,16 @@ from asyncrl_operator.api_server.refusals import (
     obstacle_from,
 )
 from asyncrl_operator.compare import first_difference
-from asyncrl_operator.decide.observed import (
-    Attempt,
+from asyncrl_operator.decide.desired import (
     DeleteChildren,
     DeletePod,
     DeleteTrainerJob,
     Deletion,
     Desired,
+    DesiredTrainer,
     Event,
-    Observed,
-    Problem,
 )
+from asyncrl_operator.decide.observed import Observed, Problem
 from asyncrl_operator.hashes import rollout_hash, trainer_hash
 from asyncrl_operator.layout import plan_split
 from asyncrl_operator.render.manifests import (
@@ -151,7 +150,7 @@ class Executor:
         try:
             split = plan_split(job.spec)
             manifests = [
-                *render_trainer(job, self._defaults, Attempt(number, split.trainer)),
+                *render_trainer(job, self._defaults, DesiredTrainer(number, split.trainer)),
                 *render_rollout(job, self._defaults, 0, split.gpus_per_replica),
             ]
         except SpecError as error:

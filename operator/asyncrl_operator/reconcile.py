@@ -19,7 +19,8 @@ from asyncrl_operator.api_server.informer import Entry
 from asyncrl_operator.api_server.recorder import Recorder
 from asyncrl_operator.api_server.refusals import Gone, Obstacle
 from asyncrl_operator.compare import merge_patch
-from asyncrl_operator.decide.observed import Event, Observed, Outcome
+from asyncrl_operator.decide.desired import Event, Outcome
+from asyncrl_operator.decide.observed import Observed
 from asyncrl_operator.decide.planner import plan
 from asyncrl_operator.decide.status import Job
 from asyncrl_operator.decide.unreadable import unreadable

@@ -11,7 +11,7 @@ import pytest
 
 from asyncrl_api.report import Report
 from asyncrl_api.run import RunConfig
-from asyncrl_operator.decide.observed import Attempt
+from asyncrl_operator.decide.desired import DesiredTrainer
 from asyncrl_operator.render.manifests import render_trainer
 from asyncrl_runtime.trainer import cluster_report
 from asyncrl_runtime.trainer.cluster_report import (
@@ -144,7 +144,7 @@ async def test_a_file_that_cannot_be_read_ends_neither_the_task_nor_the_training
 
 
 def run_config() -> RunConfig:
-    config, _ = render_trainer(job_of("cpu"), DEFAULTS, Attempt(1, 1))
+    config, _ = render_trainer(job_of("cpu"), DEFAULTS, DesiredTrainer(1, 1))
     return RunConfig.model_validate_json(config["data"]["config.json"])
 
 

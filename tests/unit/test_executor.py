@@ -6,7 +6,8 @@ from asyncrl_operator.api_server.cluster import Cluster
 from asyncrl_operator.api_server.informer import Store
 from asyncrl_operator.api_server.kept_fields import compact
 from asyncrl_operator.api_server.observe import Child
-from asyncrl_operator.decide.observed import Desired, Observed
+from asyncrl_operator.decide.desired import Desired
+from asyncrl_operator.decide.observed import Observed
 from asyncrl_operator.executor import Executor, Target
 from asyncrl_operator.resources import CHILDREN, Resource, resource_of
 from asyncrl_operator.workqueue import Key

@@ -11,7 +11,7 @@ from ruamel.yaml import YAML
 from asyncrl_api.manifests import SpecError, parse_job
 from asyncrl_api.marks import merge
 from asyncrl_api.run import RunConfig
-from asyncrl_operator.decide.observed import Attempt
+from asyncrl_operator.decide.desired import DesiredTrainer
 from asyncrl_operator.layout import plan
 from asyncrl_operator.local.runner import LocalPlaces
 from asyncrl_operator.render.manifests import render_credentials, render_rollout, render_trainer
@@ -77,7 +77,7 @@ def test_commands_are_those_of_one_machine() -> None:
 
 
 def test_a_trainer_on_two_nodes_finds_its_first_pod_and_knows_its_place() -> None:
-    _, job = render_trainer(job_of("two-nodes"), DEFAULTS, Attempt(3, 16))
+    _, job = render_trainer(job_of("two-nodes"), DEFAULTS, DesiredTrainer(3, 16))
     assert (job["spec"]["completions"], job["spec"]["parallelism"]) == (2, 2)
     (container,) = job["spec"]["template"]["spec"]["containers"]
     command = " ".join(container["command"])
@@ -174,7 +174,7 @@ def test_an_overlay_adds_secrets_to_those_of_the_spec() -> None:
         "dataset": {"secretRef": {"name": "data"}},
         "trainer": {"podTemplate": {"spec": {"containers": [{"name": "trainer", "envFrom": [more]}]}}},
     }
-    _, job = render_trainer(parse_job(merge(BASE, {"spec": spec})), DEFAULTS, Attempt(1, 2))
+    _, job = render_trainer(parse_job(merge(BASE, {"spec": spec})), DEFAULTS, DesiredTrainer(1, 2))
     (trainer,) = job["spec"]["template"]["spec"]["containers"]
     assert [each["secretRef"]["name"] for each in trainer["envFrom"]] == ["hub", "data", "tracking"]
     _, group = render_rollout(parse_job(merge(BASE, {"spec": spec})), DEFAULTS, 1, 1)
@@ -187,7 +187,7 @@ def test_an_overlay_adds_secrets_to_those_of_the_spec() -> None:
 def test_no_final_exit_codes_make_no_rule_of_them() -> None:
     """The API server refuses a rule with an empty list."""
     spec: dict[str, Any] = {"failurePolicy": {"trainer": {"fatalExitCodes": []}}}
-    _, job = render_trainer(parse_job(merge(BASE, {"spec": spec})), DEFAULTS, Attempt(1, 2))
+    _, job = render_trainer(parse_job(merge(BASE, {"spec": spec})), DEFAULTS, DesiredTrainer(1, 2))
     (rule,) = job["spec"]["podFailurePolicy"]["rules"]
     assert "onPodConditions" in rule
 

@@ -5,7 +5,8 @@ from collections.abc import Iterable
 from asyncrl_api.status import Status
 from asyncrl_api.times import to_seconds
 from asyncrl_operator.decide.attempts import Ended
-from asyncrl_operator.decide.observed import DeleteChildren, DeletePod, Deletion, Event, Observed
+from asyncrl_operator.decide.desired import DeleteChildren, DeletePod, Deletion, Event
+from asyncrl_operator.decide.observed import Observed
 
 CHECKPOINT_SECONDS = 600.0
 """Between two Events about checkpoints."""

@@ -1,15 +1,10 @@
-"""What one pass sees of a job, and what it decides: plain values between `cluster`, planner and executor.
-
-`cluster` makes an Observed from its caches; the planner turns it into an Outcome; the executor renders
-`Desired` (manifests.py), applies what differs, and deletes what is to go.
-"""
+"""What one pass sees of a job: plain values that `api_server/observe.py` makes from the caches."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from asyncrl_api.report import Report
-from asyncrl_api.status import Status
 from asyncrl_operator.layout import Role
 
 Seconds = float
@@ -121,69 +116,3 @@ class Observed:
     """A write that the API server refused in the last pass (QuotaExceeded, say): told, and tried again."""
     has_children: bool = True
     """Whether any object of ours is left, those without pods included."""
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """The Job that is to be there."""
-
-    number: int
-    gpus: int
-
-
-@dataclass(frozen=True)
-class Desired:
-    """What is to be there. None: left as it is, or not made."""
-
-    shared: bool = True
-    """Services, ConfigMaps, RBAC, Secret, PDB, NetworkPolicy."""
-    messaging_replicas: int | None = None
-    trainer: Attempt | None = None
-    rollout_replicas: int | None = None
-
-
-@dataclass(frozen=True)
-class DeletePod:
-    name: str
-    uid: str
-    is_forced: bool
-    """Without grace: nobody answers for it any more."""
-
-
-@dataclass(frozen=True)
-class DeleteTrainerJob:
-    """In the foreground: the Job stays until its pods are gone."""
-
-    name: str
-
-
-@dataclass(frozen=True)
-class DeleteChildren:
-    """All of them: the job has finished and its TTL is over."""
-
-
-Deletion = DeletePod | DeleteTrainerJob | DeleteChildren
-
-
-@dataclass(frozen=True)
-class Event:
-    """What the user is told in `kubectl describe`."""
-
-    reason: str
-    message: str
-    type: Literal["Normal", "Warning"] = "Normal"
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What one pass decides. The executor follows it in the order of the fields."""
-
-    write_status_first: bool
-    """Attempt or split differ from what is stored: `status` is written before anything is done."""
-    desired: Desired | None
-    """None: nothing is applied, nor corrected."""
-    deletions: tuple[Deletion, ...]
-    status: Status
-    wake_at: Seconds | None
-    """When to look again though nothing has changed."""
-    events: tuple[Event, ...] = field(default=())

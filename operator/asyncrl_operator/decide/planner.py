@@ -11,19 +11,17 @@ from asyncrl_api.manifests import SpecError
 from asyncrl_api.status import AttemptStatus, ClocksStatus, SplitStatus, Status
 from asyncrl_api.times import to_seconds, to_text
 from asyncrl_operator.decide import attempts, events
-from asyncrl_operator.decide.health import assess, overdue
-from asyncrl_operator.decide.observed import (
-    Attempt,
+from asyncrl_operator.decide.desired import (
     DeleteChildren,
     DeletePod,
     DeleteTrainerJob,
     Deletion,
     Desired,
-    Observed,
+    DesiredTrainer,
     Outcome,
-    Problem,
-    TrainerJob,
 )
+from asyncrl_operator.decide.health import assess, overdue
+from asyncrl_operator.decide.observed import Observed, Problem, TrainerJob
 from asyncrl_operator.decide.pass_state import PassState
 from asyncrl_operator.decide.rebalance import decide_split, next_move
 from asyncrl_operator.decide.restart_policy import GiveUp
@@ -177,7 +175,7 @@ def _go_on(state: PassState, memory: Memory) -> Decision:
         return _finish(state, end)
     desired = Desired(
         messaging_replicas=1 if state.spec.messaging.mode == "Embedded" else None,
-        trainer=None if is_between or attempt is None else Attempt(attempt.number, attempt.gpus),
+        trainer=None if is_between or attempt is None else DesiredTrainer(attempt.number, attempt.gpus),
         rollout_replicas=replicas,
     )
     move = next_move(state.spec, split) if split.pressure else None

@@ -3,7 +3,8 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from asyncrl_operator.decide.observed import DeletePod, Node, Pod
+from asyncrl_operator.decide.desired import DeletePod
+from asyncrl_operator.decide.observed import Node, Pod
 
 STUCK_SECONDS = 900.0
 """An updated pod that is not ready after so long has stopped the update."""

@@ -13,7 +13,7 @@ from asyncrl_api.base import parse_quantity
 from asyncrl_api.job import AsyncRLJob, Spec
 from asyncrl_api.names import JobNames, NatsAddress
 from asyncrl_api.run import RunConfig, live_values
-from asyncrl_operator.decide.observed import Attempt
+from asyncrl_operator.decide.desired import DesiredTrainer
 from asyncrl_operator.hashes import rollout_hash
 from asyncrl_operator.layout import HEALTH_PORT, TRAINER_PORT, num_trainer_pods
 from asyncrl_operator.render.access import render_access
@@ -111,7 +111,7 @@ def render_messaging(job: AsyncRLJob, defaults: Defaults, replicas: int) -> list
     return [_object(job, "apps/v1", "StatefulSet", f"{name}-nats", {"spec": spec}, "messaging")]
 
 
-def render_trainer(job: AsyncRLJob, defaults: Defaults, attempt: Attempt) -> list[Json]:
+def render_trainer(job: AsyncRLJob, defaults: Defaults, attempt: DesiredTrainer) -> list[Json]:
     """Return configuration and Job of one attempt of the trainer.
 
     It is never retried by the Job itself: collectives need the whole group, on a clean start. The rules of

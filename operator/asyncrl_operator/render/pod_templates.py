@@ -6,7 +6,7 @@ Container names (`trainer`, `engine`, `worker`, `nats`) are API: overlays and `k
 from typing import Any
 
 from asyncrl_api.job import AsyncRLJob, Spec
-from asyncrl_operator.decide.observed import Attempt
+from asyncrl_operator.decide.desired import DesiredTrainer
 from asyncrl_operator.layout import (
     HEALTH_PORT,
     TRAINER_PORT,
@@ -50,7 +50,7 @@ READY_FAILURES = 3
 """In a row: at each step an engine takes in weights, and is not ready for a moment."""
 
 
-def trainer_template(job: AsyncRLJob, defaults: Defaults, attempt: Attempt) -> Json:
+def trainer_template(job: AsyncRLJob, defaults: Defaults, attempt: DesiredTrainer) -> Json:
     """Return the template of one attempt's pods.
 
     Raises:
