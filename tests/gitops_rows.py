@@ -11,7 +11,7 @@ from typing import Any
 from asyncrl_api.job import API_VERSION, KIND, Spec
 from asyncrl_api.status import ClocksStatus, Status
 from asyncrl_operator.decide.observed import Observed, Problem
-from asyncrl_operator.decide.status import Job, Memory, Standing, describe
+from asyncrl_operator.decide.status import JobObject, Memory, Standing, describe
 from model_cluster import NAME, UID, ModelCluster, make_spec
 
 Object = dict[str, Any]
@@ -74,7 +74,7 @@ def edited() -> Object:
 
 
 def queued() -> Object:
-    job = Job(NAME, UID, 1, make_spec())
+    job = JobObject(NAME, UID, 1, make_spec())
     standing = Standing("Queued", "Queued", "waits for quota in queue research")
     memory = Memory(None, None, ClocksStatus(), None)
     return _object(job.spec, describe(job, Status(), Observed(), None, standing, memory, 1.8e9), 1)

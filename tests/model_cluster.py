@@ -26,7 +26,7 @@ from asyncrl_operator.decide.observed import (
     TrainerJob,
 )
 from asyncrl_operator.decide.planner import plan
-from asyncrl_operator.decide.status import Job
+from asyncrl_operator.decide.status import JobObject
 from asyncrl_operator.hashes import rollout_hash
 from asyncrl_operator.layout import gpus_per_replica, num_trainer_pods
 
@@ -83,7 +83,7 @@ class ModelCluster:
         )
 
     def decide(self) -> Outcome:
-        return plan(Job(NAME, UID, self.generation, self.spec), self.status, self.observe(), self.now)
+        return plan(JobObject(NAME, UID, self.generation, self.spec), self.status, self.observe(), self.now)
 
     def pass_once(self, dies_after: int | None = None) -> Outcome:
         """Run one pass.

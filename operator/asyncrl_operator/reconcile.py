@@ -22,8 +22,7 @@ from asyncrl_operator.compare import merge_patch
 from asyncrl_operator.decide.desired import Event, Outcome
 from asyncrl_operator.decide.observed import Observed
 from asyncrl_operator.decide.planner import plan
-from asyncrl_operator.decide.status import Job
-from asyncrl_operator.decide.unreadable import unreadable
+from asyncrl_operator.decide.status import JobObject, unreadable
 from asyncrl_operator.executor import Executor, Target
 from asyncrl_operator.obstacles import Obstacles
 from asyncrl_operator.telemetry import Telemetry
@@ -47,8 +46,8 @@ class Pass:
     generation: int
 
     @property
-    def subject(self) -> Job:
-        return Job(self.key.name, self.entry.uid, self.generation, self.job.spec)
+    def subject(self) -> JobObject:
+        return JobObject(self.key.name, self.entry.uid, self.generation, self.job.spec)
 
 
 class Reconciler:

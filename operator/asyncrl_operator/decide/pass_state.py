@@ -7,7 +7,7 @@ from asyncrl_api.report import Report
 from asyncrl_api.status import AttemptStatus, ClocksStatus, Status
 from asyncrl_operator.decide import attempts
 from asyncrl_operator.decide.observed import Observed, Pod
-from asyncrl_operator.decide.status import Job, Memory
+from asyncrl_operator.decide.status import JobObject, Memory
 from asyncrl_operator.layout import num_trainer_pods
 
 
@@ -15,7 +15,7 @@ from asyncrl_operator.layout import num_trainer_pods
 class PassState:
     """All that one pass knows."""
 
-    job: Job
+    job: JobObject
     status: Status
     """As the last pass left it."""
     seen: Observed

@@ -26,7 +26,7 @@ from asyncrl_operator.decide.pass_state import PassState
 from asyncrl_operator.decide.rebalance import decide_split, next_move
 from asyncrl_operator.decide.restart_policy import GiveUp
 from asyncrl_operator.decide.rolling import Wave, is_on_dead_node, lost_pods, next_wave
-from asyncrl_operator.decide.status import Job, Memory, Standing, after_the_end, describe, next_show
+from asyncrl_operator.decide.status import JobObject, Memory, Standing, after_the_end, describe, next_show
 from asyncrl_operator.hashes import rollout_hash
 
 
@@ -43,7 +43,7 @@ class Decision:
     """The attempt that ended in this pass, for the user to be told."""
 
 
-def plan(job: Job, status: Status, seen: Observed, now: float) -> Outcome:
+def plan(job: JobObject, status: Status, seen: Observed, now: float) -> Outcome:
     """Return what is to be done about a job.
 
     Args:

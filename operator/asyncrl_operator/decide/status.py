@@ -7,6 +7,8 @@ The table of conditions and how kstatus, Argo CD and Flux read them is in docs/g
 from dataclasses import dataclass
 from typing import Literal
 
+from pydantic import ValidationError
+
 from asyncrl_api.job import Spec
 from asyncrl_api.report import Report
 from asyncrl_api.status import (
@@ -67,7 +69,7 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Job:
+class JobObject:
     """What of the object a status is about."""
 
     name: str
@@ -77,7 +79,7 @@ class Job:
 
 
 def describe(
-    job: Job,
+    job: JobObject,
     before: Status,
     seen: Observed,
     report: Report | None,
@@ -130,7 +132,7 @@ def next_show(before: Status, report: Report) -> float:
     return to_seconds(before.report_time) + REPORT_SECONDS
 
 
-def after_the_end(job: Job, before: Status, seen: Observed) -> Status:
+def after_the_end(job: JobObject, before: Status, seen: Observed) -> Status:
     """Return the status of a finished job: its verdict stands; what changes is which pods are left."""
     memory = Memory(before.attempt, before.split, ClocksStatus(), before.start_time)
     allocated = sum(pod.gpus for pod in seen.pods if pod.is_alive)
@@ -147,7 +149,7 @@ def after_the_end(job: Job, before: Status, seen: Observed) -> Status:
 # -- groups
 
 
-def _groups(job: Job, seen: Observed, memory: Memory) -> tuple[GroupStatus, ...]:
+def _groups(job: JobObject, seen: Observed, memory: Memory) -> tuple[GroupStatus, ...]:
     ours = [pod for pod in seen.pods if pod.is_ours and pod.is_alive]
     groups = []
     if job.spec.messaging.mode == "Embedded" and seen.messaging is not None:
@@ -156,7 +158,7 @@ def _groups(job: Job, seen: Observed, memory: Memory) -> tuple[GroupStatus, ...]
     if (attempt := memory.attempt) is not None:
         pods = [pod for pod in pods_of(attempt, seen) if pod.is_alive]
         desired = num_trainer_pods(job.spec, attempt.gpus)
-        groups.append(_group("trainer", "Job", attempt.job_name, desired, pods))
+        groups.append(_group("trainer", "JobObject", attempt.job_name, desired, pods))
     if (rollout := seen.rollout) is not None:
         pods = [pod for pod in ours if pod.group == "rollout"]
         group = _group("rollout", "StatefulSet", rollout.name, rollout.replicas, pods)
@@ -201,7 +203,7 @@ def _pod_sets(
 
 
 def _conditions(
-    job: Job, before: Status, groups: tuple[GroupStatus, ...], standing: Standing, now: float
+    job: JobObject, before: Status, groups: tuple[GroupStatus, ...], standing: Standing, now: float
 ) -> tuple[Condition, ...]:
     facts = _facts(job.spec, groups, standing)
     return tuple(renew(before, kind, fact, job.generation, now) for kind, fact in facts.items())
@@ -343,3 +345,26 @@ def _reported(report: Report) -> dict[str, object]:
 
 def _whole(value: float | None) -> int | None:
     return None if value is None else round(value)
+
+
+def unreadable(before: Status, generation: int, error: ValidationError, now: float) -> Status:
+    """Return a status that says what is not understood; a verdict stands, and what runs goes on.
+
+    The API server has checked the spec against its CRD, so it comes of another version than the operator.
+    """
+    if before.is_true("Finished"):
+        return before.model_copy(update={"observed_generation": generation})
+    first = error.errors()[0]
+    path = ".".join(map(str, first["loc"]))
+    message = (
+        f"spec.{path}: {first['msg']}: the CRD is of another version than the operator; upgrade the operator"
+    )
+    facts: dict[str, Fact] = {
+        "Ready": ("False", "InvalidSpec", message),
+        "Stalled": ("True", "InvalidSpec", message),
+    }
+    conditions = [each for each in before.conditions if each.type not in (*facts, "Reconciling")]
+    conditions += [renew(before, kind, fact, generation, now) for kind, fact in facts.items()]
+    order = {each.type: place for place, each in enumerate(before.conditions)}
+    conditions.sort(key=lambda each: order.get(each.type, -1))
+    return before.model_copy(update={"observed_generation": generation, "conditions": tuple(conditions)})
