@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from asyncrl_api.manifests import render_yaml
+from asyncrl_api.parsing import render_yaml
 from kube_fixture import Cluster
 
 HEALTH = Path(__file__).parents[1] / "gitops" / "argocd" / "health.lua"

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from asyncrl_api.job import API_VERSION, KIND, Spec
-from asyncrl_api.status import ClocksStatus, Status
+from asyncrl_api.job_status import ClocksStatus, Status
 from asyncrl_operator.decide.observed import Observed, Problem
 from asyncrl_operator.decide.status import JobObject, Memory, Standing, describe
 from model_cluster import NAME, UID, ModelCluster, make_spec

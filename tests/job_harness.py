@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from asyncrl_api.job import AsyncRLJob
-from asyncrl_api.manifests import parse_job
 from asyncrl_api.marks import merge
 from asyncrl_api.names import NatsAddress
+from asyncrl_api.parsing import parse_job
 from asyncrl_api.report import Report
-from asyncrl_api.run import RunConfig
+from asyncrl_api.run_config import RunConfig
 from asyncrl_operator.layout import Process, plan
 from asyncrl_operator.local import run_folder
 from asyncrl_operator.local.run_folder import RunFolder

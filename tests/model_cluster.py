@@ -10,10 +10,10 @@ from functools import partial
 from typing import Any
 
 from asyncrl_api.job import Spec
-from asyncrl_api.manifests import parse_spec
+from asyncrl_api.job_status import Status
 from asyncrl_api.marks import merge
+from asyncrl_api.parsing import parse_spec
 from asyncrl_api.report import Report
-from asyncrl_api.status import Status
 from asyncrl_api.times import to_text
 from asyncrl_operator.decide.desired import DeleteChildren, DeletePod, DeleteTrainerJob, Event, Outcome
 from asyncrl_operator.decide.observed import (

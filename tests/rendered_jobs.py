@@ -3,8 +3,8 @@
 from typing import Any
 
 from asyncrl_api.job import AsyncRLJob
-from asyncrl_api.manifests import parse_job
 from asyncrl_api.marks import merge
+from asyncrl_api.parsing import parse_job
 from asyncrl_operator.decide.desired import DesiredTrainer
 from asyncrl_operator.render.manifests import (
     Defaults,

@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from asyncrl_api.manifests import apply_overrides
+from asyncrl_api.parsing import apply_overrides
 from smallest import SMALLEST
 
 BASE: dict[str, Any] = apply_overrides(SMALLEST, ["spec.gpuBudget.total=16"])

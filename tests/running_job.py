@@ -7,7 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from asyncrl_api.manifests import load_documents
+from asyncrl_api.parsing import load_documents
 from asyncrl_operator.render.overlay import lay_over
 from asyncrl_runtime.trainer.deepspeed_config import deep_merge
 from kube_fixture import claim

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from asyncrl_api.job import AsyncRLJob
-from asyncrl_api.manifests import apply_overrides, parse_job
+from asyncrl_api.parsing import apply_overrides, parse_job
 from asyncrl_runtime.contract.messages import (
     Group,
     Sample,

@@ -11,10 +11,10 @@ from typing import Any
 
 import httpx
 
-from asyncrl_api.manifests import parse_spec
 from asyncrl_api.marks import merge
 from asyncrl_api.names import NatsAddress
-from asyncrl_api.run import RunConfig
+from asyncrl_api.parsing import parse_spec
+from asyncrl_api.run_config import RunConfig
 from smallest import SMALLEST
 from tiny_models import EngineProcess
 

@@ -1,6 +1,6 @@
 """A status with everything in it."""
 
-from asyncrl_api.status import (
+from asyncrl_api.job_status import (
     AttemptStatus,
     CheckpointStatus,
     ClocksStatus,

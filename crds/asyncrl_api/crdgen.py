@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from asyncrl_api.job import API_VERSION, KIND, AsyncRLJob, Spec
-from asyncrl_api.manifests import render_yaml
 from asyncrl_api.marks import tree
+from asyncrl_api.parsing import render_yaml
 from asyncrl_api.reference import render_reference
 from asyncrl_api.rules import Rule, all_rules
 from asyncrl_api.structural import field_schema, status_schema

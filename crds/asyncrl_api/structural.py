@@ -11,8 +11,8 @@ from typing import Any
 
 from pydantic import BaseModel, create_model
 
+from asyncrl_api.job_status import Status
 from asyncrl_api.marks import FieldNode, block_of
-from asyncrl_api.status import Status
 
 MAX_ITEMS = 64
 MAX_LENGTH = 1024

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from asyncrl_api.job import AsyncRLJob
-from asyncrl_api.manifests import SpecError
+from asyncrl_api.parsing import SpecError
 from asyncrl_operator.api_server.api import ApiError
 from asyncrl_operator.api_server.cluster import Cluster
 from asyncrl_operator.api_server.observe import Child, outlived_configs, report_name

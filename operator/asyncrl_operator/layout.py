@@ -7,7 +7,7 @@ from typing import Literal, Protocol
 
 from asyncrl_api.base import parse_quantity
 from asyncrl_api.job import AsyncRLJob, Spec
-from asyncrl_api.manifests import FieldError, SpecError
+from asyncrl_api.parsing import FieldError, SpecError
 
 Role = Literal["messaging", "trainer", "rollout"]
 

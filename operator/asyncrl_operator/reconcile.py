@@ -13,7 +13,7 @@ import msgspec
 from pydantic import ValidationError
 
 from asyncrl_api.job import AsyncRLJob, Metadata, Spec
-from asyncrl_api.status import Status
+from asyncrl_api.job_status import Status
 from asyncrl_operator.api_server.cluster import Cluster
 from asyncrl_operator.api_server.informer import Entry
 from asyncrl_operator.api_server.recorder import Recorder

@@ -7,7 +7,7 @@ from typing import get_args
 from prometheus_client import CollectorRegistry, Gauge, Histogram
 from prometheus_client import Counter as Total
 
-from asyncrl_api.status import Phase, Status
+from asyncrl_api.job_status import Phase, Status
 from asyncrl_api.times import to_seconds
 from asyncrl_operator.decide.observed import Observed, Pod
 from asyncrl_operator.workqueue import Key

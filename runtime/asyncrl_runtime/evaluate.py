@@ -17,7 +17,7 @@ from torch._C._distributed_c10d import HashStore
 
 from asyncrl_api.exits import ExitCode, ExitError
 from asyncrl_api.processes import die_with_parent
-from asyncrl_api.run import RunConfig
+from asyncrl_api.run_config import RunConfig
 from asyncrl_runtime.contract.messages import EVALUATION_ROWS, PolicyVersion, Sample, SampleFailure
 from asyncrl_runtime.contract.rows import PromptError
 from asyncrl_runtime.model.source import ensure_model, load_tokenizer, vocab_size

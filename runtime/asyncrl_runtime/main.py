@@ -13,7 +13,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from asyncrl_api.exits import ExitCode, ExitError
-from asyncrl_api.run import RunConfig
+from asyncrl_api.run_config import RunConfig
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 

@@ -42,7 +42,7 @@ import asyncio
 import time
 from pathlib import Path
 
-from asyncrl_api.run import RunConfig
+from asyncrl_api.run_config import RunConfig
 from asyncrl_runtime.contract.messages import Group, GroupPart, Tombstone, decode
 from asyncrl_runtime.transport.broker import Broker
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from asyncrl_api.manifests import load_documents
+from asyncrl_api.parsing import load_documents
 from chart import CHART, NAME, NAMESPACE, RELEASE, sets
 from kube_fixture import Cluster, why_not
 from operator_process import Job, OperatorProcess, eventually, make_claim, make_job, running_operator

@@ -11,10 +11,10 @@ import pytest
 
 from asyncrl_api.crdgen import PLURAL
 from asyncrl_api.job import API_VERSION, Spec, to_manifest
-from asyncrl_api.manifests import apply_overrides, load_documents, parse_job, validate
+from asyncrl_api.job_status import Status
 from asyncrl_api.marks import tree
+from asyncrl_api.parsing import apply_overrides, load_documents, parse_job, validate
 from asyncrl_api.rules import all_rules, violations
-from asyncrl_api.status import Status
 from kube_fixture import Cluster, making_namespace
 from rule_cases import BASE, CASES, Case
 from status_samples import full_status

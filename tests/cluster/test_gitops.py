@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from asyncrl_api.manifests import load_documents, parse_job
+from asyncrl_api.parsing import load_documents, parse_job
 from gitops_rows import ROWS, Object, Row
 
 pytestmark = pytest.mark.e2e

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from asyncrl_api.run import SGLANG_PYTHON
+from asyncrl_api.run_config import SGLANG_PYTHON
 from sglang_process import SGLangProcess
 from tiny_models import EngineProcess, running_engine, tiny_model
 

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from asyncrl_api.run import SGLANG_PYTHON
+from asyncrl_api.run_config import SGLANG_PYTHON
 
 pytestmark = [
     pytest.mark.slow,

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 
-from asyncrl_api.run import SGLANG_PYTHON
+from asyncrl_api.run_config import SGLANG_PYTHON
 
 ROLES = ("runtime", "sglang", "hub")
 """Extras that images/runtime/Dockerfile installs for GPUs, beside what is always required."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from asyncrl_api.job import AsyncRLJob
-from asyncrl_api.manifests import load_documents, parse_job
+from asyncrl_api.parsing import load_documents, parse_job
 from asyncrl_api.protocols import Score
 from asyncrl_operator.layout import plan
 from asyncrl_operator.local.runner import LocalPlaces, find_program, local_refusals

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from asyncrl_api.exits import ExitCode
-from asyncrl_api.manifests import load_documents, parse_job
+from asyncrl_api.parsing import load_documents, parse_job
 from asyncrl_operator.local.run_folder import RunFolder
 from cli_runs import CliRun, Terminal, asyncrl, have_ended, write_job
 from job_harness import build_job

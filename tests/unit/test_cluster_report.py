@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from asyncrl_api.report import Report
-from asyncrl_api.run import RunConfig
+from asyncrl_api.run_config import RunConfig
 from asyncrl_operator.decide.desired import DesiredTrainer
 from asyncrl_operator.render.manifests import render_trainer
 from asyncrl_runtime.trainer import cluster_report

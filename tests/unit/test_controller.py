@@ -1,7 +1,7 @@
 import pytest
 
 from asyncrl_api.job import Spec
-from asyncrl_api.manifests import parse_spec
+from asyncrl_api.parsing import parse_spec
 from asyncrl_runtime.contract.messages import Group, GroupPart, Message, SampleFailure, Tombstone, encode
 from asyncrl_runtime.trainer.controller import Controller, RecordedBatchLost, recorded_values
 from asyncrl_runtime.trainer.inbox import Inbox

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from asyncrl_api.job import Spec
-from asyncrl_api.manifests import parse_spec
+from asyncrl_api.parsing import parse_spec
 from asyncrl_runtime.contract.messages import Group, Sample, SampleFailure, Tombstone, VersionSpan, encode
 from asyncrl_runtime.trainer.controller import Batch, Controller, RecordedBatchLost, recorded_values
 from asyncrl_runtime.trainer.tickets import BookRecord, EndlessDiscards, TicketBook

@@ -1,91 +1,350 @@
-"""What lies where: the standard library stays visible, and the operator light."""
+"""From a budget to groups, processes and commands."""
 
-import ast
-import importlib
-import subprocess
-import sys
-import tomllib
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import typer.main
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-ROOT = Path(__file__).parents[2]
-PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
-PACKAGES = [ROOT / path for path in PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]]
-HIDDEN = {"types", "queue", "logging", "operator"}
-"""Modules of the standard library that one of ours would hide where a folder of ours is on the path."""
+from asyncrl_api.job import Spec
+from asyncrl_api.parsing import SpecError
+from asyncrl_operator.layout import (
+    Plan,
+    Split,
+    gpus_per_replica,
+    plan,
+    plan_split,
+    smallest_trainer,
+    trainer_command,
+    trainer_sizes,
+)
+from asyncrl_operator.local.cli import render_plan
+from asyncrl_runtime.main import app
+from samples import make_job
 
 
-def python(*arguments: str, folder: Path = ROOT) -> str:
-    done = subprocess.run(
-        [sys.executable, *arguments], cwd=folder, capture_output=True, text=True, timeout=120, check=False
+@dataclass(frozen=True)
+class Places:
+    config: str = "/job/config.json"
+    nats_config: str | None = "/job/nats.conf"
+
+    def trainer_host(self) -> str:
+        return "10.0.0.1"
+
+    def engine_address(self, replica: int) -> tuple[str, int]:
+        return f"10.0.1.{replica}", 30000
+
+    def health_address(self, replica: int) -> tuple[str, int]:
+        return f"10.0.2.{replica}", 30001
+
+
+def spec(*overrides: str) -> Spec:
+    return make_job(*overrides).spec
+
+
+def refusal(*overrides: str) -> str:
+    with pytest.raises(SpecError) as refused:
+        plan_split(spec(*overrides))
+    (error,) = refused.value.errors
+    return str(error)
+
+
+# The split in mode Auto
+
+
+@st.composite
+def budgets(draw: st.DrawFn) -> Spec:
+    """Any spec that the rules accept, one with derived sizes for which there may be no room included."""
+    per_node, granularity = draw(st.sampled_from([1, 4, 6, 8])), draw(st.integers(1, 12))
+    replicas, size = draw(st.integers(1, 4)), draw(st.integers(0, per_node))
+    least = granularity + replicas * max(size, 1)
+    values = {
+        "gpuBudget.total": draw(st.integers(least, least + 60)),
+        "gpuBudget.auto.initialRolloutPercent": draw(st.integers(1, 99)),
+        "gpuBudget.gpuMemory": draw(st.sampled_from(["''", "16Gi", "80Gi"])),
+        "model.parameterCount": draw(st.sampled_from([0, 10**9, 7 * 10**9, 70 * 10**9])),
+        "rollout.gpusPerReplica": size,
+        "rollout.minReplicas": replicas,
+        "rollout.maxReplicas": draw(st.integers(replicas, 64)),
+        "trainer.gpuGranularity": granularity,
+        "trainer.gpusPerNode": per_node,
+    }
+    return spec(*(f"{path}={value}" for path, value in values.items()))
+
+
+def is_trainer_size(trainer: int, of: Spec) -> bool:
+    per_node = of.trainer.gpus_per_node
+    return trainer % of.trainer.gpu_granularity == 0 and (trainer <= per_node or trainer % per_node == 0)
+
+
+def possible_splits(of: Spec) -> list[tuple[int, int]]:
+    """All (trainer, replicas) that keep to every bound, by trying every pair."""
+    size, total = gpus_per_replica(of), of.gpu_budget.total
+    return [
+        (trainer, replicas)
+        for trainer in range(smallest_trainer(of), total + 1)
+        if is_trainer_size(trainer, of) and size <= of.trainer.gpus_per_node
+        for replicas in range(of.rollout.min_replicas, of.rollout.max_replicas + 1)
+        if trainer + replicas * size <= total
+    ]
+
+
+@given(budgets())
+@settings(max_examples=70)
+def test_a_split_keeps_to_every_bound_and_exists_whenever_one_is_possible(chosen: Spec) -> None:
+    if not (possible := possible_splits(chosen)):
+        with pytest.raises(SpecError, match="BudgetTooSmall"):
+            plan_split(chosen)
+        return
+    split = plan_split(chosen)
+    assert (split.trainer, split.num_replicas) in possible
+    assert split.rollout == split.num_replicas * gpus_per_replica(chosen)
+    assert split.trainer + split.rollout + split.idle == chosen.gpu_budget.total
+    assert plan_split(chosen) == split
+
+
+@given(budgets())
+@settings(max_examples=70)
+def test_no_split_is_nearer_to_the_wanted_share_or_as_near_with_less_idle(chosen: Spec) -> None:
+    size, total = gpus_per_replica(chosen), chosen.gpu_budget.total
+    wanted = total * chosen.gpu_budget.auto.initial_rollout_percent / 100
+    possible = possible_splits(chosen)
+    if not possible or wanted > (chosen.rollout.max_replicas - 1) * size:
+        return  # what a cap on engines leaves over has its own test
+    split = plan_split(chosen)
+    assert split.idle < size or split.num_replicas == chosen.rollout.max_replicas
+    assert (abs(split.rollout - wanted), split.idle) == min(
+        (abs(n * size - wanted), total - trainer - n * size)
+        for trainer, n in possible
+        if (trainer, n + 1) not in possible
     )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
-def test_the_repository_does_not_hide_the_standard_library() -> None:
-    """Without site-packages, which on many machines imports `operator` early and so hides the damage."""
-    script = "import collections, operator; print(operator.__file__)"
-    found = Path(python("-S", "-c", script).strip())
-    assert found.name == "operator.py" and not found.is_relative_to(ROOT)
+@pytest.mark.parametrize(
+    ("overrides", "trainer", "rollout", "idle"),
+    [
+        ([], 2, 6, 0),
+        (["gpuBudget.auto.initialRolloutPercent=50"], 4, 4, 0),
+        (["gpuBudget.total=2"], 1, 1, 0),
+        (["gpuBudget.total=16"], 4, 12, 0),
+        (["gpuBudget.total=16", "rollout.gpusPerReplica=4"], 4, 12, 0),
+        (["rollout.gpusPerReplica=3"], 2, 6, 0),
+        (["rollout.gpusPerReplica=4"], 4, 4, 0),
+        (["gpuBudget.total=7", "rollout.gpusPerReplica=3"], 1, 6, 0),
+        (["gpuBudget.total=15", "trainer.gpuGranularity=2", "rollout.gpusPerReplica=4"], 2, 12, 1),
+        (["gpuBudget.total=100", "gpuBudget.auto.initialRolloutPercent=70"], 32, 64, 4),  # maxReplicas: 64
+        (["rollout.maxReplicas=2"], 2, 2, 4),  # the trainer does not take what engines may not
+        (["gpuBudget.total=40", "gpuBudget.auto.initialRolloutPercent=50"], 16, 24, 0),  # whole nodes
+    ],
+)
+def test_the_budget_is_split_near_the_share_in_whole_replicas_and_nodes(
+    overrides: list[str], trainer: int, rollout: int, idle: int
+) -> None:
+    split = plan_split(spec(*overrides))
+    assert (split.trainer, split.rollout, split.idle) == (trainer, rollout, idle)
+    assert split.reason == "InitialRatio"
 
 
-@pytest.mark.parametrize("folder", ["crds", "operator", "runtime", "tests/operator"])
-def test_source_roots_are_no_packages(folder: str) -> None:
-    assert not (ROOT / folder / "__init__.py").exists()
+# The split in mode Manual
+
+MANUAL = "gpuBudget.mode=Manual"
 
 
-def test_no_module_of_ours_is_called_like_one_of_the_standard_library_that_it_could_hide() -> None:
-    modules = [path for package in PACKAGES for path in package.rglob("*.py")]
-    assert len(modules) > 50
-    assert not [path for path in modules if path.stem in HIDDEN]
+@given(trainer=st.integers(1, 8), rollout=st.integers(1, 32), total=st.integers(1, 64))
+@settings(max_examples=50)
+def test_a_manual_split_is_the_users(trainer: int, rollout: int, total: int) -> None:
+    split = f"gpuBudget.split={{trainer: {trainer}, rollout: {rollout}}}"
+    overrides = [MANUAL, split, f"gpuBudget.total={total}"]
+    if trainer + rollout > total:
+        with pytest.raises(SpecError, match=r"must be at most gpuBudget\.total"):
+            spec(*overrides)
+        return
+    expected = Split(trainer, rollout, total - trainer - rollout, 1, "Manual")
+    assert plan_split(spec(*overrides)) == expected
 
 
-@pytest.mark.parametrize("package", PACKAGES, ids=lambda path: path.name)
-def test_every_folder_with_modules_is_a_package_with_a_sentence_on_itself(package: Path) -> None:
-    for folder in {path.parent for path in package.rglob("*.py")}:
-        text = (folder / "__init__.py").read_text()
-        assert ast.get_docstring(ast.parse(text)), folder
+def test_engines_beyond_the_most_are_left_out_of_a_manual_split() -> None:
+    chosen = plan_split(spec(MANUAL, "gpuBudget.split={trainer: 2, rollout: 6}", "rollout.maxReplicas=4"))
+    assert (chosen.trainer, chosen.rollout, chosen.idle, chosen.num_replicas) == (2, 4, 2, 4)
 
 
-LIGHT = """
-import importlib, pkgutil, sys
+# Sizes that follow from the model
 
-class Forbidden:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("torch", "nats", "transformers", "deepspeed", "asyncrl_runtime"):
-            raise AssertionError(f"{name} is imported")
-
-sys.meta_path.insert(0, Forbidden())
-for package in map(importlib.import_module, sys.argv[1:]):
-    for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
-        importlib.import_module(module.name)
-        print(module.name)
-"""
+SEVEN_BILLION = ["model.parameterCount=7000000000", "gpuBudget.total=64"]
 
 
-def test_types_and_operator_are_imported_without_torch_and_without_nats() -> None:
-    """An operator's image has neither."""
-    modules = python("-c", LIGHT, "asyncrl_api", "asyncrl_operator").split()
-    assert {"asyncrl_api.job", "asyncrl_operator.layout", "asyncrl_operator.local.cli"} <= set(modules)
+@pytest.mark.parametrize(
+    ("overrides", "engine", "trainer"),
+    [
+        ([], 1, 1),
+        (["model.parameterCount=7000000000"], 1, 1),  # the GPU's memory is not told
+        (["gpuBudget.gpuMemory=80Gi"], 1, 1),  # the model's size is not told
+        # 14 GB of weights in 0.6 x 85.9 GB; 126 GB in 0.7 x 85.9 = 60.1 GB each: 2.1
+        ([*SEVEN_BILLION, "gpuBudget.gpuMemory=80Gi"], 1, 3),
+        ([*SEVEN_BILLION, "gpuBudget.gpuMemory=80Gi", "trainer.gpuGranularity=4"], 1, 4),
+        # 28 GB of weights in float32; 0.6 x 25.8 = 15.5 GB each: 1.8; 126 GB in 18.0: 7.0
+        ([*SEVEN_BILLION, "gpuBudget.gpuMemory=24Gi", "model.dtype=Float32"], 2, 7),
+        # 14 GB in 0.6 x 10 = 6 GB each: 2.3, so 4; 126 GB in 7 GB each: 18, so whole nodes: 24
+        ([*SEVEN_BILLION, "gpuBudget.gpuMemory=10G"], 4, 24),
+        ([*SEVEN_BILLION, "gpuBudget.gpuMemory=10G", "trainer.gpuGranularity=3"], 4, 24),
+        ([*SEVEN_BILLION, "gpuBudget.gpuMemory=10G", "trainer.gpusPerNode=4"], 4, 20),
+        # 140 GB in 51.5 GB each: 2.7, so 4; 1260 GB in 60.1 GB each: 21, so 24
+        (
+            ["model.parameterCount=70000000000", "gpuBudget.gpuMemory=80Gi", "gpuBudget.total=64"],
+            4,
+            24,
+        ),
+        ([*SEVEN_BILLION, "gpuBudget.gpuMemory=80Gi", "rollout.gpusPerReplica=2"], 2, 3),
+        # the least that is both a multiple of 12 and whole nodes of 8
+        (["trainer.gpuGranularity=12", "gpuBudget.total=64"], 1, 24),
+        (["trainer.gpuGranularity=16", "gpuBudget.total=64"], 1, 16),
+    ],
+)
+def test_sizes_are_derived_where_model_and_memory_are_told(
+    overrides: list[str], engine: int, trainer: int
+) -> None:
+    chosen = spec(*overrides)
+    assert (gpus_per_replica(chosen), smallest_trainer(chosen)) == (engine, trainer)
+    split = plan_split(chosen)
+    assert split.gpus_per_replica == engine and split.trainer >= trainer
 
 
-def test_the_forbidden_would_be_noticed() -> None:
-    with pytest.raises(AssertionError, match="torch is imported"):
-        python("-c", f"{LIGHT}\nimport torch")
+def test_a_trainer_is_one_part_of_a_node_or_whole_nodes() -> None:
+    assert trainer_sizes(spec("gpuBudget.total=33", "trainer.gpuGranularity=2")) == [2, 4, 6, 8, 16, 24, 32]
+    assert trainer_sizes(spec("gpuBudget.total=50", "trainer.gpuGranularity=3")) == [3, 6, 24, 48]
 
 
-def test_messages_are_imported_without_torch_and_without_nats() -> None:
-    script = (
-        "import sys, asyncrl_runtime.contract.messages, asyncrl_runtime.main; "
-        "print(*{'torch', 'nats', 'transformers'} & set(sys.modules))"
+@pytest.mark.parametrize(("granularity", "size"), [(1, 1), (1, 8), (3, 2), (5, 1), (7, 4), (16, 1)])
+def test_the_budget_that_a_refusal_names_is_the_least(granularity: int, size: int) -> None:
+    overrides = [f"trainer.gpuGranularity={granularity}", f"rollout.gpusPerReplica={size}"]
+    overrides += ["model.parameterCount=10000000000", "gpuBudget.gpuMemory=16G"]
+    refused = refusal(*overrides, f"gpuBudget.total={granularity + size}")
+    needed = int(refused.removesuffix(" are needed (BudgetTooSmall)").rpartition(" ")[2])
+    assert plan_split(spec(*overrides, f"gpuBudget.total={needed}"))
+    assert f"{needed} are needed" in refusal(*overrides, f"gpuBudget.total={needed - 1}")
+
+
+def test_what_does_not_fit_is_refused_with_what_would() -> None:
+    large = ["model.parameterCount=70000000000", "gpuBudget.gpuMemory=80Gi"]
+    assert refusal(*large, "gpuBudget.total=16") == (
+        "spec.gpuBudget.total: 16: holds no trainer and 1 engine(s) of 4: 28 are needed (BudgetTooSmall)"
     )
-    assert python("-c", script).split() == []
+    assert refusal(*large, "gpuBudget.total=16", "trainer.gpusPerNode=2") == (
+        "spec.model.parameterCount: 70000000000: makes an engine take 4 GPUs, but a node has 2 "
+        "(BudgetTooSmall)"
+    )
+    manual = [*large, "gpuBudget.total=64", MANUAL]
+    assert refusal(*manual, "gpuBudget.split={trainer: 16, rollout: 8}") == (
+        "spec.gpuBudget.split.trainer: 16: must be at least 24, for a trainer of 70000000000 parameters "
+        "(BudgetTooSmall)"
+    )
+    split = ["gpuBudget.split={trainer: 24, rollout: 7}", "rollout.minReplicas=2"]
+    assert refusal(*manual, *split) == (
+        "spec.gpuBudget.split.rollout: 7: must be at least 8, for 2 engine(s) of 4 (BudgetTooSmall)"
+    )
 
 
-@pytest.mark.parametrize("script", PROJECT["project"]["scripts"])
-def test_every_console_script_leads_to_something(script: str) -> None:
-    module, _, name = PROJECT["project"]["scripts"][script].partition(":")
-    assert callable(getattr(importlib.import_module(module), name))
+# Processes and their commands
+
+
+@given(budgets())
+@settings(max_examples=40)
+def test_each_replica_has_an_engine_and_a_worker_and_each_gpu_one_process(chosen: Spec) -> None:
+    if not possible_splits(chosen):
+        return
+    planned = plan(make_job().model_copy(update={"spec": chosen}), Places())
+    rollout = {group.role: group for group in planned.groups}["rollout"]
+    assert len(rollout.processes) == 2 * rollout.num_replicas == 2 * planned.split.num_replicas
+    assert len({process.name for process in planned.processes}) == len(planned.processes)
+    assert sum(process.gpus for process in planned.processes) == planned.split.trainer + planned.split.rollout
+    assert sum(group.gpus for group in planned.groups) == planned.split.trainer + planned.split.rollout
+
+
+def parse(command: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """Return command and options of `asyncrl-runtime` as its own parser understands them."""
+    program, name, *arguments = command
+    assert program == "asyncrl-runtime"
+    group: Any = typer.main.get_command(app)
+    return name, group.commands[name].make_context(name, arguments).params
+
+
+def small_plan(*overrides: str, places: Places | None = None) -> Plan:
+    on_cpus = ["gpuBudget.total=3", "gpuBudget.allocation=None", "rollout.engine.type=CPU"]
+    return plan(make_job(*on_cpus, *overrides), places or Places(), attempt=5)
+
+
+def test_the_programs_accept_the_commands() -> None:
+    planned = small_plan("rollout.engine.args=[--max-total-tokens, '4096']")
+    parsed = {p.name: parse(p.command) for p in planned.processes if p.name != "nats"}
+    told = {
+        name: (command, {key: str(value) for key, value in options.items()})
+        for name, (command, options) in parsed.items()
+    }
+    engine = {"config": "/job/config.json", "host": "10.0.1.1", "port": "30000"}
+    assert told["rollout-1-engine"] == (
+        "engine",
+        {**engine, "max_running_requests": "0", "max_total_tokens": "4096"},
+    )
+    worker = {"config": "/job/config.json", "name": "rollout-1", "engine_url": "http://10.0.1.1:30000"}
+    assert told["rollout-1-worker"] == ("worker", {**worker, "host": "10.0.2.1", "health_port": "30001"})
+    trainer = {"config": "/job/config.json", "attempt": "5", "ranks": "1", "host": "10.0.0.1"}
+    assert told["trainer"] == (
+        "trainer",
+        {**trainer, "node": "0", "nodes": "1", "verify_weights": "False"},
+    )
+
+
+def test_a_later_attempt_of_the_trainer_is_told_its_number() -> None:
+    command = trainer_command(Places(), attempt=7, ranks=4, extra=["--verify-weights"])
+    name, options = parse(command)
+    assert name == "trainer"
+    assert (options["attempt"], options["ranks"], options["verify_weights"]) == (7, 4, True)
+
+
+def test_each_process_is_probed_where_its_worker_answers() -> None:
+    probes = {p.name: p.probe.url for p in small_plan().processes if p.probe is not None}
+    assert probes == {
+        "rollout-0-engine": "http://10.0.2.0:30001/engine",
+        "rollout-0-worker": "http://10.0.2.0:30001/worker",
+        "rollout-1-engine": "http://10.0.2.1:30001/engine",
+        "rollout-1-worker": "http://10.0.2.1:30001/worker",
+    }
+
+
+def test_a_shared_server_is_not_started() -> None:
+    assert [group.role for group in small_plan().groups] == ["messaging", "rollout", "trainer"]
+    shared = small_plan(places=Places(nats_config=None))
+    assert [group.role for group in shared.groups] == ["rollout", "trainer"]
+
+
+def test_sglang_is_told_its_gpus_and_address() -> None:
+    planned = plan(make_job("rollout.gpusPerReplica=2", "rollout.engine.args=[--mem, '0.8']"), Places())
+    (engine, *_) = [p for p in planned.processes if p.name.endswith("-engine")]
+    assert engine.gpus == 2
+    assert " ".join(engine.command) == (
+        "asyncrl-runtime sglang --config /job/config.json --host 10.0.1.0 --port 30000 --gpus 2 --mem 0.8"
+    )
+
+
+def test_a_plan_reads_as_text() -> None:
+    planned = small_plan("rollout.maxReplicas=1")
+    assert (
+        render_plan(planned)
+        == """\
+GPUs: trainer 1, rollout 1 (1 x 1), idle 1 (InitialRatio)
+messaging: 1 replica(s), 0 GPU(s)
+  nats: 0 GPU(s)
+    nats-server -c /job/nats.conf
+rollout: 1 replica(s), 1 GPU(s)
+  rollout-0-engine: 1 GPU(s)
+    asyncrl-runtime engine --config /job/config.json --host 10.0.1.0 --port 30000
+  rollout-0-worker: 0 GPU(s)
+    asyncrl-runtime worker --config /job/config.json --name rollout-0 --engine-url http://10.0.1.0:30000 \
+--host 10.0.2.0 --health-port 30001
+trainer: 1 replica(s), 1 GPU(s)
+  trainer: 1 GPU(s)
+    asyncrl-runtime trainer --config /job/config.json --attempt 5 --ranks 1 --host 10.0.0.1"""
+    )

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from asyncrl_api.exits import ExitCode, ExitError
 from asyncrl_api.names import NatsAddress
 from asyncrl_api.report import CheckpointReport, EvaluationReport, Report
-from asyncrl_api.run import RunConfig
+from asyncrl_api.run_config import RunConfig
 from samples import make_job
 
 

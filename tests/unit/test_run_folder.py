@@ -8,8 +8,8 @@ import pytest
 
 from asyncrl_api.exits import ExitCode, ExitError
 from asyncrl_api.job import AsyncRLJob
-from asyncrl_api.manifests import load_documents, parse_job
-from asyncrl_api.run import RunConfig
+from asyncrl_api.parsing import load_documents, parse_job
+from asyncrl_api.run_config import RunConfig
 from asyncrl_operator.local import run_folder
 from asyncrl_operator.local.run_folder import RunFolder
 from samples import make_job

@@ -3,8 +3,8 @@
 from typing import Any
 
 from asyncrl_api.job import Spec
+from asyncrl_api.job_status import Status
 from asyncrl_api.marks import FieldNode, tree
-from asyncrl_api.status import Status
 from asyncrl_operator.api_server.schema import SCHEMA, schema_problem
 
 

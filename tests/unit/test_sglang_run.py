@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from asyncrl_api.job import Spec
-from asyncrl_api.manifests import parse_spec
 from asyncrl_api.marks import merge
+from asyncrl_api.parsing import parse_spec
 from asyncrl_runtime.sglang.run import CPU_SHIM, environment, server_arguments
 from smallest import SMALLEST
 

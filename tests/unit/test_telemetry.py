@@ -2,7 +2,7 @@
 
 from prometheus_client import generate_latest
 
-from asyncrl_api.status import AttemptStatus, GPUsStatus, Status
+from asyncrl_api.job_status import AttemptStatus, GPUsStatus, Status
 from asyncrl_operator.decide.observed import Observed, Pod
 from asyncrl_operator.telemetry import Telemetry
 from asyncrl_operator.workqueue import Key

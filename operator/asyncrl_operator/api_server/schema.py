@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from asyncrl_api.job import API_VERSION, Spec
+from asyncrl_api.job_status import Status
 from asyncrl_api.marks import FieldNode, tree
-from asyncrl_api.status import Status
 from asyncrl_operator.decide.observed import Problem
 
 OPENAPI_PATH = f"/openapi/v3/apis/{API_VERSION}"

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from asyncrl_api.job import Spec
+from asyncrl_api.job_status import AttemptStatus
 from asyncrl_api.report import Report
-from asyncrl_api.status import AttemptStatus
 from asyncrl_api.times import to_seconds, to_text
 from asyncrl_operator.decide.observed import Observed, Pod, TrainerJob
 from asyncrl_operator.decide.restart_policy import GiveUp, TrainerBudget

@@ -6,7 +6,7 @@ The executor renders `Desired` (render/manifests.py), applies what differs, and 
 from dataclasses import dataclass, field
 from typing import Literal
 
-from asyncrl_api.status import Status
+from asyncrl_api.job_status import Status
 from asyncrl_operator.decide.observed import Seconds
 
 

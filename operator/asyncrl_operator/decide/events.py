@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from asyncrl_api.status import Status
+from asyncrl_api.job_status import Status
 from asyncrl_api.times import to_seconds
 from asyncrl_operator.decide.attempts import Ended
 from asyncrl_operator.decide.desired import DeleteChildren, DeletePod, Deletion, Event

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from asyncrl_api.status import AttemptStatus, ClocksStatus
+from asyncrl_api.job_status import AttemptStatus, ClocksStatus
 from asyncrl_api.times import to_seconds, to_text
 from asyncrl_operator.decide import attempts
 from asyncrl_operator.decide.observed import Problem

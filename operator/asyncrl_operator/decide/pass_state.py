@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from asyncrl_api.job import Spec
+from asyncrl_api.job_status import AttemptStatus, ClocksStatus, Status
 from asyncrl_api.report import Report
-from asyncrl_api.status import AttemptStatus, ClocksStatus, Status
 from asyncrl_operator.decide import attempts
 from asyncrl_operator.decide.observed import Observed, Pod
 from asyncrl_operator.decide.status import JobObject, Memory

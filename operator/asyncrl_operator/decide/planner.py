@@ -7,8 +7,8 @@ remember (attempt, split, clocks) is in the status, stored before anything is do
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from asyncrl_api.manifests import SpecError
-from asyncrl_api.status import AttemptStatus, ClocksStatus, SplitStatus, Status
+from asyncrl_api.job_status import AttemptStatus, ClocksStatus, SplitStatus, Status
+from asyncrl_api.parsing import SpecError
 from asyncrl_api.times import to_seconds, to_text
 from asyncrl_operator.decide import attempts, events
 from asyncrl_operator.decide.desired import (

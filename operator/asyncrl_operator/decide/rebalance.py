@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from asyncrl_api.job import Spec
+from asyncrl_api.job_status import SplitStatus
 from asyncrl_api.report import Report
-from asyncrl_api.status import SplitStatus
 from asyncrl_api.times import to_seconds, to_text
 from asyncrl_operator.layout import Split, gpus_per_replica, plan_split, smallest_trainer, trainer_sizes
 

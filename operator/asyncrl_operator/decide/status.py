@@ -10,8 +10,7 @@ from typing import Literal
 from pydantic import ValidationError
 
 from asyncrl_api.job import Spec
-from asyncrl_api.report import Report
-from asyncrl_api.status import (
+from asyncrl_api.job_status import (
     AttemptStatus,
     CheckpointStatus,
     ClocksStatus,
@@ -27,6 +26,7 @@ from asyncrl_api.status import (
     Status,
     ThroughputStatus,
 )
+from asyncrl_api.report import Report
 from asyncrl_api.times import to_seconds, to_text
 from asyncrl_operator.decide.attempts import pods_of
 from asyncrl_operator.decide.observed import Observed, Pod, Problem

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from asyncrl_api.exits import ExitCode, ExitError
 from asyncrl_api.job import AsyncRLJob
-from asyncrl_api.manifests import SpecError, apply_overrides, load_documents, parse_job, validate
+from asyncrl_api.parsing import SpecError, apply_overrides, load_documents, parse_job, validate
 from asyncrl_api.report import Report
 from asyncrl_operator.layout import Plan
 from asyncrl_operator.layout import plan as plan_job

@@ -11,10 +11,10 @@ from filelock import FileLock, Timeout
 
 from asyncrl_api.exits import ExitCode, ExitError
 from asyncrl_api.job import AsyncRLJob, to_manifest
-from asyncrl_api.manifests import load_documents, parse_job, render_yaml
 from asyncrl_api.names import NatsAddress
+from asyncrl_api.parsing import load_documents, parse_job, render_yaml
 from asyncrl_api.rules import Violation, violations
-from asyncrl_api.run import RunConfig, live_values
+from asyncrl_api.run_config import RunConfig, live_values
 
 DEFAULT_NAMESPACE = "default"
 LOCK = ".lock"

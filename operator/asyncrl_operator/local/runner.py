@@ -23,10 +23,10 @@ import httpx
 from asyncrl_api.base import parse_quantity
 from asyncrl_api.exits import ExitCode, ExitError
 from asyncrl_api.job import AsyncRLJob, Spec
-from asyncrl_api.manifests import FieldError, SpecError
+from asyncrl_api.parsing import FieldError, SpecError
 from asyncrl_api.processes import die_with_parent
 from asyncrl_api.report import Report
-from asyncrl_api.run import SGLANG_PYTHON
+from asyncrl_api.run_config import SGLANG_PYTHON
 from asyncrl_operator.decide.restart_policy import (
     CONTAINER_RESET_SECONDS,
     MESSAGING_MAX_FAILURES,

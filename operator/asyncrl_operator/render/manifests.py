@@ -12,7 +12,7 @@ from typing import Any
 from asyncrl_api.base import parse_quantity
 from asyncrl_api.job import AsyncRLJob, Spec
 from asyncrl_api.names import JobNames, NatsAddress
-from asyncrl_api.run import RunConfig, live_values
+from asyncrl_api.run_config import RunConfig, live_values
 from asyncrl_operator.decide.desired import DesiredTrainer
 from asyncrl_operator.hashes import rollout_hash
 from asyncrl_operator.layout import HEALTH_PORT, TRAINER_PORT, num_trainer_pods

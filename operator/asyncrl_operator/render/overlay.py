@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
-from asyncrl_api.manifests import FieldError, SpecError
+from asyncrl_api.parsing import FieldError, SpecError
 from asyncrl_operator.render.quantities import canonical
 
 Json = dict[str, Any]

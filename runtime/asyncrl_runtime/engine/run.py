@@ -2,7 +2,7 @@
 
 import os
 
-from asyncrl_api.run import RunConfig
+from asyncrl_api.run_config import RunConfig
 from asyncrl_runtime.engine.server import serve
 from asyncrl_runtime.model.source import ensure_model
 

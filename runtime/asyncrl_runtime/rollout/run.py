@@ -12,7 +12,7 @@ from nats.js.kv import KeyValue
 
 from asyncrl_api.exits import ExitCode, ExitError
 from asyncrl_api.processes import bind
-from asyncrl_api.run import RunConfig
+from asyncrl_api.run_config import RunConfig
 from asyncrl_runtime.contract.imports import ImportFailed
 from asyncrl_runtime.model.source import ensure_model, load_tokenizer, vocab_size
 from asyncrl_runtime.rollout.engine_client import EngineClient

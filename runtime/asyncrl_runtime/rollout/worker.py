@@ -12,10 +12,10 @@ from nats.aio.msg import Msg
 from nats.js.kv import KeyValue
 
 from asyncrl_api.job import Spec
-from asyncrl_api.manifests import SpecError
 from asyncrl_api.names import JobNames
+from asyncrl_api.parsing import SpecError
 from asyncrl_api.protocols import Workflow
-from asyncrl_api.run import with_live_values
+from asyncrl_api.run_config import with_live_values
 from asyncrl_runtime.contract.messages import (
     EVALUATION_ROWS,
     CurrentVersion,

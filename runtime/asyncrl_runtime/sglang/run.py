@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from asyncrl_api.exits import ExitCode, ExitError
 from asyncrl_api.job import Spec
-from asyncrl_api.run import SGLANG_PYTHON, RunConfig
+from asyncrl_api.run_config import SGLANG_PYTHON, RunConfig
 from asyncrl_runtime.model.source import ensure_model
 
 log = logging.getLogger(__name__)

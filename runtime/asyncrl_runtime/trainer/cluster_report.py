@@ -17,7 +17,7 @@ from pathlib import Path
 import httpx
 
 from asyncrl_api.report import Report
-from asyncrl_api.run import RunConfig
+from asyncrl_api.run_config import RunConfig
 
 log = logging.getLogger(__name__)
 

@@ -16,9 +16,9 @@ import nats.js.errors
 
 from asyncrl_api.base import parse_quantity
 from asyncrl_api.job import Spec
-from asyncrl_api.manifests import SpecError
 from asyncrl_api.names import JobNames
-from asyncrl_api.run import live_values, with_live_values
+from asyncrl_api.parsing import SpecError
+from asyncrl_api.run_config import live_values, with_live_values
 from asyncrl_runtime.contract.messages import CurrentVersion, PolicyVersion, Ticket, encode
 from asyncrl_runtime.trainer.controller import Controller
 from asyncrl_runtime.trainer.dataset import PromptOrder, Row

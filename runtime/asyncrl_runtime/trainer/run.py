@@ -21,7 +21,7 @@ from nats.aio.msg import Msg
 from asyncrl_api.exits import ExitCode, ExitError
 from asyncrl_api.job import Spec
 from asyncrl_api.report import CheckpointReport, EvaluationReport, Report
-from asyncrl_api.run import RunConfig
+from asyncrl_api.run_config import RunConfig
 from asyncrl_runtime.contract.messages import Heartbeat, decode
 from asyncrl_runtime.contract.rows import prompt_text
 from asyncrl_runtime.model.source import ensure_model, load_tokenizer, warmup_prompts, weight_names

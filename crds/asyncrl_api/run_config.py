@@ -6,9 +6,9 @@ from typing import Any, Self
 
 from asyncrl_api.exits import ExitCode, ExitError
 from asyncrl_api.job import Spec
-from asyncrl_api.manifests import FieldError, SpecError, parse_spec
 from asyncrl_api.marks import merge, split_live
 from asyncrl_api.names import JobNames, NatsAddress
+from asyncrl_api.parsing import FieldError, SpecError, parse_spec
 from asyncrl_api.wire import Wire
 
 SGLANG_PYTHON = "ASYNCRL_SGLANG_PYTHON"

@@ -1,0 +1,91 @@
+"""What lies where: the standard library stays visible, and the operator light."""
+
+import ast
+import importlib
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PACKAGES = [ROOT / path for path in PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]]
+HIDDEN = {"types", "queue", "logging", "operator"}
+"""Modules of the standard library that one of ours would hide where a folder of ours is on the path."""
+
+
+def python(*arguments: str, folder: Path = ROOT) -> str:
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=folder, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_repository_does_not_hide_the_standard_library() -> None:
+    """Without site-packages, which on many machines imports `operator` early and so hides the damage."""
+    script = "import collections, operator; print(operator.__file__)"
+    found = Path(python("-S", "-c", script).strip())
+    assert found.name == "operator.py" and not found.is_relative_to(ROOT)
+
+
+@pytest.mark.parametrize("folder", ["crds", "operator", "runtime", "tests/operator"])
+def test_source_roots_are_no_packages(folder: str) -> None:
+    assert not (ROOT / folder / "__init__.py").exists()
+
+
+def test_no_module_of_ours_is_called_like_one_of_the_standard_library_that_it_could_hide() -> None:
+    modules = [path for package in PACKAGES for path in package.rglob("*.py")]
+    assert len(modules) > 50
+    assert not [path for path in modules if path.stem in HIDDEN]
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda path: path.name)
+def test_every_folder_with_modules_is_a_package_with_a_sentence_on_itself(package: Path) -> None:
+    for folder in {path.parent for path in package.rglob("*.py")}:
+        text = (folder / "__init__.py").read_text()
+        assert ast.get_docstring(ast.parse(text)), folder
+
+
+LIGHT = """
+import importlib, pkgutil, sys
+
+class Forbidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "nats", "transformers", "deepspeed", "asyncrl_runtime"):
+            raise AssertionError(f"{name} is imported")
+
+sys.meta_path.insert(0, Forbidden())
+for package in map(importlib.import_module, sys.argv[1:]):
+    for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+        importlib.import_module(module.name)
+        print(module.name)
+"""
+
+
+def test_types_and_operator_are_imported_without_torch_and_without_nats() -> None:
+    """An operator's image has neither."""
+    modules = python("-c", LIGHT, "asyncrl_api", "asyncrl_operator").split()
+    assert {"asyncrl_api.job", "asyncrl_operator.layout", "asyncrl_operator.local.cli"} <= set(modules)
+
+
+def test_the_forbidden_would_be_noticed() -> None:
+    with pytest.raises(AssertionError, match="torch is imported"):
+        python("-c", f"{LIGHT}\nimport torch")
+
+
+def test_messages_are_imported_without_torch_and_without_nats() -> None:
+    script = (
+        "import sys, asyncrl_runtime.contract.messages, asyncrl_runtime.main; "
+        "print(*{'torch', 'nats', 'transformers'} & set(sys.modules))"
+    )
+    assert python("-c", script).split() == []
+
+
+@pytest.mark.parametrize("script", PROJECT["project"]["scripts"])
+def test_every_console_script_leads_to_something(script: str) -> None:
+    module, _, name = PROJECT["project"]["scripts"][script].partition(":")
+    assert callable(getattr(importlib.import_module(module), name))
