@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from asyncrl_api.report import Report
-from asyncrl_runtime.trainer.checkpoints import Checkpoints
-from asyncrl_runtime.trainer.controller import Controller
+from asyncrl_runtime.trainer.books.books import Controller
+from asyncrl_runtime.trainer.books.checkpoints import Checkpoints
 from asyncrl_runtime.trainer.job import JobParts
 from asyncrl_runtime.trainer.metrics import Metrics
 from asyncrl_runtime.transport.fleet import Fleet

@@ -8,10 +8,10 @@ import torch
 
 from asyncrl_api.job import DeepSpeedSpec, Spec
 from asyncrl_runtime.contract.messages import Group, Sample, floats_from_bytes, ids_from_bytes
-from asyncrl_runtime.trainer.controller import with_recorded_values
+from asyncrl_runtime.trainer.books.books import with_recorded_values
+from asyncrl_runtime.trainer.books.staleness import LiveGroup, assess
 from asyncrl_runtime.trainer.policy import Policy
 from asyncrl_runtime.trainer.schedule import learning_rate
-from asyncrl_runtime.trainer.staleness import LiveGroup, assess
 from asyncrl_runtime.trainer.step import plan_step, train_step
 from asyncrl_runtime.transport.ledger import History
 

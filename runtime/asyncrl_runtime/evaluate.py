@@ -28,7 +28,7 @@ from asyncrl_runtime.rollout.rewards.scorer import make_scorer
 from asyncrl_runtime.rollout.session import Limits, PromptTooLong
 from asyncrl_runtime.rollout.slots import Slots
 from asyncrl_runtime.rollout.workflows import make_workflow
-from asyncrl_runtime.trainer.checkpoints import Checkpoint, Checkpoints
+from asyncrl_runtime.trainer.books.checkpoints import Checkpoint, Checkpoints
 from asyncrl_runtime.trainer.dataset import load_rows
 from asyncrl_runtime.trainer.policy import Policy, merge_adapter
 

@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from asyncrl_api.names import JobNames, NatsAddress
 from asyncrl_runtime.contract.messages import Group, Sample, VersionSpan, encode, mask_to_bytes
 from asyncrl_runtime.rollout.ticket_work import publish_result
-from asyncrl_runtime.trainer.controller import Controller
+from asyncrl_runtime.trainer.books.books import Controller
 from asyncrl_runtime.transport.broker import Broker
 from asyncrl_runtime.transport.reader import OrderedReader
 from asyncrl_runtime.transport.streams import delete_streams, make_streams

@@ -9,8 +9,8 @@ import pytest
 
 from asyncrl_api.names import JobNames, NatsAddress
 from asyncrl_runtime.contract.messages import Group, encode
+from asyncrl_runtime.trainer.books.books import Controller
 from asyncrl_runtime.trainer.control import Control
-from asyncrl_runtime.trainer.controller import Controller
 from asyncrl_runtime.transport.broker import Broker
 from asyncrl_runtime.transport.fleet import Fleet
 from asyncrl_runtime.transport.reader import StreamMessage

@@ -25,7 +25,7 @@ LINES = [
     "asyncrl_runtime.trainer.policy:Policy.update#1",  # one minibatch of two
     f"{JOB}.train_step#1",
     f"{JOB}.advance#2",  # weights are published
-    "asyncrl_runtime.trainer.checkpoints:Checkpoints.save#2",
+    "asyncrl_runtime.trainer.books.checkpoints:Checkpoints.save#2",
     f"{JOB}.log_metrics#1",
     "asyncrl_runtime.transport.ledger:Ledger.end#1",
 ]

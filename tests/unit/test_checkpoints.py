@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from asyncrl_api.exits import ExitCode, ExitError
-from asyncrl_runtime.trainer.checkpoints import (
+from asyncrl_runtime.trainer.books.checkpoints import (
     CheckpointFailed,
     Checkpoints,
     Position,
     set_aside_strangers,
 )
-from asyncrl_runtime.trainer.tickets import BookRecord
+from asyncrl_runtime.trainer.books.tickets import BookRecord
 
 SavePolicy = Callable[[Path], Awaitable[None]]
 

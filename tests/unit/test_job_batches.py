@@ -4,7 +4,7 @@ import asyncio
 from pathlib import Path
 
 from asyncrl_runtime.contract.messages import encode
-from asyncrl_runtime.trainer.controller import Controller, recorded_values
+from asyncrl_runtime.trainer.books.books import Controller, recorded_values
 from asyncrl_runtime.trainer.job import TrainerJob
 from asyncrl_runtime.transport.ledger import RecordedStep
 from asyncrl_runtime.transport.reader import StreamMessage

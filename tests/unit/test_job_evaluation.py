@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from asyncrl_api.report import EvaluationReport
-from asyncrl_runtime.trainer.checkpoints import Checkpoints
-from asyncrl_runtime.trainer.controller import Controller, recorded_values
+from asyncrl_runtime.trainer.books.books import Controller, recorded_values
+from asyncrl_runtime.trainer.books.checkpoints import Checkpoints
 from asyncrl_runtime.trainer.evaluation import Evaluated
 from asyncrl_runtime.trainer.job import TrainerJob
 from asyncrl_runtime.trainer.ranks import Command, Export, Logprobs

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from asyncrl_api.job import StalenessSpec
 from asyncrl_runtime.contract.messages import Group, PolicyVersion, SampleFailure, Tombstone
-from asyncrl_runtime.trainer.staleness import (
+from asyncrl_runtime.trainer.books.staleness import (
     LiveGroup,
     assess,
     form_batch,
@@ -13,7 +13,7 @@ from asyncrl_runtime.trainer.staleness import (
     surviving_version,
     token_staleness,
 )
-from asyncrl_runtime.trainer.tickets import Discard
+from asyncrl_runtime.trainer.books.tickets import Discard
 from samples import make_group, make_sample
 
 MASK = StalenessSpec(max_versions=2, on_exceed="Mask")

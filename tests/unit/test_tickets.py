@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncrl_runtime.trainer.tickets import Discard, DiscardCount, EndlessDiscards, TicketBook
+from asyncrl_runtime.trainer.books.tickets import Discard, DiscardCount, EndlessDiscards, TicketBook
 
 
 def test_limit_is_areals_rule_where_nothing_is_discarded() -> None:

@@ -20,7 +20,7 @@ from asyncrl_api.names import JobNames
 from asyncrl_api.parsing import SpecError
 from asyncrl_api.run_config import live_values, with_live_values
 from asyncrl_runtime.contract.messages import CurrentVersion, PolicyVersion, Ticket, encode
-from asyncrl_runtime.trainer.controller import Controller
+from asyncrl_runtime.trainer.books.books import Controller
 from asyncrl_runtime.trainer.dataset import PromptOrder, Row
 from asyncrl_runtime.transport.broker import (
     TRANSIENT,

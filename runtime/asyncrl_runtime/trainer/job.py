@@ -24,9 +24,9 @@ from asyncrl_runtime.contract.messages import (
     ids_from_bytes,
 )
 from asyncrl_runtime.trainer import diagnostics
-from asyncrl_runtime.trainer.checkpoints import CheckpointFailed, Checkpoints, Position
+from asyncrl_runtime.trainer.books.books import Batch, Controller, RecordedBatchLost, recorded_values
+from asyncrl_runtime.trainer.books.checkpoints import CheckpointFailed, Checkpoints, Position
 from asyncrl_runtime.trainer.control import Control
-from asyncrl_runtime.trainer.controller import Batch, Controller, RecordedBatchLost, recorded_values
 from asyncrl_runtime.trainer.evaluation import Evaluated, Evaluator
 from asyncrl_runtime.trainer.metrics import Metrics
 from asyncrl_runtime.trainer.packing import TrainingSample

@@ -25,16 +25,17 @@ from asyncrl_api.run_config import RunConfig
 from asyncrl_runtime.contract.messages import Heartbeat, decode
 from asyncrl_runtime.contract.rows import prompt_text
 from asyncrl_runtime.model.source import ensure_model, load_tokenizer, warmup_prompts, weight_names
-from asyncrl_runtime.trainer.checkpoints import (
+from asyncrl_runtime.trainer.books.books import Controller
+from asyncrl_runtime.trainer.books.checkpoints import (
     FOLDER,
     Checkpoint,
     CheckpointFailed,
     Checkpoints,
     set_aside_strangers,
 )
+from asyncrl_runtime.trainer.books.tickets import EndlessDiscards, TicketBook
 from asyncrl_runtime.trainer.cluster_report import copying_report
 from asyncrl_runtime.trainer.control import Control
-from asyncrl_runtime.trainer.controller import Controller
 from asyncrl_runtime.trainer.dataset import Rows, count_shared, load_rows
 from asyncrl_runtime.trainer.evaluation import Evaluator
 from asyncrl_runtime.trainer.job import JobParts, TrainerJob, origin_of
@@ -42,7 +43,6 @@ from asyncrl_runtime.trainer.metrics import Metrics
 from asyncrl_runtime.trainer.policy import Policy
 from asyncrl_runtime.trainer.ranks import COMMAND_SECONDS, Load, PeerLost, Ranks, make_control_group
 from asyncrl_runtime.trainer.step import NumbersUnusable
-from asyncrl_runtime.trainer.tickets import EndlessDiscards, TicketBook
 from asyncrl_runtime.trainer.train import train
 from asyncrl_runtime.transport.broker import Broker, TransportError
 from asyncrl_runtime.transport.fleet import Fleet

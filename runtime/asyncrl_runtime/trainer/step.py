@@ -11,6 +11,7 @@ from asyncrl_api.job import AlgorithmSpec
 from asyncrl_runtime.contract.messages import floats_from_bytes, ids_from_bytes
 from asyncrl_runtime.trainer import diagnostics
 from asyncrl_runtime.trainer.advantages import compute_advantages
+from asyncrl_runtime.trainer.books.staleness import LiveGroup
 from asyncrl_runtime.trainer.loss import uses_proximal
 from asyncrl_runtime.trainer.packing import (
     MicroBatch,
@@ -20,7 +21,6 @@ from asyncrl_runtime.trainer.packing import (
     split_minibatches,
 )
 from asyncrl_runtime.trainer.policy import Policy, Update
-from asyncrl_runtime.trainer.staleness import LiveGroup
 
 
 class NumbersUnusable(Exception):

@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 
 from asyncrl_api.exits import ExitCode, ExitError
-from asyncrl_runtime.trainer.tickets import BookRecord
+from asyncrl_runtime.trainer.books.tickets import BookRecord
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asyncrl_runtime.contract.messages import Group, PolicyVersion, Sample, Tombstone
-from asyncrl_runtime.trainer.tickets import Discard
+from asyncrl_runtime.trainer.books.tickets import Discard
 
 
 class StalenessRule(Protocol):

@@ -1,0 +1,1 @@
+"""What rank 0 keeps account of: tickets, arrived groups, staleness, checkpoints. Decisions are pure."""
