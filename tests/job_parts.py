@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from asyncrl_api.report import Report
-from asyncrl_runtime.trainer.books.books import Controller
+from asyncrl_runtime.trainer.books.books import Books
 from asyncrl_runtime.trainer.books.checkpoints import Checkpoints
 from asyncrl_runtime.trainer.job import JobParts
 from asyncrl_runtime.trainer.metrics import Metrics
@@ -16,7 +16,7 @@ from fakes import FakeControl, FakeEvaluator, FakeRanks, FakeWeights
 
 def make_job_parts(
     folder: Path,
-    controller: Controller,
+    books: Books,
     control: FakeControl,
     ranks: FakeRanks,
     weights: FakeWeights,
@@ -30,9 +30,9 @@ def make_job_parts(
     return JobParts(
         attempt=1,
         uid="uid",
-        spec=controller.spec,
+        spec=books.spec,
         folder=folder,
-        controller=controller,
+        books=books,
         control=cast(Any, control),
         ledger=ledger,
         ranks=cast(Any, ranks),

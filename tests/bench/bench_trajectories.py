@@ -2,7 +2,7 @@
 
 ours: in one process the worker's end, messages made of what was sampled (per-token arrays are bytes by then),
     `publish_result` (encoding, `Broker.publish` with its retries); in another the trainer's, `OrderedReader`,
-    `Controller.take` (holes, duplicates, decoding, `Inbox`), where tickets are closed by the batch.
+    `Books.take` (holes, duplicates, decoding, `Inbox`), where tickets are closed by the batch.
 bare: the same messages, encoded beforehand, `jetstream.publish` with the same message ids; read by what is
     the fastest of nats-py's own ways (pull in batches of 16, 64 and 256, push with and without callback, were
     tried): an ordered push consumer, which acknowledges nothing either, with a callback that counts.
@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from asyncrl_api.names import JobNames, NatsAddress
 from asyncrl_runtime.contract.messages import Group, Sample, VersionSpan, encode, mask_to_bytes
 from asyncrl_runtime.rollout.ticket_work import publish_result
-from asyncrl_runtime.trainer.books.books import Controller
+from asyncrl_runtime.trainer.books.books import Books
 from asyncrl_runtime.transport.broker import Broker
 from asyncrl_runtime.transport.reader import OrderedReader
 from asyncrl_runtime.transport.streams import delete_streams, make_streams
@@ -131,14 +131,14 @@ async def read_all(broker: Broker, run: Run) -> float:
 
 
 async def _read_ours(broker: Broker, case: Case) -> None:
-    controller = Controller(SPEC)
+    books = Books(SPEC)
     async for message in OrderedReader(broker, NAMES.trajectory_stream, 1):
-        controller.take(message)
+        books.take(message)
         if message.sequence == case.num_messages:
             return
-        if len(controller.inbox.arrived) == BATCH_SIZE:
-            for ticket in list(controller.inbox.arrived):
-                controller.inbox.close(ticket)
+        if len(books.inbox.arrived) == BATCH_SIZE:
+            for ticket in list(books.inbox.arrived):
+                books.inbox.close(ticket)
 
 
 async def _read_bare(broker: Broker, case: Case) -> None:

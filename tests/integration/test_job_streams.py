@@ -9,7 +9,7 @@ import pytest
 
 from asyncrl_api.names import JobNames, NatsAddress
 from asyncrl_runtime.contract.messages import Group, encode
-from asyncrl_runtime.trainer.books.books import Controller
+from asyncrl_runtime.trainer.books.books import Books
 from asyncrl_runtime.trainer.control import Control
 from asyncrl_runtime.transport.broker import Broker
 from asyncrl_runtime.transport.fleet import Fleet
@@ -155,18 +155,18 @@ async def test_a_trajectory_stream_that_goes_while_the_other_is_made_again_is_no
 ) -> None:
     """It would be made again with the other, and what had arrived through it be waited for for ever."""
     broker = await Broker.connect(nats_address, names, "controller")
-    controller = Controller(build_job().spec)
+    books = Books(build_job().spec)
     fleet = Fleet(lambda: 0.0)
-    control = Control(broker, names, controller, fleet, [], controller.spec, tmp_path / "live.json")
+    control = Control(broker, names, books, fleet, [], books.spec, tmp_path / "live.json")
     await control.open_streams(None)
     first_identity = control.trajectory_identity
     group = Group(ticket=1, group_size=1, samples=(make_sample(0),))
-    controller.take(StreamMessage(1, names.trajectory(1), encode(group)))
+    books.take(StreamMessage(1, names.trajectory(1), encode(group)))
     control.prompts_lost = True
     await broker.jetstream.delete_stream(names.prompt_stream)
     await broker.jetstream.delete_stream(names.trajectory_stream)
     await control.make_streams_again()
     assert not control.prompts_lost and not control.trajectories_lost
     assert control.trajectory_identity != first_identity
-    assert not controller.inbox.arrived, "what came through the lost stream is believed to be there"
+    assert not books.inbox.arrived, "what came through the lost stream is believed to be there"
     await broker.close()

@@ -4,7 +4,7 @@ import asyncio
 from pathlib import Path
 
 from asyncrl_runtime.contract.messages import encode
-from asyncrl_runtime.trainer.books.books import Controller, recorded_values
+from asyncrl_runtime.trainer.books.books import Books, recorded_values
 from asyncrl_runtime.trainer.job import TrainerJob
 from asyncrl_runtime.transport.ledger import RecordedStep
 from asyncrl_runtime.transport.reader import StreamMessage
@@ -16,12 +16,12 @@ from samples import make_group, make_job
 class SlowControl(FakeControl):
     """Asked whether everything is read, it answers when it is; meanwhile the reader has read on."""
 
-    def __init__(self, controller: Controller) -> None:
-        self._controller = controller
+    def __init__(self, books: Books) -> None:
+        self._books = books
 
     async def has_read_everything(self) -> bool:
         for ticket in (1, 2):
-            self._controller.take(StreamMessage(ticket, f"rl.j.traj.{ticket}", encode(make_group(ticket))))
+            self._books.take(StreamMessage(ticket, f"rl.j.traj.{ticket}", encode(make_group(ticket))))
         return True
 
 
@@ -31,11 +31,11 @@ def test_a_recorded_step_that_is_read_while_it_is_looked_for_is_repeated(tmp_pat
     async def check() -> None:
         spec = make_job("training.batchSize=2", "training.minibatches=1").spec
         step = RecordedStep(1, 0, (1, 2), {}, recorded_values(spec), {1: 0})
-        controller = Controller(spec, recorded=[step])
+        books = Books(spec, recorded=[step])
         clock = asyncio.get_running_loop().time
-        control = SlowControl(controller)
+        control = SlowControl(books)
         parts = make_job_parts(
-            tmp_path, controller, control, FakeRanks(lambda command: None), FakeWeights(), None, clock
+            tmp_path, books, control, FakeRanks(lambda command: None), FakeWeights(), None, clock
         )
         batch = await TrainerJob(parts, None).next_batch()
         assert batch is not None and batch.is_repeat and batch.tickets == (1, 2)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from asyncrl_api.report import EvaluationReport
-from asyncrl_runtime.trainer.books.books import Controller, recorded_values
+from asyncrl_runtime.trainer.books.books import Books, recorded_values
 from asyncrl_runtime.trainer.books.checkpoints import Checkpoints
 from asyncrl_runtime.trainer.evaluation import Evaluated
 from asyncrl_runtime.trainer.job import TrainerJob
@@ -50,8 +50,8 @@ class Rig:
         self.folder = folder
         self.weights = FakeWeights()
         self.ranks = FakeRanks(answer)
-        controller = Controller(spec, recorded=recorded)
-        parts = make_job_parts(folder, controller, FakeControl(), self.ranks, self.weights, evaluator, clock)
+        books = Books(spec, recorded=recorded)
+        parts = make_job_parts(folder, books, FakeControl(), self.ranks, self.weights, evaluator, clock)
         self.job = TrainerJob(parts, None)
 
     @property

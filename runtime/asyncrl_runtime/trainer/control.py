@@ -1,6 +1,6 @@
 """What runs beside the training loop on rank 0: issue tickets, read trajectories, reap the dead, watch.
 
-The state that these tasks share is the Controller, which has no I/O. A task that ends ends the trainer.
+The state that these tasks share is in Books, which has no I/O. A task that ends ends the trainer.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ from asyncrl_api.names import JobNames
 from asyncrl_api.parsing import SpecError
 from asyncrl_api.run_config import live_values, with_live_values
 from asyncrl_runtime.contract.messages import CurrentVersion, PolicyVersion, Ticket, encode
-from asyncrl_runtime.trainer.books.books import Controller
+from asyncrl_runtime.trainer.books.books import Books
 from asyncrl_runtime.trainer.dataset import PromptOrder, Row
 from asyncrl_runtime.transport.broker import (
     TRANSIENT,
@@ -50,13 +50,13 @@ FULL_SHARE = 0.7
 
 
 class Control:
-    """The I/O around a Controller. `tasks` are its loops; the rest is called by the training loop."""
+    """The I/O around the books. `tasks` are its loops; the rest is called by the training loop."""
 
     def __init__(
         self,
         broker: Broker,
         names: JobNames,
-        controller: Controller,
+        books: Books,
         fleet: Fleet,
         rows: Sequence[Row],
         base_spec: Spec,
@@ -64,7 +64,7 @@ class Control:
     ) -> None:
         self._broker = broker
         self._names = names
-        self._controller = controller
+        self._books = books
         self._fleet = fleet
         self._rows = rows
         self._order = PromptOrder(len(rows), base_spec.dataset.seed)
@@ -72,7 +72,7 @@ class Control:
         self._live_file = live_file
         self._live_text, self._live_fault = "", ""
         self._storage_bytes = parse_quantity(base_spec.messaging.embedded.storage.size)
-        self._reader = OrderedReader(broker, names.trajectory_stream, controller.inbox.last_sequence + 1)
+        self._reader = OrderedReader(broker, names.trajectory_stream, books.inbox.last_sequence + 1)
         self._suspected_holes: set[int] = set()
         self.trajectory_identity = ""
         self.trajectories_lost = False
@@ -122,24 +122,24 @@ class Control:
         jetstream, names = self._broker.jetstream, self._names
         if self.trajectories_lost:
             log.warning("the trajectory stream is lost: open tickets are issued again")
-            self._controller.streams_lost()
+            self._books.streams_lost()
             self.trajectory_identity = ""
             await delete_stream(jetstream, names.trajectory_stream)
         await delete_stream(jetstream, names.prompt_stream)
-        first_open = self._controller.book.low + 1
+        first_open = self._books.book.low + 1
         log.warning("the prompt stream is made again from ticket %d on", first_open)
         await self._make_streams(
             {
                 names.prompt_stream: first_open,
-                names.trajectory_stream: self._controller.inbox.last_sequence + 1,
+                names.trajectory_stream: self._books.inbox.last_sequence + 1,
             }
         )
-        self._controller.num_issued = first_open - 1
+        self._books.num_issued = first_open - 1
         self._suspected_holes.clear()
 
     async def announce(self, version: PolicyVersion) -> None:
         """Tell the workers the version that is current, before tickets of it are issued."""
-        current = CurrentVersion(version=version, max_versions=self._controller.spec.staleness.max_versions)
+        current = CurrentVersion(version=version, max_versions=self._books.spec.staleness.max_versions)
         await self._put("version", encode(current))
 
     async def purge_behind(self, sequence: int) -> None:
@@ -151,7 +151,7 @@ class Control:
     async def has_read_everything(self) -> bool:
         """Whether all that is stored now has been taken."""
         info = await stream_info(self._broker.jetstream, self._names.trajectory_stream)
-        return info is None or self._controller.inbox.last_sequence >= info.state.last_seq
+        return info is None or self._books.inbox.last_sequence >= info.state.last_seq
 
     async def _make_streams(self, first_sequences: dict[str, int]) -> None:
         jetstream, names = self._broker.jetstream, self._names
@@ -160,7 +160,7 @@ class Control:
         prompts = await stream_info(jetstream, names.prompt_stream)
         assert trajectories is not None and prompts is not None
         known, self.trajectory_identity = self.trajectory_identity, identity_of(trajectories)
-        self._controller.num_issued = prompts.state.last_seq
+        self._books.num_issued = prompts.state.last_seq
         self.prompts_lost = False
         # It may have gone unnoticed until now, and be another one.
         self.trajectories_lost = known not in ("", self.trajectory_identity)
@@ -170,7 +170,7 @@ class Control:
     # -- issue
 
     async def _issue(self) -> None:
-        """Publish tickets up to the controller's limit, as the only publisher of their stream."""
+        """Publish tickets up to the limit of the books, as the only publisher of their stream."""
         while True:
             try:
                 if not (self.prompts_lost or self.trajectories_lost):
@@ -178,23 +178,23 @@ class Control:
             except (TransportError, WrongLastSequence) as error:
                 log.info("tickets: %s", error)
                 await self._find_last_ticket()
-            self._controller.inbox.changed.clear()
+            self._books.inbox.changed.clear()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._controller.inbox.changed.wait(), 0.5)
+                await asyncio.wait_for(self._books.inbox.changed.wait(), 0.5)
 
     async def _issue_allowed(self) -> None:
-        controller = self._controller
-        while (issued := controller.num_issued) < (limit := controller.limit):
+        books = self._books
+        while (issued := books.num_issued) < (limit := books.limit):
             numbers = range(issued + 1, min(limit, issued + ISSUE_TOGETHER) + 1)
             payloads = [self._ticket(number) for number in numbers]
             subject = self._names.prompt("x").removesuffix(".x")
-            controller.num_issued = await self._broker.publish_fenced(subject, payloads, last_sequence=issued)
+            books.num_issued = await self._broker.publish_fenced(subject, payloads, last_sequence=issued)
 
     def _ticket(self, number: int) -> bytes:
         """Return the message of a ticket; empty for one that needs no sampling any more."""
-        if self._controller.is_closed(number) or number in self._controller.inbox.arrived:
+        if self._books.is_closed(number) or number in self._books.inbox.arrived:
             return b""
-        sampling = self._controller.spec.sampling
+        sampling = self._books.spec.sampling
         return encode(
             Ticket(
                 ticket=number,
@@ -213,21 +213,21 @@ class Control:
             log.info("tickets: %s", type(error).__name__)
             return
         if info is not None and not self.prompts_lost:
-            self._controller.num_issued = max(self._controller.num_issued, info.state.last_seq)
+            self._books.num_issued = max(self._books.num_issued, info.state.last_seq)
 
     # -- read, reap
 
     async def _read(self) -> None:
         async for message in self._reader:
-            self._controller.take(message)
+            self._books.take(message)
 
     async def _reap(self) -> None:
         reaper = Reaper(self._broker, self._names, self._fleet, time.monotonic)
-        controller = self._controller
+        books = self._books
         while True:
             await asyncio.sleep(REAP_SECONDS)
             try:
-                await reaper.reap(controller.waiting_tickets)
+                await reaper.reap(books.waiting_tickets)
             except (*TRANSIENT, nats.js.errors.APIError) as error:
                 log.info("reaper: %s: %s", type(error).__name__, error)
 
@@ -251,7 +251,7 @@ class Control:
 
     async def _inspect(self) -> None:
         # What we know must be read before what the server knows: both grow meanwhile.
-        seen, issued = self._controller.inbox.last_sequence, self._controller.num_issued
+        seen, issued = self._books.inbox.last_sequence, self._books.num_issued
         trajectories = await stream_info(self._broker.jetstream, self._names.trajectory_stream)
         prompts = await stream_info(self._broker.jetstream, self._names.prompt_stream)
         self.trajectories_lost = (
@@ -263,7 +263,7 @@ class Control:
         limit = self._storage_bytes * TRAJECTORY_SHARE
         self.is_nearly_full = trajectories is not None and trajectories.state.bytes > FULL_SHARE * limit
         if self.trajectories_lost or self.prompts_lost:
-            self._controller.inbox.changed.set()
+            self._books.inbox.changed.set()
 
     async def _look_for_holes(self) -> None:
         """Find tickets that are open, have not arrived, and are not in the queue either.
@@ -274,11 +274,11 @@ class Control:
             self._names.prompt_stream, subjects_filter=self._names.prompt("*")
         )
         queued = {int(subject.rpartition(".")[2]) for subject in info.state.subjects or {}}
-        controller = self._controller
+        books = self._books
         holes = {
             ticket
-            for ticket in controller.book.open_tickets(controller.num_issued)
-            if ticket not in queued and not controller.is_known(ticket)
+            for ticket in books.book.open_tickets(books.num_issued)
+            if ticket not in queued and not books.is_known(ticket)
         }
         if confirmed := holes & self._suspected_holes:
             log.warning("tickets %s are neither queued nor stored: issued again", sorted(confirmed)[:20])
@@ -308,17 +308,17 @@ class Control:
                 self._live_fault = str(error)
             return False
         self._live_text, self._live_fault = text, ""
-        current = self._controller.spec
+        current = self._books.spec
         if spec.training.max_steps < current.training.max_steps:
             log.warning("spec.training.maxSteps may only grow; it stays %d", current.training.max_steps)
             training = spec.training.model_copy(update={"max_steps": current.training.max_steps})
             spec = spec.model_copy(update={"training": training})
-        self._controller.spec = spec
-        self._controller.inbox.changed.set()
+        self._books.spec = spec
+        self._books.inbox.changed.set()
         return True
 
     async def _hand_on_live_values(self) -> None:
-        await self._put("live", json.dumps(live_values(self._controller.spec)).encode())
+        await self._put("live", json.dumps(live_values(self._books.spec)).encode())
 
     async def _put(self, key: str, data: bytes) -> None:
         try:

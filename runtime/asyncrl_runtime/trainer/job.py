@@ -24,7 +24,7 @@ from asyncrl_runtime.contract.messages import (
     ids_from_bytes,
 )
 from asyncrl_runtime.trainer import diagnostics
-from asyncrl_runtime.trainer.books.books import Batch, Controller, RecordedBatchLost, recorded_values
+from asyncrl_runtime.trainer.books.books import Batch, Books, RecordedBatchLost, recorded_values
 from asyncrl_runtime.trainer.books.checkpoints import CheckpointFailed, Checkpoints, Position
 from asyncrl_runtime.trainer.control import Control
 from asyncrl_runtime.trainer.evaluation import Evaluated, Evaluator
@@ -64,7 +64,7 @@ class JobParts:
     uid: str
     spec: Spec
     folder: Path
-    controller: Controller
+    books: Books
     control: Control
     ledger: Ledger
     ranks: Ranks
@@ -81,7 +81,7 @@ class TrainerJob:
 
     def __init__(self, parts: JobParts, restored: Position | None) -> None:
         self._parts = parts
-        self._controller = parts.controller
+        self._books = parts.books
         self._control = parts.control
         self._metrics = parts.metrics
         self._has_begun = False
@@ -98,17 +98,17 @@ class TrainerJob:
     @property
     def version(self) -> int:
         """Of the policy: steps behind the published weights."""
-        return self._controller.version
+        return self._books.version
 
     @property
     def max_steps(self) -> int:
         """As it is now: it may grow while the job runs."""
-        return self._controller.spec.training.max_steps
+        return self._books.spec.training.max_steps
 
     def request_stop(self) -> None:
         """Have `next_batch` return None at the next boundary."""
         self._stopping.set()
-        self._controller.inbox.changed.set()
+        self._books.inbox.changed.set()
 
     # -- weights
 
@@ -117,7 +117,7 @@ class TrainerJob:
 
         While recorded steps are repeated nothing is published: engines hold a later version already.
         """
-        if self._controller.is_repeating:
+        if self._books.is_repeating:
             return
         # A trainer that has just begun does not know yet who is there.
         await asyncio.sleep(max(0.0, FIRST_HEARTBEAT_SECONDS - self._parts.fleet.seconds_heard()))
@@ -126,7 +126,7 @@ class TrainerJob:
     async def _publish(self, version: int) -> None:
         began = self._parts.clock()
         label = PolicyVersion(self._parts.attempt, version)
-        interrupt = self._controller.spec.rollout.interrupt
+        interrupt = self._books.spec.rollout.interrupt
         match self._parts.weights:
             case AdapterPublisher() as adapters:
                 await adapters.publish(label, self._parts.ranks.adapter, interrupt)
@@ -150,7 +150,7 @@ class TrainerJob:
         if self._control.trajectories_lost or self._control.prompts_lost:
             await self._mend_streams()
         version = PolicyVersion(self._parts.attempt, self.version)
-        if not self._controller.is_repeating and self._parts.weights.behind(version):
+        if not self._books.is_repeating and self._parts.weights.behind(version):
             await self.publish_weights()
 
     # -- batches
@@ -160,21 +160,21 @@ class TrainerJob:
         began = self._parts.clock()
         while not self._stopping.is_set():
             try:
-                batch = self._controller.next_batch()
+                batch = self._books.next_batch()
             except RecordedBatchLost as error:
                 log.warning("%s", error)
                 await self._cut()
                 continue
-            if not self._controller.is_repeating and not self._has_begun:
+            if not self._books.is_repeating and not self._has_begun:
                 self._parts.ledger.begin(self.version)
-                self._controller.began[self._parts.attempt] = self.version
+                self._books.began[self._parts.attempt] = self.version
                 self._has_begun = True
                 await self.publish_weights()
-                batch = self._controller.next_batch()
+                batch = self._books.next_batch()
             if batch is not None:
                 self._waited = self._parts.clock() - began
                 return batch
-            self._metrics.update(state="WaitingForBatch", queue_depth=len(self._controller.inbox.arrived))
+            self._metrics.update(state="WaitingForBatch", queue_depth=len(self._books.inbox.arrived))
             with contextlib.suppress(_StopRequested):
                 await self._boundary()
             if self._control.is_nearly_full:
@@ -189,13 +189,13 @@ class TrainerJob:
 
     async def _missing_for_good(self) -> list[int]:
         """Return the tickets of the next recorded step that the stream does not hold."""
-        missing = self._controller.missing_of_recorded
+        missing = self._books.missing_of_recorded
         if not missing() or not await self._control.has_read_everything():
             return []
         return missing()  # anew: they may have been read while we asked
 
     async def _wait_for_news(self) -> None:
-        news = asyncio.create_task(self._controller.inbox.changed.wait())
+        news = asyncio.create_task(self._books.inbox.changed.wait())
         await asyncio.wait({news}, timeout=BOUNDARY_SECONDS)
         news.cancel()
 
@@ -203,7 +203,7 @@ class TrainerJob:
         """The surviving history ends here; go on with new steps from this version."""
         self._parts.ledger.cut(self.version)
         self._parts.checkpoints.drop_after(self.version)
-        self._controller.cut()
+        self._books.cut()
         self._control.prompts_lost = True  # tickets of the steps given up are queued no more
 
     async def _mend_streams(self) -> None:
@@ -211,7 +211,7 @@ class TrainerJob:
         if self._has_begun:
             await self._checkpoint()
         await self._control.make_streams_again()
-        if self._controller.is_recorded_lost:
+        if self._books.is_recorded_lost:
             # Before a checkpoint knows the new stream: the next attempt would wait in it for the recorded
             # steps, and "repeat" them with groups that were sampled anew.
             await self._cut()
@@ -222,18 +222,18 @@ class TrainerJob:
     def record(self, batch: Batch) -> None:
         """Write the step into the ledger, unless it is there already."""
         if not batch.is_repeat:
-            live = recorded_values(self._controller.spec)
+            live = recorded_values(self._books.spec)
             self._parts.ledger.record_step(batch.version, batch.tickets, batch.discards, live)
-        self._controller.close(batch)
+        self._books.close(batch)
 
     async def train_step(self, batch: Batch) -> dict[str, float]:
         """Update the policy on every rank."""
         spec = self._parts.spec
-        self._metrics.update(state="Training", queue_depth=len(self._controller.inbox.arrived))
+        self._metrics.update(state="Training", queue_depth=len(self._books.inbox.arrived))
         plan = plan_step(
             batch.groups,
             algorithm=spec.algorithm,
-            max_new_tokens=self._controller.spec.sampling.max_new_tokens,
+            max_new_tokens=self._books.spec.sampling.max_new_tokens,
             num_minibatches=min(spec.training.minibatches, len(batch.groups)),
             tokens_per_micro_batch=spec.training.tokens_per_micro_batch,
             learning_rate=learning_rate(
@@ -247,14 +247,14 @@ class TrainerJob:
         """Offer the new version to the engines; then the gate moves, so no new ticket meets old weights."""
         if not batch.is_repeat:
             await self._publish(batch.version + 1)
-        self._controller.advance(batch)
+        self._books.advance(batch)
 
     def log_metrics(self, batch: Batch, report: dict[str, float]) -> None:
         """Write the step's line."""
         now = self._parts.clock()
         seconds, self._step_began = now - self._step_began, now
         version = PolicyVersion(self._parts.attempt, self.version)
-        counters = self._controller.counters
+        counters = self._books.counters
         self._metrics.update(max_steps=self.max_steps, num_engines=self._parts.weights.num_engines(version))
         self._metrics.log_step(
             {
@@ -265,8 +265,8 @@ class TrainerJob:
                 "wait_seconds": self._waited,
                 "publish_seconds": self._publish_seconds,
                 "num_engines": self._metrics.report.num_engines,
-                "queue_depth": len(self._controller.inbox.arrived),
-                "num_open_tickets": self._controller.num_open,
+                "queue_depth": len(self._books.inbox.arrived),
+                "num_open_tickets": self._books.num_open,
                 "discards": {reason: len(tickets) for reason, tickets in batch.discards.items()},
                 "dropped_samples": counters.num_dropped_samples,
                 "masked_tokens": counters.num_masked_tokens,
@@ -279,7 +279,7 @@ class TrainerJob:
 
     async def checkpoint_if_due(self) -> None:
         """Make a checkpoint every so many steps, and at once when the trajectory stream fills up."""
-        spec = self._controller.spec.checkpoint
+        spec = self._books.spec.checkpoint
         if self._control.is_nearly_full:
             log.warning("the trajectory stream is nearly full: checkpoint, to purge behind it")
             await self._checkpoint()
@@ -331,7 +331,7 @@ class TrainerJob:
             return
         self._num_failed_checkpoints = 0
         self._saved = [*[p for p in self._saved if p.version < position.version], position][-2:]
-        self._parts.checkpoints.prune(self._controller.spec.checkpoint.keep)
+        self._parts.checkpoints.prune(self._books.spec.checkpoint.keep)
         await self._purge_behind(self._saved[0])
         self._metrics.update(
             last_checkpoint=CheckpointReport(
@@ -345,9 +345,9 @@ class TrainerJob:
         return Position(
             uid=self._parts.uid,
             version=self.version,
-            began=dict(self._controller.began),
-            book=self._controller.book.record(),
-            stream_sequence=self._controller.inbox.position,
+            began=dict(self._books.began),
+            book=self._books.book.record(),
+            stream_sequence=self._books.inbox.position,
             trajectory_stream=self._control.trajectory_identity,
             origin=origin_of(self._parts.spec),
             first_evaluation=self._first_evaluation,
@@ -369,7 +369,7 @@ class TrainerJob:
         Where recorded steps are to be repeated it is too late: engines have a later policy, or none, which
         they get after that.
         """
-        is_late = self.version > 0 or self._controller.is_repeating
+        is_late = self.version > 0 or self._books.is_repeating
         if self._parts.evaluator is None or self._first_evaluation is not None or is_late:
             return
         self._metrics.update(state="Evaluating")
@@ -384,11 +384,11 @@ class TrainerJob:
 
     def evaluate_if_due(self) -> None:
         """Begin an evaluation beside the training; the last one is made by `finish`."""
-        spec = self._controller.spec.evaluation
+        spec = self._books.spec.evaluation
         if spec is None or self._parts.evaluator is None or self.version >= self.max_steps:
             return
         is_running = self._evaluation is not None and not self._evaluation.done()
-        if self.version % spec.every_steps == 0 and not self._controller.is_repeating:
+        if self.version % spec.every_steps == 0 and not self._books.is_repeating:
             if is_running:
                 log.info("step %d: the evaluation before still runs, this one is left out", self.version)
                 return
@@ -405,7 +405,7 @@ class TrainerJob:
     ) -> Evaluated | None:
         evaluator = self._parts.evaluator
         assert evaluator is not None
-        evaluated = await evaluator.run(self.version, self._controller.spec.sampling.max_new_tokens, tick)
+        evaluated = await evaluator.run(self.version, self._books.spec.sampling.max_new_tokens, tick)
         if evaluated is None:
             return None
         report = evaluated.report
@@ -468,7 +468,7 @@ class TrainerJob:
             await self._checkpoint()
         export = self._parts.folder / "export" / "final"
         await self._export(export)
-        self._parts.ledger.end(self._controller.last_ticket, self._controller.left_over())
+        self._parts.ledger.end(self._books.last_ticket, self._books.left_over())
         await self._parts.weights.leave()
         await self._parts.ranks.run(Stop())
         self._metrics.update(state="Finished", export=str(export), remaining_seconds=0.0)

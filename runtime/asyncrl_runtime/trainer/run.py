@@ -25,7 +25,7 @@ from asyncrl_api.run_config import RunConfig
 from asyncrl_runtime.contract.messages import Heartbeat, decode
 from asyncrl_runtime.contract.rows import prompt_text
 from asyncrl_runtime.model.source import ensure_model, load_tokenizer, warmup_prompts, weight_names
-from asyncrl_runtime.trainer.books.books import Controller
+from asyncrl_runtime.trainer.books.books import Books
 from asyncrl_runtime.trainer.books.checkpoints import (
     FOLDER,
     Checkpoint,
@@ -205,8 +205,8 @@ async def _open_job(
         history.steps.clear()
     await _load_policy(config, ranks, checkpoint)
 
-    controller = restore_controller(config, checkpoint, history)
-    control = Control(broker, config.names, controller, fleet, rows.training, config.spec, config.live_file)
+    books = restore_books(config, checkpoint, history)
+    control = Control(broker, config.names, books, fleet, rows.training, config.spec, config.live_file)
     control.read_live_values()
     if checkpoint is None:
         lease_bucket = f"KV_{config.names.lease_bucket}"
@@ -218,7 +218,7 @@ async def _open_job(
         uid=config.uid,
         spec=config.spec,
         folder=config.job_folder,
-        controller=controller,
+        books=books,
         control=control,
         ledger=ledger,
         ranks=ranks,
@@ -226,7 +226,7 @@ async def _open_job(
         weights=_make_publisher(config, options, broker, fleet, ranks),
         checkpoints=checkpoints,
         evaluator=_make_evaluator(config, options, broker, control, rows),
-        metrics=_open_metrics(config, options, controller, checkpoint, rows, model_folder),
+        metrics=_open_metrics(config, options, books, checkpoint, rows, model_folder),
     )
     job = TrainerJob(parts, None if checkpoint is None else checkpoint.position)
     if checkpoint is None:
@@ -260,12 +260,12 @@ def choose_checkpoint(config: RunConfig, checkpoints: Checkpoints, history: Hist
     return checkpoint
 
 
-def restore_controller(config: RunConfig, checkpoint: Checkpoint | None, history: History) -> Controller:
+def restore_books(config: RunConfig, checkpoint: Checkpoint | None, history: History) -> Books:
     """Return the books as of the checkpoint, with the steps of the ledger that follow it to be repeated."""
     if checkpoint is None:
-        return Controller(config.spec)
+        return Books(config.spec)
     position = checkpoint.position
-    controller = Controller(
+    books = Books(
         config.spec,
         version=position.version,
         book=TicketBook.restore(position.book),
@@ -274,8 +274,8 @@ def restore_controller(config: RunConfig, checkpoint: Checkpoint | None, history
         position=position.stream_sequence,
     )
     if history.num_issued is not None:  # it was over, and has been given more steps
-        controller.add_discards(history.left_over)
-    return controller
+        books.add_discards(history.left_over)
+    return books
 
 
 async def _load_policy(config: RunConfig, ranks: Ranks, checkpoint: Checkpoint | None) -> None:
@@ -352,7 +352,7 @@ def _make_evaluator(
 def _open_metrics(
     config: RunConfig,
     options: Options,
-    controller: Controller,
+    books: Books,
     checkpoint: Checkpoint | None,
     rows: Rows,
     model_folder: Path,
@@ -364,8 +364,8 @@ def _open_metrics(
     first = None if checkpoint is None else checkpoint.position.first_evaluation
     report = Report(
         attempt=options.attempt,
-        step=controller.version,
-        max_steps=controller.spec.training.max_steps,
+        step=books.version,
+        max_steps=books.spec.training.max_steps,
         state="Starting",
         first_evaluation=None if first is None else EvaluationReport.model_validate(first),
         last_evaluation=None if before is None or checkpoint is None else before.last_evaluation,
@@ -374,7 +374,7 @@ def _open_metrics(
         num_held_out_in_warmup=count_shared(warmup_prompts(model_folder), rows.held_out, field),
     )
     metrics = Metrics(config.job_folder, config.report_file, report)
-    metrics.rewind(controller.version)
+    metrics.rewind(books.version)
     metrics.update()
     log.info(
         "%d rows to train on, %d held out; held-out prompts that occur in training: %d, in warm-up: %d",

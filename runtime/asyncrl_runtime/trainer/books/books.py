@@ -1,7 +1,7 @@
-"""The controller's state: which tickets may be issued, what has arrived, what the next batch is.
+"""The books of the controller (rank 0): which tickets may be issued, what has arrived, what the next batch is.
 
 Everything here is decided from the ledger, the checkpoint and what arrives; the I/O around it is in
-control_tasks.py, so that this can be tested with any order of events.
+side_tasks.py, so that this can be tested with any order of events.
 """
 
 import logging
@@ -54,7 +54,7 @@ class Counters:
     discards: dict[str, int] = field(default_factory=lambda: defaultdict(int))
 
 
-class Controller:
+class Books:
     """Holds the books. `version` counts steps whose weights were published or offered.
 
     Args:

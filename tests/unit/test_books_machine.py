@@ -1,4 +1,4 @@
-"""The controller under every order of events, crashes, restarts from older checkpoints, and lost streams.
+"""The books under every order of events, crashes, restarts from older checkpoints, and lost streams.
 
 The model around it is the smallest that is true: a prompt queue whose last sequence is N, a trajectory
 stream with sequences, a ledger of lines, checkpoints that hold a position. What the real ones do over NATS
@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from asyncrl_api.job import Spec
 from asyncrl_api.parsing import parse_spec
 from asyncrl_runtime.contract.messages import Group, Sample, SampleFailure, Tombstone, VersionSpan, encode
-from asyncrl_runtime.trainer.books.books import Batch, Controller, RecordedBatchLost, recorded_values
+from asyncrl_runtime.trainer.books.books import Batch, Books, RecordedBatchLost, recorded_values
 from asyncrl_runtime.trainer.books.tickets import BookRecord, EndlessDiscards, TicketBook
 from asyncrl_runtime.transport.audit import audit
 from asyncrl_runtime.transport.ledger import History, LedgerLine, read_history
@@ -79,7 +79,7 @@ class World:
         return read_history(self.lines)
 
 
-class ControllerMachine(RuleBasedStateMachine):
+class BooksMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.world = World()
@@ -110,11 +110,11 @@ class ControllerMachine(RuleBasedStateMachine):
         world.checkpoints = usable
         saved = usable[max(checkpoint, -len(usable))] if usable else None
         if saved is None:
-            self.controller = Controller(self.spec)
+            self.books = Books(self.spec)
             self._save()
         else:
             del world.checkpoints[world.checkpoints.index(saved) + 1 :]
-            self.controller = Controller(
+            self.books = Books(
                 self.spec,
                 version=saved.version,
                 book=TicketBook.restore(saved.book),
@@ -122,21 +122,21 @@ class ControllerMachine(RuleBasedStateMachine):
                 began=history.began,
                 position=saved.position,
             )
-        self.next_sequence = self.controller.inbox.last_sequence + 1
-        self.controller.num_issued = world.last_ticket
+        self.next_sequence = self.books.inbox.last_sequence + 1
+        self.books.num_issued = world.last_ticket
         self.has_begun = False
         self.batch: Batch | None = None
         if saved is not None and saved.stream != world.stream_number:
             self._make_streams_again(lost=True)
 
     def _save(self) -> None:
-        controller = self.controller
-        self.world.checkpoints = [c for c in self.world.checkpoints if c.version < controller.version]
+        books = self.books
+        self.world.checkpoints = [c for c in self.world.checkpoints if c.version < books.version]
         self.world.checkpoints.append(
             Saved(
-                controller.version,
-                controller.book.record(),
-                controller.inbox.position,
+                books.version,
+                books.book.record(),
+                books.inbox.position,
                 self.world.stream_number,
             )
         )
@@ -145,17 +145,17 @@ class ControllerMachine(RuleBasedStateMachine):
         self.world.stream = [entry for entry in self.world.stream if entry[0] > oldest]
 
     def _make_streams_again(self, *, lost: bool) -> None:
-        world, controller = self.world, self.controller
+        world, books = self.world, self.books
         if lost:
-            controller.streams_lost()
+            books.streams_lost()
             world.stream, world.stored = [], set()
             world.stream_number += 1
-            world.last_sequence = controller.inbox.last_sequence
+            world.last_sequence = books.inbox.last_sequence
             self.next_sequence = world.last_sequence + 1
-            if controller.is_recorded_lost:
+            if books.is_recorded_lost:
                 self._give_up_recorded()
         world.queued.clear()
-        world.last_ticket = controller.num_issued = controller.book.low
+        world.last_ticket = books.num_issued = books.book.low
         self._save()
 
     # -- rules
@@ -178,11 +178,11 @@ class ControllerMachine(RuleBasedStateMachine):
         self.deliver(num_delivered)
 
     def issue(self) -> None:
-        controller = self.controller
-        while controller.num_issued < controller.limit:
-            controller.num_issued += 1
-            ticket = self.world.last_ticket = controller.num_issued
-            if not controller.is_known(ticket):
+        books = self.books
+        while books.num_issued < books.limit:
+            books.num_issued += 1
+            ticket = self.world.last_ticket = books.num_issued
+            if not books.is_known(ticket):
                 self.world.queued.add(ticket)
 
     def _draw(self, data: st.DataObject, tickets: set[int]) -> int:
@@ -237,18 +237,18 @@ class ControllerMachine(RuleBasedStateMachine):
 
     def _take(self, message: StreamMessage) -> None:
         try:
-            self.controller.take(message)
+            self.books.take(message)
         except EndlessDiscards:
             self._start()
 
     @rule()
     def form_and_record(self) -> None:
         """`next_batch` and `record` of the training loop."""
-        controller = self.controller
-        if self.finished or self.batch is not None or controller.version >= MAX_STEPS:
+        books = self.books
+        if self.finished or self.batch is not None or books.version >= MAX_STEPS:
             return
         try:
-            batch = controller.next_batch()
+            batch = books.next_batch()
         except EndlessDiscards:
             self._start()
             return
@@ -256,20 +256,20 @@ class ControllerMachine(RuleBasedStateMachine):
             self._cut()
             return
         caught_up = self.next_sequence > self.world.last_sequence
-        if batch is None and controller.missing_of_recorded() and caught_up:
+        if batch is None and books.missing_of_recorded() and caught_up:
             self._cut()
             return
-        if not controller.is_repeating and not self.has_begun:
-            self.world.write(LedgerLine(attempt=self.attempt, began=controller.version))
-            controller.began[self.attempt] = controller.version
+        if not books.is_repeating and not self.has_begun:
+            self.world.write(LedgerLine(attempt=self.attempt, began=books.version))
+            books.began[self.attempt] = books.version
             self.has_begun = True
-            self.published.append((self.attempt, controller.version))
+            self.published.append((self.attempt, books.version))
         if batch is None:
             return
         self._check(batch)
         if not batch.is_repeat:
             self.recorded[batch.version] = batch
-            live = recorded_values(controller.spec)
+            live = recorded_values(books.spec)
             discards = {reason: tuple(tickets) for reason, tickets in batch.discards.items()}
             self.world.write(
                 LedgerLine(
@@ -280,7 +280,7 @@ class ControllerMachine(RuleBasedStateMachine):
                     live=live,
                 )
             )
-        controller.close(batch)
+        books.close(batch)
         self.batch = batch
 
     def _cut(self) -> None:
@@ -288,10 +288,10 @@ class ControllerMachine(RuleBasedStateMachine):
         self._make_streams_again(lost=False)
 
     def _give_up_recorded(self) -> None:
-        version = self.controller.version
+        version = self.books.version
         self.world.write(LedgerLine(attempt=self.attempt, cut=version))
         self.world.checkpoints = [c for c in self.world.checkpoints if c.version <= version]
-        self.controller.cut()
+        self.books.cut()
 
     @rule(save=st.booleans())
     def publish(self, save: bool) -> None:
@@ -300,7 +300,7 @@ class ControllerMachine(RuleBasedStateMachine):
             return
         if not self.batch.is_repeat:
             self.published.append((self.attempt, self.batch.version + 1))
-        self.controller.advance(self.batch)
+        self.books.advance(self.batch)
         self.batch = None
         if save:
             self._save()
@@ -343,27 +343,25 @@ class ControllerMachine(RuleBasedStateMachine):
     def change_live_values(self, max_versions: int, on_exceed: str, sample_filter: str, order: str) -> None:
         batch_size = self.spec.training.batch_size
         self.spec = make_spec(batch_size, max_versions, on_exceed, sample_filter, order)
-        self.controller.spec = self.spec
+        self.books.spec = self.spec
 
     @rule()
     def finish(self) -> None:
         if (
             self.finished
             or self.batch is not None
-            or self.controller.version < MAX_STEPS
-            or self.controller.is_repeating
+            or self.books.version < MAX_STEPS
+            or self.books.is_repeating
         ):
             return
-        left_over = {reason: tuple(t) for reason, t in self.controller.left_over().items()}
-        self.world.write(
-            LedgerLine(attempt=self.attempt, issued=self.controller.last_ticket, discards=left_over)
-        )
+        left_over = {reason: tuple(t) for reason, t in self.books.left_over().items()}
+        self.world.write(LedgerLine(attempt=self.attempt, issued=self.books.last_ticket, discards=left_over))
         self.finished = True
 
     def teardown(self) -> None:
         """Whatever happened, from here on nothing fails: the job must end, and its books close."""
         self.spec = make_spec(2, 1, "Mask", "None", "OldestFirst")
-        self.controller.spec = self.spec
+        self.books.spec = self.spec
         for _ in range(400):
             if self.finished:
                 break
@@ -371,7 +369,7 @@ class ControllerMachine(RuleBasedStateMachine):
             self.held |= self.world.queued
             self.world.queued.clear()
             for ticket in sorted(self.held):
-                self._store(ticket, self._group(ticket, [(self.attempt, self.controller.version)]))
+                self._store(ticket, self._group(ticket, [(self.attempt, self.books.version)]))
             self.held.clear()
             self.deliver(100)
             if self.batch is None:
@@ -379,7 +377,7 @@ class ControllerMachine(RuleBasedStateMachine):
             if self.batch is not None:
                 self.publish(save=False)
             self.finish()
-        assert self.finished, (self.controller.version, self.controller.is_repeating)
+        assert self.finished, (self.books.version, self.books.is_repeating)
         self.nothing_is_closed_twice()
 
     # -- what must hold
@@ -407,25 +405,25 @@ class ControllerMachine(RuleBasedStateMachine):
     @invariant()
     def the_gate_holds(self) -> None:
         """Never more than eta + 1 batches ahead of the published version, counted independently."""
-        controller = self.controller
-        steps_ahead = min(self.spec.staleness.max_versions + 1, max(0, MAX_STEPS - controller.version))
-        if controller.limit <= controller.num_issued:
+        books = self.books
+        steps_ahead = min(self.spec.staleness.max_versions + 1, max(0, MAX_STEPS - books.version))
+        if books.limit <= books.num_issued:
             return
-        would_be_open = [n for n in range(1, controller.limit + 1) if not controller.is_closed(n)]
+        would_be_open = [n for n in range(1, books.limit + 1) if not books.is_closed(n)]
         in_step = len(self.batch.tickets) if self.batch is not None else 0
         assert len(would_be_open) + in_step <= steps_ahead * self.spec.training.batch_size
 
     @invariant()
     def every_open_ticket_is_somewhere(self) -> None:
         """Queued, held by a worker, stored and not read yet, or arrived: so it will be closed."""
-        controller = self.controller
+        books = self.books
         unread = {ticket for sequence, _, ticket in self.world.stream if sequence >= self.next_sequence}
-        for ticket in controller.book.open_tickets(min(controller.num_issued, self.world.last_ticket)):
+        for ticket in books.book.open_tickets(min(books.num_issued, self.world.last_ticket)):
             assert (
                 ticket in self.world.queued
                 or ticket in self.held
                 or ticket in unread
-                or controller.is_known(ticket)
+                or books.is_known(ticket)
             ), ticket
 
 
@@ -436,5 +434,5 @@ def _content(batch: Batch) -> list[tuple[int, tuple[Sample, ...], list[list[bool
     ]
 
 
-TestController = ControllerMachine.TestCase
-TestController.settings = settings(max_examples=150, stateful_step_count=40)
+TestBooks = BooksMachine.TestCase
+TestBooks.settings = settings(max_examples=150, stateful_step_count=40)

@@ -3,7 +3,7 @@ import pytest
 from asyncrl_api.job import Spec
 from asyncrl_api.parsing import parse_spec
 from asyncrl_runtime.contract.messages import Group, GroupPart, Message, SampleFailure, Tombstone, encode
-from asyncrl_runtime.trainer.books.books import Controller, RecordedBatchLost, recorded_values
+from asyncrl_runtime.trainer.books.books import Books, RecordedBatchLost, recorded_values
 from asyncrl_runtime.trainer.books.inbox import Inbox
 from asyncrl_runtime.trainer.books.tickets import EndlessDiscards
 from asyncrl_runtime.transport.ledger import RecordedStep
@@ -40,54 +40,54 @@ def recorded(spec: Spec, *tickets: int, **discards: tuple[int, ...]) -> Recorded
 
 def test_a_recorded_step_is_repeated_whatever_the_filter_is_now() -> None:
     before, now = make_spec(), make_spec(filter="DropUniformGroups")
-    controller = Controller(now, recorded=[recorded(before, 1, 2)])
-    controller.take(message(1, uniform_group(1), 1))
-    assert controller.missing_of_recorded() == [2]
-    controller.take(message(2, uniform_group(2), 2))
-    batch = controller.next_batch()
+    books = Books(now, recorded=[recorded(before, 1, 2)])
+    books.take(message(1, uniform_group(1), 1))
+    assert books.missing_of_recorded() == [2]
+    books.take(message(2, uniform_group(2), 2))
+    batch = books.next_batch()
     assert batch is not None and batch.is_repeat and batch.tickets == (1, 2)
 
 
 def test_recorded_discards_are_not_decided_again() -> None:
     spec = make_spec(filter="DropUniformGroups")
-    controller = Controller(spec, recorded=[recorded(spec, 1, 3, uniform=(2,))])
+    books = Books(spec, recorded=[recorded(spec, 1, 3, uniform=(2,))])
     for number, group in enumerate((make_group(1), uniform_group(2), make_group(3)), start=1):
-        controller.take(message(number, group, number))
-    batch = controller.next_batch()
+        books.take(message(number, group, number))
+    batch = books.next_batch()
     assert batch is not None
-    controller.close(batch)
-    controller.advance(batch)
-    assert (controller.book.num_trained, controller.book.num_discarded) == (2, 1)
-    assert controller.left_over() == {} and controller.inbox.position == 3
+    books.close(batch)
+    books.advance(batch)
+    assert (books.book.num_trained, books.book.num_discarded) == (2, 1)
+    assert books.left_over() == {} and books.inbox.position == 3
 
 
 def test_after_a_cut_what_can_never_be_trained_is_discarded() -> None:
     spec = make_spec()
-    controller = Controller(spec, recorded=[recorded(spec, 1, 2)])
-    controller.take(message(1, Tombstone(ticket=1, reason="prompt_too_long"), 1))
-    controller.take(message(2, make_group(2), 2))
+    books = Books(spec, recorded=[recorded(spec, 1, 2)])
+    books.take(message(1, Tombstone(ticket=1, reason="prompt_too_long"), 1))
+    books.take(message(2, make_group(2), 2))
     with pytest.raises(RecordedBatchLost):
-        controller.next_batch()
-    controller.cut()
-    assert controller.is_closed(1) and not controller.is_closed(2)
-    assert controller.left_over() == {"prompt_too_long": [1]}
+        books.next_batch()
+    books.cut()
+    assert books.is_closed(1) and not books.is_closed(2)
+    assert books.left_over() == {"prompt_too_long": [1]}
 
 
 def test_steps_to_be_repeated_are_lost_with_the_stream_though_their_tickets_come_again() -> None:
     spec = make_spec()
-    controller = Controller(spec, recorded=[recorded(spec, 1, 2)])
-    controller.streams_lost()
+    books = Books(spec, recorded=[recorded(spec, 1, 2)])
+    books.streams_lost()
     for ticket in (1, 2):
-        controller.take(message(ticket, make_group(ticket), ticket))
+        books.take(message(ticket, make_group(ticket), ticket))
     with pytest.raises(RecordedBatchLost, match="step 0 was recorded"):
-        controller.next_batch()
+        books.next_batch()
 
 
 def test_endless_discards_end_the_job_with_the_count() -> None:
-    controller = Controller(make_spec(filter="DropUniformGroups"))
+    books = Books(make_spec(filter="DropUniformGroups"))
     with pytest.raises(EndlessDiscards, match="uniform: 20"):
         for number in range(1, 30):
-            controller.take(message(number, uniform_group(number), number))
+            books.take(message(number, uniform_group(number), number))
 
 
 def test_parts_make_a_group_with_the_last_of_them() -> None:
@@ -117,6 +117,6 @@ def test_the_first_complete_form_counts() -> None:
 
 
 def test_what_cannot_be_decoded_is_a_discarded_ticket_and_not_a_lost_one() -> None:
-    controller = Controller(make_spec())
-    controller.take(StreamMessage(1, "rl.job.traj.4", b"\xc1garbage"))
-    assert controller.left_over() == {"undecodable": [4], "leftover": [1, 2, 3]}  # issued before it
+    books = Books(make_spec())
+    books.take(StreamMessage(1, "rl.job.traj.4", b"\xc1garbage"))
+    assert books.left_over() == {"undecodable": [4], "leftover": [1, 2, 3]}  # issued before it
