@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from asyncrl_api.job import AlgorithmSpec
-from asyncrl_runtime.trainer.packing import TrainingSample
+from asyncrl_runtime.trainer.update.packing import TrainingSample
 
 
 @dataclass

@@ -16,7 +16,7 @@ from torch._C._distributed_c10d import HashStore
 
 from asyncrl_api.job import AsyncRLJob
 from asyncrl_runtime.contract.messages import Heartbeat, PolicyVersion, decode
-from asyncrl_runtime.trainer.policy import Policy
+from asyncrl_runtime.trainer.update.policy import Policy
 from asyncrl_runtime.transport.broker import Broker
 from asyncrl_runtime.transport.fleet import Fleet
 from asyncrl_runtime.transport.streams import make_streams

@@ -10,9 +10,9 @@ from asyncrl_api.job import DeepSpeedSpec, Spec
 from asyncrl_runtime.contract.messages import Group, Sample, floats_from_bytes, ids_from_bytes
 from asyncrl_runtime.trainer.books.books import with_recorded_values
 from asyncrl_runtime.trainer.books.staleness import LiveGroup, assess
-from asyncrl_runtime.trainer.policy import Policy
-from asyncrl_runtime.trainer.schedule import learning_rate
-from asyncrl_runtime.trainer.step import plan_step, train_step
+from asyncrl_runtime.trainer.update.policy import Policy
+from asyncrl_runtime.trainer.update.schedule import learning_rate
+from asyncrl_runtime.trainer.update.step import plan_step, train_step
 from asyncrl_runtime.transport.ledger import History
 
 

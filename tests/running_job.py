@@ -9,7 +9,7 @@ from typing import Any
 
 from asyncrl_api.parsing import load_documents
 from asyncrl_operator.render.overlay import lay_over
-from asyncrl_runtime.trainer.deepspeed_config import deep_merge
+from asyncrl_runtime.trainer.update.deepspeed_config import deep_merge
 from kube_fixture import claim
 from node_cluster import USES_IMAGES, NodeCluster, host_claims, host_overlay
 from operator_process import Job, eventually

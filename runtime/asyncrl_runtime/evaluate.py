@@ -30,7 +30,7 @@ from asyncrl_runtime.rollout.slots import Slots
 from asyncrl_runtime.rollout.workflows import make_workflow
 from asyncrl_runtime.trainer.books.checkpoints import Checkpoint, Checkpoints
 from asyncrl_runtime.trainer.dataset import load_rows
-from asyncrl_runtime.trainer.policy import Policy, merge_adapter
+from asyncrl_runtime.trainer.update.policy import Policy, merge_adapter
 
 log = logging.getLogger(__name__)
 

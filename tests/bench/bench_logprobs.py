@@ -23,8 +23,8 @@ import torch
 import torch.distributed as dist
 
 from asyncrl_api.job import AlgorithmSpec, DeepSpeedSpec, TrainingSpec
-from asyncrl_runtime.trainer.packing import TrainingSample, distribute, pack
-from asyncrl_runtime.trainer.policy import Policy
+from asyncrl_runtime.trainer.update.packing import TrainingSample, distribute, pack
+from asyncrl_runtime.trainer.update.policy import Policy
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from tiny_models import build_model, running_engine

@@ -32,10 +32,10 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from asyncrl_api.job import AlgorithmSpec, DeepSpeedSpec, TrainingSpec
-from asyncrl_runtime.trainer.diagnostics import report_tokens
-from asyncrl_runtime.trainer.packing import MicroBatch, TrainingSample, distribute, pack
-from asyncrl_runtime.trainer.policy import Policy
-from asyncrl_runtime.trainer.token_logprobs import token_logprobs
+from asyncrl_runtime.trainer.update.diagnostics import report_tokens
+from asyncrl_runtime.trainer.update.packing import MicroBatch, TrainingSample, distribute, pack
+from asyncrl_runtime.trainer.update.policy import Policy
+from asyncrl_runtime.trainer.update.token_logprobs import token_logprobs
 
 VOCABULARY = 512
 LONGEST = 1024

@@ -31,8 +31,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from asyncrl_api.job import AlgorithmSpec, DeepSpeedSpec, TrainingSpec
-from asyncrl_runtime.trainer.packing import MicroBatch, TrainingSample, pack
-from asyncrl_runtime.trainer.policy import Policy
+from asyncrl_runtime.trainer.update.packing import MicroBatch, TrainingSample, pack
+from asyncrl_runtime.trainer.update.policy import Policy
 from tiny_models import build_model
 
 SHAPE = {"hidden_size": 1024, "num_layers": 6, "vocabulary_size": 8192, "initializer_range": 0.02}

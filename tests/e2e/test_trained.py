@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from asyncrl_runtime.trainer.deepspeed_config import deep_merge
+from asyncrl_runtime.trainer.update.deepspeed_config import deep_merge
 from node_cluster import NODES
 from operator_process import eventually
 from running_job import RunningJob, pod_templates

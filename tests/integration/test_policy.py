@@ -25,10 +25,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from asyncrl_api.job import AlgorithmSpec, DeepSpeedSpec, LoRASpec, TrainingSpec
-from asyncrl_runtime.trainer.deepspeed_config import BETAS, deep_merge
-from asyncrl_runtime.trainer.diagnostics import report_tokens
-from asyncrl_runtime.trainer.packing import TrainingSample, distribute, pack, split_minibatches
-from asyncrl_runtime.trainer.policy import Policy, Update
+from asyncrl_runtime.trainer.update.deepspeed_config import BETAS, deep_merge
+from asyncrl_runtime.trainer.update.diagnostics import report_tokens
+from asyncrl_runtime.trainer.update.packing import TrainingSample, distribute, pack, split_minibatches
+from asyncrl_runtime.trainer.update.policy import Policy, Update
 from asyncrl_runtime.weights.bucket import Bucket
 from naive_rl import NaiveTrainer
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from asyncrl_api.job import AsyncRLJob
 from asyncrl_runtime.contract.messages import Group, floats_from_bytes, ids_from_bytes
-from asyncrl_runtime.trainer.packing import TrainingSample
+from asyncrl_runtime.trainer.update.packing import TrainingSample
 from asyncrl_runtime.transport.audit import audit
 from asyncrl_runtime.transport.ledger import History
 from job_harness import JobHarness, Recorder, build_job, until

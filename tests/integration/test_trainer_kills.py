@@ -20,9 +20,9 @@ LINES = [
     f"{JOB}.publish_weights#1",
     f"{JOB}.next_batch#2",
     f"{JOB}.record#1",  # the ledger
-    "asyncrl_runtime.trainer.policy:Policy.logprobs#1",  # proximal log-probs
-    "asyncrl_runtime.trainer.step:compute_advantages#2",
-    "asyncrl_runtime.trainer.policy:Policy.update#1",  # one minibatch of two
+    "asyncrl_runtime.trainer.update.policy:Policy.logprobs#1",  # proximal log-probs
+    "asyncrl_runtime.trainer.update.step:compute_advantages#2",
+    "asyncrl_runtime.trainer.update.policy:Policy.update#1",  # one minibatch of two
     f"{JOB}.train_step#1",
     f"{JOB}.advance#2",  # weights are published
     "asyncrl_runtime.trainer.books.checkpoints:Checkpoints.save#2",

@@ -9,7 +9,7 @@ import pytest
 
 from asyncrl_api.names import JobNames, NatsAddress
 from asyncrl_runtime.contract.messages import PolicyVersion
-from asyncrl_runtime.trainer.policy import Policy
+from asyncrl_runtime.trainer.update.policy import Policy
 from asyncrl_runtime.weights.bucket import Bucket
 from asyncrl_runtime.weights.engines import Published
 from asyncrl_runtime.weights.publisher import ChecksumMismatch

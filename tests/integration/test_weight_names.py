@@ -6,8 +6,8 @@ import pytest
 
 from asyncrl_api.exits import ExitCode, ExitError
 from asyncrl_api.job import LoRASpec
-from asyncrl_runtime.trainer.policy import Policy, add_adapters, load_model
 from asyncrl_runtime.trainer.run import check_names
+from asyncrl_runtime.trainer.update.policy import Policy, add_adapters, load_model
 from rollout_scene import SPEC
 from tiny_models import Family, tiny_model
 

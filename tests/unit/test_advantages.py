@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncrl_api.job import AlgorithmSpec, OverlongPenaltySpec
-from asyncrl_runtime.trainer.advantages import compute_advantages, overlong_penalty
+from asyncrl_runtime.trainer.update.advantages import compute_advantages, overlong_penalty
 
 KINDS = ("GroupNormalized", "GroupCentered", "LeaveOneOut", "BatchNormalized")
 

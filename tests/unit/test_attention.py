@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from asyncrl_runtime.model.attention import IMPLEMENTATION, MAX_PADDED_AREA, plan_attention
-from asyncrl_runtime.trainer.token_logprobs import token_logprobs
+from asyncrl_runtime.trainer.update.token_logprobs import token_logprobs
 
 SIZES = {
     "vocab_size": 48,
@@ -147,7 +147,7 @@ def test_a_window_that_would_cut_is_refused() -> None:
 
 @pytest.mark.parametrize("block", [1 << 24, 40])
 def test_token_logprobs_are_those_of_log_softmax(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("asyncrl_runtime.trainer.token_logprobs.BLOCK_ELEMENTS", block)
+    monkeypatch.setattr("asyncrl_runtime.trainer.update.token_logprobs.BLOCK_ELEMENTS", block)
     torch.manual_seed(0)
     logits = (3 * torch.randn(7, 13, dtype=torch.float64)).requires_grad_()
     targets, temperatures = torch.randint(0, 13, (7,)), 0.5 + torch.rand(7, dtype=torch.float64)

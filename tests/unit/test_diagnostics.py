@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from asyncrl_api.job import ScheduleSpec
-from asyncrl_runtime.trainer.deepspeed_config import deep_merge, derive_config
-from asyncrl_runtime.trainer.diagnostics import (
+from asyncrl_runtime.trainer.update.deepspeed_config import deep_merge, derive_config
+from asyncrl_runtime.trainer.update.diagnostics import (
     finite,
     histogram,
     mismatch_sums,
@@ -20,8 +20,8 @@ from asyncrl_runtime.trainer.diagnostics import (
     staleness_histogram,
     token_sums,
 )
-from asyncrl_runtime.trainer.packing import TrainingSample
-from asyncrl_runtime.trainer.schedule import learning_rate
+from asyncrl_runtime.trainer.update.packing import TrainingSample
+from asyncrl_runtime.trainer.update.schedule import learning_rate
 
 
 def sums_of(

@@ -12,7 +12,7 @@ from asyncrl_runtime.trainer.books.books import Books, recorded_values
 from asyncrl_runtime.trainer.books.checkpoints import Checkpoints
 from asyncrl_runtime.trainer.evaluation import Evaluated
 from asyncrl_runtime.trainer.job import TrainerJob
-from asyncrl_runtime.trainer.ranks import Command, Export, Logprobs
+from asyncrl_runtime.trainer.update.ranks import Command, Export, Logprobs
 from asyncrl_runtime.transport.ledger import RecordedStep
 from fakes import FakeControl, FakeEvaluator, FakeRanks, FakeWeights, run_in_virtual_time
 from job_parts import make_job_parts

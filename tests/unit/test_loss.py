@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from asyncrl_api.job import AlgorithmSpec
-from asyncrl_runtime.trainer.diagnostics import SCALARS
-from asyncrl_runtime.trainer.loss import Loss, compute_loss
-from asyncrl_runtime.trainer.packing import MicroBatch, TrainingSample, pack
+from asyncrl_runtime.trainer.update.diagnostics import SCALARS
+from asyncrl_runtime.trainer.update.loss import Loss, compute_loss
+from asyncrl_runtime.trainer.update.packing import MicroBatch, TrainingSample, pack
 from naive_rl import Token, naive_loss
 
 VARIANTS: list[dict[str, Any]] = [

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncrl_runtime.trainer.packing import (
+from asyncrl_runtime.trainer.update.packing import (
     MicroBatch,
     TrainingSample,
     allocate,

@@ -23,16 +23,16 @@ from asyncrl_runtime.contract.messages import (
     floats_from_bytes,
     ids_from_bytes,
 )
-from asyncrl_runtime.trainer import diagnostics
 from asyncrl_runtime.trainer.books.books import Batch, Books, RecordedBatchLost, recorded_values
 from asyncrl_runtime.trainer.books.checkpoints import CheckpointFailed, Checkpoints, Position
 from asyncrl_runtime.trainer.control import Control
 from asyncrl_runtime.trainer.evaluation import Evaluated, Evaluator
 from asyncrl_runtime.trainer.metrics import Metrics
-from asyncrl_runtime.trainer.packing import TrainingSample
-from asyncrl_runtime.trainer.ranks import Export, Logprobs, Ranks, Save, Stop, Train
-from asyncrl_runtime.trainer.schedule import learning_rate
-from asyncrl_runtime.trainer.step import plan_step
+from asyncrl_runtime.trainer.update import diagnostics
+from asyncrl_runtime.trainer.update.packing import TrainingSample
+from asyncrl_runtime.trainer.update.ranks import Export, Logprobs, Ranks, Save, Stop, Train
+from asyncrl_runtime.trainer.update.schedule import learning_rate
+from asyncrl_runtime.trainer.update.step import plan_step
 from asyncrl_runtime.transport.fleet import Fleet
 from asyncrl_runtime.transport.ledger import Ledger
 from asyncrl_runtime.weights.adapters import AdapterPublisher

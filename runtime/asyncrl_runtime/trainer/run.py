@@ -40,10 +40,10 @@ from asyncrl_runtime.trainer.dataset import Rows, count_shared, load_rows
 from asyncrl_runtime.trainer.evaluation import Evaluator
 from asyncrl_runtime.trainer.job import JobParts, TrainerJob, origin_of
 from asyncrl_runtime.trainer.metrics import Metrics
-from asyncrl_runtime.trainer.policy import Policy
-from asyncrl_runtime.trainer.ranks import COMMAND_SECONDS, Load, PeerLost, Ranks, make_control_group
-from asyncrl_runtime.trainer.step import NumbersUnusable
 from asyncrl_runtime.trainer.train import train
+from asyncrl_runtime.trainer.update.policy import Policy
+from asyncrl_runtime.trainer.update.ranks import COMMAND_SECONDS, Load, PeerLost, Ranks, make_control_group
+from asyncrl_runtime.trainer.update.step import NumbersUnusable
 from asyncrl_runtime.transport.broker import Broker, TransportError
 from asyncrl_runtime.transport.fleet import Fleet
 from asyncrl_runtime.transport.lease import Holder, Lease

@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from asyncrl_api.job import AlgorithmSpec, ClipSpec, ImportanceWeightSpec
-from asyncrl_runtime.trainer.diagnostics import token_sums
-from asyncrl_runtime.trainer.packing import MicroBatch
+from asyncrl_runtime.trainer.update.diagnostics import token_sums
+from asyncrl_runtime.trainer.update.packing import MicroBatch
 
 MAX_LOG_RATIO = 20.0
 """Log-ratios are cut here, without gradient beyond: exp(90) is infinite and infinity times 0 no gradient."""

@@ -17,9 +17,9 @@ from typing import Any
 import torch.distributed as dist
 
 from asyncrl_api.job import AlgorithmSpec
-from asyncrl_runtime.trainer.packing import TrainingSample, pack
-from asyncrl_runtime.trainer.policy import Policy
-from asyncrl_runtime.trainer.step import StepPlan, train_step
+from asyncrl_runtime.trainer.update.packing import TrainingSample, pack
+from asyncrl_runtime.trainer.update.policy import Policy
+from asyncrl_runtime.trainer.update.step import StepPlan, train_step
 from asyncrl_runtime.weights.adapters import Adapter
 from asyncrl_runtime.weights.bucket import Bucket
 

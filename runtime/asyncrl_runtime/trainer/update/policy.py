@@ -31,10 +31,10 @@ from transformers.utils import logging as transformers_logging
 from asyncrl_api.exits import ExitCode, ExitError
 from asyncrl_api.job import AlgorithmSpec, DeepSpeedSpec, LoRASpec, TrainingSpec
 from asyncrl_runtime.model import attention
-from asyncrl_runtime.trainer.deepspeed_config import Dtype, derive_config
-from asyncrl_runtime.trainer.loss import compute_loss
-from asyncrl_runtime.trainer.packing import MicroBatch
-from asyncrl_runtime.trainer.token_logprobs import token_logprobs
+from asyncrl_runtime.trainer.update.deepspeed_config import Dtype, derive_config
+from asyncrl_runtime.trainer.update.loss import compute_loss
+from asyncrl_runtime.trainer.update.packing import MicroBatch
+from asyncrl_runtime.trainer.update.token_logprobs import token_logprobs
 from asyncrl_runtime.weights.adapters import Adapter
 from asyncrl_runtime.weights.bucket import Bucket, BucketBuffer
 

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from asyncrl_runtime.trainer.packing import TrainingSample
+from asyncrl_runtime.trainer.update.packing import TrainingSample
 
 SCALARS = ("loss", "tokens", "live", "clipped", "capped", "weight", "squared_weight", "entropy", "kl")
 

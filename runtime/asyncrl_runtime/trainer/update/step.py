@@ -9,18 +9,18 @@ import torch
 
 from asyncrl_api.job import AlgorithmSpec
 from asyncrl_runtime.contract.messages import floats_from_bytes, ids_from_bytes
-from asyncrl_runtime.trainer import diagnostics
-from asyncrl_runtime.trainer.advantages import compute_advantages
 from asyncrl_runtime.trainer.books.staleness import LiveGroup
-from asyncrl_runtime.trainer.loss import uses_proximal
-from asyncrl_runtime.trainer.packing import (
+from asyncrl_runtime.trainer.update import diagnostics
+from asyncrl_runtime.trainer.update.advantages import compute_advantages
+from asyncrl_runtime.trainer.update.loss import uses_proximal
+from asyncrl_runtime.trainer.update.packing import (
     MicroBatch,
     TrainingSample,
     distribute,
     pack,
     split_minibatches,
 )
-from asyncrl_runtime.trainer.policy import Policy, Update
+from asyncrl_runtime.trainer.update.policy import Policy, Update
 
 
 class NumbersUnusable(Exception):
