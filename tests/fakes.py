@@ -379,7 +379,7 @@ class FakeWeights:
         pass
 
 
-class FakeControl:
+class FakeSideTasks:
     """Streams that nothing happens to."""
 
     trajectories_lost = prompts_lost = is_nearly_full = False

@@ -11,13 +11,13 @@ from asyncrl_runtime.trainer.job import JobParts
 from asyncrl_runtime.trainer.metrics import Metrics
 from asyncrl_runtime.transport.fleet import Fleet
 from asyncrl_runtime.transport.ledger import Ledger
-from fakes import FakeControl, FakeEvaluator, FakeRanks, FakeWeights
+from fakes import FakeEvaluator, FakeRanks, FakeSideTasks, FakeWeights
 
 
 def make_job_parts(
     folder: Path,
     books: Books,
-    control: FakeControl,
+    side_tasks: FakeSideTasks,
     ranks: FakeRanks,
     weights: FakeWeights,
     evaluator: FakeEvaluator | None,
@@ -33,7 +33,7 @@ def make_job_parts(
         spec=books.spec,
         folder=folder,
         books=books,
-        control=cast(Any, control),
+        side_tasks=cast(Any, side_tasks),
         ledger=ledger,
         ranks=cast(Any, ranks),
         fleet=Fleet(clock),

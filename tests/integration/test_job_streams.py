@@ -10,7 +10,7 @@ import pytest
 from asyncrl_api.names import JobNames, NatsAddress
 from asyncrl_runtime.contract.messages import Group, encode
 from asyncrl_runtime.trainer.books.books import Books
-from asyncrl_runtime.trainer.control import Control
+from asyncrl_runtime.trainer.side_tasks import SideTasks
 from asyncrl_runtime.transport.broker import Broker
 from asyncrl_runtime.transport.fleet import Fleet
 from asyncrl_runtime.transport.reader import StreamMessage
@@ -157,7 +157,7 @@ async def test_a_trajectory_stream_that_goes_while_the_other_is_made_again_is_no
     broker = await Broker.connect(nats_address, names, "controller")
     books = Books(build_job().spec)
     fleet = Fleet(lambda: 0.0)
-    control = Control(broker, names, books, fleet, [], books.spec, tmp_path / "live.json")
+    control = SideTasks(broker, names, books, fleet, [], books.spec, tmp_path / "live.json")
     await control.open_streams(None)
     first_identity = control.trajectory_identity
     group = Group(ticket=1, group_size=1, samples=(make_sample(0),))

@@ -8,12 +8,12 @@ from asyncrl_runtime.trainer.books.books import Books, recorded_values
 from asyncrl_runtime.trainer.job import TrainerJob
 from asyncrl_runtime.transport.ledger import RecordedStep
 from asyncrl_runtime.transport.reader import StreamMessage
-from fakes import FakeControl, FakeRanks, FakeWeights, run_in_virtual_time
+from fakes import FakeRanks, FakeSideTasks, FakeWeights, run_in_virtual_time
 from job_parts import make_job_parts
 from samples import make_group, make_job
 
 
-class SlowControl(FakeControl):
+class SlowSideTasks(FakeSideTasks):
     """Asked whether everything is read, it answers when it is; meanwhile the reader has read on."""
 
     def __init__(self, books: Books) -> None:
@@ -33,9 +33,9 @@ def test_a_recorded_step_that_is_read_while_it_is_looked_for_is_repeated(tmp_pat
         step = RecordedStep(1, 0, (1, 2), {}, recorded_values(spec), {1: 0})
         books = Books(spec, recorded=[step])
         clock = asyncio.get_running_loop().time
-        control = SlowControl(books)
+        side_tasks = SlowSideTasks(books)
         parts = make_job_parts(
-            tmp_path, books, control, FakeRanks(lambda command: None), FakeWeights(), None, clock
+            tmp_path, books, side_tasks, FakeRanks(lambda command: None), FakeWeights(), None, clock
         )
         batch = await TrainerJob(parts, None).next_batch()
         assert batch is not None and batch.is_repeat and batch.tickets == (1, 2)

@@ -14,7 +14,7 @@ from asyncrl_runtime.trainer.evaluation import Evaluated
 from asyncrl_runtime.trainer.job import TrainerJob
 from asyncrl_runtime.trainer.update.ranks import Command, Export, Logprobs
 from asyncrl_runtime.transport.ledger import RecordedStep
-from fakes import FakeControl, FakeEvaluator, FakeRanks, FakeWeights, run_in_virtual_time
+from fakes import FakeEvaluator, FakeRanks, FakeSideTasks, FakeWeights, run_in_virtual_time
 from job_parts import make_job_parts
 from samples import make_job, make_sample
 
@@ -51,7 +51,7 @@ class Rig:
         self.weights = FakeWeights()
         self.ranks = FakeRanks(answer)
         books = Books(spec, recorded=recorded)
-        parts = make_job_parts(folder, books, FakeControl(), self.ranks, self.weights, evaluator, clock)
+        parts = make_job_parts(folder, books, FakeSideTasks(), self.ranks, self.weights, evaluator, clock)
         self.job = TrainerJob(parts, None)
 
     @property

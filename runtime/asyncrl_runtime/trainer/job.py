@@ -25,9 +25,9 @@ from asyncrl_runtime.contract.messages import (
 )
 from asyncrl_runtime.trainer.books.books import Batch, Books, RecordedBatchLost, recorded_values
 from asyncrl_runtime.trainer.books.checkpoints import CheckpointFailed, Checkpoints, Position
-from asyncrl_runtime.trainer.control import Control
 from asyncrl_runtime.trainer.evaluation import Evaluated, Evaluator
 from asyncrl_runtime.trainer.metrics import Metrics
+from asyncrl_runtime.trainer.side_tasks import SideTasks
 from asyncrl_runtime.trainer.update import diagnostics
 from asyncrl_runtime.trainer.update.packing import TrainingSample
 from asyncrl_runtime.trainer.update.ranks import Export, Logprobs, Ranks, Save, Stop, Train
@@ -65,7 +65,7 @@ class JobParts:
     spec: Spec
     folder: Path
     books: Books
-    control: Control
+    side_tasks: SideTasks
     ledger: Ledger
     ranks: Ranks
     fleet: Fleet
@@ -82,7 +82,7 @@ class TrainerJob:
     def __init__(self, parts: JobParts, restored: Position | None) -> None:
         self._parts = parts
         self._books = parts.books
-        self._control = parts.control
+        self._side_tasks = parts.side_tasks
         self._metrics = parts.metrics
         self._has_begun = False
         self._stopping = asyncio.Event()
@@ -132,7 +132,7 @@ class TrainerJob:
                 await adapters.publish(label, self._parts.ranks.adapter, interrupt)
             case weights:
                 await weights.publish(label, self._buckets(), interrupt)
-        await self._control.announce(label)
+        await self._side_tasks.announce(label)
         self._publish_seconds = self._parts.clock() - began
 
     def _buckets(self) -> list[LoadBucket]:
@@ -147,7 +147,7 @@ class TrainerJob:
         """
         if self._stopping.is_set():
             raise _StopRequested
-        if self._control.trajectories_lost or self._control.prompts_lost:
+        if self._side_tasks.trajectories_lost or self._side_tasks.prompts_lost:
             await self._mend_streams()
         version = PolicyVersion(self._parts.attempt, self.version)
         if not self._books.is_repeating and self._parts.weights.behind(version):
@@ -177,7 +177,7 @@ class TrainerJob:
             self._metrics.update(state="WaitingForBatch", queue_depth=len(self._books.inbox.arrived))
             with contextlib.suppress(_StopRequested):
                 await self._boundary()
-            if self._control.is_nearly_full:
+            if self._side_tasks.is_nearly_full:
                 await self._make_room(self._parts.clock() - began)
             if missing := await self._missing_for_good():
                 log.warning(
@@ -190,7 +190,7 @@ class TrainerJob:
     async def _missing_for_good(self) -> list[int]:
         """Return the tickets of the next recorded step that the stream does not hold."""
         missing = self._books.missing_of_recorded
-        if not missing() or not await self._control.has_read_everything():
+        if not missing() or not await self._side_tasks.has_read_everything():
             return []
         return missing()  # anew: they may have been read while we asked
 
@@ -204,13 +204,13 @@ class TrainerJob:
         self._parts.ledger.cut(self.version)
         self._parts.checkpoints.drop_after(self.version)
         self._books.cut()
-        self._control.prompts_lost = True  # tickets of the steps given up are queued no more
+        self._side_tasks.prompts_lost = True  # tickets of the steps given up are queued no more
 
     async def _mend_streams(self) -> None:
         """Make lost streams again, between two checkpoints: what was trained stays trained."""
         if self._has_begun:
             await self._checkpoint()
-        await self._control.make_streams_again()
+        await self._side_tasks.make_streams_again()
         if self._books.is_recorded_lost:
             # Before a checkpoint knows the new stream: the next attempt would wait in it for the recorded
             # steps, and "repeat" them with groups that were sampled anew.
@@ -280,7 +280,7 @@ class TrainerJob:
     async def checkpoint_if_due(self) -> None:
         """Make a checkpoint every so many steps, and at once when the trajectory stream fills up."""
         spec = self._books.spec.checkpoint
-        if self._control.is_nearly_full:
+        if self._side_tasks.is_nearly_full:
             log.warning("the trajectory stream is nearly full: checkpoint, to purge behind it")
             await self._checkpoint()
         elif self.version % spec.every_steps == 0:
@@ -306,7 +306,7 @@ class TrainerJob:
 
     async def _purge_behind(self, position: Position) -> None:
         self._purged_behind = position.stream_sequence
-        await self._control.purge_behind(position.stream_sequence)
+        await self._side_tasks.purge_behind(position.stream_sequence)
 
     async def open_history(self) -> None:
         """At a job's very start: a checkpoint of the books alone, so that the streams' identity is known."""
@@ -348,7 +348,7 @@ class TrainerJob:
             began=dict(self._books.began),
             book=self._books.book.record(),
             stream_sequence=self._books.inbox.position,
-            trajectory_stream=self._control.trajectory_identity,
+            trajectory_stream=self._side_tasks.trajectory_identity,
             origin=origin_of(self._parts.spec),
             first_evaluation=self._first_evaluation,
         )

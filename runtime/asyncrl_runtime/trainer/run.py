@@ -35,14 +35,14 @@ from asyncrl_runtime.trainer.books.checkpoints import (
 )
 from asyncrl_runtime.trainer.books.tickets import EndlessDiscards, TicketBook
 from asyncrl_runtime.trainer.cluster_report import copying_report
-from asyncrl_runtime.trainer.control import Control
 from asyncrl_runtime.trainer.dataset import Rows, count_shared, load_rows
 from asyncrl_runtime.trainer.evaluation import Evaluator
 from asyncrl_runtime.trainer.job import JobParts, TrainerJob, origin_of
 from asyncrl_runtime.trainer.metrics import Metrics
+from asyncrl_runtime.trainer.side_tasks import SideTasks
 from asyncrl_runtime.trainer.train import train
 from asyncrl_runtime.trainer.update.policy import Policy
-from asyncrl_runtime.trainer.update.ranks import COMMAND_SECONDS, Load, PeerLost, Ranks, make_control_group
+from asyncrl_runtime.trainer.update.ranks import COMMAND_SECONDS, Load, PeerLost, Ranks, make_commands_group
 from asyncrl_runtime.trainer.update.step import NumbersUnusable
 from asyncrl_runtime.transport.broker import Broker, TransportError
 from asyncrl_runtime.transport.fleet import Fleet
@@ -93,9 +93,9 @@ def run_rank(config: RunConfig, options: Options) -> None:
         )
         if spec.rollout.engine.type == "SGLang" and not spec.training.trains_adapters:
             check_names(policy, folder)
-        ranks = Ranks(policy, spec.algorithm, make_control_group(), load_tokenizer(folder))
+        ranks = Ranks(policy, spec.algorithm, make_commands_group(), load_tokenizer(folder))
         if dist.get_rank() == 0:
-            asyncio.run(_control(config, options, folder, ranks))
+            asyncio.run(_lead(config, options, folder, ranks))
         else:
             for number in (signal.SIGTERM, signal.SIGINT):  # rank 0 heeds them, and needs this one to do so
                 signal.signal(number, signal.SIG_IGN)
@@ -128,7 +128,7 @@ def check_names(policy: Policy, folder: Path) -> None:
         )
 
 
-async def _control(config: RunConfig, options: Options, model_folder: Path, ranks: Ranks) -> None:
+async def _lead(config: RunConfig, options: Options, model_folder: Path, ranks: Ranks) -> None:
     """Rank 0: connect, take the lease, restore, train."""
     rows = await asyncio.to_thread(load_rows, config.spec)
     broker = await Broker.connect(config.nats, config.names, f"trainer-{options.attempt}")
@@ -138,19 +138,21 @@ async def _control(config: RunConfig, options: Options, model_folder: Path, rank
         lease = Lease(broker, config.names, Holder(options.attempt, identity))
         await lease.acquire()
         fleet = await _hear_heartbeats(config, broker)
-        job, control = await _open_job(config, options, model_folder, ranks, rows, broker, fleet)
+        job, side_tasks = await _open_job(config, options, model_folder, ranks, rows, broker, fleet)
         async with copying_report(config, time.monotonic):
-            await _run_beside(job, control, lease, broker, ranks)
+            await _run_beside(job, side_tasks, lease, broker, ranks)
     finally:
         await broker.close()
 
 
-async def _run_beside(job: TrainerJob, control: Control, lease: Lease, broker: Broker, ranks: Ranks) -> None:
+async def _run_beside(
+    job: TrainerJob, side_tasks: SideTasks, lease: Lease, broker: Broker, ranks: Ranks
+) -> None:
     """Train, with everything that runs beside it; whatever ends first ends all."""
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, job.request_stop)
     loops: dict[str, Coroutine[Any, Any, Any]] = {
-        **control.tasks(),
+        **side_tasks.tasks(),
         "lease": lease.keep(),
         "broker": broker.closed.wait(),
     }
@@ -191,7 +193,7 @@ async def _open_job(
     rows: Rows,
     broker: Broker,
     fleet: Fleet,
-) -> tuple[TrainerJob, Control]:
+) -> tuple[TrainerJob, SideTasks]:
     """Claim the history, restore the newest checkpoint of it, and find or make the streams."""
     config.job_folder.mkdir(parents=True, exist_ok=True)  # a claim is empty at first
     ledger_path = config.job_folder / "ledger.jsonl"
@@ -206,12 +208,12 @@ async def _open_job(
     await _load_policy(config, ranks, checkpoint)
 
     books = restore_books(config, checkpoint, history)
-    control = Control(broker, config.names, books, fleet, rows.training, config.spec, config.live_file)
-    control.read_live_values()
+    side_tasks = SideTasks(broker, config.names, books, fleet, rows.training, config.spec, config.live_file)
+    side_tasks.read_live_values()
     if checkpoint is None:
         lease_bucket = f"KV_{config.names.lease_bucket}"
         await delete_streams(broker.jetstream, config.names, keep=[lease_bucket])  # an earlier object's
-    await control.open_streams(None if checkpoint is None else checkpoint.position.trajectory_stream)
+    await side_tasks.open_streams(None if checkpoint is None else checkpoint.position.trajectory_stream)
 
     parts = JobParts(
         attempt=options.attempt,
@@ -219,19 +221,19 @@ async def _open_job(
         spec=config.spec,
         folder=config.job_folder,
         books=books,
-        control=control,
+        side_tasks=side_tasks,
         ledger=ledger,
         ranks=ranks,
         fleet=fleet,
         weights=_make_publisher(config, options, broker, fleet, ranks),
         checkpoints=checkpoints,
-        evaluator=_make_evaluator(config, options, broker, control, rows),
+        evaluator=_make_evaluator(config, options, broker, side_tasks, rows),
         metrics=_open_metrics(config, options, books, checkpoint, rows, model_folder),
     )
     job = TrainerJob(parts, None if checkpoint is None else checkpoint.position)
     if checkpoint is None:
         await job.open_history()
-    return job, control
+    return job, side_tasks
 
 
 def choose_checkpoint(config: RunConfig, checkpoints: Checkpoints, history: History) -> Checkpoint | None:
@@ -335,7 +337,7 @@ def choose_backend(spec: Spec, *, has_gpu: bool) -> str:
 
 
 def _make_evaluator(
-    config: RunConfig, options: Options, broker: Broker, control: Control, rows: Rows
+    config: RunConfig, options: Options, broker: Broker, side_tasks: SideTasks, rows: Rows
 ) -> Evaluator | None:
     if not rows.held_out:
         return None
@@ -344,7 +346,7 @@ def _make_evaluator(
         config.names,
         options.attempt,
         rows.held_out,
-        lambda: control.stream_generation,
+        lambda: side_tasks.stream_generation,
         time.monotonic,
     )
 

@@ -1,4 +1,4 @@
-"""The books of the controller (rank 0): which tickets may be issued, what has arrived, what the next batch is.
+"""The books of rank 0: which tickets may be issued, what has arrived, what the next batch is.
 
 Everything here is decided from the ledger, the checkpoint and what arrives; the I/O around it is in
 side_tasks.py, so that this can be tested with any order of events.

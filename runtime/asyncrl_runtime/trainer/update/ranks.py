@@ -87,16 +87,16 @@ class Ranks:
     """All ranks of the trainer, as rank 0 sees them.
 
     Args:
-        control: group over which commands travel: gloo, whatever the policy's backend is.
+        commands_group: group over which commands travel: gloo, whatever the policy's backend is.
         tokenizer: written into exports.
     """
 
     def __init__(
-        self, policy: Policy, algorithm: AlgorithmSpec, control: dist.ProcessGroup, tokenizer: Any
+        self, policy: Policy, algorithm: AlgorithmSpec, commands_group: dist.ProcessGroup, tokenizer: Any
     ) -> None:
         self.policy = policy
         self._algorithm = algorithm
-        self._control = control
+        self._commands_group = commands_group
         self._tokenizer = tokenizer
         self._rank = dist.get_rank()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="policy")
@@ -145,7 +145,7 @@ class Ranks:
         while True:
             box: list[Command | None] = [None]
             with _naming_lost_peers():
-                dist.broadcast_object_list(box, src=0, group=self._control)
+                dist.broadcast_object_list(box, src=0, group=self._commands_group)
                 if isinstance(box[0], Stop):
                     return
                 assert box[0] is not None
@@ -154,7 +154,7 @@ class Ranks:
     def _run_everywhere(self, command: Command) -> Any:
         with _naming_lost_peers():
             if dist.get_world_size() > 1:
-                dist.broadcast_object_list([command], src=0, group=self._control)
+                dist.broadcast_object_list([command], src=0, group=self._commands_group)
             return self._execute(command)
 
     def _execute(self, command: Command) -> Any:
@@ -163,7 +163,7 @@ class Ranks:
                 return train_step(self.policy, plan, self._algorithm, self._rank)
             case Save(folder):
                 self.policy.save(folder)
-                dist.barrier(group=self._control)  # rank 0 renames the folder when all have written
+                dist.barrier(group=self._commands_group)  # rank 0 renames the folder when all have written
             case Load(folder, scratch):
                 self.policy.load(folder, scratch)
             case Export(folder):
@@ -175,7 +175,7 @@ class Ranks:
         return None
 
 
-def make_control_group() -> dist.ProcessGroup:
+def make_commands_group() -> dist.ProcessGroup:
     """Make the group for commands; collective, called once by every rank."""
     group = dist.new_group(backend="gloo", timeout=timedelta(seconds=COMMAND_SECONDS))
     assert isinstance(group, dist.ProcessGroup)

@@ -49,7 +49,7 @@ FULL_SHARE = 0.7
 """Of the trajectory stream's byte limit: from there on a checkpoint is made, to purge behind it."""
 
 
-class Control:
+class SideTasks:
     """The I/O around the books. `tasks` are its loops; the rest is called by the training loop."""
 
     def __init__(
