@@ -274,7 +274,7 @@ async def test_the_first_policy_is_measured_once_though_the_trainer_dies(
     with JobHarness(tmp_path / "run", own_nats, job) as harness:
         async with Witness(harness):
             harness.start_rollout(0)
-            killed = harness.start_trainer(kill_after="asyncrl_runtime.trainer.job:TrainerJob.advance#1")
+            killed = harness.start_trainer(kill_after="asyncrl_runtime.trainer.attempt:Attempt.advance#1")
             assert await asyncio.to_thread(killed.wait, 90) == -signal.SIGKILL, harness.log_tail("trainer")
             harness.kill("rollout-0-engine")
             harness.start("rollout-0-engine")

@@ -78,7 +78,7 @@ async def test_recorded_batches_that_are_lost_with_their_stream_leave_the_histor
     job = build_job(training={"maxSteps": 8}, checkpoint={"everySteps": 4})
     with JobHarness(tmp_path / "run", own_nats, job) as harness:
         harness.start_rollout(0)
-        trainer = harness.start_trainer(kill_after="asyncrl_runtime.trainer.job:TrainerJob.train_step#6")
+        trainer = harness.start_trainer(kill_after="asyncrl_runtime.trainer.attempt:Attempt.train_step#6")
         await asyncio.to_thread(trainer.wait, 120)
         abandoned = harness.history.steps[4:]
         assert len(abandoned) == 2
@@ -102,12 +102,12 @@ async def test_recorded_steps_are_given_up_before_a_checkpoint_knows_the_new_str
     job = build_job(training={"maxSteps": 8}, checkpoint={"everySteps": 4})
     with JobHarness(tmp_path / "run", own_nats, job) as harness:
         harness.start_rollout(0)
-        trainer = harness.start_trainer(kill_after="asyncrl_runtime.trainer.job:TrainerJob.train_step#6")
+        trainer = harness.start_trainer(kill_after="asyncrl_runtime.trainer.attempt:Attempt.train_step#6")
         await asyncio.to_thread(trainer.wait, 120)
         own_nats.kill()
         own_nats.lose_files()
         own_nats.start()
-        trainer = harness.start_trainer(kill_after="asyncrl_runtime.trainer.job:TrainerJob._mend_streams")
+        trainer = harness.start_trainer(kill_after="asyncrl_runtime.trainer.attempt:Attempt._mend_streams")
         await asyncio.to_thread(trainer.wait, 120)
         assert cuts(harness) == [{"attempt": 2, "cut": 4}]
         harness.start_trainer()

@@ -22,7 +22,7 @@ async def test_a_killed_trainer_repeats_what_it_recorded_and_sampling_goes_on_me
         async with Witness(harness) as witness:
             harness.start_rollout(0)
             await Engine(harness, 0).slow_down(0.1)
-            harness.start_trainer(kill_after="asyncrl_runtime.trainer.job:TrainerJob.train_step#6")
+            harness.start_trainer(kill_after="asyncrl_runtime.trainer.attempt:Attempt.train_step#6")
             assert await asyncio.to_thread(harness.wait, "trainer") == -signal.SIGKILL
             recorded, num_sampled = harness.history.steps, len(witness.groups)
             await witness.until("sampling goes on", lambda: len(witness.groups) > num_sampled)

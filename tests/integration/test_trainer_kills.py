@@ -14,7 +14,7 @@ from nats_server_fixture import NatsServer
 from replay import replay
 from tiny_models import tiny_model
 
-JOB = "asyncrl_runtime.trainer.job:TrainerJob"
+JOB = "asyncrl_runtime.trainer.attempt:Attempt"
 LINES = [
     "asyncrl_runtime.trainer.run:restore_books#1",  # restore
     f"{JOB}.publish_weights#1",

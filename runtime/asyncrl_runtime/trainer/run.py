@@ -25,6 +25,7 @@ from asyncrl_api.run_config import RunConfig
 from asyncrl_runtime.contract.messages import Heartbeat, decode
 from asyncrl_runtime.contract.rows import prompt_text
 from asyncrl_runtime.model.source import ensure_model, load_tokenizer, warmup_prompts, weight_names
+from asyncrl_runtime.trainer.attempt import Attempt, AttemptParts, origin_of
 from asyncrl_runtime.trainer.books.books import Books
 from asyncrl_runtime.trainer.books.checkpoints import (
     FOLDER,
@@ -37,7 +38,6 @@ from asyncrl_runtime.trainer.books.tickets import EndlessDiscards, TicketBook
 from asyncrl_runtime.trainer.cluster_report import copying_report
 from asyncrl_runtime.trainer.dataset import Rows, count_shared, load_rows
 from asyncrl_runtime.trainer.evaluation import Evaluator
-from asyncrl_runtime.trainer.job import JobParts, TrainerJob, origin_of
 from asyncrl_runtime.trainer.metrics import Metrics
 from asyncrl_runtime.trainer.side_tasks import SideTasks
 from asyncrl_runtime.trainer.train import train
@@ -138,19 +138,19 @@ async def _lead(config: RunConfig, options: Options, model_folder: Path, ranks: 
         lease = Lease(broker, config.names, Holder(options.attempt, identity))
         await lease.acquire()
         fleet = await _hear_heartbeats(config, broker)
-        job, side_tasks = await _open_job(config, options, model_folder, ranks, rows, broker, fleet)
+        attempt, side_tasks = await _open_attempt(config, options, model_folder, ranks, rows, broker, fleet)
         async with copying_report(config, time.monotonic):
-            await _run_beside(job, side_tasks, lease, broker, ranks)
+            await _run_beside(attempt, side_tasks, lease, broker, ranks)
     finally:
         await broker.close()
 
 
 async def _run_beside(
-    job: TrainerJob, side_tasks: SideTasks, lease: Lease, broker: Broker, ranks: Ranks
+    attempt: Attempt, side_tasks: SideTasks, lease: Lease, broker: Broker, ranks: Ranks
 ) -> None:
     """Train, with everything that runs beside it; whatever ends first ends all."""
     for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, job.request_stop)
+        asyncio.get_running_loop().add_signal_handler(number, attempt.request_stop)
     loops: dict[str, Coroutine[Any, Any, Any]] = {
         **side_tasks.tasks(),
         "lease": lease.keep(),
@@ -158,7 +158,7 @@ async def _run_beside(
     }
     if dist.get_world_size() > 1:
         loops["ranks"] = ranks.keep_awake()
-    training = asyncio.create_task(train(job), name="train")
+    training = asyncio.create_task(train(attempt), name="train")
     beside: list[asyncio.Task[Any]] = [asyncio.create_task(loop, name=name) for name, loop in loops.items()]
     try:
         await asyncio.wait({training, *beside}, return_when=asyncio.FIRST_COMPLETED)
@@ -167,7 +167,7 @@ async def _run_beside(
                 task.result()
                 raise TransportError(f"{task.get_name()}: ended, and the job cannot go on without it")
         if not await training:
-            raise ExitError(ExitCode.TRY_AGAIN, f"stopped at step {job.version}, after a checkpoint")
+            raise ExitError(ExitCode.TRY_AGAIN, f"stopped at step {attempt.version}, after a checkpoint")
     finally:
         for task in (training, *beside):
             task.cancel()
@@ -185,7 +185,7 @@ async def _hear_heartbeats(config: RunConfig, broker: Broker) -> Fleet:
     return fleet
 
 
-async def _open_job(
+async def _open_attempt(
     config: RunConfig,
     options: Options,
     model_folder: Path,
@@ -193,7 +193,7 @@ async def _open_job(
     rows: Rows,
     broker: Broker,
     fleet: Fleet,
-) -> tuple[TrainerJob, SideTasks]:
+) -> tuple[Attempt, SideTasks]:
     """Claim the history, restore the newest checkpoint of it, and find or make the streams."""
     config.job_folder.mkdir(parents=True, exist_ok=True)  # a claim is empty at first
     ledger_path = config.job_folder / "ledger.jsonl"
@@ -215,7 +215,7 @@ async def _open_job(
         await delete_streams(broker.jetstream, config.names, keep=[lease_bucket])  # an earlier object's
     await side_tasks.open_streams(None if checkpoint is None else checkpoint.position.trajectory_stream)
 
-    parts = JobParts(
+    parts = AttemptParts(
         attempt=options.attempt,
         uid=config.uid,
         spec=config.spec,
@@ -230,10 +230,10 @@ async def _open_job(
         evaluator=_make_evaluator(config, options, broker, side_tasks, rows),
         metrics=_open_metrics(config, options, books, checkpoint, rows, model_folder),
     )
-    job = TrainerJob(parts, None if checkpoint is None else checkpoint.position)
+    attempt = Attempt(parts, None if checkpoint is None else checkpoint.position)
     if checkpoint is None:
-        await job.open_history()
-    return job, side_tasks
+        await attempt.open_history()
+    return attempt, side_tasks
 
 
 def choose_checkpoint(config: RunConfig, checkpoints: Checkpoints, history: History) -> Checkpoint | None:

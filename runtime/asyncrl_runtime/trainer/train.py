@@ -1,9 +1,9 @@
-"""The training loop of rank 0, top to bottom (design.md section 6). What each line does is in job.py."""
+"""The training loop of rank 0, top to bottom (design.md section 6). What each line does is in attempt.py."""
 
-from asyncrl_runtime.trainer.job import TrainerJob
+from asyncrl_runtime.trainer.attempt import Attempt
 
 
-async def train(job: TrainerJob) -> bool:
+async def train(attempt: Attempt) -> bool:
     """Train up to the last step; publish a policy version after each.
 
     A restarted trainer repeats the steps that its ledger holds before it forms new ones: the calls are the
@@ -12,20 +12,20 @@ async def train(job: TrainerJob) -> bool:
     Returns:
         False if it was told to stop before; a checkpoint has been made then.
     """
-    await job.publish_weights()
-    await job.evaluate_first()
+    await attempt.publish_weights()
+    await attempt.evaluate_first()
 
-    while job.version < job.max_steps:
-        batch = await job.next_batch()  # the oldest groups; waiting is a boundary for weights
+    while attempt.version < attempt.max_steps:
+        batch = await attempt.next_batch()  # the oldest groups; waiting is a boundary for weights
         if batch is None:
-            await job.stop()
+            await attempt.stop()
             return False
-        job.record(batch)  # the ledger: from here on this step is history
-        report = await job.train_step(batch)  # proximal log-probs, advantages, minibatches, updates
-        await job.advance(batch)  # the new version is offered to every engine, and the gate moves
-        job.log_metrics(batch, report)  # before the checkpoint, or a crash in between would lose the line
-        await job.checkpoint_if_due()  # holds the stream position: nothing else acknowledges
-        job.evaluate_if_due()  # beside the training that goes on
+        attempt.record(batch)  # the ledger: from here on this step is history
+        report = await attempt.train_step(batch)  # proximal log-probs, advantages, minibatches, updates
+        await attempt.advance(batch)  # the new version is offered to every engine, and the gate moves
+        attempt.log_metrics(batch, report)  # before the checkpoint, or a crash in between would lose the line
+        await attempt.checkpoint_if_due()  # holds the stream position: nothing else acknowledges
+        attempt.evaluate_if_due()  # beside the training that goes on
 
-    await job.finish()  # last evaluation, checkpoint, export, and the ledger's end
+    await attempt.finish()  # last evaluation, checkpoint, export, and the ledger's end
     return True

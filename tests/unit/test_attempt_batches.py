@@ -4,12 +4,12 @@ import asyncio
 from pathlib import Path
 
 from asyncrl_runtime.contract.messages import encode
+from asyncrl_runtime.trainer.attempt import Attempt
 from asyncrl_runtime.trainer.books.books import Books, recorded_values
-from asyncrl_runtime.trainer.job import TrainerJob
 from asyncrl_runtime.transport.ledger import RecordedStep
 from asyncrl_runtime.transport.reader import StreamMessage
+from attempt_parts import make_attempt_parts
 from fakes import FakeRanks, FakeSideTasks, FakeWeights, run_in_virtual_time
-from job_parts import make_job_parts
 from samples import make_group, make_job
 
 
@@ -34,10 +34,10 @@ def test_a_recorded_step_that_is_read_while_it_is_looked_for_is_repeated(tmp_pat
         books = Books(spec, recorded=[step])
         clock = asyncio.get_running_loop().time
         side_tasks = SlowSideTasks(books)
-        parts = make_job_parts(
+        parts = make_attempt_parts(
             tmp_path, books, side_tasks, FakeRanks(lambda command: None), FakeWeights(), None, clock
         )
-        batch = await TrainerJob(parts, None).next_batch()
+        batch = await Attempt(parts, None).next_batch()
         assert batch is not None and batch.is_repeat and batch.tickets == (1, 2)
         assert '"cut"' not in (tmp_path / "ledger.jsonl").read_text()
 

@@ -1,20 +1,20 @@
-"""A TrainerJob without torch ranks, broker and engines."""
+"""An Attempt without torch ranks, broker and engines."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 from asyncrl_api.report import Report
+from asyncrl_runtime.trainer.attempt import AttemptParts
 from asyncrl_runtime.trainer.books.books import Books
 from asyncrl_runtime.trainer.books.checkpoints import Checkpoints
-from asyncrl_runtime.trainer.job import JobParts
 from asyncrl_runtime.trainer.metrics import Metrics
 from asyncrl_runtime.transport.fleet import Fleet
 from asyncrl_runtime.transport.ledger import Ledger
 from fakes import FakeEvaluator, FakeRanks, FakeSideTasks, FakeWeights
 
 
-def make_job_parts(
+def make_attempt_parts(
     folder: Path,
     books: Books,
     side_tasks: FakeSideTasks,
@@ -22,12 +22,12 @@ def make_job_parts(
     weights: FakeWeights,
     evaluator: FakeEvaluator | None,
     clock: Callable[[], float],
-) -> JobParts:
-    """Return what a TrainerJob is made of: books and files are real, what is around them is not."""
+) -> AttemptParts:
+    """Return what an Attempt is made of: books and files are real, what is around them is not."""
     ledger = Ledger(folder / "ledger.jsonl", 1)
     ledger.claim("uid")
     report = Report(attempt=1, step=0, max_steps=1, state="Training")
-    return JobParts(
+    return AttemptParts(
         attempt=1,
         uid="uid",
         spec=books.spec,

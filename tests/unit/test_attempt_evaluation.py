@@ -8,14 +8,14 @@ from typing import Any
 import torch
 
 from asyncrl_api.report import EvaluationReport
+from asyncrl_runtime.trainer.attempt import Attempt
 from asyncrl_runtime.trainer.books.books import Books, recorded_values
 from asyncrl_runtime.trainer.books.checkpoints import Checkpoints
 from asyncrl_runtime.trainer.evaluation import Evaluated
-from asyncrl_runtime.trainer.job import TrainerJob
 from asyncrl_runtime.trainer.update.ranks import Command, Export, Logprobs
 from asyncrl_runtime.transport.ledger import RecordedStep
+from attempt_parts import make_attempt_parts
 from fakes import FakeEvaluator, FakeRanks, FakeSideTasks, FakeWeights, run_in_virtual_time
-from job_parts import make_job_parts
 from samples import make_job, make_sample
 
 GAP = 0.25
@@ -51,8 +51,8 @@ class Rig:
         self.weights = FakeWeights()
         self.ranks = FakeRanks(answer)
         books = Books(spec, recorded=recorded)
-        parts = make_job_parts(folder, books, FakeSideTasks(), self.ranks, self.weights, evaluator, clock)
-        self.job = TrainerJob(parts, None)
+        parts = make_attempt_parts(folder, books, FakeSideTasks(), self.ranks, self.weights, evaluator, clock)
+        self.job = Attempt(parts, None)
 
     @property
     def evaluations(self) -> list[dict[str, Any]]:

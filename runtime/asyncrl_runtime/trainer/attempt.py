@@ -1,4 +1,4 @@
-"""What the lines of the training loop do: the job as rank 0 holds it."""
+"""What the lines of the training loop do: one attempt at the job, as rank 0 holds it."""
 
 import asyncio
 import contextlib
@@ -57,8 +57,8 @@ class _StopRequested(Exception):
 
 
 @dataclass(frozen=True)
-class JobParts:
-    """What a TrainerJob is made of."""
+class AttemptParts:
+    """What an Attempt is made of."""
 
     attempt: int
     uid: str
@@ -76,10 +76,10 @@ class JobParts:
     clock: Callable[[], float] = time.monotonic
 
 
-class TrainerJob:
+class Attempt:
     """One attempt of a job. The loop in train.py calls these methods in order."""
 
-    def __init__(self, parts: JobParts, restored: Position | None) -> None:
+    def __init__(self, parts: AttemptParts, restored: Position | None) -> None:
         self._parts = parts
         self._books = parts.books
         self._side_tasks = parts.side_tasks
