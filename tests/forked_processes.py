@@ -25,9 +25,9 @@ FORKSERVER.set_forkserver_preload(
     [
         "pytest",
         "deepspeed",
-        "asyncrl_runtime.engine.run",
-        "asyncrl_runtime.rollout.run",
-        "asyncrl_runtime.trainer.run",
+        "asyncrl_runtime.engine.command",
+        "asyncrl_runtime.rollout.assemble",
+        "asyncrl_runtime.trainer.assemble",
         "transformers.models.llama.modeling_llama",
         "transformers.models.qwen3.modeling_qwen3",
     ]

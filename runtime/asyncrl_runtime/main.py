@@ -34,7 +34,7 @@ def engine(
     """The CPU engine: SGLang's native HTTP API over the job's model."""
 
     def run(run_config: RunConfig) -> None:
-        from asyncrl_runtime.engine.run import run_engine
+        from asyncrl_runtime.engine.command import run_engine
 
         run_engine(
             run_config,
@@ -58,7 +58,7 @@ def sglang(
     """SGLang over the job's model; further options are its own."""
 
     def run(run_config: RunConfig) -> None:
-        from asyncrl_runtime.sglang.run import run_sglang
+        from asyncrl_runtime.sglang.command import run_sglang
 
         run_sglang(run_config, host, port, gpus=gpus, arguments=context.args)
 
@@ -76,7 +76,7 @@ def worker(
     """The rollout worker: tickets in, trajectories out."""
 
     def run(run_config: RunConfig) -> None:
-        from asyncrl_runtime.rollout.run import run_worker
+        from asyncrl_runtime.rollout.assemble import run_worker
 
         asyncio.run(run_worker(run_config, name, engine_url, host, health_port))
 
@@ -112,7 +112,7 @@ def rank(
     """One rank of the trainer, started by `trainer`."""
 
     def run(run_config: RunConfig) -> None:
-        from asyncrl_runtime.trainer.run import Options, run_rank
+        from asyncrl_runtime.trainer.assemble import Options, run_rank
 
         run_rank(run_config, Options(attempt, host, verify_weights))
 

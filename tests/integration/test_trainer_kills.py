@@ -16,7 +16,7 @@ from tiny_models import tiny_model
 
 JOB = "asyncrl_runtime.trainer.attempt:Attempt"
 LINES = [
-    "asyncrl_runtime.trainer.run:restore_books#1",  # restore
+    "asyncrl_runtime.trainer.assemble:restore_books#1",  # restore
     f"{JOB}.publish_weights#1",
     f"{JOB}.next_batch#2",
     f"{JOB}.record#1",  # the ledger

@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from asyncrl_api.marks import merge
 from asyncrl_api.parsing import parse_spec
-from asyncrl_runtime.trainer.run import choose_backend
+from asyncrl_runtime.trainer.assemble import choose_backend
 from asyncrl_runtime.weights import group as groups
 from smallest import SMALLEST
 

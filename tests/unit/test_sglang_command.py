@@ -9,7 +9,7 @@ from typing import Any
 from asyncrl_api.job import Spec
 from asyncrl_api.marks import merge
 from asyncrl_api.parsing import parse_spec
-from asyncrl_runtime.sglang.run import CPU_SHIM, environment, server_arguments
+from asyncrl_runtime.sglang.command import CPU_SHIM, environment, server_arguments
 from smallest import SMALLEST
 
 FOLDER = Path("/models/tiny")
