@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from asyncrl_runtime.engine.adapter_registry import AdapterRegistry
-from asyncrl_runtime.engine.control import Control
+from asyncrl_runtime.engine.control_endpoints import ControlEndpoints
 from asyncrl_runtime.engine.fields import BadRequest
 from asyncrl_runtime.engine.gate import Gate
 from asyncrl_runtime.engine.generation import Generation, ServerFault
@@ -49,7 +49,7 @@ class EngineApp:
         adapters = AdapterRegistry(scheduler)
         self.generation = Generation(scheduler, self._parser, self._gate, adapters, self._metrics.observe)
         self._receiver = WeightsReceiver(model)
-        self._control = Control(scheduler, self._receiver, self._gate, adapters, self.generation)
+        self._control = ControlEndpoints(scheduler, self._receiver, self._gate, adapters, self.generation)
 
     def build(self) -> Starlette:
         health = self.health_generate if _flag("SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION") else self.health

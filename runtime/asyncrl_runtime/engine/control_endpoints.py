@@ -83,7 +83,7 @@ class AdapterName(msgspec.Struct, frozen=True):
     lora_name: str
 
 
-class Control:
+class ControlEndpoints:
     """The endpoints; belongs to one event loop."""
 
     def __init__(
