@@ -17,7 +17,7 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from asyncrl_runtime.engine import app
 from asyncrl_runtime.engine.model import CausalModel
-from asyncrl_runtime.engine.weights_receiver import InitGroup, Tensors, WeightsReceiver
+from asyncrl_runtime.engine.weight_loading import InitGroup, Tensors, WeightLoader
 
 T = TypeVar("T")
 
@@ -26,11 +26,11 @@ SECONDS = timedelta(seconds=60)
 
 def pose(tp_size: int) -> None:
     """Let the engine of this process be one over `tp_size` GPUs."""
-    PosingReceiver.tp_size = tp_size
-    vars(app)["WeightsReceiver"] = PosingReceiver
+    PosingLoader.tp_size = tp_size
+    vars(app)["WeightLoader"] = PosingLoader
 
 
-class PosingReceiver(WeightsReceiver):
+class PosingLoader(WeightLoader):
     """Takes part in weight groups as `tp_size` members."""
 
     def __init__(self, model: CausalModel) -> None:

@@ -15,7 +15,7 @@ from asyncrl_runtime.rollout.engine_monitor import (
     STUCK_SECONDS,
     EngineMonitor,
 )
-from asyncrl_runtime.rollout.weight_receiver import WeightReceiver
+from asyncrl_runtime.rollout.engine_updates import WeightUpdates
 from fakes import UpdatableEngine, run_in_virtual_time
 
 V0 = PolicyVersion(1, 0)
@@ -27,10 +27,10 @@ class Rig:
 
     def __init__(self) -> None:
         self.engine = UpdatableEngine()
-        self.receiver = WeightReceiver(self.engine, lambda: self.engine.num_requests)
+        self.updates = WeightUpdates(self.engine, lambda: self.engine.num_requests)
         self.monitor = EngineMonitor(
             self.engine,
-            self.receiver,
+            self.updates,
             lambda: self.engine.num_requests,
             lambda load, num_running: None,
             asyncio.get_running_loop().time,
@@ -116,7 +116,7 @@ def test_requests_in_flight_end_with_their_engine() -> None:
 def test_another_process_of_an_engine_has_nothing_of_the_one_before() -> None:
     async def check(rig: Rig) -> None:
         rig.become_ready()
-        rig.receiver.is_dirty = True
+        rig.updates.is_dirty = True
         rig.engine.start()
         rig.fail(EngineAbsent("connection refused"))
         await asyncio.sleep(A_FEW_POLLS)
@@ -142,7 +142,7 @@ def test_an_engine_that_restarts_between_two_polls_is_known_by_its_label() -> No
 def test_an_engine_that_answers_again_with_our_label_is_the_same() -> None:
     async def check(rig: Rig) -> None:
         rig.become_ready()
-        rig.receiver.is_dirty = True
+        rig.updates.is_dirty = True
         await asyncio.sleep(A_FEW_POLLS)
         rig.engine.hangs = True
         await asyncio.sleep(DOWN_SECONDS / 2)
@@ -169,7 +169,7 @@ def test_an_engine_left_in_mid_update_by_an_earlier_worker_is_taken_over() -> No
 def test_an_engine_that_missed_a_deadline_is_down_although_it_answers() -> None:
     async def check(rig: Rig) -> None:
         rig.become_ready()
-        rig.receiver.has_missed_deadline = True
+        rig.updates.has_missed_deadline = True
         await asyncio.sleep(A_FEW_POLLS)
         assert rig.monitor.state == "down"
         assert rig.monitor.fault() == "it did not answer a control call within its deadline"
@@ -179,7 +179,7 @@ def test_an_engine_that_missed_a_deadline_is_down_although_it_answers() -> None:
 
 def test_an_engine_that_waits_too_long_for_weights_is_restarted() -> None:
     async def check(rig: Rig) -> None:
-        rig.receiver.is_dirty = True
+        rig.updates.is_dirty = True
         before, after = await rig.faults_after(DIRTY_SECONDS)
         assert before is None
         assert after is not None and after.startswith("it has waited for a full set of weights for")
@@ -190,9 +190,9 @@ def test_an_engine_that_waits_too_long_for_weights_is_restarted() -> None:
 def test_the_wait_for_weights_is_counted_anew_each_time() -> None:
     async def check(rig: Rig) -> None:
         for _ in range(3):
-            rig.receiver.is_dirty = True
+            rig.updates.is_dirty = True
             await asyncio.sleep(0.7 * DIRTY_SECONDS)
-            rig.receiver.is_dirty = False
+            rig.updates.is_dirty = False
             await asyncio.sleep(A_FEW_POLLS)
         assert rig.monitor.fault() is None
 
@@ -215,12 +215,12 @@ def test_an_engine_that_has_a_reason_is_not_stuck(why: str) -> None:
         rig.become_ready()
         rig.engine.num_requests = 0 if why == "rewards alone are waited for" else 1
         if why == "an update goes on":
-            rig.receiver.is_dirty = True
+            rig.updates.is_dirty = True
         for _ in range(int(1.5 * STUCK_SECONDS)):
             rig.engine.num_tokens += why == "tokens come"
             await asyncio.sleep(1)
             assert rig.monitor.fault() is None
-        rig.receiver.is_dirty = False  # the update is over, or a reward has come and the next turn begins
+        rig.updates.is_dirty = False  # the update is over, or a reward has come and the next turn begins
         rig.engine.num_requests = 1
         assert rig.monitor.fault() is None
         before, after = await rig.faults_after(STUCK_SECONDS)

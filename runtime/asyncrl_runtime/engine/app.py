@@ -21,7 +21,7 @@ from asyncrl_runtime.engine.generation import Generation, ServerFault
 from asyncrl_runtime.engine.metrics import EngineMetrics
 from asyncrl_runtime.engine.requests import RequestParser
 from asyncrl_runtime.engine.scheduler import Scheduler
-from asyncrl_runtime.engine.weights_receiver import WeightsReceiver
+from asyncrl_runtime.engine.weight_loading import WeightLoader
 
 SGLANG_VERSION = "0.5.21"
 """Whose protocol this is; clients choose theirs by it."""
@@ -48,8 +48,8 @@ class EngineApp:
         self._gate = Gate()
         adapters = AdapterRegistry(scheduler)
         self.generation = Generation(scheduler, self._parser, self._gate, adapters, self._metrics.observe)
-        self._receiver = WeightsReceiver(model)
-        self._control = ControlEndpoints(scheduler, self._receiver, self._gate, adapters, self.generation)
+        self._loader = WeightLoader(model)
+        self._control = ControlEndpoints(scheduler, self._loader, self._gate, adapters, self.generation)
 
     def build(self) -> Starlette:
         health = self.health_generate if _flag("SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION") else self.health
@@ -111,7 +111,7 @@ class EngineApp:
         return JSONResponse(
             {
                 **self._arguments,
-                "tp_size": self._receiver.tp_size,
+                "tp_size": self._loader.tp_size,
                 "version": SGLANG_VERSION,
                 "engine": "asyncrl",
                 "startup_time": self._started,

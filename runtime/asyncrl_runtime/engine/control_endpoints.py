@@ -19,7 +19,7 @@ from asyncrl_runtime.engine.fields import BadRequest
 from asyncrl_runtime.engine.gate import Gate
 from asyncrl_runtime.engine.generation import Generation
 from asyncrl_runtime.engine.scheduler import Scheduler
-from asyncrl_runtime.engine.weights_receiver import InitGroup, Tensors, WeightsReceiver
+from asyncrl_runtime.engine.weight_loading import InitGroup, Tensors, WeightLoader
 
 T = TypeVar("T")
 
@@ -89,13 +89,13 @@ class ControlEndpoints:
     def __init__(
         self,
         scheduler: Scheduler,
-        receiver: WeightsReceiver,
+        loader: WeightLoader,
         gate: Gate,
         adapters: AdapterRegistry,
         generation: Generation,
     ) -> None:
         self._scheduler = scheduler
-        self._receiver = receiver
+        self._loader = loader
         self._gate = gate
         self._adapters = adapters
         self._generation = generation
@@ -172,21 +172,21 @@ class ControlEndpoints:
 
     async def init_weights_update_group(self, request: HttpRequest) -> Response:
         body = await _parse(request, InitGroup)
-        return await _outcome(self._run(lambda: self._receiver.init_group(body)))
+        return await _outcome(self._run(lambda: self._loader.init_group(body)))
 
     async def destroy_weights_update_group(self, request: HttpRequest) -> Response:
         body = await _parse(request, GroupName)
-        return await _outcome(self._run(lambda: self._receiver.destroy_group(body.group_name)))
+        return await _outcome(self._run(lambda: self._loader.destroy_group(body.group_name)))
 
     async def begin_weight_update(self, request: HttpRequest) -> Response:
-        return await _outcome(self._write(self._receiver.begin))
+        return await _outcome(self._write(self._loader.begin))
 
     async def end_weight_update(self, request: HttpRequest) -> Response:
-        return await _outcome(self._write(self._receiver.end))
+        return await _outcome(self._write(self._loader.end))
 
     async def update_weights_from_distributed(self, request: HttpRequest) -> Response:
         body = await _parse(request, Tensors)
-        return await _outcome(self._update(body, lambda: self._receiver.receive(body)))
+        return await _outcome(self._update(body, lambda: self._loader.receive(body)))
 
     async def update_weights_from_disk(self, request: HttpRequest) -> Response:
         body = await _parse(request, Folder)
@@ -194,7 +194,7 @@ class ControlEndpoints:
             raise BadRequest("`is_async` and other formats than safetensors are not implemented here")
 
         async def update() -> str:
-            message = await self._update(body, lambda: self._receiver.load_folder(Path(body.model_path)))
+            message = await self._update(body, lambda: self._loader.load_folder(Path(body.model_path)))
             self.model_path = body.model_path
             return message
 
@@ -211,14 +211,14 @@ class ControlEndpoints:
 
     async def get_weights_by_name(self, request: HttpRequest) -> Response:
         body = await _parse(request, ParameterName)
-        return JSONResponse(await self._run(lambda: self._receiver.rows_of(body.name, body.truncate_size)))
+        return JSONResponse(await self._run(lambda: self._loader.rows_of(body.name, body.truncate_size)))
 
     async def weights_checker(self, request: HttpRequest) -> Response:
         """Hashes by which engines prove to each other that they hold equal weights."""
         body = await _parse(request, Check)
         if body.action != "checksum":
             raise BadRequest(f"action {body.action!r} is not implemented by this engine, only `checksum`")
-        checksums = await self._run(self._receiver.checksums)
+        checksums = await self._run(self._loader.checksums)
         whole = hashlib.sha256(msgspec.json.encode(checksums)).hexdigest()
         parallelism = {"tp_rank": 0, "tp_size": 1, "dp_rank": 0, "dp_size": 1, "pp_rank": 0, "pp_size": 1}
         rank = {"checksums": checksums, "per_gpu_checksum": whole, "parallelism_info": parallelism}

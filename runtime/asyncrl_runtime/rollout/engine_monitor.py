@@ -15,7 +15,7 @@ from asyncrl_runtime.rollout.engine_client import (
     EngineRefused,
     EngineTimeout,
 )
-from asyncrl_runtime.rollout.weight_receiver import WeightReceiver
+from asyncrl_runtime.rollout.engine_updates import WeightUpdates
 
 log = logging.getLogger(__name__)
 
@@ -34,13 +34,13 @@ class EngineMonitor:
     def __init__(
         self,
         engine: EngineClient,
-        receiver: WeightReceiver,
+        updates: WeightUpdates,
         num_running: Callable[[], int],
         on_load: Callable[[EngineLoad, int], None],
         clock: Callable[[], float],
     ) -> None:
         self._engine = engine
-        self._receiver = receiver
+        self._updates = updates
         self._num_running = num_running
         self._on_load = on_load
         self._clock = clock
@@ -60,15 +60,15 @@ class EngineMonitor:
 
         One that has missed a deadline is down until it is restarted: nobody knows what it will still do.
         """
-        is_known = not self._engine.is_in_doubt and not self._receiver.has_missed_deadline
-        return self._receiver.state if self._is_up and is_known else "down"
+        is_known = not self._engine.is_in_doubt and not self._updates.has_missed_deadline
+        return self._updates.state if self._is_up and is_known else "down"
 
     def fault(self) -> str | None:
         """Return why the engine must be restarted, or None."""
         now = self._clock()
         if self._is_absent:
             return None  # it is being started already, and killing it meanwhile would never end
-        if self._receiver.has_missed_deadline:
+        if self._updates.has_missed_deadline:
             return "it did not answer a control call within its deadline"
         if self._answered_at is not None and not self._is_up and now - self._answered_at > DOWN_SECONDS:
             return f"it has not answered for {now - self._answered_at:.0f} s"
@@ -96,13 +96,13 @@ class EngineMonitor:
         self._is_absent = False
         version = self._engine.weights.version
         is_ours = version is not None and label == str(version)
-        if not self._is_up or (self._receiver.state in ("ready", "draining", "drained") and not is_ours):
+        if not self._is_up or (self._updates.state in ("ready", "draining", "drained") and not is_ours):
             if self.incarnation == 0 or not is_ours:
                 await self._adopt()
             self._is_up = True
         self._answered_at = self._clock()
         self._observe(parse_load(await self._engine.metrics()))
-        self._dirty_since = (self._dirty_since or self._clock()) if self._receiver.state == "dirty" else None
+        self._dirty_since = (self._dirty_since or self._clock()) if self._updates.state == "dirty" else None
 
     async def _adopt(self) -> None:
         """Begin with an engine process that this worker does not know: nothing of before counts.
@@ -112,7 +112,7 @@ class EngineMonitor:
         """
         self.incarnation += 1
         log.info("engine %s: process %d of it", self._engine.base_url, self.incarnation)
-        self._receiver.engine_restarted()
+        self._updates.engine_restarted()
         await self._engine.abort_all()
         with contextlib.suppress(EngineRefused):  # no update was open
             await self._engine.call("/end_weight_update", {})

@@ -24,16 +24,16 @@ from asyncrl_runtime.contract.messages import (
     decode_request,
     encode,
 )
-from asyncrl_runtime.rollout.adapter_receiver import AdapterReceiver
+from asyncrl_runtime.rollout.adapter_updates import AdapterUpdates
 from asyncrl_runtime.rollout.concurrency import ConcurrencyLimit
 from asyncrl_runtime.rollout.engine_client import EngineClient, EngineLost
 from asyncrl_runtime.rollout.engine_monitor import EngineMonitor
+from asyncrl_runtime.rollout.engine_updates import WeightUpdates
 from asyncrl_runtime.rollout.group_runner import GroupRunner
 from asyncrl_runtime.rollout.prompts import PromptRenderer
 from asyncrl_runtime.rollout.rewards.scorer import Scorer
 from asyncrl_runtime.rollout.slots import Slots, Taken
 from asyncrl_runtime.rollout.ticket_work import TicketWork
-from asyncrl_runtime.rollout.weight_receiver import WeightReceiver
 from asyncrl_runtime.transport.broker import TRANSIENT, Broker, TransportError
 from asyncrl_runtime.transport.parts import Parts
 from asyncrl_runtime.transport.ticket_queue import (
@@ -82,10 +82,10 @@ class Worker:
         self._state_bucket = state_bucket
         self._slots = Slots()
         self._limit = ConcurrencyLimit(spec.sampling.group_size, spec.rollout.max_concurrency)
-        receiver = AdapterReceiver if spec.training.trains_adapters else WeightReceiver
-        self._receiver = receiver(engine, lambda: self._slots.num_taken)
+        updates = AdapterUpdates if spec.training.trains_adapters else WeightUpdates
+        self._updates = updates(engine, lambda: self._slots.num_taken)
         self._monitor = EngineMonitor(
-            engine, self._receiver, lambda: self._slots.num_taken, self._limit.observe, time.monotonic
+            engine, self._updates, lambda: self._slots.num_taken, self._limit.observe, time.monotonic
         )
         self._interrupt = spec.rollout.interrupt
         self._runner = GroupRunner(engine, renderer, workflow, scorer, self._cache_salt)
@@ -220,7 +220,7 @@ class Worker:
 
     async def _on_control(self, message: Msg) -> None:
         """One phase of an update; nats-py calls this for one message after the other."""
-        reply = await self._receiver.handle(decode_request(message.data))
+        reply = await self._updates.handle(decode_request(message.data))
         await message.respond(encode(reply))
 
     async def _on_announcement(self, message: Msg) -> None:
@@ -266,4 +266,4 @@ class Worker:
             await asyncio.wait(self._tasks, timeout=1)  # a sample between two turns will ask once more
         for delivery in list(self._deliveries):
             await delivery.hand_back()
-        await self._receiver.leave()
+        await self._updates.leave()

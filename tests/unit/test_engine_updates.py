@@ -16,7 +16,7 @@ from asyncrl_runtime.contract.messages import (
     ReceiveBucket,
 )
 from asyncrl_runtime.rollout.engine_client import EngineLacks, EngineLost, EngineRefused
-from asyncrl_runtime.rollout.weight_receiver import CONTROL_SECONDS, WeightReceiver
+from asyncrl_runtime.rollout.engine_updates import CONTROL_SECONDS, WeightUpdates
 from fakes import UpdatableEngine, run_in_virtual_time
 
 V0, V1, V2 = (PolicyVersion(1, version) for version in range(3))
@@ -38,13 +38,13 @@ class Controller:
     def __init__(self, num_running: int = 0) -> None:
         self.engine = UpdatableEngine()
         self.num_running = num_running
-        self.receiver = WeightReceiver(self.engine, lambda: self.num_running)
+        self.updates = WeightUpdates(self.engine, lambda: self.num_running)
 
     async def ask(self, *requests: ControlRequest) -> list[ControlReply]:
         """Stops at the first no, as the controller does."""
         replies: list[ControlReply] = []
         for request in requests:
-            replies.append(await self.receiver.handle(request))
+            replies.append(await self.updates.handle(request))
             if not replies[-1].ok:
                 break
         return replies
@@ -90,11 +90,11 @@ def bucket(version: PolicyVersion, group: str, *, is_last: bool) -> ReceiveBucke
 
 async def test_an_epoch_makes_these_calls_and_the_engine_samples_with_the_version() -> None:
     controller = Controller()
-    receiver, engine = controller.receiver, controller.engine
-    states = [receiver.state]
+    updates, engine = controller.updates, controller.engine
+    states = [updates.state]
     for request in epoch(V1):
         [reply] = await controller.ask(request)
-        states.append(receiver.state)
+        states.append(updates.state)
     assert states == ["empty", "empty", "updating", "updating", "updating", "ready"]
     assert engine.paths == [JOIN, PAUSE, BEGIN, RECEIVE, RECEIVE, END, CHECK, CONTINUE]
     assert reply.checksum == "c0ffee" and engine.weights.version == V1 and engine.label == "1.1"
@@ -122,7 +122,7 @@ async def test_an_engine_without_sessions_takes_its_buckets_in_a_pause() -> None
     controller.engine.faults.clear()
     controller.engine.needs_session = True
     controller.engine.start()
-    controller.receiver.engine_restarted()
+    controller.updates.engine_restarted()
     assert await controller.update(V1)
     assert controller.engine.paths[-8:] == [JOIN, PAUSE, BEGIN, RECEIVE, RECEIVE, END, CHECK, CONTINUE]
 
@@ -178,14 +178,14 @@ async def test_after_a_refusal_it_goes_on_at_the_old_version_or_waits_for_everyt
     engine.faults[path] = EngineRefused("told to")
     replies = await controller.ask(*requests)
     assert not replies[-1].ok and replies[-1].message == "told to"
-    assert (controller.receiver.state, engine.is_paused) == (state, is_paused)
+    assert (controller.updates.state, engine.is_paused) == (state, is_paused)
     assert engine.groups == set() and engine.has_session == (path == END)
-    assert not controller.receiver.has_missed_deadline
+    assert not controller.updates.has_missed_deadline
 
     engine.faults.clear()
     engine.has_session = False
     assert await controller.update(V1)
-    assert controller.receiver.state == "ready" and engine.label == "1.1" and not engine.is_paused
+    assert controller.updates.state == "ready" and engine.label == "1.1" and not engine.is_paused
 
 
 async def test_an_epoch_that_was_given_up_elsewhere_is_followed_by_another() -> None:
@@ -194,7 +194,7 @@ async def test_an_epoch_that_was_given_up_elsewhere_is_followed_by_another() -> 
         controller = Controller()
         await controller.ask(*epoch(V1, group="given-up")[:done])
         assert await controller.update(V1)
-        assert controller.receiver.state == "ready" and controller.engine.groups == {"wu-1.1"}
+        assert controller.updates.state == "ready" and controller.engine.groups == {"wu-1.1"}
 
 
 @pytest.mark.parametrize("place", [1, 2, 4])
@@ -210,7 +210,7 @@ async def test_buckets_and_commits_without_an_update_are_refused() -> None:
     join, prepare, *_, commit = epoch(V1)
     assert (await controller.ask(join, bucket(V1, "wu-1.1", is_last=True)))[-1].message == "no update is open"
     assert (await controller.ask(join, prepare, commit))[-1].message == "nothing was received"
-    assert controller.receiver.state == "empty" and controller.engine.weights.version is None
+    assert controller.updates.state == "empty" and controller.engine.weights.version is None
 
 
 async def test_a_dead_engine_is_known_by_the_answer_and_by_the_probe() -> None:
@@ -227,7 +227,7 @@ async def test_the_probe_says_how_many_ranks_the_engine_takes() -> None:
     controller.engine.tp_size = 4
     assert (await controller.ask(ProbeEngine()))[0].num_ranks == 4
     controller.engine.tp_size = 2
-    controller.receiver.engine_restarted()
+    controller.updates.engine_restarted()
     assert (await controller.ask(ProbeEngine()))[0].num_ranks == 2
 
 
@@ -243,7 +243,7 @@ def test_an_engine_that_hangs_costs_one_deadline_and_is_to_be_restarted(place: i
 
     async def check() -> None:
         controller = Controller()
-        receiver, engine = controller.receiver, controller.engine
+        updates, engine = controller.updates, controller.engine
         await controller.ask(*epoch(V1)[:place])
         engine.hangs = True
         num_calls, now = len(engine.calls), asyncio.get_running_loop().time()
@@ -251,17 +251,17 @@ def test_an_engine_that_hangs_costs_one_deadline_and_is_to_be_restarted(place: i
         assert not reply.ok and "no answer in" in reply.message
         assert len(engine.calls) == num_calls + 1
         assert asyncio.get_running_loop().time() - now == pytest.approx(seconds)
-        assert receiver.has_missed_deadline
+        assert updates.has_missed_deadline
         [reply] = await controller.ask(ProbeEngine())
         assert not reply.ok and "waits to be restarted" in reply.message
-        await receiver.leave()
+        await updates.leave()
         assert len(engine.calls) == num_calls + 1
 
         engine.hangs = False
         engine.start()
-        receiver.engine_restarted()
-        assert receiver.state == "empty" and not receiver.has_missed_deadline
-        assert await controller.update(V1) and receiver.state == "ready"
+        updates.engine_restarted()
+        assert updates.state == "empty" and not updates.has_missed_deadline
+        assert await controller.update(V1) and updates.state == "ready"
 
     run_in_virtual_time(check())
 
@@ -272,14 +272,14 @@ def test_a_silent_controller_is_left_after_the_deadline_of_a_phase(
 ) -> None:
     async def check() -> None:
         controller = Controller()
-        receiver, engine = controller.receiver, controller.engine
+        updates, engine = controller.updates, controller.engine
         assert await controller.update(V0)
         for request in epoch(V1)[: place + 1]:
             await controller.ask(request)
             await asyncio.sleep(PHASE_SECONDS - 1)  # each phase has all its time
-        assert receiver.state == "updating" and engine.has_session
+        assert updates.state == "updating" and engine.has_session
         await asyncio.sleep(2)
-        assert (receiver.state, engine.is_paused) == (state, is_paused)
+        assert (updates.state, engine.is_paused) == (state, is_paused)
         assert not engine.has_session and not engine.groups
         [reply] = await controller.ask(epoch(V1)[place + 1])
         assert not reply.ok
@@ -295,7 +295,7 @@ def test_outside_an_update_nobody_waits_for_the_controller() -> None:
         assert all(reply.ok for reply in await controller.ask(*epoch(V1)[1:]))
         num_calls = len(controller.engine.calls)
         await asyncio.sleep(10 * PHASE_SECONDS)
-        assert controller.receiver.state == "ready" and len(controller.engine.calls) == num_calls
+        assert controller.updates.state == "ready" and len(controller.engine.calls) == num_calls
 
     run_in_virtual_time(check())
 
@@ -307,18 +307,18 @@ async def test_draining_ends_with_the_last_sample_and_is_over_with_the_update() 
     controller = Controller(num_running=2)
     assert await controller.update(V0)
     assert (await controller.ask(DrainEngine()))[0].ok is False
-    assert controller.receiver.state == "draining"
+    assert controller.updates.state == "draining"
     controller.num_running = 0
-    assert controller.receiver.state == "drained"
+    assert controller.updates.state == "drained"
     assert (await controller.ask(DrainEngine()))[0].ok is True
     assert await controller.update(V1, "Drain")
-    assert controller.receiver.state == "ready"
+    assert controller.updates.state == "ready"
 
 
 @pytest.mark.parametrize("num_phases", range(6))
 async def test_a_worker_that_ends_leaves_the_group_and_the_update(num_phases: int) -> None:
     controller = Controller()
     await controller.ask(*epoch(V1)[:num_phases])
-    await controller.receiver.leave()
+    await controller.updates.leave()
     assert not controller.engine.groups and not controller.engine.has_session
     assert controller.engine.is_paused == (num_phases in (3, 4))  # weights of two versions must not sample

@@ -47,7 +47,7 @@ class Tensors(msgspec.Struct, frozen=True):
     """`flattened_bucket`: one uint8 tensor, the concatenated bytes of all; else one broadcast for each."""
 
 
-class WeightsReceiver:
+class WeightLoader:
     """Belongs to the scheduler's thread: nothing is sampled while one of its methods runs.
 
     As in SGLang, joining a group blocks until all members have joined, and what arrives within a session

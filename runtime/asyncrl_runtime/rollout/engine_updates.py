@@ -39,7 +39,7 @@ class UpdateFailed(Exception):
     """A phase failed; the engine is in a known state."""
 
 
-class WeightReceiver:
+class WeightUpdates:
     """Drives one engine through updates. One phase at a time; `state` is what the heartbeat says.
 
     Args:

@@ -13,7 +13,7 @@ from asyncrl_runtime.contract.messages import (
     PolicyVersion,
     PrepareUpdate,
 )
-from asyncrl_runtime.rollout.adapter_receiver import AdapterReceiver
+from asyncrl_runtime.rollout.adapter_updates import AdapterUpdates
 from asyncrl_runtime.rollout.engine_client import EngineLost, EngineRefused
 from fakes import UpdatableEngine
 
@@ -26,10 +26,10 @@ class Controller:
 
     def __init__(self, num_running: int = 0) -> None:
         self.engine = UpdatableEngine()
-        self.receiver = AdapterReceiver(self.engine, lambda: num_running)
+        self.updates = AdapterUpdates(self.engine, lambda: num_running)
 
     async def ask(self, requests: Iterable[ControlRequest]) -> list[ControlReply]:
-        return [await self.receiver.handle(request) for request in requests]
+        return [await self.updates.handle(request) for request in requests]
 
     async def send(self, version: PolicyVersion, interrupt: str = "Retract") -> ControlReply:
         return (await self.ask([*pieces(version), load(version, interrupt)]))[-1]
@@ -55,7 +55,7 @@ def load(version: PolicyVersion, interrupt: str = "Retract") -> LoadAdapter:
 
 async def test_an_adapter_is_loaded_under_its_version_and_what_ran_is_broken_off() -> None:
     controller = Controller()
-    assert (await controller.send(V0)).ok and controller.receiver.state == "ready"
+    assert (await controller.send(V0)).ok and controller.updates.state == "ready"
     assert controller.engine.weights.version == V0
     assert controller.engine.calls[-1] == (LABEL, {"new_version": "1.0", "abort_all_requests": True})
 
@@ -69,10 +69,10 @@ async def test_the_adapter_before_the_newest_stays() -> None:
 
 async def test_where_samples_are_let_finish_nothing_is_broken_off() -> None:
     controller = Controller(num_running=2)
-    assert not (await controller.ask([DrainEngine()]))[0].ok and controller.receiver.state == "draining"
+    assert not (await controller.ask([DrainEngine()]))[0].ok and controller.updates.state == "draining"
     await controller.send(V0, "Drain")
     assert controller.engine.calls[-1][1]["abort_all_requests"] is False
-    assert controller.receiver.state == "ready"
+    assert controller.updates.state == "ready"
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ async def test_where_samples_are_let_finish_nothing_is_broken_off() -> None:
 async def test_what_is_not_whole_is_not_loaded(requests: list[ControlRequest], message: str) -> None:
     controller = Controller()
     assert (await controller.ask(requests))[-1].message == message
-    assert controller.loaded() == [] and controller.receiver.state == "empty"
+    assert controller.loaded() == [] and controller.updates.state == "empty"
 
 
 async def test_an_adapter_that_is_there_already_is_not_loaded_twice() -> None:
@@ -108,8 +108,8 @@ async def test_an_adapter_that_is_there_already_is_not_loaded_twice() -> None:
 async def test_a_new_process_of_the_engine_has_none() -> None:
     controller = Controller()
     await controller.send(V0)
-    controller.receiver.engine_restarted()
-    assert controller.receiver.state == "empty"
+    controller.updates.engine_restarted()
+    assert controller.updates.state == "empty"
     await controller.send(V0)
     assert controller.engine.paths.count(LOAD) == 2
 
@@ -119,4 +119,4 @@ async def test_an_adapter_that_the_engine_refuses_changes_nothing() -> None:
     await controller.send(V0)
     controller.engine.faults[LOAD] = EngineRefused("of another rank")
     assert (await controller.send(V1)).message == "of another rank"
-    assert controller.engine.weights.version == V0 and controller.receiver.state == "ready"
+    assert controller.engine.weights.version == V0 and controller.updates.state == "ready"

@@ -18,13 +18,13 @@ from asyncrl_runtime.contract.messages import (
     PolicyVersion,
 )
 from asyncrl_runtime.rollout.engine_client import EngineClient
-from asyncrl_runtime.rollout.weight_receiver import UpdateFailed, WeightReceiver
+from asyncrl_runtime.rollout.engine_updates import UpdateFailed, WeightUpdates
 
 KEPT_ADAPTERS = 2
 """The one before the newest stays: a request may have named it and be on its way."""
 
 
-class AdapterReceiver(WeightReceiver):
+class AdapterUpdates(WeightUpdates):
     """Drives one engine from adapter to adapter."""
 
     def __init__(self, engine: EngineClient, num_running: Callable[[], int]) -> None:
