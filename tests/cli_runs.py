@@ -18,8 +18,8 @@ import psutil
 
 from asyncrl_api.job import AsyncRLJob, to_manifest
 from asyncrl_api.report import Report
+from asyncrl_operator.local.local_run import find_program
 from asyncrl_operator.local.run_folder import RunFolder
-from asyncrl_operator.local.runner import find_program
 from job_harness import TESTS
 
 POLL_SECONDS = 0.02

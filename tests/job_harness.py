@@ -20,8 +20,8 @@ from asyncrl_api.report import Report
 from asyncrl_api.run_config import RunConfig
 from asyncrl_operator.layout import Process, plan
 from asyncrl_operator.local import run_folder
+from asyncrl_operator.local.local_run import LocalPlaces, environment, find_program, free_ports
 from asyncrl_operator.local.run_folder import RunFolder
-from asyncrl_operator.local.runner import LocalPlaces, environment, find_program, free_ports
 from asyncrl_runtime.contract.messages import Group, GroupPart, Tombstone, decode
 from asyncrl_runtime.transport.broker import Broker
 from asyncrl_runtime.transport.ledger import History, Ledger

@@ -9,10 +9,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.alias_generators import to_camel
 
-from asyncrl_api.base import MAX_INT
+from asyncrl_api.base import MAX_INT, Text
 
 Number = Annotated[int, Field(ge=0, le=MAX_INT)]
-Text = Annotated[str, Field(max_length=1024)]
 Word = Annotated[str, Field(max_length=253)]
 Time = Annotated[str, Field(max_length=40, json_schema_extra={"format": "date-time"})]
 Decimal = Annotated[str, Field(max_length=32, description="A decimal number, as text.")]

@@ -4,7 +4,6 @@ import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from asyncrl_api.job import AsyncRLJob
 from asyncrl_api.parsing import SpecError
@@ -39,12 +38,11 @@ from asyncrl_operator.render.manifests import (
     render_shared,
     render_trainer,
 )
-from asyncrl_operator.resources import CONFIG_MAPS, JOBS, PODS, SECRETS, is_made_once, resource_of
+from asyncrl_operator.resources import CONFIG_MAPS, JOBS, PODS, SECRETS, Json, is_made_once, resource_of
 from asyncrl_operator.workqueue import Key
 
 logger = logging.getLogger(__name__)
 
-Manifest = dict[str, Any]
 
 SECOND_WAVE = ("RoleBinding", "StatefulSet", "Job")
 """Made once what they rest on is there: a binding is refused (404) before its Role; pods start at once."""
@@ -189,7 +187,7 @@ class Executor:
             self._settled[key] = Settled(target.wanted, children)
         return changes if was_settled else []
 
-    def _render(self, target: Target, desired: Desired, seen: Observed) -> list[Manifest]:
+    def _render(self, target: Target, desired: Desired, seen: Observed) -> list[Json]:
         """Return what is to be there, in the order in which it is made.
 
         Raises:
@@ -207,7 +205,7 @@ class Executor:
             manifests += render_rollout(job, defaults, desired.rollout_replicas, target.gpus_per_replica)
         return manifests
 
-    async def _apply_all(self, target: Target, manifests: list[Manifest], is_verified: bool) -> list[Event]:
+    async def _apply_all(self, target: Target, manifests: list[Json], is_verified: bool) -> list[Event]:
         """Apply first what the others rest on, then those; within each wave, all at once."""
         changes: list[Event] = []
         if not is_verified and self._lacks_any(target.key, manifests):
@@ -226,7 +224,7 @@ class Executor:
                     changes.append(each)
         return changes
 
-    def _lacks_any(self, key: Key, manifests: list[Manifest]) -> bool:
+    def _lacks_any(self, key: Key, manifests: list[Json]) -> bool:
         """Whether something would be made: only after the AsyncRLJob itself has been asked for."""
         return any(
             resource_of(each) is SECRETS
@@ -234,7 +232,7 @@ class Executor:
             for each in manifests
         )
 
-    async def _apply_or_explain(self, target: Target, manifest: Manifest) -> Event | None:
+    async def _apply_or_explain(self, target: Target, manifest: Json) -> Event | None:
         """Apply one object.
 
         Raises:
@@ -252,7 +250,7 @@ class Executor:
             problem = Problem(obstacle.problem.reason, f"{what}: {obstacle.problem.message}")
             raise Obstacle(problem, needs_user=obstacle.needs_user) from error
 
-    async def _apply_one(self, target: Target, manifest: Manifest) -> Event | None:
+    async def _apply_one(self, target: Target, manifest: Json) -> Event | None:
         """Have one object as rendered; return what there is to tell of it if all was settled before."""
         resource, metadata = resource_of(manifest), manifest["metadata"]
         is_secret = resource is SECRETS  # made, and never read

@@ -58,7 +58,7 @@ class Process:
 
 
 @dataclass(frozen=True)
-class Group:
+class ProcessGroup:
     """Processes that are scaled and restarted together."""
 
     role: Role
@@ -70,7 +70,7 @@ class Group:
 @dataclass(frozen=True)
 class Plan:
     split: Split
-    groups: tuple[Group, ...]
+    groups: tuple[ProcessGroup, ...]
 
     @property
     def processes(self) -> list[Process]:
@@ -106,7 +106,7 @@ def plan(job: AsyncRLJob, places: Places, attempt: int = 1) -> Plan:
     if places.nats_config is not None:
         command = ("nats-server", "-c", places.nats_config)
         nats = Process("nats", "messaging", 0, command)
-        groups.insert(0, Group("messaging", 1, 0, (nats,)))
+        groups.insert(0, ProcessGroup("messaging", 1, 0, (nats,)))
     return Plan(split, tuple(groups))
 
 
@@ -210,7 +210,7 @@ def num_trainer_pods(spec: Spec, gpus: int) -> int:
     return max(1, gpus // spec.trainer.gpus_per_node)
 
 
-def _rollout_group(spec: Spec, split: Split, places: Places) -> Group:
+def _rollout_group(spec: Spec, split: Split, places: Places) -> ProcessGroup:
     processes: list[Process] = []
     for replica in range(split.num_replicas):
         name, size = f"rollout-{replica}", split.gpus_per_replica
@@ -219,7 +219,7 @@ def _rollout_group(spec: Spec, split: Split, places: Places) -> Group:
         engine_probe, worker_probe = (Probe(f"http://{host}:{port}/{each}") for each in ("engine", "worker"))
         processes.append(Process(f"{name}-engine", "rollout", size, engine, engine_probe))
         processes.append(Process(f"{name}-worker", "rollout", 0, worker, worker_probe))
-    return Group("rollout", split.num_replicas, split.rollout, tuple(processes))
+    return ProcessGroup("rollout", split.num_replicas, split.rollout, tuple(processes))
 
 
 def rollout_commands(
@@ -247,10 +247,10 @@ def _engine_command(spec: Spec, gpus_per_replica: int, config: str, host: str, p
     return ("asyncrl-runtime", "sglang", *address, "--gpus", str(gpus_per_replica), *arguments)
 
 
-def _trainer_group(split: Split, places: Places, attempt: int) -> Group:
+def _trainer_group(split: Split, places: Places, attempt: int) -> ProcessGroup:
     command = trainer_command(places, attempt=attempt, ranks=split.trainer)
     trainer = Process("trainer", "trainer", split.trainer, command)
-    return Group("trainer", 1, split.trainer, (trainer,))
+    return ProcessGroup("trainer", 1, split.trainer, (trainer,))
 
 
 def trainer_command(

@@ -5,6 +5,9 @@ from typing import Any, Final
 
 from asyncrl_api.job import API_VERSION, KIND
 
+Json = dict[str, Any]
+"""An object, or a part of one, as the API takes and gives it."""
+
 JOB_LABEL: Final = "asyncrl.dev/job"
 JOB_UID_LABEL: Final = "asyncrl.dev/job-uid"
 GROUP_LABEL: Final = "asyncrl.dev/group"

@@ -22,10 +22,10 @@ from asyncrl_runtime.contract.messages import EVALUATION_ROWS, PolicyVersion, Sa
 from asyncrl_runtime.contract.rows import PromptError
 from asyncrl_runtime.model.source import ensure_model, load_tokenizer, vocab_size
 from asyncrl_runtime.rollout.engine_client import EngineClient, EngineLost
-from asyncrl_runtime.rollout.group_runner import GroupRunner, GroupTask, HandedBack, Outcome
+from asyncrl_runtime.rollout.group_runner import GroupRunner, GroupTask, HandedBack, SampleOutcome
 from asyncrl_runtime.rollout.prompts import PromptRenderer
 from asyncrl_runtime.rollout.rewards.scorer import make_scorer
-from asyncrl_runtime.rollout.session import Limits, PromptTooLong
+from asyncrl_runtime.rollout.session import PromptTooLong, SampleLimits
 from asyncrl_runtime.rollout.slots import Slots
 from asyncrl_runtime.rollout.workflows import make_workflow
 from asyncrl_runtime.trainer.books.checkpoints import Checkpoint, Checkpoints
@@ -105,10 +105,10 @@ def _export(config: RunConfig, checkpoint: Checkpoint, scratch: Path) -> Path:
 
 async def _answer(
     config: RunConfig, folder: Path, rows: Sequence[dict[str, Any]], version: PolicyVersion
-) -> list[Outcome]:
+) -> list[SampleOutcome]:
     spec = config.spec
     renderer = PromptRenderer(load_tokenizer(folder), spec.dataset.prompt_field, spec.workflow.system_prompt)
-    limits = Limits(spec.sampling.max_new_tokens, spec.model.context_length, temperature=0.0)
+    limits = SampleLimits(spec.sampling.max_new_tokens, spec.model.context_length, temperature=0.0)
     slots, gate = Slots(), asyncio.Semaphore(TICKETS_AT_ONCE)
     scorer = make_scorer(
         spec.reward,
@@ -119,7 +119,7 @@ async def _answer(
     async with _engine(config, folder, version) as engine, scorer:
         runner = GroupRunner(engine, renderer, make_workflow(spec.workflow), scorer, lambda: None)
 
-        async def answer(start: int) -> list[Outcome]:
+        async def answer(start: int) -> list[SampleOutcome]:
             chosen = dict(enumerate(rows[start : start + EVALUATION_ROWS], start=start))
             task = GroupTask(0, chosen, limits, seeds=lambda sample, turn: 0)
             async with gate:

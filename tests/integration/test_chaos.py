@@ -18,8 +18,8 @@ import pytest
 
 from asyncrl_api.job import to_manifest
 from asyncrl_api.report import Report
+from asyncrl_operator.local.local_run import find_program
 from asyncrl_operator.local.run_folder import RunFolder
-from asyncrl_operator.local.runner import find_program
 from asyncrl_runtime.transport.audit import audit, render
 from asyncrl_runtime.transport.ledger import Ledger
 from job_harness import TESTS, build_job

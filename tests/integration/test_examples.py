@@ -12,7 +12,7 @@ from asyncrl_api.job import AsyncRLJob
 from asyncrl_api.parsing import load_documents, parse_job
 from asyncrl_api.protocols import Score
 from asyncrl_operator.layout import plan
-from asyncrl_operator.local.runner import LocalPlaces, find_program, local_refusals
+from asyncrl_operator.local.local_run import LocalPlaces, find_program, local_refusals
 from asyncrl_runtime.rollout.rewards.frames import ScoreRequest
 from asyncrl_runtime.rollout.rewards.scorer import make_scorer
 from asyncrl_runtime.rollout.workflows import make_workflow

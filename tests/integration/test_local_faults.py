@@ -19,7 +19,7 @@ from asyncrl_operator.decide.restart_policy import (
     GiveUp,
     Restart,
 )
-from asyncrl_operator.local.runner import free_ports
+from asyncrl_operator.local.local_run import free_ports
 from cli_runs import CliRun, asyncrl, have_ended, write_job
 from job_harness import build_job
 from tiny_models import tiny_model

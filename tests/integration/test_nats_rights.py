@@ -14,7 +14,7 @@ from asyncrl_api.names import JobNames, NatsAddress
 from asyncrl_operator.render.messaging import User, worker_permissions
 from asyncrl_runtime.contract.messages import ResumePoint
 from asyncrl_runtime.transport.broker import Broker, TransportError
-from asyncrl_runtime.transport.parts import Parts
+from asyncrl_runtime.transport.resume_points import ResumePoints
 from asyncrl_runtime.transport.streams import make_streams
 from forked_processes import ForkedProcess
 from job_harness import JobHarness, build_job
@@ -175,7 +175,7 @@ async def test_a_worker_keeps_takes_up_and_clears_what_was_handed_back(
     async with connected(guarded_nats, tmp_path, "trainer") as trainer:
         await make_streams(trainer.jetstream, NAMES, 2**30)
         async with connected(guarded_nats, tmp_path, "worker") as worker:
-            parts = Parts(worker, NAMES, await worker.jetstream.key_value(NAMES.state_bucket))
+            parts = ResumePoints(worker, NAMES, await worker.jetstream.key_value(NAMES.state_bucket))
             await parts.write(ResumePoint(ticket=7, num_failures=2))
             assert await parts.read(7) == ResumePoint(ticket=7, num_failures=2)
             await parts.delete(7)

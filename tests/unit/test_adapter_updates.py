@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import pytest
 
 from asyncrl_runtime.contract.messages import (
-    AdapterPart,
+    AdapterChunk,
     ControlReply,
     ControlRequest,
     DrainEngine,
@@ -46,7 +46,7 @@ class Controller:
 
 
 def pieces(version: PolicyVersion) -> list[ControlRequest]:
-    return [AdapterPart(version=version, offset=at, data=b"abcdef"[at : at + 3]) for at in (0, 3)]
+    return [AdapterChunk(version=version, offset=at, data=b"abcdef"[at : at + 3]) for at in (0, 3)]
 
 
 def load(version: PolicyVersion, interrupt: str = "Retract") -> LoadAdapter:

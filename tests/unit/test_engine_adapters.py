@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import save_file
 
 from asyncrl_runtime.engine.adapter_registry import AdapterRegistry
-from asyncrl_runtime.engine.adapters import PREFIX, Adapter, read_adapter, split
-from asyncrl_runtime.engine.attention import Segment, Window
 from asyncrl_runtime.engine.fields import BadRequest, SamplingParams
+from asyncrl_runtime.engine.lora import PREFIX, LoadedAdapter, read_adapter, split
 from asyncrl_runtime.engine.model import CausalModel
 from asyncrl_runtime.engine.requests import Request
-from asyncrl_runtime.engine.scheduler import Limits, Scheduler
+from asyncrl_runtime.engine.scheduler import Scheduler, SchedulerLimits
+from asyncrl_runtime.engine.slot_attention import Segment, Window
 from tiny_models import tiny_model
 
 TARGET = "model.layers.0.self_attn.q_proj"
@@ -30,7 +30,7 @@ def model() -> CausalModel:
 
 @pytest.fixture
 def registry(model: CausalModel) -> Iterator[AdapterRegistry]:
-    limits = Limits(4, 4096, 256, 512, 1)
+    limits = SchedulerLimits(4, 4096, 256, 512, 1)
     scheduler = Scheduler(model, limits, np.random.default_rng(0), lambda _: None)
     thread = threading.Thread(target=scheduler.run)
     thread.start()
@@ -60,7 +60,7 @@ def naming(*names: str | None) -> list[Request]:
     ]
 
 
-def run(model: CausalModel, adapters: list[Adapter | None]) -> torch.Tensor:
+def run(model: CausalModel, adapters: list[LoadedAdapter | None]) -> torch.Tensor:
     """Hidden states of a prompt whose tokens have these adapters."""
     cache = model.new_cache()
     cache.reserve(1, len(adapters), 0, 0)

@@ -8,13 +8,13 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from asyncrl_runtime.engine.batch import Batch
+from asyncrl_runtime.engine.batch import RunningRows
 from asyncrl_runtime.engine.cache import KvCache, PrefixCache
 from asyncrl_runtime.engine.fields import SamplingParams
 from asyncrl_runtime.engine.model import CausalModel
 from asyncrl_runtime.engine.requests import Request
 from asyncrl_runtime.engine.responses import build_response
-from asyncrl_runtime.engine.scheduler import Limits, Scheduler, Update
+from asyncrl_runtime.engine.scheduler import Progress, Scheduler, SchedulerLimits
 from tiny_models import Family, tiny_model
 
 
@@ -47,9 +47,9 @@ class Engine:
             "max_cached_tokens": 512,
             "stream_interval": 1,
         }
-        self.updates: list[Update] = []
+        self.updates: list[Progress] = []
         rng = np.random.default_rng(0)
-        self.scheduler = Scheduler(model, Limits(**(settings | limits)), rng, self.updates.extend)
+        self.scheduler = Scheduler(model, SchedulerLimits(**(settings | limits)), rng, self.updates.extend)
 
     def run(self, *requests: Request) -> None:
         """Submit and step until all have finished."""
@@ -338,7 +338,7 @@ def test_a_token_outside_the_vocabulary_is_fatal(llama: CausalModel) -> None:
 def test_rows_keep_their_content_when_others_leave() -> None:
     rng = np.random.default_rng(0)
     cache = KvCache(2, 1, 3, torch.float32)
-    batch = Batch(cache, 6, 40, frozenset({2}))
+    batch = RunningRows(cache, 6, 40, frozenset({2}))
     expected: dict[str, tuple[list[int], torch.Tensor]] = {}
     for number in range(200):
         if len(batch) == 6 or (len(batch) and rng.random() < 0.5):

@@ -28,13 +28,13 @@ from asyncrl_runtime.rollout.group_runner import (
     GroupRunner,
     GroupTask,
     HandedBack,
-    Outcome,
+    SampleOutcome,
 )
 from asyncrl_runtime.rollout.prompts import PromptRenderer
 from asyncrl_runtime.rollout.rewards.backend import RewardFailure
 from asyncrl_runtime.rollout.rewards.frames import ScoreRequest
 from asyncrl_runtime.rollout.rewards.scorer import Scorer
-from asyncrl_runtime.rollout.session import Limits, PromptTooLong, sampling_seed
+from asyncrl_runtime.rollout.session import PromptTooLong, SampleLimits, sampling_seed
 from asyncrl_runtime.rollout.slots import Slots
 from asyncrl_runtime.rollout.workflows import MultiTurn, SingleTurn
 from fakes import Cut, FakeBackend, FakeEngine, run_in_virtual_time
@@ -42,8 +42,8 @@ from tiny_models import build_tokenizer
 
 RENDERER = PromptRenderer(build_tokenizer(), "question")
 ROW: Row = {"question": "17 + 4 ="}
-LIMITS = Limits(max_new_tokens=20, context_length=2000, temperature=1.0)
-LONG = Limits(max_new_tokens=MAX_TOKENS_TOGETHER + 1, context_length=2000, temperature=1.0)
+LIMITS = SampleLimits(max_new_tokens=20, context_length=2000, temperature=1.0)
+LONG = SampleLimits(max_new_tokens=MAX_TOKENS_TOGETHER + 1, context_length=2000, temperature=1.0)
 """Answers that are streamed one by one."""
 
 
@@ -83,9 +83,9 @@ class Rig:
         resume: ResumePoint | None = None,
         *,
         size: int = 4,
-        limits: Limits = LIMITS,
+        limits: SampleLimits = LIMITS,
         rows: Mapping[int, Row] | None = None,
-    ) -> list[Outcome]:
+    ) -> list[SampleOutcome]:
         rows = rows or dict.fromkeys(range(size), ROW)
         task = GroupTask(7, rows, limits, lambda sample, turn: sampling_seed(1, 7, sample, turn), resume)
         taken = self.slots.take(len(rows))
@@ -100,12 +100,12 @@ class Rig:
         return handed_back.value.resume
 
 
-def samples(outcomes: Sequence[Outcome]) -> list[Sample]:
+def samples(outcomes: Sequence[SampleOutcome]) -> list[Sample]:
     assert all(isinstance(outcome, Sample) for outcome in outcomes), outcomes
     return cast(list[Sample], list(outcomes))
 
 
-def failures(outcomes: Sequence[Outcome]) -> dict[int, tuple[str, str]]:
+def failures(outcomes: Sequence[SampleOutcome]) -> dict[int, tuple[str, str]]:
     found = [outcome for outcome in outcomes if isinstance(outcome, SampleFailure)]
     return {failure.index: (failure.reason, failure.message) for failure in found}
 
@@ -149,12 +149,12 @@ async def test_long_answers_are_streamed_one_by_one() -> None:
     await rig.run(limits=LONG)
     assert rig.engine.streams == 4 and all(len(call) == 1 for call in rig.engine.calls)
     rig = Rig()
-    await rig.run(limits=Limits(MAX_TOKENS_TOGETHER, 2000, 1.0))
+    await rig.run(limits=SampleLimits(MAX_TOKENS_TOGETHER, 2000, 1.0))
     assert rig.engine.streams == 0
 
 
 @pytest.mark.parametrize("limits", [LIMITS, LONG])
-async def test_requests_carry_the_salt_of_their_moment(limits: Limits) -> None:
+async def test_requests_carry_the_salt_of_their_moment(limits: SampleLimits) -> None:
     rig = Rig(workflow=MultiTurn(2))
     rig.salt = "1.4"
     await rig.run(size=1, limits=limits)
@@ -377,7 +377,9 @@ async def test_a_streamed_answer_that_fails_is_reported_whatever_else_breaks() -
 
 
 @pytest.mark.parametrize("limits", [LIMITS, LONG])
-async def test_work_goes_on_under_new_weights_with_its_tokens_and_their_versions(limits: Limits) -> None:
+async def test_work_goes_on_under_new_weights_with_its_tokens_and_their_versions(
+    limits: SampleLimits,
+) -> None:
     engine = endless()
     engine.faults += [Cut(10, "aborted")] * 4
     resume = await Rig(engine).handed_back(limits=limits)

@@ -13,7 +13,7 @@ from asyncrl_api.parsing import SpecError, parse_job
 from asyncrl_api.run_config import RunConfig
 from asyncrl_operator.decide.desired import DesiredTrainer
 from asyncrl_operator.layout import plan
-from asyncrl_operator.local.runner import LocalPlaces
+from asyncrl_operator.local.local_run import LocalPlaces
 from asyncrl_operator.render.manifests import render_credentials, render_rollout, render_trainer
 from asyncrl_operator.render.messaging import worker_permissions
 from rendered_jobs import BASE, DEFAULTS, SHAPES, job_of, render_all

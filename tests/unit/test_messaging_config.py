@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from asyncrl_operator.local.local_run import write_nats_config
 from asyncrl_operator.local.run_folder import RunFolder
-from asyncrl_operator.local.runner import write_nats_config
 from asyncrl_operator.render.messaging import User, render_nats_config
 from samples import make_job
 

@@ -32,8 +32,8 @@ from asyncrl_runtime.rollout.engine_client import (
 )
 from asyncrl_runtime.rollout.prompts import PromptRenderer
 from asyncrl_runtime.rollout.session import (
-    Limits,
     PromptTooLong,
+    SampleLimits,
     Sampler,
     SampleSession,
     sampling_seed,
@@ -45,7 +45,7 @@ from tiny_models import build_tokenizer
 RENDERER = PromptRenderer(build_tokenizer(), "question")
 ROW: Row = {"question": "17 + 4 ="}
 PROMPT = RENDERER.prompt_ids(ROW)
-LIMITS = Limits(max_new_tokens=20, context_length=200, temperature=0.7)
+LIMITS = SampleLimits(max_new_tokens=20, context_length=200, temperature=0.7)
 
 
 async def judge(prompt: str, response: str, row: Row) -> Score:
@@ -56,7 +56,7 @@ async def judge(prompt: str, response: str, row: Row) -> Score:
 def open_session(
     engine: FakeEngine,
     replay: Sequence[TurnRecord] = (),
-    limits: Limits = LIMITS,
+    limits: SampleLimits = LIMITS,
     sampler: Sampler | None = None,
     **options: Any,
 ) -> SampleSession:
@@ -142,11 +142,11 @@ async def test_a_reward_that_is_no_number_is_refused(reward: float) -> None:
         (None, LIMITS, 20),
         (5, LIMITS, 5),
         (99, LIMITS, 20),
-        (None, Limits(20, len(PROMPT) + 3, 1.0), 3),
+        (None, SampleLimits(20, len(PROMPT) + 3, 1.0), 3),
     ],
 )
 async def test_a_turn_is_bounded_by_what_was_asked_the_ticket_and_the_context(
-    asked: int | None, limits: Limits, granted: int
+    asked: int | None, limits: SampleLimits, granted: int
 ) -> None:
     engine = FakeEngine()
     await open_session(engine, limits=limits).generate(asked)
@@ -156,7 +156,7 @@ async def test_a_turn_is_bounded_by_what_was_asked_the_ticket_and_the_context(
 
 async def test_where_nothing_fits_a_turn_is_empty_and_asks_nobody() -> None:
     engine = FakeEngine(num_tokens_mean=10**9)
-    session = open_session(engine, limits=Limits(20, len(PROMPT) + 20, 1.0))
+    session = open_session(engine, limits=SampleLimits(20, len(PROMPT) + 20, 1.0))
     full = await session.generate()
     assert len(full.token_ids) == 20
     assert await session.generate() == await session.generate(0) == ("", [], "length")
@@ -171,8 +171,8 @@ async def test_a_bound_of_nothing_is_not_taken_for_no_bound() -> None:
 
 def test_a_prompt_that_leaves_no_room_says_how_long_it_is() -> None:
     with pytest.raises(PromptTooLong, match=rf"{len(PROMPT)} tokens; spec.model.contextLength is 3"):
-        open_session(FakeEngine(), limits=Limits(20, 3, 1.0))
-    open_session(FakeEngine(), limits=Limits(20, len(PROMPT) + 1, 1.0))
+        open_session(FakeEngine(), limits=SampleLimits(20, 3, 1.0))
+    open_session(FakeEngine(), limits=SampleLimits(20, len(PROMPT) + 1, 1.0))
 
 
 def test_a_seed_depends_on_seed_ticket_sample_and_turn_alone() -> None:
@@ -336,7 +336,7 @@ def test_a_sample_is_the_same_however_it_was_broken_off(
     lives: list[tuple[int, Cut]], workflow: Workflow, room: int, are_weights_updated: bool
 ) -> None:
     """But for who sampled which token, if the weights were updated: that is as each engine attested it."""
-    limits = Limits(20, len(PROMPT) + room, 0.7)
+    limits = SampleLimits(20, len(PROMPT) + room, 0.7)
 
     async def check() -> None:
         whole = await run(open_session(FakeEngine(num_tokens_mean=30), limits=limits), workflow)

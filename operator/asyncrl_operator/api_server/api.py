@@ -7,14 +7,14 @@ ten times the memory and four times the time of plain JSON.
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
-from typing import Any, Final, Literal
+from typing import Final, Literal
 from urllib.parse import urlencode
 
 import aiohttp
 import msgspec
 from kubernetes.aio.client.api_client import ApiClient
 
-from asyncrl_operator.resources import resource_in
+from asyncrl_operator.resources import Json, resource_in
 
 FIELD_MANAGER: Final = "asyncrl-operator"
 VERBS: Final = {"POST": "create", "PATCH": "patch", "DELETE": "delete"}
@@ -28,7 +28,6 @@ WATCH_SILENCE_SECONDS: Final = 90.0
 
 Propagation = Literal["Foreground", "Background"]
 OnCall = Callable[[str, str, int], None]
-Json = dict[str, Any]
 
 
 class ApiError(Exception):

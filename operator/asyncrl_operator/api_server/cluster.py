@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from asyncrl_operator.api_server.api import Api, ApiError, Json, Propagation
+from asyncrl_operator.api_server.api import Api, ApiError, Propagation
 from asyncrl_operator.api_server.informer import RESYNC_SECONDS, Entry, Informer, Store, fill
 from asyncrl_operator.api_server.kept_fields import KeptPod, compact, trim_job, trim_node, trim_pod
 from asyncrl_operator.api_server.observe import Child, observe
@@ -22,6 +22,7 @@ from asyncrl_operator.resources import (
     SECRETS,
     SELECTOR,
     STATEFUL_SETS,
+    Json,
     Resource,
     is_made_once,
     resource_of,

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from asyncrl_api.job import KIND
-from asyncrl_operator.api_server.api import Api, ApiError, Json
-from asyncrl_operator.resources import JOB_LABEL, Resource
+from asyncrl_operator.api_server.api import Api, ApiError
+from asyncrl_operator.resources import JOB_LABEL, Json, Resource
 from asyncrl_operator.workqueue import Key
 
 logger = logging.getLogger(__name__)

@@ -1,7 +1,6 @@
 """What is kept of an object from a watch: ten thousand pods as they come would take 600 MB. Pure."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import msgspec
 
@@ -13,9 +12,8 @@ from asyncrl_operator.resources import (
     GROUP_LABEL,
     JOB_UID_LABEL,
     TEMPLATE_LABEL,
+    Json,
 )
-
-Json = dict[str, Any]
 
 LONGEST_MESSAGE = 500
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable
 
 from asyncrl_api.job import API_VERSION, KIND
 from asyncrl_api.times import to_text
-from asyncrl_operator.api_server.api import Api, ApiError, Json
+from asyncrl_operator.api_server.api import Api, ApiError
 from asyncrl_operator.decide.desired import Event
-from asyncrl_operator.resources import EVENTS
+from asyncrl_operator.resources import EVENTS, Json
 from asyncrl_operator.workqueue import Key
 
 logger = logging.getLogger(__name__)

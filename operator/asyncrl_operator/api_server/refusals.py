@@ -1,8 +1,8 @@
 """What the API server, or an object in the way, refuses, and what that means to the user. Pure."""
 
-from asyncrl_operator.api_server.api import ApiError, Json
+from asyncrl_operator.api_server.api import ApiError
 from asyncrl_operator.decide.observed import Problem
-from asyncrl_operator.resources import ASYNCRL_JOBS, Resource
+from asyncrl_operator.resources import ASYNCRL_JOBS, Json, Resource
 
 
 class Obstacle(Exception):

@@ -19,9 +19,7 @@ from asyncrl_api.report import Report
 from asyncrl_operator.layout import Plan
 from asyncrl_operator.layout import plan as plan_job
 from asyncrl_operator.local import run_folder
-from asyncrl_operator.local.progress import Display, render_end
-from asyncrl_operator.local.run_folder import RunFolder
-from asyncrl_operator.local.runner import (
+from asyncrl_operator.local.local_run import (
     LocalPlaces,
     LocalRun,
     check_runnable,
@@ -29,6 +27,8 @@ from asyncrl_operator.local.runner import (
     free_ports,
     write_nats_config,
 )
+from asyncrl_operator.local.progress import Display, render_end
+from asyncrl_operator.local.run_folder import RunFolder
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Asynchronous RL jobs."

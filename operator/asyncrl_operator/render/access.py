@@ -1,12 +1,9 @@
 """Who may do what: service accounts, the trainer's one right, network policies, disruption budget. Pure."""
 
-from typing import Any
-
 from asyncrl_api.job import AsyncRLJob
 from asyncrl_operator.layout import HEALTH_PORT
 from asyncrl_operator.render.pod_parts import NATS_PORT, selector
-
-Json = dict[str, Any]
+from asyncrl_operator.resources import Json
 
 
 def render_access(job: AsyncRLJob) -> list[Json]:

@@ -7,7 +7,6 @@ attempt and the configurations never change once made; the rest is applied again
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from asyncrl_api.base import parse_quantity
 from asyncrl_api.job import AsyncRLJob, Spec
@@ -38,7 +37,7 @@ from asyncrl_operator.render.pod_templates import (
     trainer_template,
 )
 from asyncrl_operator.render.quantities import canonical
-from asyncrl_operator.resources import ATTEMPT_LABEL, TEMPLATE_LABEL
+from asyncrl_operator.resources import ATTEMPT_LABEL, TEMPLATE_LABEL, Json
 
 __all__ = [
     "Defaults",
@@ -48,8 +47,6 @@ __all__ = [
     "render_shared",
     "render_trainer",
 ]
-
-Json = dict[str, Any]
 
 
 def render_shared(job: AsyncRLJob, defaults: Defaults) -> list[Json]:

@@ -6,8 +6,7 @@ from typing import Any
 
 from asyncrl_api.parsing import FieldError, SpecError
 from asyncrl_operator.render.quantities import canonical
-
-Json = dict[str, Any]
+from asyncrl_operator.resources import Json
 
 MERGE_KEYS = {
     "containers": "name",

@@ -2,14 +2,11 @@
 
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any
 
 from asyncrl_api.base import SecretReference
 from asyncrl_api.job import AsyncRLJob, Spec
 from asyncrl_operator.layout import ENGINE_PORT, HEALTH_PORT
-from asyncrl_operator.resources import GROUP_LABEL, JOB_LABEL, JOB_UID_LABEL
-
-Json = dict[str, Any]
+from asyncrl_operator.resources import GROUP_LABEL, JOB_LABEL, JOB_UID_LABEL, Json
 
 CONFIG = "/etc/asyncrl/config"
 LIVE = "/etc/asyncrl/live"

@@ -3,8 +3,6 @@
 Container names (`trainer`, `engine`, `worker`, `nats`) are API: overlays and `kubectl logs -c` use them.
 """
 
-from typing import Any
-
 from asyncrl_api.job import AsyncRLJob, Spec
 from asyncrl_operator.decide.desired import DesiredTrainer
 from asyncrl_operator.layout import (
@@ -42,9 +40,7 @@ from asyncrl_operator.render.pod_parts import (
     secrets_as_variables,
 )
 from asyncrl_operator.render.quantities import canonical
-from asyncrl_operator.resources import ATTEMPT_LABEL, GPUS_ANNOTATION, TEMPLATE_LABEL
-
-Json = dict[str, Any]
+from asyncrl_operator.resources import ATTEMPT_LABEL, GPUS_ANNOTATION, TEMPLATE_LABEL, Json
 
 READY_FAILURES = 3
 """In a row: at each step an engine takes in weights, and is not ready for a moment."""

@@ -301,8 +301,8 @@ class CommitUpdate(Message, frozen=True, kw_only=True, tag="commit.v1"):
     """Answer with the engine's checksum."""
 
 
-class AdapterPart(Message, frozen=True, kw_only=True, tag="adapterpart.v1"):
-    """A piece of an adapter's weights; the pieces of a version come in order, one after the other."""
+class AdapterChunk(Message, frozen=True, kw_only=True, tag="adapterpart.v1"):
+    """A chunk of an adapter's weights; the chunks of a version come in order, one after the other."""
 
     version: PolicyVersion
     offset: int
@@ -328,7 +328,7 @@ ControlRequest = (
     | PrepareUpdate
     | ReceiveBucket
     | CommitUpdate
-    | AdapterPart
+    | AdapterChunk
     | LoadAdapter
 )
 

@@ -5,8 +5,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from asyncrl_runtime.engine.adapters import Adapter, read_adapter
 from asyncrl_runtime.engine.fields import BadRequest
+from asyncrl_runtime.engine.lora import LoadedAdapter, read_adapter
 from asyncrl_runtime.engine.requests import Request
 from asyncrl_runtime.engine.scheduler import Scheduler
 
@@ -20,10 +20,10 @@ class AdapterRegistry:
 
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
-        self._adapters: dict[str, Adapter] = {}
+        self._adapters: dict[str, LoadedAdapter] = {}
         self._paths: dict[str, str] = {}
         """Of all that were ever loaded."""
-        self._num_users: Counter[Adapter] = Counter()
+        self._num_users: Counter[LoadedAdapter] = Counter()
         self._changing = asyncio.Lock()
         self._given_back = asyncio.Event()
 
@@ -98,7 +98,7 @@ class AdapterRegistry:
                 except BadRequest as error:
                     raise BadRequest(f"Failed to implicitly load LoRA adapter {name}: {error}") from error
 
-    async def _read(self, path: str) -> Adapter:
+    async def _read(self, path: str) -> LoadedAdapter:
         model = self._scheduler.model
         reading = self._scheduler.call(lambda: read_adapter(Path(path), model.linear_layers, model.dtype))
         return await asyncio.wrap_future(reading)

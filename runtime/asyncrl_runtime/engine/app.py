@@ -17,8 +17,8 @@ from asyncrl_runtime.engine.adapter_registry import AdapterRegistry
 from asyncrl_runtime.engine.control_endpoints import ControlEndpoints
 from asyncrl_runtime.engine.fields import BadRequest
 from asyncrl_runtime.engine.gate import Gate
-from asyncrl_runtime.engine.generation import Generation, ServerFault
-from asyncrl_runtime.engine.metrics import EngineMetrics
+from asyncrl_runtime.engine.generate_endpoint import GenerateEndpoint, ServerFault
+from asyncrl_runtime.engine.prometheus import EngineMetrics
 from asyncrl_runtime.engine.requests import RequestParser
 from asyncrl_runtime.engine.scheduler import Scheduler
 from asyncrl_runtime.engine.weight_loading import WeightLoader
@@ -47,7 +47,9 @@ class EngineApp:
         self._parser = RequestParser(model, limits.context_length, limits.max_total_tokens)
         self._gate = Gate()
         adapters = AdapterRegistry(scheduler)
-        self.generation = Generation(scheduler, self._parser, self._gate, adapters, self._metrics.observe)
+        self.generation = GenerateEndpoint(
+            scheduler, self._parser, self._gate, adapters, self._metrics.observe
+        )
         self._loader = WeightLoader(model)
         self._control = ControlEndpoints(scheduler, self._loader, self._gate, adapters, self.generation)
 

@@ -36,7 +36,7 @@ class Newest(NamedTuple):
     """[n] where it stands in its row."""
 
 
-class Batch:
+class RunningRows:
     """Rows 0..n-1, in no particular order, each the slot of the same number in the cache."""
 
     def __init__(self, cache: KvCache, max_rows: int, context_length: int, eos_ids: frozenset[int]) -> None:

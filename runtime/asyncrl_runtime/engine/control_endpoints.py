@@ -17,7 +17,7 @@ from starlette.routing import Route
 from asyncrl_runtime.engine.adapter_registry import AdapterRegistry
 from asyncrl_runtime.engine.fields import BadRequest
 from asyncrl_runtime.engine.gate import Gate
-from asyncrl_runtime.engine.generation import Generation
+from asyncrl_runtime.engine.generate_endpoint import GenerateEndpoint
 from asyncrl_runtime.engine.scheduler import Scheduler
 from asyncrl_runtime.engine.weight_loading import InitGroup, Tensors, WeightLoader
 
@@ -92,7 +92,7 @@ class ControlEndpoints:
         loader: WeightLoader,
         gate: Gate,
         adapters: AdapterRegistry,
-        generation: Generation,
+        generation: GenerateEndpoint,
     ) -> None:
         self._scheduler = scheduler
         self._loader = loader

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from asyncrl_api.exits import ExitCode, ExitError
-from asyncrl_runtime.engine.adapters import AdaptedLayers, Share, add_deltas
-from asyncrl_runtime.engine.attention import ATTENTION, Segment, Window
 from asyncrl_runtime.engine.cache import KvCache
+from asyncrl_runtime.engine.lora import AdaptedLayers, Share, add_deltas
+from asyncrl_runtime.engine.slot_attention import ATTENTION, Segment, Window
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

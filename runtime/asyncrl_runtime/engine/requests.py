@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from asyncrl_runtime.engine.adapters import Adapter
 from asyncrl_runtime.engine.fields import (
     BadRequest,
     GenerateBody,
@@ -16,6 +15,7 @@ from asyncrl_runtime.engine.fields import (
     parse_body,
     parse_sampling,
 )
+from asyncrl_runtime.engine.lora import LoadedAdapter
 from asyncrl_runtime.engine.model import CausalModel
 
 
@@ -36,7 +36,7 @@ class Request:
     """The client's own; what keeps prompts apart in the cache is `cache_salt`."""
     lora_path: str | None = None
     """Name of an adapter, None for the base model alone."""
-    adapter: Adapter | None = None
+    adapter: LoadedAdapter | None = None
     """The one of that name, since before the scheduler has the request."""
     stream: bool = False
     received: float = field(default_factory=time.time)

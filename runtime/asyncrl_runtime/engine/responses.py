@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 
 from asyncrl_runtime.engine.model import CausalModel
 from asyncrl_runtime.engine.requests import Request
-from asyncrl_runtime.engine.scheduler import Update
+from asyncrl_runtime.engine.scheduler import Progress
 
 
-def build_response(update: Update, model: CausalModel, version: str) -> dict[str, Any]:
+def build_response(update: Progress, model: CausalModel, version: str) -> dict[str, Any]:
     """Return what is answered, or streamed, for one request.
 
     Args:

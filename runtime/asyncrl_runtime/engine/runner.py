@@ -12,12 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from asyncrl_runtime.engine.adapters import Adapter, split
-from asyncrl_runtime.engine.attention import Segment, Window
-from asyncrl_runtime.engine.batch import Batch
+from asyncrl_runtime.engine.batch import RunningRows
 from asyncrl_runtime.engine.cache import KvCache, PrefixCache
+from asyncrl_runtime.engine.lora import LoadedAdapter, split
 from asyncrl_runtime.engine.model import CausalModel
 from asyncrl_runtime.engine.requests import Request
+from asyncrl_runtime.engine.slot_attention import Segment, Window
 
 SCORED_POSITIONS = 256
 """Log-probs of prompts are computed in pieces, so that a vocabulary's worth of logits fits in memory."""
@@ -34,7 +34,7 @@ class _Prompt(NamedTuple):
     requests: list[Request]
 
     @property
-    def adapter(self) -> Adapter | None:
+    def adapter(self) -> LoadedAdapter | None:
         """The same for all of its requests."""
         return self.requests[0].adapter
 
@@ -42,7 +42,7 @@ class _Prompt(NamedTuple):
 class Runner:
     """Equal prompts are computed once and their keys copied."""
 
-    def __init__(self, model: CausalModel, cache: KvCache, prefixes: PrefixCache, batch: Batch) -> None:
+    def __init__(self, model: CausalModel, cache: KvCache, prefixes: PrefixCache, batch: RunningRows) -> None:
         self._model = model
         self._cache = cache
         self._prefixes = prefixes
@@ -83,7 +83,7 @@ class Runner:
         last = hidden[self._finish(prompts, segments, num_decoding)]
         return self._model.logits(last, split(self._adapters()))
 
-    def _adapters(self) -> list[Adapter | None]:
+    def _adapters(self) -> list[LoadedAdapter | None]:
         """Of each row."""
         return [request.adapter for request in self._batch.requests]
 

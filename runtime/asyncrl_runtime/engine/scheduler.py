@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from asyncrl_runtime.engine.batch import Batch
+from asyncrl_runtime.engine.batch import RunningRows
 from asyncrl_runtime.engine.cache import PrefixCache
 from asyncrl_runtime.engine.fields import BadRequest
 from asyncrl_runtime.engine.model import CausalModel
@@ -28,7 +28,7 @@ THROUGHPUT_STEPS = 40
 """Decode steps over which the throughput is averaged, as in SGLang."""
 
 
-class Limits(NamedTuple):
+class SchedulerLimits(NamedTuple):
     max_running_requests: int
     max_total_tokens: int
     """Budget of all running rows together."""
@@ -39,7 +39,7 @@ class Limits(NamedTuple):
     """Tokens between chunks where a request does not say."""
 
 
-class Update(NamedTuple):
+class Progress(NamedTuple):
     """What a request has sampled so far."""
 
     request: Request
@@ -59,9 +59,9 @@ class Scheduler:
     def __init__(
         self,
         model: CausalModel,
-        limits: Limits,
+        limits: SchedulerLimits,
         rng: np.random.Generator,
-        deliver: Callable[[list[Update]], None],
+        deliver: Callable[[list[Progress]], None],
     ) -> None:
         """
         Args:
@@ -77,12 +77,14 @@ class Scheduler:
         """Added to every forward, to see what a slow engine does."""
         self.cache = model.new_cache()
         self.prefixes = PrefixCache(limits.max_cached_tokens)
-        self.batch = Batch(self.cache, limits.max_running_requests, limits.context_length, model.eos_ids)
+        self.batch = RunningRows(
+            self.cache, limits.max_running_requests, limits.context_length, model.eos_ids
+        )
         self.waiting: deque[Request] = deque()
         self.runner = Runner(model, self.cache, self.prefixes, self.batch)
         self._rng = rng
         self._deliver = deliver
-        self._updates: list[Update] = []
+        self._updates: list[Progress] = []
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._is_stopped = False
         self.num_steps = 0
@@ -276,7 +278,7 @@ class Scheduler:
             elif request.stream:
                 interval = params.stream_interval or self.limits.stream_interval
                 if len(output_ids) % interval == 0 or len(output_ids) == 1:
-                    self._updates.append(Update(request, output_ids, logprobs, is_last=False))
+                    self._updates.append(Progress(request, output_ids, logprobs, is_last=False))
 
     def _find_stop(self, request: Request, output_ids: NDArray[np.int64]) -> str | None:
         """The stop string that the last token completed, if any."""
@@ -296,7 +298,7 @@ class Scheduler:
         self.num_prompt_tokens += len(request.prompt)
         self.num_output_tokens += len(request.output_ids)
         self.num_aborted += reason["type"] == "abort"
-        self._updates.append(Update(request, request.output_ids, request.output_logprobs, is_last=True))
+        self._updates.append(Progress(request, request.output_ids, request.output_logprobs, is_last=True))
 
     def _measure(self) -> None:
         start_step, start_tokens, start_time = self._window

@@ -19,7 +19,7 @@ from asyncrl_api.exits import ExitCode
 from asyncrl_api.processes import bind
 from asyncrl_runtime.engine.app import EngineApp
 from asyncrl_runtime.engine.model import DTYPES, CausalModel, context_length_of
-from asyncrl_runtime.engine.scheduler import Limits, Scheduler, Update
+from asyncrl_runtime.engine.scheduler import Progress, Scheduler, SchedulerLimits
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ def serve(
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(threads)
     model = CausalModel(model_folder, DTYPES[dtype])
-    limits = Limits(
+    limits = SchedulerLimits(
         max_running_requests=max_running_requests,
         max_total_tokens=max_total_tokens,
         context_length=context_length or context_length_of(model_folder),
@@ -83,14 +83,14 @@ def serve(
 
 async def _run(
     model: CausalModel,
-    limits: Limits,
+    limits: SchedulerLimits,
     listener: socket.socket,
     rng: np.random.Generator,
     arguments: Mapping[str, object],
 ) -> None:
     loop = asyncio.get_running_loop()
 
-    def deliver(updates: list[Update]) -> None:
+    def deliver(updates: list[Progress]) -> None:
         loop.call_soon_threadsafe(app.generation.deliver, updates)
 
     scheduler = Scheduler(model, limits, rng, deliver)

@@ -27,7 +27,7 @@ MAX_PADDED_AREA = 1.2
 
 
 @dataclass(frozen=True)
-class Bucket:
+class LengthBucket:
     """Neighboring segments that share one attention call."""
 
     num_segments: int
@@ -41,7 +41,7 @@ class Bucket:
     unpad: Tensor | None
     """[num_tokens] int64: where each token stands in the padded batch."""
 
-    def to(self, device: torch.device) -> "Bucket":
+    def to(self, device: torch.device) -> "LengthBucket":
         if self.pad is None or self.unpad is None:
             return self
         return replace(self, pad=self.pad.to(device), unpad=self.unpad.to(device))
@@ -51,7 +51,7 @@ class Bucket:
 class AttentionPlan:
     """How attention over one packed row is done. Made once per micro-batch, used by every layer."""
 
-    buckets: tuple[Bucket, ...]
+    buckets: tuple[LengthBucket, ...]
     max_length: int
 
     def to(self, device: torch.device) -> "AttentionPlan":
@@ -85,16 +85,16 @@ def _end_of_run(lengths: Sequence[int], start: int) -> int:
     return stop
 
 
-def _build_bucket(lengths: Sequence[int]) -> Bucket:
+def _build_bucket(lengths: Sequence[int]) -> LengthBucket:
     num_segments, longest, num_tokens = len(lengths), max(lengths), sum(lengths)
     if num_segments * longest == num_tokens:
-        return Bucket(num_segments, longest, num_tokens, pad=None, unpad=None)
+        return LengthBucket(num_segments, longest, num_tokens, pad=None, unpad=None)
     length = torch.tensor(lengths)[:, None]
     first = length.cumsum(0) - length
     place = torch.arange(longest)[None, :]
     pad = first + torch.minimum(place, length - 1)
     unpad = (place < length).flatten().nonzero().squeeze(1)
-    return Bucket(num_segments, longest, num_tokens, pad.flatten(), unpad)
+    return LengthBucket(num_segments, longest, num_tokens, pad.flatten(), unpad)
 
 
 def segment_attention(
@@ -145,7 +145,7 @@ def segment_attention(
     return torch.cat(outputs)[None], None
 
 
-def _attend(bucket: Bucket, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+def _attend(bucket: LengthBucket, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
     """Return [num_tokens, heads, d] for tensors of [num_tokens, heads or key heads, d]."""
     if bucket.pad is not None:
         query, key, value = (x.index_select(0, bucket.pad) for x in (query, key, value))

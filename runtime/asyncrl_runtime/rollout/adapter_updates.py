@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from asyncrl_runtime.contract.messages import (
-    AdapterPart,
+    AdapterChunk,
     ControlReply,
     ControlRequest,
     LoadAdapter,
@@ -43,7 +43,7 @@ class AdapterUpdates(WeightUpdates):
 
     async def _phase(self, request: ControlRequest) -> ControlReply:
         match request:
-            case AdapterPart():
+            case AdapterChunk():
                 self._take(request)
             case LoadAdapter():
                 await self._load(request)
@@ -51,7 +51,7 @@ class AdapterUpdates(WeightUpdates):
                 raise UpdateFailed(f"this engine takes adapters, and no {type(request).__name__}")
         return ControlReply(ok=True)
 
-    def _take(self, part: AdapterPart) -> None:
+    def _take(self, part: AdapterChunk) -> None:
         if part.offset == 0:
             self._arriving = (part.version, bytearray())
         if self._arriving is None or self._arriving[0] != part.version:

@@ -16,7 +16,7 @@ from asyncrl_api.run_config import RunConfig
 from asyncrl_runtime.contract.imports import ImportFailed
 from asyncrl_runtime.model.source import ensure_model, load_tokenizer, vocab_size
 from asyncrl_runtime.rollout.engine_client import EngineClient
-from asyncrl_runtime.rollout.health import serve_health
+from asyncrl_runtime.rollout.health_port import serve_health
 from asyncrl_runtime.rollout.prompts import PromptRenderer
 from asyncrl_runtime.rollout.rewards.pool import RewardNotLoaded
 from asyncrl_runtime.rollout.rewards.scorer import Scorer, make_scorer

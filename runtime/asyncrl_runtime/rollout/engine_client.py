@@ -180,7 +180,7 @@ class EngineClient:
             EngineRefused: the request can never work.
         """
         adapter = self._adapter
-        answer = _Answer(self.weights, adapter)
+        answer = _StreamedAnswer(self.weights, adapter)
         try:
             await self._until_lost(self._receive(self._single_body(request, cache_salt, adapter), answer))
             if not answer.is_whole:
@@ -221,7 +221,7 @@ class EngineClient:
             raise BrokenStream(error, earned) from error
         return earned.followed_by(more)
 
-    async def _receive(self, body: dict[str, Any], answer: "_Answer") -> None:
+    async def _receive(self, body: dict[str, Any], answer: "_StreamedAnswer") -> None:
         async with self._http.stream("POST", "/generate", json=body) as response:
             if response.status_code != 200:
                 await response.aread()
@@ -358,7 +358,7 @@ class EngineClient:
         raise EngineFailed(f"{self.base_url}: {response.status_code}: {message}")
 
 
-class _Answer:
+class _StreamedAnswer:
     """A streamed answer so far: chunks are cumulative, and only the last one attests versions.
 
     Of a broken one, what came before the first update since the request began is of the version that the

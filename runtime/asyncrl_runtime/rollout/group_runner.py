@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from asyncrl_api.protocols import RewardFailed, Row, Score, Workflow
 from asyncrl_runtime.contract.messages import ResumePoint, Sample, SampleFailure, TurnRecord
 from asyncrl_runtime.contract.rows import PromptError
+from asyncrl_runtime.rollout.coalesce import Coalescer
 from asyncrl_runtime.rollout.engine_client import (
     EngineClient,
     EngineLost,
@@ -20,9 +21,8 @@ from asyncrl_runtime.rollout.prompts import PromptRenderer
 from asyncrl_runtime.rollout.rewards.backend import RewardFailure
 from asyncrl_runtime.rollout.rewards.frames import ScoreRequest
 from asyncrl_runtime.rollout.rewards.scorer import Scorer
-from asyncrl_runtime.rollout.session import Limits, PromptTooLong, SampleSession
+from asyncrl_runtime.rollout.session import PromptTooLong, SampleLimits, SampleSession
 from asyncrl_runtime.rollout.slots import Taken
-from asyncrl_runtime.rollout.together import Together
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ MAX_WORKFLOW_ATTEMPTS = 3
 WORKFLOW_IDLE_SECONDS = 600.0
 """How long user code may neither ask the engine nor a reward before its sample fails."""
 
-Outcome = Sample | SampleFailure
+SampleOutcome = Sample | SampleFailure
 
 
 class HandedBack(Exception):
@@ -50,7 +50,7 @@ class GroupTask:
     ticket: int
     rows: Mapping[int, Row]
     """index -> row; for training the same one for each sample."""
-    limits: Limits
+    limits: SampleLimits
     seeds: Callable[[int, int], int]
     """(sample, turn) -> seed of the turn's noise."""
     resume: ResumePoint | None = None
@@ -80,7 +80,7 @@ class GroupRunner:
         self.num_sampled_tokens = 0
         """Since the start, for metrics."""
 
-    async def run(self, task: GroupTask, slots: Taken) -> list[Outcome]:
+    async def run(self, task: GroupTask, slots: Taken) -> list[SampleOutcome]:
         """Return the outcome of every sample, in order of their index; each frees a slot as it ends.
 
         Raises:
@@ -106,7 +106,7 @@ class GroupRunner:
         for _ in known:
             slots.free_one()
 
-        async def run_sample(session: SampleSession) -> "Outcome | _Unfinished":
+        async def run_sample(session: SampleSession) -> "SampleOutcome | _Unfinished":
             try:
                 return await self._run_sample(session, open_session)
             finally:
@@ -122,8 +122,8 @@ class GroupRunner:
 
     def _opener(self, task: GroupTask) -> Opener:
         """Return what opens the sessions of one group: they ask the engine and the reward together."""
-        generate: Together[SamplingRequest, Generation] = Together(self._generate_together)
-        score: Together[ScoreRequest, Score | RewardFailure] = Together(self._scorer.score)
+        generate: Coalescer[SamplingRequest, Generation] = Coalescer(self._generate_together)
+        score: Coalescer[ScoreRequest, Score | RewardFailure] = Coalescer(self._scorer.score)
 
         async def sample_tokens(request: SamplingRequest) -> Generation:
             if request.max_new_tokens > MAX_TOKENS_TOGETHER:
@@ -151,7 +151,7 @@ class GroupRunner:
 
         return open_session
 
-    async def _run_sample(self, session: SampleSession, reopen: Opener) -> "Outcome | _Unfinished":
+    async def _run_sample(self, session: SampleSession, reopen: Opener) -> "SampleOutcome | _Unfinished":
         """Run the workflow, again if user code fails: with the turns that were sampled already."""
         cause = ""
         for attempt in range(1, MAX_WORKFLOW_ATTEMPTS + 1):
@@ -209,7 +209,7 @@ def _open(
 
 
 def _handed_back(
-    resume: ResumePoint, outcomes: Sequence[Outcome], unfinished: Sequence[_Unfinished]
+    resume: ResumePoint, outcomes: Sequence[SampleOutcome], unfinished: Sequence[_Unfinished]
 ) -> HandedBack:
     return HandedBack(
         str(unfinished[0].cause),

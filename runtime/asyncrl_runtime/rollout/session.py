@@ -31,7 +31,7 @@ from asyncrl_runtime.rollout.engine_client import (
 from asyncrl_runtime.rollout.prompts import PromptRenderer
 
 Sampler = Callable[[SamplingRequest], Awaitable[Generation]]
-Scorer = Callable[[str, str, Row], Awaitable[Score]]
+ScoreResponse = Callable[[str, str, Row], Awaitable[Score]]
 
 
 class PromptTooLong(ValueError):
@@ -39,7 +39,7 @@ class PromptTooLong(ValueError):
 
 
 @dataclass(frozen=True)
-class Limits:
+class SampleLimits:
     """What a sample may use."""
 
     max_new_tokens: int
@@ -97,9 +97,9 @@ class SampleSession:
         index: int,
         row: Row,
         renderer: PromptRenderer,
-        limits: Limits,
+        limits: SampleLimits,
         sampler: Sampler,
-        scorer: Scorer,
+        scorer: ScoreResponse,
         seeds: Callable[[int], int],
         replay: Sequence[TurnRecord] = (),
         clock: Callable[[], float] = time.monotonic,

@@ -19,11 +19,11 @@ from asyncrl_runtime.contract.messages import (
     encode,
 )
 from asyncrl_runtime.contract.rows import PromptError
-from asyncrl_runtime.rollout.group_runner import GroupRunner, GroupTask, HandedBack, Outcome
-from asyncrl_runtime.rollout.session import Limits, PromptTooLong, sampling_seed
+from asyncrl_runtime.rollout.group_runner import GroupRunner, GroupTask, HandedBack, SampleOutcome
+from asyncrl_runtime.rollout.session import PromptTooLong, SampleLimits, sampling_seed
 from asyncrl_runtime.rollout.slots import Taken
 from asyncrl_runtime.transport.broker import Broker
-from asyncrl_runtime.transport.parts import Parts
+from asyncrl_runtime.transport.resume_points import ResumePoints
 from asyncrl_runtime.transport.ticket_queue import Delivery, is_stored
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ class TicketWork:
         broker: Broker,
         names: JobNames,
         runner: GroupRunner,
-        parts: Parts,
+        resume_points: ResumePoints,
         report_failure: Callable[[str], None],
     ) -> None:
         self._worker = worker
@@ -52,7 +52,7 @@ class TicketWork:
         self._broker = broker
         self._names = names
         self._runner = runner
-        self._parts = parts
+        self._resume_points = resume_points
         self._report_failure = report_failure
 
     async def sample(self, delivery: Delivery, slots: Taken) -> None:
@@ -66,23 +66,23 @@ class TicketWork:
             if await is_stored(self._broker, self._names, number):
                 await delivery.acknowledge()
                 return
-            resume = await self._parts.read(number)
+            resume = await self._resume_points.read(number)
         if delivery.data:
             result = await self._result(number, delivery.data, resume, slots, began)
             if isinstance(result, ResumePoint):
-                await self._parts.write(result)
+                await self._resume_points.write(result)
                 await delivery.hand_back()
                 return
             await publish_result(self._broker, self._names, result)
         await delivery.acknowledge()
         if resume is not None:
-            await self._parts.delete(number)
+            await self._resume_points.delete(number)
 
     async def answer(self, delivery: Delivery, slots: Taken) -> None:
         """Answer held-out prompts greedily, one sample each."""
         question = decode(delivery.data, EvaluationTicket)
         rows = dict(enumerate(question.rows, start=question.first_index))
-        limits = Limits(question.max_new_tokens, self._spec.model.context_length, temperature=0.0)
+        limits = SampleLimits(question.max_new_tokens, self._spec.model.context_length, temperature=0.0)
         task = GroupTask(0, rows, limits, seeds=lambda sample, turn: 0)
         try:
             outcomes = await self._runner.run(task, slots)
@@ -102,7 +102,7 @@ class TicketWork:
         try:
             ticket = decode(data, Ticket)
             rows = dict.fromkeys(range(ticket.group_size), ticket.row)
-            limits = Limits(ticket.max_new_tokens, self._spec.model.context_length, ticket.temperature)
+            limits = SampleLimits(ticket.max_new_tokens, self._spec.model.context_length, ticket.temperature)
             seed = self._spec.training.seed
             task = GroupTask(number, rows, limits, lambda s, t: sampling_seed(seed, number, s, t), resume)
             outcomes = await self._runner.run(task, slots)
@@ -140,7 +140,7 @@ async def publish_result(broker: Broker, names: JobNames, result: Group | Tombst
         await broker.publish(names.trajectory(number), data, message_id=str(number))
         return
     assert isinstance(result, Group)
-    outcomes: list[Outcome] = [*result.samples, *result.failures]
+    outcomes: list[SampleOutcome] = [*result.samples, *result.failures]
     for outcome in outcomes:
         part = GroupPart(
             ticket=number,

@@ -35,7 +35,7 @@ from asyncrl_runtime.rollout.rewards.scorer import Scorer
 from asyncrl_runtime.rollout.slots import Slots, Taken
 from asyncrl_runtime.rollout.ticket_work import TicketWork
 from asyncrl_runtime.transport.broker import TRANSIENT, Broker, TransportError
-from asyncrl_runtime.transport.parts import Parts
+from asyncrl_runtime.transport.resume_points import ResumePoints
 from asyncrl_runtime.transport.ticket_queue import (
     QUESTION_ALIVE_SECONDS,
     TICKET_ALIVE_SECONDS,
@@ -89,8 +89,8 @@ class Worker:
         )
         self._interrupt = spec.rollout.interrupt
         self._runner = GroupRunner(engine, renderer, workflow, scorer, self._cache_salt)
-        parts = Parts(broker, names, state_bucket)
-        self._work = TicketWork(name, spec, broker, names, self._runner, parts, self.report_failure)
+        resume_points = ResumePoints(broker, names, state_bucket)
+        self._work = TicketWork(name, spec, broker, names, self._runner, resume_points, self.report_failure)
         self._deliveries: set[Delivery] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopping = asyncio.Event()

@@ -49,7 +49,7 @@ from asyncrl_runtime.transport.fleet import Fleet
 from asyncrl_runtime.transport.lease import Holder, Lease
 from asyncrl_runtime.transport.ledger import History, Ledger, LedgerError, Superseded
 from asyncrl_runtime.transport.streams import delete_streams, make_lease_bucket
-from asyncrl_runtime.weights.adapters import AdapterPublisher
+from asyncrl_runtime.weights.adapter_publisher import AdapterPublisher
 from asyncrl_runtime.weights.publisher import ChecksumMismatch, WeightPublisher
 
 log = logging.getLogger(__name__)

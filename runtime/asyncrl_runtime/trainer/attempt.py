@@ -35,7 +35,7 @@ from asyncrl_runtime.trainer.update.schedule import learning_rate
 from asyncrl_runtime.trainer.update.step import plan_step
 from asyncrl_runtime.transport.fleet import Fleet
 from asyncrl_runtime.transport.ledger import Ledger
-from asyncrl_runtime.weights.adapters import AdapterPublisher
+from asyncrl_runtime.weights.adapter_publisher import AdapterPublisher
 from asyncrl_runtime.weights.publisher import LoadBucket, WeightPublisher
 
 log = logging.getLogger(__name__)

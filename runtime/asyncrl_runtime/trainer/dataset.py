@@ -17,7 +17,7 @@ from asyncrl_runtime.contract.rows import PromptError, prompt_text
 
 log = logging.getLogger(__name__)
 
-Row = dict[str, Any]
+DictRow = dict[str, Any]
 
 REASONING_GYM_ROWS = 10_000
 """Of a split, unless `parameters.size` says otherwise."""
@@ -30,9 +30,9 @@ items. So splits begin far apart; what they have in common nevertheless is exclu
 class Rows:
     """What a job trains on and is measured with."""
 
-    training: tuple[Row, ...]
+    training: tuple[DictRow, ...]
     """Without those whose prompt is held out."""
-    held_out: tuple[Row, ...]
+    held_out: tuple[DictRow, ...]
     num_excluded: int
     """Rows of the training source that were left out because their prompt is held out."""
 
@@ -43,7 +43,7 @@ def load_rows(spec: Spec) -> Rows:
     Raises:
         ExitError: a source cannot be had, is empty, or has a row that makes no prompt.
     """
-    held_out: tuple[Row, ...] = ()
+    held_out: tuple[DictRow, ...] = ()
     if spec.evaluation is not None:
         held_out = _distinct(
             _load_split(spec.dataset, spec.evaluation), spec.dataset.prompt_field, spec.evaluation
@@ -78,13 +78,13 @@ class PromptOrder:
         return int(self._permutation[place])
 
 
-def count_shared(prompts: Iterable[str], held_out: Sequence[Row], prompt_field: str) -> int:
+def count_shared(prompts: Iterable[str], held_out: Sequence[DictRow], prompt_field: str) -> int:
     """Return how many held-out prompts are among `prompts`."""
     known = set(prompts)
     return sum(prompt_text(row, prompt_field) in known for row in held_out)
 
 
-def _load_split(dataset: DatasetSpec, evaluation: EvaluationSpec | None) -> list[Row]:
+def _load_split(dataset: DatasetSpec, evaluation: EvaluationSpec | None) -> list[DictRow]:
     """Load one split and check every row.
 
     Args:
@@ -94,7 +94,7 @@ def _load_split(dataset: DatasetSpec, evaluation: EvaluationSpec | None) -> list
     chosen = dataset if evaluation is None else evaluation
     where = f"{block}.source: {chosen.source}"
     found = _from_source(chosen.source, chosen.split, chosen.parameters, dataset, where)
-    rows: list[Row] = []
+    rows: list[DictRow] = []
     for number, item in enumerate(found, start=1):
         if not isinstance(item, Mapping):
             raise ExitError(
@@ -104,7 +104,7 @@ def _load_split(dataset: DatasetSpec, evaluation: EvaluationSpec | None) -> list
         rows.append(row)
         try:
             prompt_text(row, dataset.prompt_field)
-            msgspec.msgpack.decode(msgspec.msgpack.encode(row), type=Row)  # as it reaches a worker
+            msgspec.msgpack.decode(msgspec.msgpack.encode(row), type=DictRow)  # as it reaches a worker
         except (PromptError, TypeError, ValueError, OverflowError) as error:
             raise ExitError(
                 ExitCode.UNUSABLE,
@@ -135,7 +135,7 @@ def _from_source(
         raise ExitError(ExitCode.UNUSABLE, f"{where}: {type(error).__name__}: {error}") from error
 
 
-def _from_file(path: Path, where: str) -> list[Row]:
+def _from_file(path: Path, where: str) -> list[DictRow]:
     rows = []
     try:
         with path.open(encoding="utf-8") as file:
@@ -161,7 +161,7 @@ def _from_file(path: Path, where: str) -> list[Row]:
 
 def _from_reasoning_gym(
     name: str, split: str, parameters: Mapping[str, Any], dataset: DatasetSpec, where: str
-) -> list[Row]:
+) -> list[DictRow]:
     import reasoning_gym
 
     distance = 0 if split == "train" else REASONING_GYM_SPLIT_DISTANCE
@@ -180,7 +180,7 @@ def _from_reasoning_gym(
         ) from error
 
 
-def _from_hub(name: str, split: str, parameters: Mapping[str, Any], where: str) -> list[Row]:
+def _from_hub(name: str, split: str, parameters: Mapping[str, Any], where: str) -> list[DictRow]:
     try:
         import datasets
     except ImportError as error:
@@ -195,9 +195,9 @@ def _from_hub(name: str, split: str, parameters: Mapping[str, Any], where: str) 
         ) from error
 
 
-def _distinct(rows: Sequence[Row], prompt_field: str, evaluation: EvaluationSpec) -> tuple[Row, ...]:
+def _distinct(rows: Sequence[DictRow], prompt_field: str, evaluation: EvaluationSpec) -> tuple[DictRow, ...]:
     """Return the first `samples` rows with different prompts."""
-    by_prompt: dict[str, Row] = {}
+    by_prompt: dict[str, DictRow] = {}
     for row in rows:
         by_prompt.setdefault(prompt_text(row, prompt_field), row)
     if len(by_prompt) < evaluation.samples:

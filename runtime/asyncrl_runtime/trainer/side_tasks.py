@@ -21,7 +21,7 @@ from asyncrl_api.parsing import SpecError
 from asyncrl_api.run_config import live_values, with_live_values
 from asyncrl_runtime.contract.messages import CurrentVersion, PolicyVersion, Ticket, encode
 from asyncrl_runtime.trainer.books.books import Books
-from asyncrl_runtime.trainer.dataset import PromptOrder, Row
+from asyncrl_runtime.trainer.dataset import DictRow, PromptOrder
 from asyncrl_runtime.transport.broker import (
     TRANSIENT,
     Broker,
@@ -58,7 +58,7 @@ class SideTasks:
         names: JobNames,
         books: Books,
         fleet: Fleet,
-        rows: Sequence[Row],
+        rows: Sequence[DictRow],
         base_spec: Spec,
         live_file: Path,
     ) -> None:

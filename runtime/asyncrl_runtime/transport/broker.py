@@ -259,7 +259,7 @@ class Broker:
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
 
-class _Answer(msgspec.Struct):
+class _PublishAnswer(msgspec.Struct):
     """To a publish: where it is stored, or the error that it is not."""
 
     stream: str = ""
@@ -268,7 +268,7 @@ class _Answer(msgspec.Struct):
     error: dict[str, Any] | None = None
 
 
-_answers = msgspec.json.Decoder(_Answer)
+_answers = msgspec.json.Decoder(_PublishAnswer)
 
 
 def _credentials(address: NatsAddress) -> dict[str, Any]:

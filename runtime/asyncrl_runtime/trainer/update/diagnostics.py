@@ -25,7 +25,7 @@ NUM_BINS = len(_CENTERS)
 
 QUANTILES = {"min": 0.0, "p05": 0.05, "p50": 0.5, "p95": 0.95, "p99": 0.99, "max": 1.0}
 
-Report = dict[str, float]
+Numbers = dict[str, float]
 
 
 def token_sums(
@@ -68,7 +68,7 @@ def histogram(values: Tensor, mask: Tensor) -> Tensor:
     return counts.index_add_(0, bins, mask.double())
 
 
-def report_tokens(sums: Tensor) -> Report:
+def report_tokens(sums: Tensor) -> Numbers:
     """Turn the summed vector of a minibatch or step into a report.
 
     `loss` adds up as it is, so over several minibatches it is their sum; the caller divides. The effective
@@ -92,7 +92,7 @@ def report_tokens(sums: Tensor) -> Report:
     return finite(report)
 
 
-def _quantiles(counts: Tensor) -> Report:
+def _quantiles(counts: Tensor) -> Numbers:
     """Return quantiles of exp(x) for a histogram of x; each is off by half a bin at most."""
     cumulative = counts.cumsum(0)
     ranks = torch.tensor(list(QUANTILES.values()), dtype=torch.float64) * (cumulative[-1] - 1) + 1
@@ -114,7 +114,7 @@ def mismatch_sums(logprobs: Tensor, behavior_logprobs: Tensor, staleness: Tensor
     return (columns * same).sum(1)
 
 
-def report_mismatch(sums: Tensor) -> Report:
+def report_mismatch(sums: Tensor) -> Numbers:
     """KL of the engine's policy from the trainer's at one version, estimated on the engine's tokens.
 
     Zero if both computed the same numbers. k1 is unbiased and may be negative; k3 is unbiased, never
@@ -129,7 +129,7 @@ def report_mismatch(sums: Tensor) -> Report:
     )
 
 
-def report_batch(samples: Sequence[TrainingSample], rewards: NDArray[np.float64]) -> Report:
+def report_batch(samples: Sequence[TrainingSample], rewards: NDArray[np.float64]) -> Numbers:
     """Rewards, lengths and staleness of a step's batch.
 
     Args:
@@ -178,6 +178,6 @@ def staleness_histogram(samples: Iterable[TrainingSample]) -> dict[int, int]:
     return dict(zip(versions.tolist(), counts.tolist(), strict=True))
 
 
-def finite(values: Mapping[str, float]) -> Report:
+def finite(values: Mapping[str, float]) -> Numbers:
     """Return what of `values` JSON can hold."""
     return {name: value for name, value in values.items() if math.isfinite(value)}

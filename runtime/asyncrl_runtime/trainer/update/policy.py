@@ -35,7 +35,7 @@ from asyncrl_runtime.trainer.update.deepspeed_config import Dtype, derive_config
 from asyncrl_runtime.trainer.update.loss import compute_loss
 from asyncrl_runtime.trainer.update.packing import MicroBatch
 from asyncrl_runtime.trainer.update.token_logprobs import token_logprobs
-from asyncrl_runtime.weights.adapters import Adapter
+from asyncrl_runtime.weights.adapter_publisher import Adapter
 from asyncrl_runtime.weights.bucket import Bucket, BucketBuffer
 
 _TAG = "policy"

@@ -20,7 +20,7 @@ from asyncrl_api.job import AlgorithmSpec
 from asyncrl_runtime.trainer.update.packing import TrainingSample, pack
 from asyncrl_runtime.trainer.update.policy import Policy
 from asyncrl_runtime.trainer.update.step import StepPlan, train_step
-from asyncrl_runtime.weights.adapters import Adapter
+from asyncrl_runtime.weights.adapter_publisher import Adapter
 from asyncrl_runtime.weights.bucket import Bucket
 
 log = logging.getLogger(__name__)

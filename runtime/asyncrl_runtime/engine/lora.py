@@ -37,7 +37,7 @@ class Delta(NamedTuple):
 
 
 @dataclass(eq=False, frozen=True, slots=True)
-class Adapter:
+class LoadedAdapter:
     """A folder as it was when it was read; read again it is another adapter, with a cache of its own."""
 
     deltas: Mapping[str, Delta]
@@ -49,7 +49,7 @@ class Adapter:
 class Share(NamedTuple):
     """The tokens of a forward that go through one adapter."""
 
-    adapter: Adapter
+    adapter: LoadedAdapter
     rows: Tensor | None
     """[n] int64, their places in the forward; None for all of it."""
 
@@ -63,7 +63,7 @@ class AdaptedLayers:
     def __init__(self, layers: Mapping[str, nn.Linear]) -> None:
         self._layers = layers
         self._shares: Sequence[Share] = ()
-        self._hooked: set[Adapter] = set()
+        self._hooked: set[LoadedAdapter] = set()
         self._hooks: list[RemovableHandle] = []
 
     def apply(self, shares: Sequence[Share]) -> None:
@@ -86,7 +86,7 @@ class AdaptedLayers:
         add_deltas(self._shares, name, inputs[0], output)
 
 
-def split(adapters: Sequence[Adapter | None]) -> list[Share]:
+def split(adapters: Sequence[LoadedAdapter | None]) -> list[Share]:
     """Group tokens by adapter, given that of each; None, the base model alone, makes no share."""
     distinct = set(adapters)
     if len(distinct) == 1:
@@ -125,7 +125,7 @@ class _Config(msgspec.Struct, frozen=True):
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
 
-def read_adapter(folder: Path, layers: Mapping[str, nn.Linear], dtype: torch.dtype) -> Adapter:
+def read_adapter(folder: Path, layers: Mapping[str, nn.Linear], dtype: torch.dtype) -> LoadedAdapter:
     """Read an adapter for these layers, as PEFT's `save_pretrained` writes it.
 
     Raises:
@@ -137,7 +137,7 @@ def read_adapter(folder: Path, layers: Mapping[str, nn.Linear], dtype: torch.dty
         tensors = load_file(folder / "adapter_model.safetensors")
         # PEFT adds a copy of the model's own head where that is a target; as in SGLang, it is left alone.
         halves = {name: t for name, t in tensors.items() if not name.endswith(".base_layer.weight")}
-        return Adapter(_build_deltas(halves, layers, config.r, dtype), config.scale)
+        return LoadedAdapter(_build_deltas(halves, layers, config.r, dtype), config.scale)
     except (OSError, ValueError, msgspec.DecodeError, SafetensorError) as error:
         raise BadRequest(f"LoRA adapter in {folder} cannot be loaded: {error}") from error
 

@@ -15,7 +15,7 @@ from asyncrl_runtime.engine.fields import BadRequest
 from asyncrl_runtime.engine.gate import Gate
 from asyncrl_runtime.engine.requests import Call, Request, RequestParser
 from asyncrl_runtime.engine.responses import build_response
-from asyncrl_runtime.engine.scheduler import Scheduler, Update
+from asyncrl_runtime.engine.scheduler import Progress, Scheduler
 
 _encode = msgspec.json.Encoder().encode
 
@@ -35,17 +35,17 @@ class _Answers:
         self.call = call
         self.changed = asyncio.Event()
         """Set when a stream has something new, and when the last request has finished."""
-        self.fresh: dict[Request, Update] = {}
+        self.fresh: dict[Request, Progress] = {}
         """Updates not sent yet; of each request only the newest, since they are cumulative."""
         self.num_open = len(call.requests)
 
-    def put(self, update: Update) -> None:
+    def put(self, update: Progress) -> None:
         self.fresh[update.request] = update
         self.num_open -= update.is_last
         if self.call.stream or not self.num_open:
             self.changed.set()
 
-    async def take(self) -> dict[Request, Update]:
+    async def take(self) -> dict[Request, Progress]:
         """Wait for news and return it."""
         await self.changed.wait()
         self.changed.clear()
@@ -53,7 +53,7 @@ class _Answers:
         return fresh
 
 
-class Generation:
+class GenerateEndpoint:
     """The endpoint, an ASGI application of its own; belongs to one event loop."""
 
     def __init__(
@@ -78,7 +78,7 @@ class Generation:
         self._answers: dict[Request, _Answers] = {}
         """Where updates go. By request and not by its id, which another may have after it was abandoned."""
 
-    def deliver(self, updates: list[Update]) -> None:
+    def deliver(self, updates: list[Progress]) -> None:
         """Hand out what the scheduler has sampled."""
         for update in updates:
             if update.is_last:
@@ -163,7 +163,7 @@ class Generation:
             for request in call.requests:
                 del self._answers[request]
 
-    def _build(self, update: Update) -> dict[str, Any]:
+    def _build(self, update: Progress) -> dict[str, Any]:
         return build_response(update, self._scheduler.model, self._scheduler.version)
 
 

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 
-from asyncrl_runtime.contract.messages import AdapterPart, ControlReply, LoadAdapter, PolicyVersion
+from asyncrl_runtime.contract.messages import AdapterChunk, ControlReply, LoadAdapter, PolicyVersion
 from asyncrl_runtime.weights.engines import Engines, Member, Published
 
 log = logging.getLogger(__name__)
@@ -74,6 +74,6 @@ class AdapterPublisher(Engines):
         return await self._ask_one(member, request, self._timeout + 10)
 
 
-def _parts(version: PolicyVersion, weights: bytes) -> Iterator[AdapterPart]:
+def _parts(version: PolicyVersion, weights: bytes) -> Iterator[AdapterChunk]:
     for offset in range(0, len(weights), PART_BYTES):
-        yield AdapterPart(version=version, offset=offset, data=weights[offset : offset + PART_BYTES])
+        yield AdapterChunk(version=version, offset=offset, data=weights[offset : offset + PART_BYTES])

@@ -12,7 +12,7 @@ from asyncrl_runtime.transport.broker import TRANSIENT, Broker, PayloadTooLarge
 log = logging.getLogger(__name__)
 
 
-class Parts:
+class ResumePoints:
     """Losing a part costs its tokens and nothing else, so no failure here is passed on."""
 
     def __init__(self, broker: Broker, names: JobNames, bucket: KeyValue) -> None:

@@ -8,7 +8,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class Together(Generic[Item, Result]):
+class Coalescer(Generic[Item, Result]):
     """Collects what is asked within one turn of the event loop and asks it in one call.
 
     The samples of a group ask for tokens, and then for scores, at the same moment: so short answers cost

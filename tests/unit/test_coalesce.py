@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from asyncrl_runtime.rollout.together import Together
+from asyncrl_runtime.rollout.coalesce import Coalescer
 
 
 class Doubler:
@@ -24,7 +24,7 @@ class Doubler:
 
 async def test_what_is_asked_at_the_same_moment_is_one_call() -> None:
     doubler = Doubler()
-    together: Together[int, int] = Together(doubler)
+    together: Coalescer[int, int] = Coalescer(doubler)
     assert await asyncio.gather(*map(together, [3, 1, 2])) == [6, 2, 4]
     assert await together(5) == 10
     assert doubler.calls == [[3, 1, 2], [5]]
@@ -33,7 +33,7 @@ async def test_what_is_asked_at_the_same_moment_is_one_call() -> None:
 async def test_who_comes_later_does_not_wait_for_those_before() -> None:
     doubler, held = Doubler(), asyncio.Event()
     doubler.release = held
-    together: Together[int, int] = Together(doubler)
+    together: Coalescer[int, int] = Coalescer(doubler)
     first = asyncio.create_task(together(1))
     while not doubler.calls:
         await asyncio.sleep(0)
@@ -52,7 +52,7 @@ async def test_everyone_gets_the_error_of_the_common_call_and_the_next_call_is_a
             raise failures.pop()
         return list(numbers)
 
-    together: Together[int, int] = Together(call)
+    together: Coalescer[int, int] = Coalescer(call)
     results = await asyncio.gather(together(1), together(2), return_exceptions=True)
     assert [str(result) for result in results] == ["gone", "gone"]
     assert await together(3) == 3
@@ -61,7 +61,7 @@ async def test_everyone_gets_the_error_of_the_common_call_and_the_next_call_is_a
 async def test_one_who_leaves_takes_nothing_from_the_others() -> None:
     doubler = Doubler()
     doubler.release = asyncio.Event()
-    together: Together[int, int] = Together(doubler)
+    together: Coalescer[int, int] = Coalescer(doubler)
     tasks = [asyncio.create_task(together(number)) for number in (1, 2, 3)]
     while not doubler.calls:
         await asyncio.sleep(0)
@@ -76,7 +76,7 @@ async def test_a_wrong_number_of_answers_is_an_error_and_nobody_waits_for_good(a
     async def call(numbers: Sequence[int]) -> list[int]:
         return answers
 
-    together: Together[int, int] = Together(call)
+    together: Coalescer[int, int] = Coalescer(call)
     async with asyncio.timeout(5):
         results = await asyncio.gather(*map(together, [1, 2, 3]), return_exceptions=True)
     assert {str(result) for result in results} == {f"3 were asked together, but {len(answers)} answers came"}

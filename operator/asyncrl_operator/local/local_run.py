@@ -98,7 +98,7 @@ def local_refusals(spec: Spec, *, has_sglang: bool) -> list[FieldError]:
 
 
 @dataclass
-class Running:
+class RunningProcess:
     """A process of the plan, while it runs and between two lives."""
 
     process: Process
@@ -118,7 +118,7 @@ class Running:
         return self.popen is not None and not has_failed
 
 
-class Failed(ExitError):
+class ProcessFailed(ExitError):
     """The run cannot go on."""
 
 
@@ -152,7 +152,7 @@ class LocalRun:
         self._plan: Plan = plan(job, places)
         self._attempt = folder.last_attempt()
         self._budget = TrainerBudget(job.spec.failure_policy.trainer)
-        self._running = {process.name: Running(process) for process in self._plan.processes}
+        self._running = {process.name: RunningProcess(process) for process in self._plan.processes}
         for running in self._running.values():
             if running.process.role == "messaging":
                 running.backoff.max_failures = MESSAGING_MAX_FAILURES
@@ -207,7 +207,7 @@ class LocalRun:
         self._check_deadlines(report, now)
         return False
 
-    def _ended(self, running: Running, code: int, report: Report | None) -> None:
+    def _ended(self, running: RunningProcess, code: int, report: Report | None) -> None:
         name = running.process.name
         lived = self._clock() - running.started_at
         running.popen = None
@@ -217,7 +217,7 @@ class LocalRun:
         else:
             decision = running.backoff.ended(code, lived)
         if isinstance(decision, GiveUp):
-            raise Failed(
+            raise ProcessFailed(
                 ExitCode(code) if code in set(ExitCode) else ExitCode.TRY_AGAIN,
                 f"{name} {_how(code)}: {decision.reason}\n{self._log_tail(name)}",
             )
@@ -228,7 +228,7 @@ class LocalRun:
         )
         running.restart_at = self._clock() + decision.delay_seconds
 
-    def _probe(self, running: Running, now: float) -> None:
+    def _probe(self, running: RunningProcess, now: float) -> None:
         """Ask a process's liveness as kubelet would; after too many bad answers it is killed."""
         probe = running.process.probe
         assert probe is not None and running.popen is not None
@@ -253,7 +253,7 @@ class LocalRun:
         policy = self._spec.failure_policy
         deadline = self._spec.active_deadline_seconds
         if deadline and now - self._began > deadline:
-            raise Failed(ExitCode.TRY_AGAIN, f"spec.activeDeadlineSeconds: {deadline} have passed")
+            raise ProcessFailed(ExitCode.TRY_AGAIN, f"spec.activeDeadlineSeconds: {deadline} have passed")
         if report is not None and report.step != self._last_step:
             self._last_step, self._step_changed_at = report.step, now
         hang = policy.trainer.hang_seconds
@@ -280,7 +280,7 @@ class LocalRun:
             policy.on_below_minimum == "Fail"
             and now - self._below_minimum_since > policy.below_minimum_seconds
         ):
-            raise Failed(
+            raise ProcessFailed(
                 ExitCode.TRY_AGAIN,
                 f"only {up} of {total} rollout replicas are up, for more than "
                 f"{policy.below_minimum_seconds} s (failurePolicy.rollout.belowMinimumSeconds); "
@@ -290,7 +290,7 @@ class LocalRun:
 
     # -- start and stop
 
-    def _start(self, running: Running) -> None:
+    def _start(self, running: RunningProcess) -> None:
         process = running.process
         command = process.command
         if process.role == "trainer":

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncrl_runtime.engine.attention import CALL_TOKENS, split_by_length
+from asyncrl_runtime.engine.slot_attention import CALL_TOKENS, split_by_length
 
 
 @pytest.mark.parametrize(
