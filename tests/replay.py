@@ -11,8 +11,7 @@ from asyncrl_runtime.contract.messages import Group, Sample, floats_from_bytes, 
 from asyncrl_runtime.trainer.books.books import with_recorded_values
 from asyncrl_runtime.trainer.books.staleness import LiveGroup, assess
 from asyncrl_runtime.trainer.update.policy import Policy
-from asyncrl_runtime.trainer.update.schedule import learning_rate
-from asyncrl_runtime.trainer.update.step import plan_step, train_step
+from asyncrl_runtime.trainer.update.step import learning_rate, plan_step, train_step
 from asyncrl_runtime.transport.ledger import History
 
 

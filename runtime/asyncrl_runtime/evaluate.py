@@ -21,12 +21,12 @@ from asyncrl_api.run_config import RunConfig
 from asyncrl_runtime.contract.messages import EVALUATION_ROWS, PolicyVersion, Sample, SampleFailure
 from asyncrl_runtime.contract.rows import PromptError
 from asyncrl_runtime.model.source import ensure_model, load_tokenizer, vocab_size
+from asyncrl_runtime.rollout.concurrency import Slots
 from asyncrl_runtime.rollout.engine_client import EngineClient, EngineLost
 from asyncrl_runtime.rollout.group_runner import GroupRunner, GroupTask, HandedBack, SampleOutcome
 from asyncrl_runtime.rollout.prompts import PromptRenderer
 from asyncrl_runtime.rollout.rewards.scorer import make_scorer
 from asyncrl_runtime.rollout.session import PromptTooLong, SampleLimits
-from asyncrl_runtime.rollout.slots import Slots
 from asyncrl_runtime.rollout.workflows import make_workflow
 from asyncrl_runtime.trainer.books.checkpoints import Checkpoint, Checkpoints
 from asyncrl_runtime.trainer.dataset import load_rows

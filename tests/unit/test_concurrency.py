@@ -4,8 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asyncrl_runtime.rollout.concurrency import ConcurrencyLimit, EngineLoad
-from asyncrl_runtime.rollout.slots import Slots
+from asyncrl_runtime.rollout.concurrency import ConcurrencyLimit, EngineLoad, Slots
 
 NORMAL = 0.7
 """A KV use at which nothing changes."""

@@ -21,7 +21,7 @@ from asyncrl_runtime.trainer.update.diagnostics import (
     token_sums,
 )
 from asyncrl_runtime.trainer.update.packing import TrainingSample
-from asyncrl_runtime.trainer.update.schedule import learning_rate
+from asyncrl_runtime.trainer.update.step import learning_rate
 
 
 def sums_of(

@@ -15,6 +15,7 @@ from asyncrl_runtime.contract.messages import (
     ids_from_bytes,
 )
 from asyncrl_runtime.contract.rows import PromptError
+from asyncrl_runtime.rollout.concurrency import Slots
 from asyncrl_runtime.rollout.engine_client import (
     EngineClient,
     EngineFailed,
@@ -35,7 +36,6 @@ from asyncrl_runtime.rollout.rewards.backend import RewardFailure
 from asyncrl_runtime.rollout.rewards.frames import ScoreRequest
 from asyncrl_runtime.rollout.rewards.scorer import Scorer
 from asyncrl_runtime.rollout.session import PromptTooLong, SampleLimits, sampling_seed
-from asyncrl_runtime.rollout.slots import Slots
 from asyncrl_runtime.rollout.workflows import MultiTurn, SingleTurn
 from fakes import Cut, FakeBackend, FakeEngine, run_in_virtual_time
 from tiny_models import build_tokenizer

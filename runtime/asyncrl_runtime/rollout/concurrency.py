@@ -61,3 +61,31 @@ class ConcurrencyLimit:
 
     def _set(self, limit: int) -> None:
         self.limit = max(self.group_size, min(self.HIGHEST, limit))
+
+
+class Slots:
+    """Counts what is taken. The limit is ConcurrencyLimit's."""
+
+    def __init__(self) -> None:
+        self.num_taken = 0
+
+    def take(self, count: int) -> "Taken":
+        self.num_taken += count
+        return Taken(self, count)
+
+
+class Taken:
+    """Some slots of one ticket; `close` frees what is left of them."""
+
+    def __init__(self, slots: Slots, count: int) -> None:
+        self._slots = slots
+        self._count = count
+
+    def free_one(self) -> None:
+        if self._count:
+            self._count -= 1
+            self._slots.num_taken -= 1
+
+    def close(self) -> None:
+        while self._count:
+            self.free_one()

@@ -10,6 +10,7 @@ from asyncrl_api.protocols import RewardFailed, Row, Score, Workflow
 from asyncrl_runtime.contract.messages import ResumePoint, Sample, SampleFailure, TurnRecord
 from asyncrl_runtime.contract.rows import PromptError
 from asyncrl_runtime.rollout.coalesce import Coalescer
+from asyncrl_runtime.rollout.concurrency import Taken
 from asyncrl_runtime.rollout.engine_client import (
     EngineClient,
     EngineLost,
@@ -22,7 +23,6 @@ from asyncrl_runtime.rollout.rewards.backend import RewardFailure
 from asyncrl_runtime.rollout.rewards.frames import ScoreRequest
 from asyncrl_runtime.rollout.rewards.scorer import Scorer
 from asyncrl_runtime.rollout.session import PromptTooLong, SampleLimits, SampleSession
-from asyncrl_runtime.rollout.slots import Taken
 
 log = logging.getLogger(__name__)
 

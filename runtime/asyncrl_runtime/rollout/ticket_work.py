@@ -19,9 +19,9 @@ from asyncrl_runtime.contract.messages import (
     encode,
 )
 from asyncrl_runtime.contract.rows import PromptError
+from asyncrl_runtime.rollout.concurrency import Taken
 from asyncrl_runtime.rollout.group_runner import GroupRunner, GroupTask, HandedBack, SampleOutcome
 from asyncrl_runtime.rollout.session import PromptTooLong, SampleLimits, sampling_seed
-from asyncrl_runtime.rollout.slots import Taken
 from asyncrl_runtime.transport.broker import Broker
 from asyncrl_runtime.transport.resume_points import ResumePoints
 from asyncrl_runtime.transport.ticket_queue import Delivery, is_stored

@@ -25,14 +25,13 @@ from asyncrl_runtime.contract.messages import (
     encode,
 )
 from asyncrl_runtime.rollout.adapter_updates import AdapterUpdates
-from asyncrl_runtime.rollout.concurrency import ConcurrencyLimit
+from asyncrl_runtime.rollout.concurrency import ConcurrencyLimit, Slots, Taken
 from asyncrl_runtime.rollout.engine_client import EngineClient, EngineLost
 from asyncrl_runtime.rollout.engine_monitor import EngineMonitor
 from asyncrl_runtime.rollout.engine_updates import WeightUpdates
 from asyncrl_runtime.rollout.group_runner import GroupRunner
 from asyncrl_runtime.rollout.prompts import PromptRenderer
 from asyncrl_runtime.rollout.rewards.scorer import Scorer
-from asyncrl_runtime.rollout.slots import Slots, Taken
 from asyncrl_runtime.rollout.ticket_work import TicketWork
 from asyncrl_runtime.transport.broker import TRANSIENT, Broker, TransportError
 from asyncrl_runtime.transport.resume_points import ResumePoints

@@ -31,8 +31,7 @@ from asyncrl_runtime.trainer.side_tasks import SideTasks
 from asyncrl_runtime.trainer.update import diagnostics
 from asyncrl_runtime.trainer.update.packing import TrainingSample
 from asyncrl_runtime.trainer.update.ranks import Export, Logprobs, Ranks, Save, Stop, Train
-from asyncrl_runtime.trainer.update.schedule import learning_rate
-from asyncrl_runtime.trainer.update.step import plan_step
+from asyncrl_runtime.trainer.update.step import learning_rate, plan_step
 from asyncrl_runtime.transport.fleet import Fleet
 from asyncrl_runtime.transport.ledger import Ledger
 from asyncrl_runtime.weights.adapter_publisher import AdapterPublisher
