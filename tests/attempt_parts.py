@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from asyncrl_api.report import Report
+from asyncrl_runtime.history.ledger import Ledger
 from asyncrl_runtime.trainer.attempt import AttemptParts
 from asyncrl_runtime.trainer.books.books import Books
 from asyncrl_runtime.trainer.books.checkpoints import Checkpoints
 from asyncrl_runtime.trainer.metrics import Metrics
 from asyncrl_runtime.transport.fleet import Fleet
-from asyncrl_runtime.transport.ledger import Ledger
 from fakes import FakeEvaluator, FakeRanks, FakeSideTasks, FakeWeights
 
 

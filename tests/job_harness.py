@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from asyncrl_api.job import AsyncRLJob
+from asyncrl_api.ledger import History, read_ledger
 from asyncrl_api.marks import merge
 from asyncrl_api.names import NatsAddress
 from asyncrl_api.parsing import parse_job
@@ -24,7 +25,6 @@ from asyncrl_operator.local.local_run import LocalPlaces, environment, find_prog
 from asyncrl_operator.local.run_folder import RunFolder
 from asyncrl_runtime.contract.messages import Group, GroupPart, Tombstone, decode
 from asyncrl_runtime.transport.broker import Broker
-from asyncrl_runtime.transport.ledger import History, Ledger
 from asyncrl_runtime.transport.reader import OrderedReader
 from forked_processes import ForkedProcess
 from nats_server_fixture import NatsServer, free_port
@@ -178,7 +178,7 @@ class JobHarness:
 
     @property
     def history(self) -> History:
-        return Ledger.peek(self.folder.ledger)
+        return read_ledger(self.folder.ledger)
 
     @property
     def metrics(self) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from nats.aio.msg import Msg
 from prometheus_client.parser import text_string_to_metric_families
 
 from asyncrl_runtime.contract.messages import Heartbeat, ResumePoint, decode
-from asyncrl_runtime.transport.audit import Audit, audit
+from asyncrl_runtime.history.audit import Audit, audit
 from job_harness import JobHarness, Recorder
 
 

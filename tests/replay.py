@@ -7,12 +7,12 @@ import numpy as np
 import torch
 
 from asyncrl_api.job import DeepSpeedSpec, Spec
+from asyncrl_api.ledger import History
 from asyncrl_runtime.contract.messages import Group, Sample, floats_from_bytes, ids_from_bytes
 from asyncrl_runtime.trainer.books.books import with_recorded_values
 from asyncrl_runtime.trainer.books.staleness import LiveGroup, assess
 from asyncrl_runtime.trainer.update.policy import Policy
 from asyncrl_runtime.trainer.update.step import learning_rate, plan_step, train_step
-from asyncrl_runtime.transport.ledger import History
 
 
 def replay(

@@ -137,15 +137,15 @@ def evaluate(
 @app.command()
 def audit(folder: Annotated[Path, typer.Argument(help="Of the job: holds ledger.jsonl.")]) -> None:
     """Prove from the ledger that each ticket was trained once or discarded; exit 1 if not."""
-    from asyncrl_runtime.transport.audit import audit as audit_history
-    from asyncrl_runtime.transport.audit import render
-    from asyncrl_runtime.transport.ledger import Ledger, LedgerError
+    from asyncrl_api.ledger import LedgerError, read_ledger
+    from asyncrl_runtime.history.audit import audit as audit_history
+    from asyncrl_runtime.history.audit import render
 
     path = folder / "ledger.jsonl"
     if not path.exists():
         _fail(ExitError(ExitCode.USAGE, f"{path}: no ledger there; name the folder of a run"))
     try:
-        result = audit_history(Ledger.peek(path))
+        result = audit_history(read_ledger(path))
     except LedgerError as error:
         _fail(ExitError(ExitCode.UNUSABLE, str(error)))
     print(render(result))

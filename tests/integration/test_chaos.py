@@ -17,11 +17,11 @@ import psutil
 import pytest
 
 from asyncrl_api.job import to_manifest
+from asyncrl_api.ledger import read_ledger
 from asyncrl_api.report import Report
 from asyncrl_operator.local.local_run import find_program
 from asyncrl_operator.local.run_folder import RunFolder
-from asyncrl_runtime.transport.audit import audit, render
-from asyncrl_runtime.transport.ledger import Ledger
+from asyncrl_runtime.history.audit import audit, render
 from job_harness import TESTS, build_job
 
 SECONDS = float(os.environ.get("CHAOS_SECONDS", "90"))
@@ -78,7 +78,7 @@ def test_job_survives_random_kills(tmp_path: Path, seed: int) -> None:
     finally:
         runner.terminate()
         runner.wait(60)
-    result = audit(Ledger.peek(folder.ledger))
+    result = audit(read_ledger(folder.ledger))
     print(f"\nseed {seed}: {kills.total()} kills {dict(kills)}\n{render(result)}")
     assert kills.total() > SECONDS / MEAN_SECONDS_BETWEEN_KILLS / 2
     assert result.is_finished and result.missing == () and result.twice == ()

@@ -9,7 +9,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from asyncrl_runtime.transport.audit import audit
+from asyncrl_runtime.history.audit import audit
 from cli_runs import asyncrl
 from job_harness import JobHarness, build_job
 from job_witness import Engine, Witness, finish

@@ -16,6 +16,7 @@ from nats.aio.msg import Msg
 from nats.js import api
 
 from asyncrl_api.names import JobNames, NatsAddress
+from asyncrl_runtime.history.ledger import Superseded
 from asyncrl_runtime.transport.broker import (
     Broker,
     PayloadTooLarge,
@@ -24,7 +25,6 @@ from asyncrl_runtime.transport.broker import (
     WrongLastSequence,
 )
 from asyncrl_runtime.transport.lease import Holder, Lease
-from asyncrl_runtime.transport.ledger import Superseded
 from asyncrl_runtime.transport.reader import PULL_MESSAGES, OrderedReader
 from asyncrl_runtime.transport.streams import delete_streams, identity_of, make_streams, stream_info
 from asyncrl_runtime.transport.ticket_queue import TicketQueue, is_stored

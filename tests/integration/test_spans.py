@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from asyncrl_runtime.contract.messages import Sample, floats_from_bytes, ids_from_bytes
+from asyncrl_runtime.history.audit import audit
 from asyncrl_runtime.trainer.update.policy import ResponseModel, add_adapters
-from asyncrl_runtime.transport.audit import audit
 from job_harness import JobHarness, Recorder, build_job, until
 from nats_server_fixture import NatsServer
 from replay import replay

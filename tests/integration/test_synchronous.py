@@ -9,10 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from asyncrl_api.job import AsyncRLJob
+from asyncrl_api.ledger import History
 from asyncrl_runtime.contract.messages import Group, floats_from_bytes, ids_from_bytes
+from asyncrl_runtime.history.audit import audit
 from asyncrl_runtime.trainer.update.packing import TrainingSample
-from asyncrl_runtime.transport.audit import audit
-from asyncrl_runtime.transport.ledger import History
 from job_harness import JobHarness, Recorder, build_job, until
 from naive_rl import NaiveTrainer
 from nats_server_fixture import NatsServer

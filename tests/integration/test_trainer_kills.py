@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from asyncrl_runtime.transport.audit import audit
+from asyncrl_runtime.history.audit import audit
 from job_harness import JobHarness, Recorder, build_job, until
 from nats_server_fixture import NatsServer
 from replay import replay
@@ -27,7 +27,7 @@ LINES = [
     f"{JOB}.advance#2",  # weights are published
     "asyncrl_runtime.trainer.books.checkpoints:Checkpoints.save#2",
     f"{JOB}.log_metrics#1",
-    "asyncrl_runtime.transport.ledger:Ledger.end#1",
+    "asyncrl_runtime.history.ledger:Ledger.end#1",
 ]
 
 

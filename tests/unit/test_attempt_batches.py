@@ -3,10 +3,10 @@
 import asyncio
 from pathlib import Path
 
+from asyncrl_api.ledger import RecordedStep
 from asyncrl_runtime.contract.messages import encode
 from asyncrl_runtime.trainer.attempt import Attempt
 from asyncrl_runtime.trainer.books.books import Books, recorded_values
-from asyncrl_runtime.transport.ledger import RecordedStep
 from asyncrl_runtime.transport.reader import StreamMessage
 from attempt_parts import make_attempt_parts
 from fakes import FakeRanks, FakeSideTasks, FakeWeights, run_in_virtual_time

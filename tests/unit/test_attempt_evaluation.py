@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
+from asyncrl_api.ledger import RecordedStep
 from asyncrl_api.report import EvaluationReport
 from asyncrl_runtime.trainer.attempt import Attempt
 from asyncrl_runtime.trainer.books.books import Books, recorded_values
 from asyncrl_runtime.trainer.books.checkpoints import Checkpoints
 from asyncrl_runtime.trainer.evaluation import Evaluated
 from asyncrl_runtime.trainer.update.ranks import Command, Export, Logprobs
-from asyncrl_runtime.transport.ledger import RecordedStep
 from attempt_parts import make_attempt_parts
 from fakes import FakeEvaluator, FakeRanks, FakeSideTasks, FakeWeights, run_in_virtual_time
 from samples import make_job, make_sample

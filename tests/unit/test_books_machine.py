@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from asyncrl_api.job import Spec
+from asyncrl_api.ledger import History, LedgerLine, read_history
 from asyncrl_api.parsing import parse_spec
 from asyncrl_runtime.contract.messages import Group, Sample, SampleFailure, Tombstone, VersionSpan, encode
+from asyncrl_runtime.history.audit import audit
 from asyncrl_runtime.trainer.books.books import Batch, Books, RecordedBatchLost, recorded_values
 from asyncrl_runtime.trainer.books.tickets import BookRecord, EndlessDiscards, TicketBook
-from asyncrl_runtime.transport.audit import audit
-from asyncrl_runtime.transport.ledger import History, LedgerLine, read_history
 from asyncrl_runtime.transport.reader import StreamMessage
 from samples import make_sample
 

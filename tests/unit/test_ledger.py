@@ -2,8 +2,9 @@ from pathlib import Path
 
 import pytest
 
-from asyncrl_runtime.transport.audit import audit, render
-from asyncrl_runtime.transport.ledger import Ledger, LedgerError, Superseded, read_history
+from asyncrl_api.ledger import LedgerError, read_history, read_ledger
+from asyncrl_runtime.history.audit import audit, render
+from asyncrl_runtime.history.ledger import Ledger, Superseded
 
 
 def record(ledger: Ledger, version: int, tickets: list[int], **discards: list[int]) -> None:
@@ -33,7 +34,7 @@ def test_lines_of_a_lower_attempt_after_a_higher_are_void(tmp_path: Path) -> Non
         record(old, 1, [2])
     with path.open("a") as file:  # a zombie that did not look
         file.write('{"attempt":1,"version":1,"tickets":[2]}\n')
-    assert Ledger.peek(path).version == 1
+    assert read_ledger(path).version == 1
 
 
 def test_an_attempt_is_claimed_once(tmp_path: Path) -> None:
@@ -52,18 +53,18 @@ def test_a_torn_last_line_is_dropped(tmp_path: Path) -> None:
     record(first, 0, [1])
     with path.open("a") as file:
         file.write('{"attempt":1,"version":1,"tick')
-    assert Ledger.peek(path).version == 1
+    assert read_ledger(path).version == 1
     second = Ledger(path, 2)
     assert second.claim("u").version == 1
     record(second, 1, [2])
-    assert Ledger.peek(path).version == 2
+    assert read_ledger(path).version == 2
 
 
 def test_a_broken_line_in_the_middle_is_not_guessed_at(tmp_path: Path) -> None:
     path = tmp_path / "ledger.jsonl"
     path.write_text('{"attempt":1,"uid":"u"}\n{"attempt":1,"vers\n{"attempt":1,"version":0,"tickets":[1]}\n')
     with pytest.raises(LedgerError, match="line 2"):
-        Ledger.peek(path)
+        read_ledger(path)
     with pytest.raises(LedgerError, match="step from version 1, but 0 is next"):
         read_history(['{"attempt":1,"version":1,"tickets":[1]}'])
 
@@ -79,7 +80,7 @@ def test_a_cut_takes_steps_back(tmp_path: Path) -> None:
     again.cut(1)
     again.begin(1)
     record(again, 1, [3])
-    history = Ledger.peek(path)
+    history = read_ledger(path)
     assert [step.tickets for step in history.steps] == [(1,), (3,)]
     assert history.began == {2: 1}
 

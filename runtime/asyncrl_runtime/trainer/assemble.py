@@ -20,10 +20,12 @@ from nats.aio.msg import Msg
 
 from asyncrl_api.exits import ExitCode, ExitError
 from asyncrl_api.job import Spec
+from asyncrl_api.ledger import History, LedgerError, read_ledger
 from asyncrl_api.report import CheckpointReport, EvaluationReport, Report
 from asyncrl_api.run_config import RunConfig
 from asyncrl_runtime.contract.messages import Heartbeat, decode
 from asyncrl_runtime.contract.rows import prompt_text
+from asyncrl_runtime.history.ledger import Ledger, Superseded
 from asyncrl_runtime.model.source import ensure_model, load_tokenizer, warmup_prompts, weight_names
 from asyncrl_runtime.trainer.attempt import Attempt, AttemptParts, origin_of
 from asyncrl_runtime.trainer.books.books import Books
@@ -47,7 +49,6 @@ from asyncrl_runtime.trainer.update.step import NumbersUnusable
 from asyncrl_runtime.transport.broker import Broker, TransportError
 from asyncrl_runtime.transport.fleet import Fleet
 from asyncrl_runtime.transport.lease import Holder, Lease
-from asyncrl_runtime.transport.ledger import History, Ledger, LedgerError, Superseded
 from asyncrl_runtime.transport.streams import delete_streams, make_lease_bucket
 from asyncrl_runtime.weights.adapter_publisher import AdapterPublisher
 from asyncrl_runtime.weights.publisher import ChecksumMismatch, WeightPublisher
@@ -197,7 +198,7 @@ async def _open_attempt(
     """Claim the history, restore the newest checkpoint of it, and find or make the streams."""
     config.job_folder.mkdir(parents=True, exist_ok=True)  # a claim is empty at first
     ledger_path = config.job_folder / "ledger.jsonl"
-    set_aside_strangers(config.job_folder, config.uid, Ledger.peek(ledger_path).uid)
+    set_aside_strangers(config.job_folder, config.uid, read_ledger(ledger_path).uid)
     ledger = Ledger(ledger_path, options.attempt)
     history = ledger.claim(config.uid)
     checkpoints = Checkpoints(config.job_folder, config.uid)

@@ -23,6 +23,7 @@ from asyncrl_runtime.contract.messages import (
     floats_from_bytes,
     ids_from_bytes,
 )
+from asyncrl_runtime.history.ledger import Ledger
 from asyncrl_runtime.trainer.books.books import Batch, Books, RecordedBatchLost, recorded_values
 from asyncrl_runtime.trainer.books.checkpoints import CheckpointFailed, Checkpoints, Position
 from asyncrl_runtime.trainer.evaluation import Evaluated, Evaluator
@@ -33,7 +34,6 @@ from asyncrl_runtime.trainer.update.packing import TrainingSample
 from asyncrl_runtime.trainer.update.ranks import Export, Logprobs, Ranks, Save, Stop, Train
 from asyncrl_runtime.trainer.update.step import learning_rate, plan_step
 from asyncrl_runtime.transport.fleet import Fleet
-from asyncrl_runtime.transport.ledger import Ledger
 from asyncrl_runtime.weights.adapter_publisher import AdapterPublisher
 from asyncrl_runtime.weights.publisher import LoadBucket, WeightPublisher
 

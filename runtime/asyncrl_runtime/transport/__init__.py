@@ -1,1 +1,1 @@
-"""JetStream: streams, tickets, acks, lease, ledger, audit. Nothing else in the runtime knows NATS."""
+"""JetStream: streams, tickets, acks, the lease. Nothing else in the runtime knows NATS."""

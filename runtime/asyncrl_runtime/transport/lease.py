@@ -13,8 +13,8 @@ import nats.errors
 import nats.js.errors
 
 from asyncrl_api.names import JobNames
+from asyncrl_runtime.history.ledger import Superseded
 from asyncrl_runtime.transport.broker import TRANSIENT, WRONG_LAST_SEQUENCE, Broker
-from asyncrl_runtime.transport.ledger import Superseded
 
 log = logging.getLogger(__name__)
 

@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from asyncrl_api.job import Spec
+from asyncrl_api.ledger import RecordedStep
 from asyncrl_api.names import ticket_of
 from asyncrl_runtime.contract.messages import Group, Tombstone
 from asyncrl_runtime.trainer.books.inbox import Inbox
 from asyncrl_runtime.trainer.books.staleness import LiveGroup, assess, form_batch, reject
 from asyncrl_runtime.trainer.books.tickets import Discard, DiscardCount, TicketBook
-from asyncrl_runtime.transport.ledger import RecordedStep
 from asyncrl_runtime.transport.reader import StreamMessage
 
 log = logging.getLogger(__name__)

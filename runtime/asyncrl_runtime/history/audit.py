@@ -3,7 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass
 
-from asyncrl_runtime.transport.ledger import History
+from asyncrl_api.ledger import History
 
 
 @dataclass(frozen=True)

@@ -10,16 +10,12 @@ Lines, each flushed to disk before what it announces begins:
     {"attempt": a, "issued": n, "discards": {...}}  the end: n tickets were issued, these were left over
 """
 
-import logging
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import msgspec
-
-log = logging.getLogger(__name__)
 
 
 class LedgerLine(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -75,8 +71,13 @@ class LedgerError(Exception):
     """The file holds what no crash explains; it is not guessed at."""
 
 
-class Superseded(Exception):
-    """A later attempt has claimed the ledger; this one must end."""
+def read_ledger(path: Path) -> History:
+    """Return the history without claiming anything, for the audit and for readers beside the trainer.
+
+    Raises:
+        LedgerError: as `read_history`.
+    """
+    return read_history(complete_lines(path), str(path))
 
 
 def read_history(lines: Iterable[str], source: str = "ledger") -> History:
@@ -88,7 +89,7 @@ def read_history(lines: Iterable[str], source: str = "ledger") -> History:
     history = History()
     for number, text in enumerate(lines, start=1):
         try:
-            line = _decoder.decode(text)
+            line = decode_line(text)
         except msgspec.DecodeError as error:
             raise LedgerError(f"{source}, line {number}: {error}: {text[:80]!r}") from error
         if line.attempt < history.attempt:
@@ -124,95 +125,21 @@ def _apply(history: History, line: LedgerLine, where: str) -> None:
         history.num_issued, history.left_over = line.issued, dict(line.discards or {})
 
 
-class Ledger:
-    """The ledger's file, written by one attempt at a time."""
-
-    def __init__(self, path: Path, attempt: int) -> None:
-        self._path = path
-        self._attempt = attempt
-        self._read_to = 0
-
-    @staticmethod
-    def peek(path: Path) -> History:
-        """Return the history without claiming anything, for audit and for a reader beside the trainer."""
-        return read_history(_complete_lines(path), str(path))
-
-    def claim(self, uid: str) -> History:
-        """Append this attempt, drop a torn last line, and return the history so far.
-
-        Raises:
-            Superseded: the ledger has seen this attempt or a later one.
-        """
-        _drop_torn_line(self._path)
-        before = self.peek(self._path)
-        if before.attempt >= self._attempt:
-            raise Superseded(f"{self._path} was claimed by attempt {before.attempt}; this is {self._attempt}")
-        self._read_to = self._path.stat().st_size if self._path.exists() else 0
-        self._append(LedgerLine(attempt=self._attempt, uid=uid))
-        return self.peek(self._path)
-
-    def begin(self, version: int) -> None:
-        self._append(LedgerLine(attempt=self._attempt, began=version))
-
-    def record_step(
-        self,
-        version: int,
-        tickets: Sequence[int],
-        discards: Mapping[str, Sequence[int]],
-        live: Mapping[str, Any],
-    ) -> None:
-        """Announce the step from `version`; after this line the step is history."""
-        self._append(
-            LedgerLine(
-                attempt=self._attempt,
-                version=version,
-                tickets=tuple(tickets),
-                discards={reason: tuple(numbers) for reason, numbers in discards.items()},
-                live=dict(live),
-            )
-        )
-
-    def cut(self, version: int) -> None:
-        """Give up recorded steps from `version` on: their trajectories are lost."""
-        self._append(LedgerLine(attempt=self._attempt, cut=version))
-
-    def end(self, num_issued: int, left_over: Mapping[str, Sequence[int]]) -> None:
-        discards = {reason: tuple(numbers) for reason, numbers in left_over.items()}
-        self._append(LedgerLine(attempt=self._attempt, issued=num_issued, discards=discards))
-
-    def _append(self, line: LedgerLine) -> None:
-        """Write one line and flush it to disk.
-
-        Raises:
-            Superseded: a later attempt has written since.
-            OSError: the disk is full, say; the line is then torn and dropped at the next claim.
-        """
-        with self._path.open("ab+") as file:
-            file.seek(self._read_to)
-            for text in file.read().decode().splitlines():
-                if (attempt := _decoder.decode(text).attempt) > self._attempt:
-                    raise Superseded(f"attempt {attempt} has claimed {self._path}; this is {self._attempt}")
-            file.write(_encoder.encode(line) + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-            self._read_to = file.tell()
-
-
-def _complete_lines(path: Path) -> list[str]:
+def complete_lines(path: Path) -> list[str]:
+    """Return the lines of a ledger without a torn last one; none where there is no file."""
     if not path.exists():
         return []
     data = path.read_bytes()  # a torn last line may end within a character
     return data[: data.rfind(b"\n") + 1].decode().splitlines()
 
 
-def _drop_torn_line(path: Path) -> None:
-    if not path.exists():
-        return
-    data = path.read_bytes()
-    if (complete := data.rfind(b"\n") + 1) < len(data):
-        log.warning("%s: dropping a torn last line: %r", path, data[complete:][:80])
-        os.truncate(path, complete)
+def decode_line(text: str | bytes) -> LedgerLine:
+    """Return one line.
+
+    Raises:
+        msgspec.DecodeError: it is none.
+    """
+    return _decoder.decode(text)
 
 
-_encoder = msgspec.json.Encoder()
 _decoder = msgspec.json.Decoder(LedgerLine)

@@ -1,0 +1,1 @@
+"""The job's history: who writes the ledger, and what proves it. Knows no NATS."""
