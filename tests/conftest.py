@@ -14,10 +14,9 @@ from xdist.scheduler import LoadFileScheduling
 
 from asyncrl_api.crdgen import FILE_NAME
 from asyncrl_api.names import JobNames, NatsAddress
-from kube_fixture import Cluster, making_namespace, why_not
-from nats_server_fixture import NatsServer
-
-ROOT = Path(__file__).parents[1]
+from support.cluster.control_plane import Cluster, making_namespace, why_not
+from support.jobs.nats_server import NatsServer
+from support.paths import ROOT
 
 # A busy machine takes its time; that is no fault of what is tested.
 hypothesis.settings.register_profile("asyncrl", deadline=None)

@@ -26,11 +26,12 @@ from typing import IO
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from asyncrl_api.crdgen import FILE_NAME
-from installed_operator import InstalledOperator, Operator
-from kube_fixture import making_namespace
-from node_cluster import HOST_IMAGE, NATS_IMAGE, USES_IMAGES, NodeCluster, why_no_nodes
-from operator_process import OperatorProcess, eventually, grant_rights
-from running_job import EXAMPLES, GRACE_SECONDS, RunningJob, prepare, ready_at
+from support.chart.installed_operator import InstalledOperator, Operator
+from support.cluster.control_plane import making_namespace
+from support.cluster.nodes import HOST_IMAGE, NATS_IMAGE, USES_IMAGES, NodeCluster, why_no_nodes
+from support.cluster.operator_process import OperatorProcess, eventually, grant_rights
+from support.cluster.running_job import GRACE_SECONDS, RunningJob, prepare, ready_at
+from support.paths import EXAMPLES
 
 ROOT = Path(__file__).parents[2]
 WARM_STEPS = 20

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from tiny_models import build_model, running_engine
+from support.engines.tiny_models import build_model, running_engine
 
 SLOTS = 16
 IN_FLIGHT = 2 * SLOTS

@@ -27,7 +27,7 @@ from asyncrl_runtime.trainer.update.packing import TrainingSample, distribute, p
 from asyncrl_runtime.trainer.update.policy import Policy
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from tiny_models import build_model, running_engine
+from support.engines.tiny_models import build_model, running_engine
 
 NUM_SAMPLES = 64
 IN_FLIGHT = 16

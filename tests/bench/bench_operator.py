@@ -31,8 +31,15 @@ import psutil
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from asyncrl_api.crdgen import FILE_NAME
 from asyncrl_api.report import Report
-from kube_fixture import Cluster, why_not
-from operator_process import OperatorProcess, eventually, grant_rights, make_claim, make_job, running_operator
+from support.cluster.control_plane import Cluster, why_not
+from support.cluster.operator_process import (
+    OperatorProcess,
+    eventually,
+    grant_rights,
+    make_claim,
+    make_job,
+    running_operator,
+)
 
 ROOT = Path(__file__).parents[2]
 GROUP = "/apis/asyncrl.dev/v1alpha1"

@@ -39,8 +39,8 @@ from asyncrl_runtime.trainer.books.books import Books
 from asyncrl_runtime.transport.broker import Broker
 from asyncrl_runtime.transport.reader import OrderedReader
 from asyncrl_runtime.transport.streams import delete_streams, make_streams
-from nats_server_fixture import NatsServer
-from samples import make_job
+from support.jobs.nats_server import NatsServer
+from support.messages.samples import make_job
 
 IN_FLIGHT = 16
 BATCH_SIZE = 64

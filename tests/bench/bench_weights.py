@@ -38,9 +38,15 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from asyncrl_runtime.weights.group import host_group, join_group, open_store
 from asyncrl_runtime.weights.publisher import WeightPublisher
-from job_harness import build_job
-from policy_and_engines import LOOPBACK, PolicyAndEngines, load_policy, open_engines, prepare_process
-from tiny_models import build_model
+from support.engines.policy_and_engines import (
+    LOOPBACK,
+    PolicyAndEngines,
+    load_policy,
+    open_engines,
+    prepare_process,
+)
+from support.engines.tiny_models import build_model
+from support.jobs.job_harness import build_job
 
 NUM_ENGINES = 2
 GROUP = "raw"

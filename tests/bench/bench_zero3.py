@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from asyncrl_api.job import AlgorithmSpec, DeepSpeedSpec, TrainingSpec
 from asyncrl_runtime.trainer.update.packing import MicroBatch, TrainingSample, pack
 from asyncrl_runtime.trainer.update.policy import Policy
-from tiny_models import build_model
+from support.engines.tiny_models import build_model
 
 SHAPE = {"hidden_size": 1024, "num_layers": 6, "vocabulary_size": 8192, "initializer_range": 0.02}
 BUCKET_BYTES = 64 * 2**20

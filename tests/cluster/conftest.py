@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from kube_fixture import Cluster
-from operator_process import Job, grant_rights, make_claim
+from support.cluster.control_plane import Cluster
+from support.cluster.operator_process import Job, grant_rights, make_claim
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,8 @@ from ruamel.yaml import YAML
 from asyncrl_operator.main import app
 from asyncrl_operator.resources import CHILDREN, SELECTOR
 from asyncrl_operator.telemetry import Telemetry
-from chart import CHART, NAME, NAMESPACE, helm, only, render, rights, sets
+from support.chart.rendered_chart import NAME, NAMESPACE, helm, only, render, rights, sets
+from support.paths import CHART
 
 pytestmark = pytest.mark.e2e
 

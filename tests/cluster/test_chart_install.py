@@ -11,9 +11,17 @@ from typing import Any
 import pytest
 
 from asyncrl_api.parsing import load_documents
-from chart import CHART, NAME, NAMESPACE, RELEASE, sets
-from kube_fixture import Cluster, why_not
-from operator_process import Job, OperatorProcess, eventually, make_claim, make_job, running_operator
+from support.chart.rendered_chart import NAME, NAMESPACE, RELEASE, sets
+from support.cluster.control_plane import Cluster, why_not
+from support.cluster.operator_process import (
+    Job,
+    OperatorProcess,
+    eventually,
+    make_claim,
+    make_job,
+    running_operator,
+)
+from support.paths import CHART
 
 pytestmark = pytest.mark.e2e
 

@@ -15,9 +15,9 @@ from asyncrl_api.job_status import Status
 from asyncrl_api.marks import tree
 from asyncrl_api.parsing import apply_overrides, load_documents, parse_job, validate
 from asyncrl_api.rules import all_rules, violations
-from kube_fixture import Cluster, making_namespace
-from rule_cases import BASE, CASES, Case
-from status_samples import full_status
+from support.cluster.control_plane import Cluster, making_namespace
+from support.cluster.status_samples import full_status
+from support.manifests.rule_cases import BASE, CASES, Case
 
 pytestmark = pytest.mark.e2e
 

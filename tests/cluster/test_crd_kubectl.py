@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from kube_fixture import Cluster
-from rule_cases import BASE
-from status_samples import full_status
+from support.cluster.control_plane import Cluster
+from support.cluster.status_samples import full_status
+from support.manifests.rule_cases import BASE
 
 pytestmark = pytest.mark.e2e
 

@@ -10,7 +10,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from asyncrl_api.parsing import load_documents, parse_job
-from gitops_rows import ROWS, Object, Row
+from support.cluster.gitops_rows import ROWS, Object, Row
 
 pytestmark = pytest.mark.e2e
 

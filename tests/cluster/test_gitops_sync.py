@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from gitops_repository import Repository
-from kube_fixture import Cluster
-from operator_process import Job, OperatorProcess, eventually, make_job, running_operator
+from support.cluster.control_plane import Cluster
+from support.cluster.gitops_repository import Repository
+from support.cluster.operator_process import Job, OperatorProcess, eventually, make_job, running_operator
 
 pytestmark = pytest.mark.e2e
 

@@ -10,8 +10,8 @@ import pytest
 from asyncrl_api.job import AsyncRLJob
 from asyncrl_operator.compare import first_difference
 from asyncrl_operator.render.quantities import canonical_quantity
-from kube_fixture import Cluster
-from rendered_jobs import SHAPES, SPELLINGS, job_of, render_all
+from support.cluster.control_plane import Cluster
+from support.manifests.rendered_jobs import SHAPES, SPELLINGS, job_of, render_all
 
 pytestmark = pytest.mark.e2e
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from kube_fixture import Cluster
-from operator_process import (
+from support.cluster.control_plane import Cluster
+from support.cluster.operator_process import (
     Job,
     OperatorProcess,
     eventually,

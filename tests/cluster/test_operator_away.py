@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from operator_process import Job, eventually, running_operator
+from support.cluster.operator_process import Job, eventually, running_operator
 
 pytestmark = pytest.mark.e2e
 

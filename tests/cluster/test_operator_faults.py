@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from kube_fixture import Cluster
-from operator_process import Job, OperatorProcess, eventually, running_operator
+from support.cluster.control_plane import Cluster
+from support.cluster.operator_process import Job, OperatorProcess, eventually, running_operator
 
 pytestmark = pytest.mark.e2e
 

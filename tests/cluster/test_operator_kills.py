@@ -28,8 +28,8 @@ from asyncrl_operator.render.manifests import Defaults
 from asyncrl_operator.resources import ASYNCRL_JOBS
 from asyncrl_operator.telemetry import Telemetry
 from asyncrl_operator.workqueue import Key
-from kube_fixture import Cluster
-from operator_process import Job, make_claim
+from support.cluster.control_plane import Cluster
+from support.cluster.operator_process import Job, make_claim
 
 pytestmark = pytest.mark.e2e
 

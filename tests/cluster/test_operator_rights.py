@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from asyncrl_operator.resources import JOB_UID_LABEL
-from chart import NAME, only, render, rights
-from operator_process import Job, OperatorProcess, eventually, running_operator
+from support.chart.rendered_chart import NAME, only, render, rights
+from support.cluster.operator_process import Job, OperatorProcess, eventually, running_operator
 
 pytestmark = pytest.mark.e2e
 

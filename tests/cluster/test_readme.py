@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from kube_fixture import Cluster
-from operator_process import make_claim, running_operator
+from support.cluster.control_plane import Cluster
+from support.cluster.operator_process import make_claim, running_operator
 
 pytestmark = pytest.mark.e2e
 

@@ -18,8 +18,8 @@ from asyncrl_runtime.trainer.cluster_report import (
     ReportCopier,
     in_cluster_client,
 )
-from kube_fixture import Cluster
-from rendered_jobs import DEFAULTS, job_of
+from support.cluster.control_plane import Cluster
+from support.manifests.rendered_jobs import DEFAULTS, job_of
 
 pytestmark = pytest.mark.e2e
 

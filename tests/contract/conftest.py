@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from asyncrl_api.run_config import SGLANG_PYTHON
-from sglang_process import SGLangProcess
-from tiny_models import EngineProcess, running_engine, tiny_model
+from support.engines.sglang_process import SGLangProcess
+from support.engines.tiny_models import EngineProcess, running_engine, tiny_model
 
 STEP_SECONDS = 0.02
 """Of a decoding step: slow enough to act between two."""

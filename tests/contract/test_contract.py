@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from asyncrl_runtime.rollout.engine_monitor import parse_load
-from tiny_models import EngineProcess
-from weight_trainer import (
+from support.engines.tiny_models import EngineProcess
+from support.engines.weight_trainer import (
     DYING_TRAINER,
     PROMPT,
     Trainer,

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import pytest
 
 from asyncrl_api.run_config import SGLANG_PYTHON
-from sglang_process import SGLangProcess
-from tiny_models import EngineProcess, Family, running_engine, tiny_model
-from weight_trainer import PROMPT, Trainer, logprobs_of_model, output_logprobs, weights_of
+from support.engines.sglang_process import SGLangProcess
+from support.engines.tiny_models import EngineProcess, Family, running_engine, tiny_model
+from support.engines.weight_trainer import PROMPT, Trainer, logprobs_of_model, output_logprobs, weights_of
 
 
 class Kind(NamedTuple):

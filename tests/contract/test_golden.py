@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from sglang_process import SGLangProcess
-from tiny_models import EngineProcess
-from weight_trainer import PROMPT
+from support.engines.sglang_process import SGLangProcess
+from support.engines.tiny_models import EngineProcess
+from support.engines.weight_trainer import PROMPT
 
 GOLDEN = Path(__file__).parent / "golden.json"
 """Recorded by ASYNCRL_WRITE_GOLDEN=1 make contract-sglang; read the difference."""

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from asyncrl_api.crdgen import FILE_NAME
-from installed_operator import InstalledOperator, Operator
-from kube_fixture import making_namespace
-from node_cluster import HOST_IMAGE, NATS_IMAGE, USES_IMAGES, NodeCluster, why_no_nodes
-from operator_process import OperatorProcess, grant_rights
-from running_job import RunningJob, prepare
+from support.chart.installed_operator import InstalledOperator, Operator
+from support.cluster.control_plane import making_namespace
+from support.cluster.nodes import HOST_IMAGE, NATS_IMAGE, USES_IMAGES, NodeCluster, why_no_nodes
+from support.cluster.operator_process import OperatorProcess, grant_rights
+from support.cluster.running_job import RunningJob, prepare
 
 ROOT = Path(__file__).parents[2]
 HAS_FAILED = pytest.StashKey[bool]()

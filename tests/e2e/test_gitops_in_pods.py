@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 
-from gitops_repository import Repository
-from installed_operator import Operator
-from node_cluster import NodeCluster
-from operator_process import eventually
-from running_job import EXAMPLES, RunningJob, in_pods
+from support.chart.installed_operator import Operator
+from support.cluster.gitops_repository import Repository
+from support.cluster.nodes import NodeCluster
+from support.cluster.operator_process import eventually
+from support.cluster.running_job import RunningJob, in_pods
+from support.paths import EXAMPLES
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
 

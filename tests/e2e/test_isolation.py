@@ -4,10 +4,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from installed_operator import Operator
-from kube_fixture import making_namespace
-from node_cluster import NodeCluster
-from running_job import RunningJob, prepare
+from support.chart.installed_operator import Operator
+from support.cluster.control_plane import making_namespace
+from support.cluster.nodes import NodeCluster
+from support.cluster.running_job import RunningJob, prepare
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -5,10 +5,10 @@ import time
 
 import pytest
 
-from installed_operator import Operator
-from node_cluster import NodeCluster
-from operator_process import eventually
-from running_job import RunningJob
+from support.chart.installed_operator import Operator
+from support.cluster.nodes import NodeCluster
+from support.cluster.operator_process import eventually
+from support.cluster.running_job import RunningJob
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from installed_operator import Operator
-from node_cluster import NodeCluster
-from running_job import RunningJob, pod_templates
+from support.chart.installed_operator import Operator
+from support.cluster.nodes import NodeCluster
+from support.cluster.running_job import RunningJob, pod_templates
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
 

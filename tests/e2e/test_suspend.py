@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from operator_process import eventually
-from running_job import RunningJob
+from support.cluster.operator_process import eventually
+from support.cluster.running_job import RunningJob
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 

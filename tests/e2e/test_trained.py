@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from asyncrl_runtime.trainer.update.deepspeed_config import deep_merge
-from node_cluster import NODES
-from operator_process import eventually
-from running_job import RunningJob, pod_templates
+from support.cluster.nodes import NODES
+from support.cluster.operator_process import eventually
+from support.cluster.running_job import RunningJob, pod_templates
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 

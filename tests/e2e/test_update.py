@@ -5,9 +5,9 @@ import re
 
 import pytest
 
-from node_cluster import HOST_IMAGE, RUNTIME_IMAGE, USES_IMAGES, NodeCluster
-from operator_process import eventually
-from running_job import RunningJob
+from support.cluster.nodes import HOST_IMAGE, RUNTIME_IMAGE, USES_IMAGES, NodeCluster
+from support.cluster.operator_process import eventually
+from support.cluster.running_job import RunningJob
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -22,7 +22,8 @@ from asyncrl_api.report import Report
 from asyncrl_operator.local.local_run import find_program
 from asyncrl_operator.local.run_folder import RunFolder
 from asyncrl_runtime.history.audit import audit, render
-from job_harness import TESTS, build_job
+from support.jobs.job_harness import build_job
+from support.paths import USER_CODE
 
 SECONDS = float(os.environ.get("CHAOS_SECONDS", "90"))
 SEEDS = [int(seed) for seed in os.environ.get("CHAOS_SEEDS", "1").split(",")]
@@ -65,7 +66,7 @@ def test_job_survives_random_kills(tmp_path: Path, seed: int) -> None:
             }
         },
     )
-    shutil.copy(TESTS / "harness_data.py", tmp_path)  # user code lies beside the manifest
+    shutil.copy(USER_CODE / "harness_data.py", tmp_path)  # user code lies beside the manifest
     manifest = tmp_path / "job.yaml"
     manifest.write_text(json.dumps(to_manifest(job)))
     folder, log = RunFolder(tmp_path / "run"), tmp_path / "runner.log"

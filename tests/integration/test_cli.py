@@ -8,8 +8,8 @@ import pytest
 
 from asyncrl_api.exits import ExitCode
 from asyncrl_api.job import to_manifest
-from cli_runs import asyncrl, write_job
-from job_harness import build_job
+from support.jobs.cli_runs import asyncrl, write_job
+from support.jobs.job_harness import build_job
 
 SMALLEST = """\
 apiVersion: asyncrl.dev/v1alpha1

@@ -13,8 +13,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from tiny_models import EngineProcess, Family, build_model, running_engine, tiny_model
-from weight_trainer import checksum, metric, output_logprobs, wait_until
+from support.engines.tiny_models import EngineProcess, Family, build_model, running_engine, tiny_model
+from support.engines.weight_trainer import checksum, metric, output_logprobs, wait_until
 
 PROMPT = [5, 6, 7, 8, 9]
 LONG = list(range(20, 50))

@@ -8,8 +8,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tiny_models import EngineProcess, running_engine, tiny_model
-from weight_trainer import metric, wait_until
+from support.engines.tiny_models import EngineProcess, running_engine, tiny_model
+from support.engines.weight_trainer import metric, wait_until
 
 PROMPT = [5, 6, 7, 8, 9]
 STEP_SECONDS = 0.04

@@ -12,8 +12,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tiny_models import EngineProcess, running_engine, tiny_model
-from weight_trainer import metric, wait_until
+from support.engines.tiny_models import EngineProcess, running_engine, tiny_model
+from support.engines.weight_trainer import metric, wait_until
 
 PROMPT = [5, 6, 7, 8, 9]
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from asyncrl_api.exits import ExitCode, ExitError
 from asyncrl_runtime.engine.model import CausalModel
 from asyncrl_runtime.weights.group import open_store
-from tiny_models import EngineProcess, running_engine, tiny_model
+from support.engines.tiny_models import EngineProcess, running_engine, tiny_model
 
 PROMPT = [5, 6, 7]
 

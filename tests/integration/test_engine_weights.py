@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from asyncrl_runtime.weights.group import host_group, open_store
-from tiny_models import EngineProcess, running_engine, tiny_model
-from weight_trainer import (
+from support.engines.tiny_models import EngineProcess, running_engine, tiny_model
+from support.engines.weight_trainer import (
     DYING_TRAINER,
     PROMPT,
     Trainer,

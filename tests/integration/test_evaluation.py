@@ -24,12 +24,12 @@ from asyncrl_runtime.contract.messages import (
 from asyncrl_runtime.model.source import load_tokenizer
 from asyncrl_runtime.trainer.evaluation import SILENT_SECONDS, Evaluated, Evaluator
 from asyncrl_runtime.transport.streams import QUESTION_ACK_WAIT_SECONDS, delete_stream, make_streams
-from job_harness import JobHarness, build_job
-from job_witness import Engine, Witness, finish
-from nats_server_fixture import NatsServer
-from rollout_scene import STORAGE_BYTES, Scene, open_scene, publish
-from samples import make_sample
-from tiny_models import EOS, tiny_model
+from support.engines.rollout_scene import STORAGE_BYTES, Scene, open_scene, publish
+from support.engines.tiny_models import EOS, tiny_model
+from support.jobs.job_harness import JobHarness, build_job
+from support.jobs.job_witness import Engine, Witness, finish
+from support.jobs.nats_server import NatsServer
+from support.messages.samples import make_sample
 
 V0, V1 = PolicyVersion(1, 0), PolicyVersion(1, 1)
 ROWS = [{"question": f"{n} + 1 ="} for n in range(2 * EVALUATION_ROWS + 8)]

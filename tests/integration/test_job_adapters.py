@@ -10,12 +10,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from asyncrl_runtime.history.audit import audit
-from cli_runs import asyncrl
-from job_harness import JobHarness, build_job
-from job_witness import Engine, Witness, finish
-from nats_server_fixture import NatsServer
-from replay import replay
-from tiny_models import tiny_model
+from support.engines.tiny_models import tiny_model
+from support.jobs.cli_runs import asyncrl
+from support.jobs.job_harness import JobHarness, build_job
+from support.jobs.job_witness import Engine, Witness, finish
+from support.jobs.nats_server import NatsServer
+from support.jobs.replay import replay
 
 TRAINING = {
     "batchSize": 3,

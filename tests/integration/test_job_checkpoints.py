@@ -14,9 +14,9 @@ from torch import Tensor
 
 from asyncrl_api.exits import ExitCode
 from asyncrl_api.marks import merge
-from job_harness import JobHarness, build_job
-from job_witness import Engine, Witness, finish
-from nats_server_fixture import NatsServer
+from support.jobs.job_harness import JobHarness, build_job
+from support.jobs.job_witness import Engine, Witness, finish
+from support.jobs.nats_server import NatsServer
 
 STEPS = 4
 

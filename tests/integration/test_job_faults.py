@@ -19,11 +19,11 @@ from asyncrl_runtime.contract.messages import (
 )
 from asyncrl_runtime.rollout.session import sampling_seed
 from asyncrl_runtime.transport.streams import ACK_WAIT_SECONDS
-from job_harness import JobHarness, build_job
-from job_witness import Engine, Witness, finish
-from nats_server_fixture import NatsServer
-from replay import logprob_error, replay
-from tiny_models import tiny_model
+from support.engines.tiny_models import tiny_model
+from support.jobs.job_harness import JobHarness, build_job
+from support.jobs.job_witness import Engine, Witness, finish
+from support.jobs.nats_server import NatsServer
+from support.jobs.replay import logprob_error, replay
 
 TWO_ENGINES: dict[str, Any] = {
     "model": {"contextLength": 256},

@@ -11,11 +11,11 @@ from transformers import AutoModelForCausalLM
 
 from asyncrl_api.exits import ExitCode
 from asyncrl_api.job import AsyncRLJob
-from job_harness import JobHarness, build_job
-from job_witness import Engine, Witness, finish
-from nats_server_fixture import NatsServer
-from replay import replay
-from tiny_models import tiny_model
+from support.engines.tiny_models import tiny_model
+from support.jobs.job_harness import JobHarness, build_job
+from support.jobs.job_witness import Engine, Witness, finish
+from support.jobs.nats_server import NatsServer
+from support.jobs.replay import replay
 
 ALL_IN_SHARES = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 

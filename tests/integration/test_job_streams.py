@@ -14,10 +14,10 @@ from asyncrl_runtime.trainer.side_tasks import SideTasks
 from asyncrl_runtime.transport.broker import Broker
 from asyncrl_runtime.transport.fleet import Fleet
 from asyncrl_runtime.transport.reader import StreamMessage
-from job_harness import JobHarness, build_job
-from job_witness import Engine, Witness, finish
-from nats_server_fixture import NatsServer
-from samples import make_sample
+from support.jobs.job_harness import JobHarness, build_job
+from support.jobs.job_witness import Engine, Witness, finish
+from support.jobs.nats_server import NatsServer
+from support.messages.samples import make_sample
 
 LONG_JOB: dict[str, Any] = {
     "training": {"maxSteps": 24},

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from asyncrl_api.exits import ExitCode
-from job_harness import JobHarness, build_job
-from job_witness import Engine, Witness, finish
-from nats_server_fixture import NatsServer
+from support.jobs.job_harness import JobHarness, build_job
+from support.jobs.job_witness import Engine, Witness, finish
+from support.jobs.nats_server import NatsServer
 
 
 @pytest.mark.slow

@@ -10,9 +10,9 @@ import pytest
 from asyncrl_api.exits import ExitCode
 from asyncrl_api.marks import merge
 from asyncrl_runtime.contract.messages import CurrentVersion, PolicyVersion, encode
-from job_harness import JobHarness, build_job
-from job_witness import Engine, Witness, finish
-from nats_server_fixture import NatsServer
+from support.jobs.job_harness import JobHarness, build_job
+from support.jobs.job_witness import Engine, Witness, finish
+from support.jobs.nats_server import NatsServer
 
 ONE_BY_ONE: dict[str, Any] = {"rollout": {"maxConcurrency": 2}}
 """The worker takes one ticket at a time, so that others wait in the queue."""

@@ -20,9 +20,9 @@ from asyncrl_operator.decide.restart_policy import (
     Restart,
 )
 from asyncrl_operator.local.local_run import free_ports
-from cli_runs import CliRun, asyncrl, have_ended, write_job
-from job_harness import build_job
-from tiny_models import tiny_model
+from support.engines.tiny_models import tiny_model
+from support.jobs.cli_runs import CliRun, asyncrl, have_ended, write_job
+from support.jobs.job_harness import build_job
 
 pytestmark = pytest.mark.slow
 

@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from asyncrl_api.exits import ExitCode
 from asyncrl_api.parsing import load_documents, parse_job
 from asyncrl_operator.local.run_folder import RunFolder
-from cli_runs import CliRun, Terminal, asyncrl, have_ended, write_job
-from job_harness import build_job
-from tiny_models import tiny_model
+from support.engines.tiny_models import tiny_model
+from support.jobs.cli_runs import CliRun, Terminal, asyncrl, have_ended, write_job
+from support.jobs.job_harness import build_job
 
 pytestmark = pytest.mark.slow
 

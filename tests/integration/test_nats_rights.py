@@ -16,9 +16,9 @@ from asyncrl_runtime.contract.messages import ResumePoint
 from asyncrl_runtime.transport.broker import Broker, TransportError
 from asyncrl_runtime.transport.resume_points import ResumePoints
 from asyncrl_runtime.transport.streams import make_streams
-from forked_processes import ForkedProcess
-from job_harness import JobHarness, build_job
-from nats_server_fixture import NatsServer
+from support.jobs.forked_processes import ForkedProcess
+from support.jobs.job_harness import JobHarness, build_job
+from support.jobs.nats_server import NatsServer
 
 PASSWORDS = {"trainer": "t-secret", "worker": "w-secret"}
 NAMES = JobNames.on_own_server("default", "harness")

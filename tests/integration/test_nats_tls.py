@@ -8,7 +8,7 @@ import pytest
 
 from asyncrl_api.names import JobNames, NatsAddress
 from asyncrl_runtime.transport.broker import Broker, TransportError
-from nats_server_fixture import NatsServer
+from support.jobs.nats_server import NatsServer
 
 NAMES = JobNames.on_own_server("team", "job")
 

@@ -28,8 +28,8 @@ from asyncrl_runtime.transport.lease import Holder, Lease
 from asyncrl_runtime.transport.reader import PULL_MESSAGES, OrderedReader
 from asyncrl_runtime.transport.streams import delete_streams, identity_of, make_streams, stream_info
 from asyncrl_runtime.transport.ticket_queue import TicketQueue, is_stored
-from cut_proxy import CutProxy
-from nats_server_fixture import NatsServer
+from support.engines.cut_proxy import CutProxy
+from support.jobs.nats_server import NatsServer
 
 STORAGE = 200 * 2**20
 

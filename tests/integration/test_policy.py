@@ -30,7 +30,7 @@ from asyncrl_runtime.trainer.update.diagnostics import report_tokens
 from asyncrl_runtime.trainer.update.packing import TrainingSample, distribute, pack, split_minibatches
 from asyncrl_runtime.trainer.update.policy import Policy, Update
 from asyncrl_runtime.weights.bucket import Bucket
-from naive_rl import NaiveTrainer
+from support.jobs.naive_rl import NaiveTrainer
 
 STAGES = (0, 1, 2, 3)
 ALL_IN_SHARES = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}

@@ -16,7 +16,7 @@ from asyncrl_runtime.rollout.rewards.backend import RewardFailure
 from asyncrl_runtime.rollout.rewards.frames import ScoreRequest
 from asyncrl_runtime.rollout.rewards.scorer import Scorer
 from asyncrl_runtime.rollout.rewards.service import RewardService
-from job_harness import until
+from support.jobs.job_harness import until
 
 ANSWERS: dict[str, tuple[int, str]] = {
     "number": (200, '{"reward": 1}'),

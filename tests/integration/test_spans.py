@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM
 from asyncrl_runtime.contract.messages import Sample, floats_from_bytes, ids_from_bytes
 from asyncrl_runtime.history.audit import audit
 from asyncrl_runtime.trainer.update.policy import ResponseModel, add_adapters
-from job_harness import JobHarness, Recorder, build_job, until
-from nats_server_fixture import NatsServer
-from replay import replay
-from tiny_models import tiny_model
+from support.engines.tiny_models import tiny_model
+from support.jobs.job_harness import JobHarness, Recorder, build_job, until
+from support.jobs.nats_server import NatsServer
+from support.jobs.replay import replay
 
 EXACT = 1e-4
 """KV was computed under the weights that sampled, so only float32 rounding of another batch shape is left."""

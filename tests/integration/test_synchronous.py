@@ -13,10 +13,10 @@ from asyncrl_api.ledger import History
 from asyncrl_runtime.contract.messages import Group, floats_from_bytes, ids_from_bytes
 from asyncrl_runtime.history.audit import audit
 from asyncrl_runtime.trainer.update.packing import TrainingSample
-from job_harness import JobHarness, Recorder, build_job, until
-from naive_rl import NaiveTrainer
-from nats_server_fixture import NatsServer
-from tiny_models import tiny_model
+from support.engines.tiny_models import tiny_model
+from support.jobs.job_harness import JobHarness, Recorder, build_job, until
+from support.jobs.naive_rl import NaiveTrainer
+from support.jobs.nats_server import NatsServer
 
 STEPS = 5
 

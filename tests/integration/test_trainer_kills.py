@@ -9,10 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from asyncrl_runtime.history.audit import audit
-from job_harness import JobHarness, Recorder, build_job, until
-from nats_server_fixture import NatsServer
-from replay import replay
-from tiny_models import tiny_model
+from support.engines.tiny_models import tiny_model
+from support.jobs.job_harness import JobHarness, Recorder, build_job, until
+from support.jobs.nats_server import NatsServer
+from support.jobs.replay import replay
 
 JOB = "asyncrl_runtime.trainer.attempt:Attempt"
 LINES = [

@@ -13,8 +13,8 @@ from asyncrl_runtime.trainer.update.policy import Policy
 from asyncrl_runtime.weights.bucket import Bucket
 from asyncrl_runtime.weights.engines import Published
 from asyncrl_runtime.weights.publisher import ChecksumMismatch
-from rollout_scene import SPEC, Scene, checksums_of, holds, open_scene, publish, versions
-from tiny_models import tiny_model
+from support.engines.rollout_scene import SPEC, Scene, checksums_of, holds, open_scene, publish, versions
+from support.engines.tiny_models import tiny_model
 
 V0, V1, V2, V3 = (PolicyVersion(1, version) for version in range(4))
 BUCKET_BYTES = 40_000

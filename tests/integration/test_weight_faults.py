@@ -9,8 +9,8 @@ from asyncrl_api.names import JobNames, NatsAddress
 from asyncrl_runtime.contract.messages import PolicyVersion
 from asyncrl_runtime.rollout.engine_client import EngineRefused
 from asyncrl_runtime.weights.engines import Published
-from nats_server_fixture import NatsServer
-from rollout_scene import Scene, holds, open_scene, publish, versions
+from support.engines.rollout_scene import Scene, holds, open_scene, publish, versions
+from support.jobs.nats_server import NatsServer
 
 V0, V1, V2 = (PolicyVersion(1, version) for version in range(3))
 RESTARTED = PolicyVersion(2, 1)

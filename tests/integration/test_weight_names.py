@@ -8,8 +8,8 @@ from asyncrl_api.exits import ExitCode, ExitError
 from asyncrl_api.job import LoRASpec
 from asyncrl_runtime.trainer.assemble import check_names
 from asyncrl_runtime.trainer.update.policy import Policy, add_adapters, load_model
-from rollout_scene import SPEC
-from tiny_models import Family, tiny_model
+from support.engines.rollout_scene import SPEC
+from support.engines.tiny_models import Family, tiny_model
 
 
 def load(folder: Path) -> Policy:

@@ -15,7 +15,7 @@ from asyncrl_runtime.contract.messages import (
 )
 from asyncrl_runtime.rollout.adapter_updates import AdapterUpdates
 from asyncrl_runtime.rollout.engine_client import EngineLost, EngineRefused
-from fakes import UpdatableEngine
+from support.fakes import UpdatableEngine
 
 V0, V1, V2 = (PolicyVersion(1, version) for version in range(3))
 LOAD, LABEL, UNLOAD = "/load_lora_adapter", "/update_weight_version", "/unload_lora_adapter"

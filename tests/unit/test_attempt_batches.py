@@ -8,9 +8,9 @@ from asyncrl_runtime.contract.messages import encode
 from asyncrl_runtime.trainer.attempt import Attempt
 from asyncrl_runtime.trainer.books.books import Books, recorded_values
 from asyncrl_runtime.transport.reader import StreamMessage
-from attempt_parts import make_attempt_parts
-from fakes import FakeRanks, FakeSideTasks, FakeWeights, run_in_virtual_time
-from samples import make_group, make_job
+from support.fakes import FakeRanks, FakeSideTasks, FakeWeights, run_in_virtual_time
+from support.jobs.attempt_parts import make_attempt_parts
+from support.messages.samples import make_group, make_job
 
 
 class SlowSideTasks(FakeSideTasks):

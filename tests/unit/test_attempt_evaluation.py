@@ -14,9 +14,9 @@ from asyncrl_runtime.trainer.books.books import Books, recorded_values
 from asyncrl_runtime.trainer.books.checkpoints import Checkpoints
 from asyncrl_runtime.trainer.evaluation import Evaluated
 from asyncrl_runtime.trainer.update.ranks import Command, Export, Logprobs
-from attempt_parts import make_attempt_parts
-from fakes import FakeEvaluator, FakeRanks, FakeSideTasks, FakeWeights, run_in_virtual_time
-from samples import make_job, make_sample
+from support.fakes import FakeEvaluator, FakeRanks, FakeSideTasks, FakeWeights, run_in_virtual_time
+from support.jobs.attempt_parts import make_attempt_parts
+from support.messages.samples import make_job, make_sample
 
 GAP = 0.25
 

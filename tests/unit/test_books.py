@@ -8,7 +8,7 @@ from asyncrl_runtime.trainer.books.books import Books, RecordedBatchLost, record
 from asyncrl_runtime.trainer.books.inbox import Inbox
 from asyncrl_runtime.trainer.books.tickets import EndlessDiscards
 from asyncrl_runtime.transport.reader import StreamMessage
-from samples import make_group, make_sample
+from support.messages.samples import make_group, make_sample
 
 
 def make_spec(**sampling: object) -> Spec:

@@ -20,7 +20,7 @@ from asyncrl_runtime.history.audit import audit
 from asyncrl_runtime.trainer.books.books import Batch, Books, RecordedBatchLost, recorded_values
 from asyncrl_runtime.trainer.books.tickets import BookRecord, EndlessDiscards, TicketBook
 from asyncrl_runtime.transport.reader import StreamMessage
-from samples import make_sample
+from support.messages.samples import make_sample
 
 MAX_STEPS = 6
 

@@ -21,7 +21,7 @@ from asyncrl_runtime.trainer.cluster_report import (
     copying_report,
     in_cluster_client,
 )
-from rendered_jobs import DEFAULTS, job_of
+from support.manifests.rendered_jobs import DEFAULTS, job_of
 
 TRAINING = Report(attempt=2, step=7, max_steps=9, state="Training")
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from asyncrl_api.exits import ExitCode, ExitError
 from asyncrl_runtime.trainer.dataset import PromptOrder, count_shared, load_rows
-from samples import make_job
+from support.messages.samples import make_job
 
 splits: dict[str, Any] = {}
 """What the factory returns, by split."""

@@ -8,7 +8,7 @@ import pytest
 
 from asyncrl_api.exits import ExitCode, ExitError
 from asyncrl_runtime.trainer.dataset import load_rows
-from samples import make_job
+from support.messages.samples import make_job
 
 made_rows: list[dict[Any, Any]] = []
 

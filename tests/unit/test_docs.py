@@ -11,7 +11,7 @@ IN_TWO_STEPS = {"ImagePull", "PodsRefused"}
 
 
 def reasons_given() -> set[str]:
-    code = "\n".join(path.read_text() for path in (ROOT / "operator" / "asyncrl_operator").glob("*.py"))
+    code = "\n".join(path.read_text() for path in (ROOT / "operator" / "asyncrl_operator").rglob("*.py"))
     found = re.findall(r'\b(?:Problem|Ended|_disruption)\(\s*"([A-Z]\w+)"', code)
     found += re.findall(r'\bStanding\(\s*"\w+", "([A-Z]\w+)"', code)
     assert all(f'"{reason}"' in code for reason in IN_TWO_STEPS)

@@ -17,7 +17,7 @@ from asyncrl_runtime.engine.model import CausalModel
 from asyncrl_runtime.engine.requests import Request
 from asyncrl_runtime.engine.scheduler import Scheduler, SchedulerLimits
 from asyncrl_runtime.engine.slot_attention import Segment, Window
-from tiny_models import tiny_model
+from support.engines.tiny_models import tiny_model
 
 TARGET = "model.layers.0.self_attn.q_proj"
 CONFIG = '{"peft_type": "LORA", "r": 4, "lora_alpha": 16, "use_rslora": %s}'

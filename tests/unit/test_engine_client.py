@@ -18,7 +18,7 @@ from asyncrl_runtime.rollout.engine_client import (
     EngineTimeout,
     SamplingRequest,
 )
-from fakes import Exchange, ScriptedServer, scripted_server
+from support.fakes import Exchange, ScriptedServer, scripted_server
 
 VOCAB_SIZE = 50
 REQUEST = SamplingRequest(input_ids=[1, 2, 3], max_new_tokens=40, temperature=0.5, seed=9)

@@ -16,7 +16,7 @@ from asyncrl_runtime.rollout.engine_monitor import (
     EngineMonitor,
 )
 from asyncrl_runtime.rollout.engine_updates import WeightUpdates
-from fakes import UpdatableEngine, run_in_virtual_time
+from support.fakes import UpdatableEngine, run_in_virtual_time
 
 V0 = PolicyVersion(1, 0)
 A_FEW_POLLS = 4 * PROBE_INTERVAL_SECONDS

@@ -9,7 +9,7 @@ import torch
 from asyncrl_runtime.engine.fields import BadRequest, parse_sampling
 from asyncrl_runtime.engine.model import CausalModel
 from asyncrl_runtime.engine.requests import Call, RequestParser
-from tiny_models import EOS, tiny_model
+from support.engines.tiny_models import EOS, tiny_model
 
 
 @pytest.fixture(scope="module")

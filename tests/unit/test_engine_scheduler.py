@@ -15,7 +15,7 @@ from asyncrl_runtime.engine.model import CausalModel
 from asyncrl_runtime.engine.requests import Request
 from asyncrl_runtime.engine.responses import build_response
 from asyncrl_runtime.engine.scheduler import Progress, Scheduler, SchedulerLimits
-from tiny_models import Family, tiny_model
+from support.engines.tiny_models import Family, tiny_model
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen3"])

@@ -17,7 +17,7 @@ from asyncrl_runtime.contract.messages import (
 )
 from asyncrl_runtime.rollout.engine_client import EngineLacks, EngineLost, EngineRefused
 from asyncrl_runtime.rollout.engine_updates import CONTROL_SECONDS, WeightUpdates
-from fakes import UpdatableEngine, run_in_virtual_time
+from support.fakes import UpdatableEngine, run_in_virtual_time
 
 V0, V1, V2 = (PolicyVersion(1, version) for version in range(3))
 PHASE_SECONDS = 30.0

@@ -11,7 +11,7 @@ from asyncrl_operator.decide.observed import Observed
 from asyncrl_operator.executor import Executor, Target
 from asyncrl_operator.resources import CHILDREN, Resource, resource_of
 from asyncrl_operator.workqueue import Key
-from rendered_jobs import DEFAULTS, job_of
+from support.manifests.rendered_jobs import DEFAULTS, job_of
 
 JOB = job_of("cpu")
 UID = JOB.metadata.uid or ""

@@ -37,8 +37,8 @@ from asyncrl_runtime.rollout.rewards.frames import ScoreRequest
 from asyncrl_runtime.rollout.rewards.scorer import Scorer
 from asyncrl_runtime.rollout.session import PromptTooLong, SampleLimits, sampling_seed
 from asyncrl_runtime.rollout.workflows import MultiTurn, SingleTurn
-from fakes import Cut, FakeBackend, FakeEngine, run_in_virtual_time
-from tiny_models import build_tokenizer
+from support.engines.tiny_models import build_tokenizer
+from support.fakes import Cut, FakeBackend, FakeEngine, run_in_virtual_time
 
 RENDERER = PromptRenderer(build_tokenizer(), "question")
 ROW: Row = {"question": "17 + 4 ="}

@@ -15,7 +15,7 @@ from asyncrl_api.job import AsyncRLJob, Metadata, Spec, to_manifest
 from asyncrl_api.marks import block_of, field, marks, merge, split_live, tree
 from asyncrl_api.parsing import SpecError, apply_overrides, parse_job, parse_spec, validate
 from asyncrl_api.run_config import live_values, with_live_values
-from smallest import SMALLEST
+from support.manifests.smallest import SMALLEST
 
 # "All of it" of manifest.md, but for what has no default.
 DEFAULTS: dict[str, Any] = {

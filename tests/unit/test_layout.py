@@ -23,7 +23,7 @@ from asyncrl_operator.layout import (
 )
 from asyncrl_operator.local.cli import render_plan
 from asyncrl_runtime.main import app
-from samples import make_job
+from support.messages.samples import make_job
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from asyncrl_api.job import AlgorithmSpec
 from asyncrl_runtime.trainer.update.diagnostics import SCALARS
 from asyncrl_runtime.trainer.update.loss import Loss, compute_loss
 from asyncrl_runtime.trainer.update.packing import MicroBatch, TrainingSample, pack
-from naive_rl import Token, naive_loss
+from support.jobs.naive_rl import Token, naive_loss
 
 VARIANTS: list[dict[str, Any]] = [
     {"policyLoss": "DecoupledPPO"},

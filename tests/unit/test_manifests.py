@@ -16,7 +16,7 @@ from asyncrl_operator.layout import plan
 from asyncrl_operator.local.local_run import LocalPlaces
 from asyncrl_operator.render.manifests import render_credentials, render_rollout, render_trainer
 from asyncrl_operator.render.messaging import worker_permissions
-from rendered_jobs import BASE, DEFAULTS, SHAPES, job_of, render_all
+from support.manifests.rendered_jobs import BASE, DEFAULTS, SHAPES, job_of, render_all
 
 GOLDEN = Path(__file__).parent / "golden"
 """Written again by ASYNCRL_WRITE_GOLDEN=1 pytest tests/unit/test_manifests.py; read the difference."""

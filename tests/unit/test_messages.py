@@ -30,7 +30,7 @@ from asyncrl_runtime.contract.messages import (
     ids_to_bytes,
     mask_to_bytes,
 )
-from samples import make_group, make_sample
+from support.messages.samples import make_group, make_sample
 
 KINDS = Message.__subclasses__()
 integers = st.integers(0, 2**63 - 1)

@@ -9,7 +9,7 @@ import pytest
 from asyncrl_operator.local.local_run import write_nats_config
 from asyncrl_operator.local.run_folder import RunFolder
 from asyncrl_operator.render.messaging import User, render_nats_config
-from samples import make_job
+from support.messages.samples import make_job
 
 
 def render(*, is_persistent: bool) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from asyncrl_runtime.model.source import (
     vocab_size,
     warmup_prompts,
 )
-from tiny_models import EOS, build_tokenizer
+from support.engines.tiny_models import EOS, build_tokenizer
 
 FILES = {"config.json": '{"vocab_size": 512}', "tokenizer.json": "{}", "model.safetensors": "weights"}
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from asyncrl_api.exits import ExitCode, ExitError
 from asyncrl_api.names import JobNames, ticket_of
 from asyncrl_operator.decide.restart_policy import FINAL_CODES
-from samples import make_job
+from support.messages.samples import make_job
 
 NAMES = JobNames(job="team_gsm8k")
 labels = st.from_regex(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", fullmatch=True)

@@ -8,7 +8,7 @@ from asyncrl_operator.api_server.cluster import Cluster
 from asyncrl_operator.decide.observed import Observed, Problem, StatefulSet
 from asyncrl_operator.obstacles import EVENTS_SHARE, PODS_SECONDS, Obstacles
 from asyncrl_operator.workqueue import Key
-from model_cluster import SMALL, make_spec
+from support.cluster.model_cluster import SMALL, make_spec
 
 SHORT = Observed(rollout=StatefulSet("gsm8k-rollout", 2, "template"))
 """Two engines are ordered, and no pod is there."""

@@ -8,7 +8,7 @@ import pytest
 
 from asyncrl_operator.decide.observed import Pod, Problem
 from asyncrl_operator.decide.rolling import next_wave
-from model_cluster import NAME, ModelCluster, make_spec
+from support.cluster.model_cluster import NAME, ModelCluster, make_spec
 
 
 def running(**overrides: object) -> ModelCluster:

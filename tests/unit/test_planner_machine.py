@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from model_cluster import ModelCluster, make_spec
+from support.cluster.model_cluster import ModelCluster, make_spec
 
 CODES = st.sampled_from([0, 1, 65, 75, 137, 143])
 

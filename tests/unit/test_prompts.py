@@ -7,7 +7,7 @@ import pytest
 from asyncrl_runtime.contract.rows import PromptError
 from asyncrl_runtime.quickstart import build_tokenizer as build_character_tokenizer
 from asyncrl_runtime.rollout.prompts import PromptRenderer
-from tiny_models import BOS, EOS, build_tokenizer
+from support.engines.tiny_models import BOS, EOS, build_tokenizer
 
 ENDS_WITH_EOS = (
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|eos|>\n{% endfor %}"

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncrl_operator.render.quantities import BINARY, DECIMAL, QUANTITY, canonical, canonical_quantity
-from rendered_jobs import SPELLINGS
+from support.manifests.rendered_jobs import SPELLINGS
 
 
 def amount(text: str) -> Decimal:

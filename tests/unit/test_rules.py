@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from asyncrl_api.job import to_manifest
 from asyncrl_api.parsing import apply_overrides, parse_job, validate
 from asyncrl_api.rules import RULES, Rule, all_rules, immutability_rules, violations
-from rule_cases import BASE, CASES, Case
+from support.manifests.rule_cases import BASE, CASES, Case
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)

@@ -11,7 +11,7 @@ from asyncrl_api.exits import ExitCode, ExitError
 from asyncrl_api.names import NatsAddress
 from asyncrl_api.report import CheckpointReport, EvaluationReport, Report
 from asyncrl_api.run_config import RunConfig
-from samples import make_job
+from support.messages.samples import make_job
 
 
 def make_config(*overrides: str, **changes: Any) -> RunConfig:

@@ -12,7 +12,7 @@ from asyncrl_api.parsing import load_documents, parse_job
 from asyncrl_api.run_config import RunConfig
 from asyncrl_operator.local import run_folder
 from asyncrl_operator.local.run_folder import RunFolder
-from samples import make_job
+from support.messages.samples import make_job
 
 
 @pytest.fixture

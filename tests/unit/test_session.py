@@ -39,8 +39,8 @@ from asyncrl_runtime.rollout.session import (
     sampling_seed,
 )
 from asyncrl_runtime.rollout.workflows import MultiTurn
-from fakes import Cut, FakeEngine
-from tiny_models import build_tokenizer
+from support.engines.tiny_models import build_tokenizer
+from support.fakes import Cut, FakeEngine
 
 RENDERER = PromptRenderer(build_tokenizer(), "question")
 ROW: Row = {"question": "17 + 4 ="}

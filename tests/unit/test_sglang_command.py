@@ -10,7 +10,7 @@ from asyncrl_api.job import Spec
 from asyncrl_api.marks import merge
 from asyncrl_api.parsing import parse_spec
 from asyncrl_runtime.sglang.command import CPU_SHIM, environment, server_arguments
-from smallest import SMALLEST
+from support.manifests.smallest import SMALLEST
 
 FOLDER = Path("/models/tiny")
 

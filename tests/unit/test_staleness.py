@@ -14,7 +14,7 @@ from asyncrl_runtime.trainer.books.staleness import (
     token_staleness,
 )
 from asyncrl_runtime.trainer.books.tickets import Discard
-from samples import make_group, make_sample
+from support.messages.samples import make_group, make_sample
 
 MASK = StalenessSpec(max_versions=2, on_exceed="Mask")
 DROP = StalenessSpec(max_versions=2, on_exceed="Drop")

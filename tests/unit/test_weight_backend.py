@@ -9,7 +9,7 @@ from asyncrl_api.marks import merge
 from asyncrl_api.parsing import parse_spec
 from asyncrl_runtime.trainer.assemble import choose_backend
 from asyncrl_runtime.weights import group as groups
-from smallest import SMALLEST
+from support.manifests.smallest import SMALLEST
 
 
 @pytest.mark.parametrize(

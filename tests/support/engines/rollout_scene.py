@@ -44,11 +44,11 @@ from asyncrl_runtime.transport.streams import delete_streams, make_streams
 from asyncrl_runtime.weights.bucket import Bucket, BucketBuffer
 from asyncrl_runtime.weights.engines import Published
 from asyncrl_runtime.weights.publisher import WeightPublisher
-from fakes import FakeBackend
-from forked_engines import ForkedEngine
-from harness_data import reward
-from job_harness import build_job
-from tiny_models import tiny_model
+from support.engines.forked_engines import ForkedEngine
+from support.engines.tiny_models import tiny_model
+from support.fakes import FakeBackend
+from support.jobs.job_harness import build_job
+from support.user_code.harness_data import reward
 
 PHASE_SECONDS = 3.0
 """Deadline of a phase: short, and long enough for a busy machine."""

@@ -11,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from asyncrl_runtime.contract.messages import Heartbeat, ResumePoint, decode
 from asyncrl_runtime.history.audit import Audit, audit
-from job_harness import JobHarness, Recorder
+from support.jobs.job_harness import JobHarness, Recorder
 
 
 class Witness(Recorder):

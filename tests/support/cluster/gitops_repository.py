@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from asyncrl_api.parsing import render_yaml
-from kube_fixture import Cluster
+from support.cluster.control_plane import Cluster
+from support.paths import ROOT
 
-HEALTH = Path(__file__).parents[1] / "gitops" / "argocd" / "health.lua"
+HEALTH = ROOT / "gitops" / "argocd" / "health.lua"
 
 
 class Repository:

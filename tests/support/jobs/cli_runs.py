@@ -20,7 +20,7 @@ from asyncrl_api.job import AsyncRLJob, to_manifest
 from asyncrl_api.report import Report
 from asyncrl_operator.local.local_run import find_program
 from asyncrl_operator.local.run_folder import RunFolder
-from job_harness import TESTS
+from support.paths import USER_CODE
 
 POLL_SECONDS = 0.02
 KINDS = {
@@ -45,7 +45,7 @@ def asyncrl(
 def write_job(folder: Path, job: AsyncRLJob) -> Path:
     """Write a manifest, and the user code that it names beside it."""
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.copy(TESTS / "harness_data.py", folder)
+    shutil.copy(USER_CODE / "harness_data.py", folder)
     manifest = folder / "job.yaml"
     manifest.write_text(json.dumps(to_manifest(job)))
     return manifest

@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 from asyncrl_api.parsing import apply_overrides
-from smallest import SMALLEST
+from support.manifests.smallest import SMALLEST
 
 BASE: dict[str, Any] = apply_overrides(SMALLEST, ["spec.gpuBudget.total=16"])
 

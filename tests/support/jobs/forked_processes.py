@@ -93,7 +93,7 @@ def _run(
     os.environ.update(env)
     sys.argv = ["asyncrl-runtime", *arguments]
     if kill_after is not None:
-        from kill_after import arm
+        from support.jobs.kill_after import arm
 
         arm(kill_after)
     from asyncrl_runtime.main import app

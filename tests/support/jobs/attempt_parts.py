@@ -11,7 +11,7 @@ from asyncrl_runtime.trainer.books.books import Books
 from asyncrl_runtime.trainer.books.checkpoints import Checkpoints
 from asyncrl_runtime.trainer.metrics import Metrics
 from asyncrl_runtime.transport.fleet import Fleet
-from fakes import FakeEvaluator, FakeRanks, FakeSideTasks, FakeWeights
+from support.fakes import FakeEvaluator, FakeRanks, FakeSideTasks, FakeWeights
 
 
 def make_attempt_parts(

@@ -22,8 +22,8 @@ from asyncrl_runtime.transport.fleet import Fleet
 from asyncrl_runtime.transport.streams import make_streams
 from asyncrl_runtime.weights.bucket import Bucket
 from asyncrl_runtime.weights.publisher import LoadBucket, WeightPublisher
-from job_harness import JobHarness, until
-from nats_server_fixture import NatsServer
+from support.jobs.job_harness import JobHarness, until
+from support.jobs.nats_server import NatsServer
 
 LOOPBACK = "127.0.0.1"
 

@@ -12,7 +12,7 @@ from asyncrl_runtime.contract.messages import (
     ids_to_bytes,
     mask_to_bytes,
 )
-from smallest import SMALLEST
+from support.manifests.smallest import SMALLEST
 
 
 def make_job(*overrides: str) -> AsyncRLJob:

@@ -14,7 +14,7 @@ from asyncrl_operator.render.manifests import (
     render_shared,
     render_trainer,
 )
-from smallest import SMALLEST
+from support.manifests.smallest import SMALLEST
 
 DEFAULTS = Defaults("localhost/runtime:1", "localhost/nats:1", ("registry",))
 

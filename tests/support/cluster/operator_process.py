@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from asyncrl_api.report import Report
-from kube_fixture import Cluster, claim_of_folder
+from support.cluster.control_plane import Cluster, claim_of_folder
+from support.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 HOME = "asyncrl-system"
 """Namespace of the operator's ServiceAccount."""
 SECONDS = 60.0

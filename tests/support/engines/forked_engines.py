@@ -12,8 +12,8 @@ import httpx
 
 from asyncrl_api.processes import die_with_parent
 from asyncrl_runtime.engine.server import serve
-from nats_server_fixture import free_port
-from posing_engine import pose
+from support.engines.posing_engine import pose
+from support.jobs.nats_server import free_port
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(

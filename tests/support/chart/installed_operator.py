@@ -1,11 +1,10 @@
 """The operator as its chart installs it, from its own image."""
 
-from pathlib import Path
 from typing import Protocol
 
-from node_cluster import NATS_IMAGE, OPERATOR_IMAGE, RUNTIME_IMAGE, NodeCluster
+from support.cluster.nodes import NATS_IMAGE, OPERATOR_IMAGE, RUNTIME_IMAGE, NodeCluster
+from support.paths import CHART
 
-CHART = Path(__file__).parents[1] / "charts" / "asyncrl"
 NAMESPACE, RELEASE, DEPLOYMENT = "asyncrl", "asyncrl", "deployment/asyncrl-operator"
 
 

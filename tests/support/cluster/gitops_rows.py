@@ -12,7 +12,7 @@ from asyncrl_api.job import API_VERSION, KIND, Spec
 from asyncrl_api.job_status import ClocksStatus, Status
 from asyncrl_operator.decide.observed import Observed, Problem
 from asyncrl_operator.decide.status import JobObject, Memory, Standing, describe
-from model_cluster import NAME, UID, ModelCluster, make_spec
+from support.cluster.model_cluster import NAME, UID, ModelCluster, make_spec
 
 Object = dict[str, Any]
 

@@ -26,11 +26,11 @@ from asyncrl_operator.local.run_folder import RunFolder
 from asyncrl_runtime.contract.messages import Group, GroupPart, Tombstone, decode
 from asyncrl_runtime.transport.broker import Broker
 from asyncrl_runtime.transport.reader import OrderedReader
-from forked_processes import ForkedProcess
-from nats_server_fixture import NatsServer, free_port
-from tiny_models import tiny_model
+from support.engines.tiny_models import tiny_model
+from support.jobs.forked_processes import ForkedProcess
+from support.jobs.nats_server import NatsServer, free_port
+from support.paths import USER_CODE
 
-TESTS = Path(__file__).parent
 AnyProcess = ForkedProcess | subprocess.Popen[bytes]
 
 
@@ -78,7 +78,7 @@ class JobHarness:
         self.folder = RunFolder(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.config: RunConfig = run_folder.write(
-            self.folder, job, nats_url=nats.url, cache=folder / "cache", import_path=TESTS
+            self.folder, job, nats_url=nats.url, cache=folder / "cache", import_path=USER_CODE
         )
         self._places = LocalPlaces(str(self.folder.config), None, free_ports(job.spec))
         self._plan: dict[str, Process] = {p.name: p for p in plan(job, self._places).processes}
@@ -116,7 +116,7 @@ class JobHarness:
         command = [find_program("asyncrl-runtime"), "trainer", *arguments, "--ranks", str(ranks)]
         with self.folder.log("trainer").open("ab") as log:
             process = subprocess.Popen(
-                command, stdout=log, stderr=subprocess.STDOUT, cwd=TESTS, env=environment()
+                command, stdout=log, stderr=subprocess.STDOUT, cwd=USER_CODE, env=environment()
             )
         self._running["trainer"] = process
         return process
@@ -126,7 +126,7 @@ class JobHarness:
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", **address}
         process = ForkedProcess(
             arguments,
-            cwd=TESTS,
+            cwd=USER_CODE,
             env=environment() | alone,
             log=self.folder.log(name),
             kill_after=kill_after,

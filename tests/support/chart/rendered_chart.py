@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-CHART = Path(__file__).parents[1] / "charts" / "asyncrl"
+from support.paths import CHART
+
 RELEASE, NAMESPACE = "asyncrl", "asyncrl-system"
 NAME = "asyncrl-operator"
 """Of the release's Deployment, ServiceAccount and Roles."""

@@ -12,10 +12,10 @@ import sys
 from pathlib import Path
 from typing import Any, Final
 
-from kube_fixture import Cluster, claim_of_folder, why_not
-from nats_server_fixture import nats_binary
+from support.cluster.control_plane import Cluster, claim_of_folder, why_not
+from support.jobs.nats_server import nats_binary
+from support.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 ENVIRONMENT = Path(sys.executable).parents[1]
 """The virtual environment of the tests, and of the pods."""
 NODES: Final = ("n1", "n2")

@@ -10,11 +10,11 @@ from typing import Any
 from asyncrl_api.parsing import load_documents
 from asyncrl_operator.render.overlay import lay_over
 from asyncrl_runtime.trainer.update.deepspeed_config import deep_merge
-from kube_fixture import claim
-from node_cluster import USES_IMAGES, NodeCluster, host_claims, host_overlay
-from operator_process import Job, eventually
+from support.cluster.control_plane import claim
+from support.cluster.nodes import USES_IMAGES, NodeCluster, host_claims, host_overlay
+from support.cluster.operator_process import Job, eventually
+from support.paths import EXAMPLES
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
 GRACE_SECONDS = 20
 STEP_SECONDS = 180
 """For the next step, the start of all pods included."""

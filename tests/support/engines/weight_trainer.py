@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from asyncrl_runtime.weights.group import host_group, leave_group, open_store
-from tiny_models import EngineProcess, Family, tiny_model
+from support.engines.tiny_models import EngineProcess, Family, tiny_model
 
 PROMPT = [5, 6, 7, 8, 9]
 DYING_TRAINER = """

@@ -15,8 +15,8 @@ from asyncrl_api.marks import merge
 from asyncrl_api.names import NatsAddress
 from asyncrl_api.parsing import parse_spec
 from asyncrl_api.run_config import RunConfig
-from smallest import SMALLEST
-from tiny_models import EngineProcess
+from support.engines.tiny_models import EngineProcess
+from support.manifests.smallest import SMALLEST
 
 START_SECONDS = 300
 

@@ -1,0 +1,1 @@
+"""What tests stand on, by what it stands for. Imported by its full name."""

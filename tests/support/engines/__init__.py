@@ -1,0 +1,1 @@
+"""Engines: tiny models, real processes that serve them, weight groups, workers around them."""
