@@ -4,7 +4,7 @@ import random
 from collections.abc import Iterable
 from typing import Any
 
-from asyncrl_runtime.quickstart import is_held_out
+from asyncrl_examples.quickstart import is_held_out
 
 
 def rows(*, split: str, seed: int) -> Iterable[dict[str, Any]]:

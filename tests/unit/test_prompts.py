@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
+from asyncrl_examples.quickstart import build_tokenizer as build_character_tokenizer
 from asyncrl_runtime.contract.rows import PromptError
-from asyncrl_runtime.quickstart import build_tokenizer as build_character_tokenizer
 from asyncrl_runtime.rollout.prompts import PromptRenderer
 from support.engines.tiny_models import BOS, EOS, build_tokenizer
 
