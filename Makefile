@@ -1,5 +1,5 @@
 # Two commands from a fresh clone: `make quickstart` runs a job, `make test` passes the tests.
-# Both make .venv and install what they need.
+# Both make .venv and install what they need. `make help` lists the rest.
 
 PYTHON ?= python3
 VENV := .venv
@@ -7,38 +7,44 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SGLANG := .venv-sglang
 RUN := runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# As many test files at a time as there are cores: most tests wait more than they compute. Each worker has
+# servers and processes of its own, so more than eight would rather get in each other's way.
+WORKERS := --numprocesses logical --maxprocesses 8 --dist loadfile
 
-.PHONY: quickstart test unit e2e contract-sglang contract-sglang-before-sessions sglang lint crd clean
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test unit e2e contract-sglang contract-sglang-before-sessions sglang lint crd docs \
+	constraints clean
 
-quickstart: $(STAMP)
+help: ## List the targets.
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-34s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+quickstart: $(STAMP) ## Run examples/quickstart.yaml: a tiny transformer learns to add (about five minutes).
 	$(BIN)/asyncrl run examples/quickstart.yaml --out $(RUN)
 
-# Two files at a time: most tests wait more than they compute. In order, since the quick ones stand last.
-# Then, alone on the machine, a few tests whose pods run.
-test: lint $(STAMP)
-	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 10 --ignore tests/e2e
+# In order, since the quick ones stand last. Then, alone on the machine, a few tests whose pods run.
+test: lint $(STAMP) ## Run linters, types and every test that this machine can run (about 25 minutes on two cores).
+	$(BIN)/pytest $(WORKERS) --no-loadscope-reorder --durations 10 --ignore tests/e2e
 	$(BIN)/pytest tests/e2e -m 'not slow'
 
-unit: $(STAMP)
-	$(BIN)/pytest tests/unit
+unit: $(STAMP) ## Run the unit tests (under a minute).
+	$(BIN)/pytest tests/unit --quiet $(WORKERS)
 
-# All tests whose pods run, on real nodes and from images of the Dockerfiles: as root, with KUBEUP.
-e2e: $(STAMP)
+e2e: $(STAMP) ## Run all tests in pods, from built images: as root, with KUBEUP (about 35 minutes).
 	ASYNCRL_E2E_IMAGES=1 $(BIN)/pytest tests/e2e --durations 10
 
-# What worker and weight sync rely on in an engine, tried on SGLang itself.
-contract-sglang: $(STAMP) sglang
+contract-sglang: $(STAMP) sglang ## Run the contract of engines on SGLang itself.
 	ASYNCRL_SGLANG_PYTHON=$(CURDIR)/$(SGLANG)/bin/python $(BIN)/pytest tests/contract
 
-# A job on the last SGLang whose updates have no session, which shares the other requirements.
-contract-sglang-before-sessions: $(STAMP) sglang
+# The last SGLang whose updates have no session, which shares the other requirements.
+contract-sglang-before-sessions: $(STAMP) sglang ## Run a job on the SGLang before weight update sessions.
 	rm -rf $(SGLANG)-0.5.20 && cp -a $(SGLANG) $(SGLANG)-0.5.20
 	$(SGLANG)-0.5.20/bin/python -m pip install --quiet --disable-pip-version-check --no-deps sglang==0.5.20
 	ASYNCRL_SGLANG_PYTHON=$(CURDIR)/$(SGLANG)-0.5.20/bin/python $(BIN)/pytest tests/contract/test_job.py -k a_policy_is_trained
 
-# SGLang for CPUs, in an environment of its own, for its pins are others than DeepSpeed's (3.5 GB). Its own
-# requirements would bring CUDA, so they are listed here, and it comes without any.
-sglang: $(SGLANG)/.installed
+# In an environment of its own, for its pins are others than DeepSpeed's (3.5 GB). Its own requirements would
+# bring CUDA, so they are listed here, and it comes without any.
+sglang: $(SGLANG)/.installed ## Install SGLang for CPUs into an environment of its own.
 $(SGLANG)/.installed: images/sglang-cpu/requirements.txt images/sglang-cpu/without-requirements.txt
 	$(PYTHON) -m venv $(SGLANG)
 	$(SGLANG)/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
@@ -47,22 +53,29 @@ $(SGLANG)/.installed: images/sglang-cpu/requirements.txt images/sglang-cpu/witho
 		-r images/sglang-cpu/without-requirements.txt
 	touch $@
 
-lint: $(STAMP)
+lint: $(STAMP) ## Check style, format, types and the boundaries between packages.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# The CRD, the chart's copy of it and docs/reference.md, from the types.
-crd: $(STAMP)
+crd: $(STAMP) ## Write the CRD, the chart's copy of it and docs/reference.md from the types.
 	$(BIN)/python -m asyncrl_api.crdgen
 
+docs: $(STAMP) ## Build the documentation as a site, strictly: a broken link is an error.
+	$(BIN)/mkdocs build --strict --site-dir $(VENV)/site
+
+constraints: $(STAMP) ## Write constraints.txt from the newest versions that pyproject.toml allows.
+	$(BIN)/pip install --dry-run --ignore-installed --quiet --report $(VENV)/report.json torch==2.13.0 \
+		--editable '.[local,dev,docs,hub]'
+	$(BIN)/python scripts/write_constraints.py $(VENV)/report.json > constraints.txt
+
 # torch first and pinned: any other spec may pull gigabytes of CUDA.
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[local,dev]'
+	$(PIP) torch==2.13.0
+	$(PIP) --editable '.[local,dev,docs]'
 	touch $(STAMP)
 
-clean:
+clean: ## Remove the virtual environments.
 	rm -rf $(VENV) $(SGLANG) $(SGLANG)-0.5.20

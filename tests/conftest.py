@@ -4,13 +4,10 @@ import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
-import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore
-from xdist.remote import Producer
-from xdist.scheduler import LoadFileScheduling
 
 from asyncrl_api.crdgen import FILE_NAME
 from asyncrl_api.names import JobNames, NatsAddress
@@ -23,16 +20,16 @@ hypothesis.settings.register_profile("asyncrl", deadline=None)
 hypothesis.settings.load_profile("asyncrl")
 
 
-class FilesButOneCluster(LoadFileScheduling):  # type: ignore[misc]  # xdist has no types
-    """Hands out test files, all of those in tests/cluster to one worker: they share a control plane."""
-
-    def _split_scope(self, nodeid: str) -> str:
-        folder = "tests/cluster/"
-        return folder if nodeid.startswith(folder) else super()._split_scope(nodeid)
-
-
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadFileScheduling | None:
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Hand out test files, all of those in tests/cluster to one worker: they share a control plane."""
+    from xdist.scheduler import LoadFileScheduling  # here alone: the tests also run without xdist
+
+    class FilesButOneCluster(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            folder = "tests/cluster/"
+            return folder if nodeid.startswith(folder) else super()._split_scope(nodeid)
+
     return FilesButOneCluster(config, log) if config.getoption("dist") == "loadfile" else None
 
 
@@ -71,6 +68,9 @@ def process_group() -> Iterator[None]:
 
     Tests that host a weight group have made one already (weights.group), and it stays.
     """
+    import torch.distributed as dist  # here alone: it takes seconds, and most tests need none of it
+    from torch._C._distributed_c10d import HashStore
+
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     yield

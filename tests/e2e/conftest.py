@@ -1,4 +1,8 @@
-"""Fixtures of the tests whose pods run: one cluster of real nodes and one operator per session."""
+"""Fixtures of the tests whose pods run: one cluster of real nodes and one operator per session.
+
+The time limits of these tests count the test alone (`func_only`). What a session shares, images and nodes, has
+limits of its own: every command that makes them has a deadline.
+"""
 
 import os
 from collections.abc import Generator, Iterator

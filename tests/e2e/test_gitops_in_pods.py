@@ -12,7 +12,7 @@ from support.cluster.operator_process import eventually
 from support.cluster.running_job import RunningJob, in_pods
 from support.paths import EXAMPLES
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600, func_only=True)]
 
 CODE = {
     "apiVersion": "v1",

@@ -9,7 +9,7 @@ from support.cluster.control_plane import making_namespace
 from support.cluster.nodes import NodeCluster
 from support.cluster.running_job import RunningJob, prepare
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900, func_only=True)]
 
 SPEC = {"training": {"maxSteps": 5000}, "evaluation": {"samples": 50, "everySteps": 5000}}
 

@@ -10,7 +10,7 @@ from support.chart.installed_operator import Operator
 from support.cluster.nodes import NodeCluster
 from support.cluster.running_job import RunningJob, pod_templates
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600, func_only=True)]
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 STEPS = 60

@@ -12,7 +12,7 @@ from support.cluster.nodes import NodeCluster
 from support.cluster.operator_process import eventually
 from support.cluster.running_job import RunningJob
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900, func_only=True)]
 
 SECONDS = 300
 SLOW = "slow"

@@ -9,7 +9,7 @@ from support.cluster.nodes import NodeCluster
 from support.cluster.operator_process import eventually
 from support.cluster.running_job import RunningJob
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600, func_only=True)]
 
 SECONDS = 240
 

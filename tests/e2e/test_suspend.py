@@ -7,7 +7,7 @@ import pytest
 from support.cluster.operator_process import eventually
 from support.cluster.running_job import RunningJob
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600, func_only=True)]
 
 GRACE_AND = 25.0
 """The grace period of the trainer, and 5 s."""

@@ -11,7 +11,7 @@ from support.cluster.nodes import NODES
 from support.cluster.operator_process import eventually
 from support.cluster.running_job import RunningJob, pod_templates
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600, func_only=True)]
 
 STEPS, BATCH = 40, 32
 TRAINER = {"matchLabels": {"asyncrl.dev/group": "trainer"}}

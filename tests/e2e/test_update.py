@@ -9,7 +9,7 @@ from support.cluster.nodes import HOST_IMAGE, RUNTIME_IMAGE, USES_IMAGES, NodeCl
 from support.cluster.operator_process import eventually
 from support.cluster.running_job import RunningJob
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600, func_only=True)]
 
 OLD = RUNTIME_IMAGE if USES_IMAGES else HOST_IMAGE
 NEW = f"{OLD.rpartition(':')[0]}:next"

@@ -1,6 +1,5 @@
 """Pause, abort, cache, health and metrics of the engine as a real process, with requests in flight."""
 
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -169,10 +168,8 @@ def test_flush_is_refused_while_something_runs_and_can_wait(
 def test_health(engine: EngineProcess) -> None:
     assert engine.http.get("/health").status_code == 200
     engine.post("/pause_generation", {"mode": "in_place"})
-    started = time.monotonic()
     response = engine.http.get("/health_generate")
     assert (response.status_code, response.content) == (503, b"")
-    assert 0.9 < time.monotonic() - started < 5
     assert engine.http.get("/model_info").json()["weight_version"] == "default"  # answers all the same
     engine.post("/continue_generation")
     assert engine.http.get("/ready").status_code == 503  # until a health check has passed
