@@ -25,7 +25,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Hand out test files, all of those in tests/cluster to one worker: they share a control plane."""
     from xdist.scheduler import LoadFileScheduling  # here alone: the tests also run without xdist
 
-    class FilesButOneCluster(LoadFileScheduling):
+    class FilesButOneCluster(LoadFileScheduling):  # type: ignore[misc]  # xdist has no types
         def _split_scope(self, nodeid: str) -> str:
             folder = "tests/cluster/"
             return folder if nodeid.startswith(folder) else super()._split_scope(nodeid)

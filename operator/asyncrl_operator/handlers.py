@@ -21,7 +21,7 @@ RETRY_SECONDS = (0.5, 1.0, 2.0, 3.0, 3.0, 3.0)
 """kopf's waits grow to 21 s; after the last, the watch is begun anew."""
 
 
-class NoDiffs(kopf.DiffBaseStorage):  # type: ignore[misc]  # kopf has no types
+class NoDiffs(kopf.DiffBaseStorage):
     """Keeps nothing of an object: `on.event` has no use for it, and kopf would copy each object in full."""
 
     def build(self, *, body: kopf.Body, extra_fields: Any = None) -> kopf.BodyEssence:

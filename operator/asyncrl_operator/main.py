@@ -170,7 +170,8 @@ async def _run_shell(
         namespaces=settings.namespaces,
         liveness_endpoint=f"http://0.0.0.0:{liveness_port}/healthz" if liveness_port else None,
         standalone=True,
-        identity="asyncrl-operator",  # else it asks for the user's name, which a container has not
+        # Else it asks for the user's name, which a container has not. kopf's type for it is not public.
+        identity="asyncrl-operator",  # type: ignore[arg-type]
     )
 
 

@@ -1,4 +1,4 @@
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -138,7 +138,7 @@ def test_hundreds_of_segments_need_few_calls() -> None:
 
 def test_a_window_that_would_cut_is_refused() -> None:
     torch.manual_seed(0)
-    model = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=8))
+    model = MistralForCausalLM(MistralConfig(**cast(Any, SIZES), sliding_window=8))
     ids = torch.randint(0, 48, (12,))
     packed_logits(model, ids, [8, 4])
     with pytest.raises(ValueError, match="sequence of 9 tokens under a sliding window of 8"):

@@ -105,7 +105,7 @@ def load_weights(folder: Path, dtype: torch.dtype) -> Any:
             f"model folder {folder} has no config.json: name a folder as `save_pretrained` writes it",
         )
     try:
-        module, loading = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
             attn_implementation=ATTENTION,
@@ -114,6 +114,7 @@ def load_weights(folder: Path, dtype: torch.dtype) -> Any:
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ExitError(ExitCode.REFUSED, f"model folder {folder} cannot be loaded: {error}") from error
+    module, loading = loaded  # as output_loading_info has it, which its types do not say
     if loading["missing_keys"]:  # transformers would make them up
         missing = ", ".join(sorted(loading["missing_keys"]))
         raise ExitError(ExitCode.REFUSED, f"model folder {folder} lacks weights: {missing}")

@@ -139,7 +139,7 @@ class NaiveTrainer:
             keep = live & (weight <= max_weight)
             total = total - (weight * bounded)[keep].sum() / num_tokens
         self.optimizer.zero_grad()
-        total.backward()  # type: ignore[no-untyped-call]
+        total.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.gradient_clipping)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate

@@ -41,9 +41,9 @@ class PrepareTorch(importlib.abc.MetaPathFinder):
         if fullname == "torchvision" and self.declarations is None:
             import torch
 
-            operators = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
+            operators = torch.library.Library("torchvision", "FRAGMENT")
             for schema in SCHEMAS:
-                operators.define(schema)  # type: ignore[no-untyped-call]
+                operators.define(schema)
             self.declarations = operators
             if UNPINNED in os.environ:
                 unpin(torch)
