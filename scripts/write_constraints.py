@@ -1,7 +1,7 @@
 """Writes constraints.txt from pip's own resolution: the versions that the tests run with, without any host.
 
-    pip install --dry-run --ignore-installed --report REPORT --editable '.[local,dev,docs,hub]'
-    python scripts/write_constraints.py REPORT > constraints.txt
+pip install --dry-run --ignore-installed --report REPORT --editable '.[local,dev,docs,hub]'
+python scripts/write_constraints.py REPORT > constraints.txt
 """
 
 import json
@@ -17,9 +17,7 @@ OURS = "asyncrl"
 def constraint_lines(report: dict[str, list[dict[str, dict[str, str]]]]) -> list[str]:
     """Return `name==version` for each distribution; a local version (`+cpu`) is a build's, not a version."""
     found = {each["metadata"]["name"]: each["metadata"]["version"] for each in report["install"]}
-    return sorted(
-        f"{name}=={version.partition('+')[0]}" for name, version in found.items() if name != OURS
-    )
+    return sorted(f"{name}=={version.partition('+')[0]}" for name, version in found.items() if name != OURS)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from nats.aio.msg import Msg
 from nats.js import api
 
 from asyncrl_api.names import JobNames, NatsAddress
-from asyncrl_runtime.history.ledger import Superseded
+from asyncrl_runtime.history.ledger_writer import Superseded
 from asyncrl_runtime.transport.broker import (
     Broker,
     PayloadTooLarge,

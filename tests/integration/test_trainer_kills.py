@@ -27,7 +27,7 @@ LINES = [
     f"{JOB}.advance#2",  # weights are published
     "asyncrl_runtime.trainer.books.checkpoints:Checkpoints.save#2",
     f"{JOB}.log_metrics#1",
-    "asyncrl_runtime.history.ledger:Ledger.end#1",
+    "asyncrl_runtime.history.ledger_writer:Ledger.end#1",
 ]
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from asyncrl_api.ledger import LedgerError, read_history, read_ledger
 from asyncrl_runtime.history.audit import audit, render
-from asyncrl_runtime.history.ledger import Ledger, Superseded
+from asyncrl_runtime.history.ledger_writer import Ledger, Superseded
 
 
 def record(ledger: Ledger, version: int, tickets: list[int], **discards: list[int]) -> None:

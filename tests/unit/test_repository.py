@@ -5,6 +5,7 @@ import importlib
 import subprocess
 import sys
 import tomllib
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -89,3 +90,35 @@ def test_messages_are_imported_without_torch_and_without_nats() -> None:
 def test_every_console_script_leads_to_something(script: str) -> None:
     module, _, name = PROJECT["project"]["scripts"][script].partition(":")
     assert callable(getattr(importlib.import_module(module), name))
+
+
+CLASSES_TWICE: dict[str, str] = {}
+"""Names that stand for two things, and why each may."""
+FILES_TWICE = {
+    "__init__.py": "a package's own",
+    "__main__.py": "a package's own",
+    "assemble.py": "puts together the worker, and the trainer",
+    "command.py": "what `asyncrl-runtime engine` does, and `asyncrl-runtime sglang`",
+    "main.py": "the entry point of the operator, and of the runtime",
+}
+
+
+def defined_names(module: Path) -> set[str]:
+    """Return the classes and the aliases of types that a module defines at its top."""
+    found = set()
+    for node in ast.parse(module.read_text()).body:
+        if isinstance(node, ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Assign):
+            found |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+    return {name for name in found if name.lstrip("_")[:1].isupper() and not name.isupper()}
+
+
+def test_no_class_and_no_file_has_the_name_of_another() -> None:
+    modules = [path for package in PACKAGES for path in package.rglob("*.py")]
+    classes = Counter(name for module in modules for name in defined_names(module))
+    assert classes.total() > 300
+    assert {name for name, count in classes.items() if count > 1} == CLASSES_TWICE.keys()
+    # quickstart.py has its former name for one release more.
+    files = Counter(path.name for path in modules if path.parent.name != "asyncrl_examples")
+    assert {name for name, count in files.items() if count > 1} <= FILES_TWICE.keys()

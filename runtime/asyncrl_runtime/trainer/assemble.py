@@ -25,7 +25,7 @@ from asyncrl_api.report import CheckpointReport, EvaluationReport, Report
 from asyncrl_api.run_config import RunConfig
 from asyncrl_runtime.contract.messages import Heartbeat, decode
 from asyncrl_runtime.contract.rows import prompt_text
-from asyncrl_runtime.history.ledger import Ledger, Superseded
+from asyncrl_runtime.history.ledger_writer import Ledger, Superseded
 from asyncrl_runtime.model.source import ensure_model, load_tokenizer, warmup_prompts, weight_names
 from asyncrl_runtime.trainer.attempt import Attempt, AttemptParts, origin_of
 from asyncrl_runtime.trainer.books.books import Books

@@ -23,7 +23,7 @@ from asyncrl_runtime.contract.messages import (
     floats_from_bytes,
     ids_from_bytes,
 )
-from asyncrl_runtime.history.ledger import Ledger
+from asyncrl_runtime.history.ledger_writer import Ledger
 from asyncrl_runtime.trainer.books.books import Batch, Books, RecordedBatchLost, recorded_values
 from asyncrl_runtime.trainer.books.checkpoints import CheckpointFailed, Checkpoints, Position
 from asyncrl_runtime.trainer.evaluation import Evaluated, Evaluator

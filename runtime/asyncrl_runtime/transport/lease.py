@@ -13,7 +13,7 @@ import nats.errors
 import nats.js.errors
 
 from asyncrl_api.names import JobNames
-from asyncrl_runtime.history.ledger import Superseded
+from asyncrl_runtime.history.ledger_writer import Superseded
 from asyncrl_runtime.transport.broker import TRANSIENT, WRONG_LAST_SEQUENCE, Broker
 
 log = logging.getLogger(__name__)

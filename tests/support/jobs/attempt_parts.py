@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from asyncrl_api.report import Report
-from asyncrl_runtime.history.ledger import Ledger
+from asyncrl_runtime.history.ledger_writer import Ledger
 from asyncrl_runtime.trainer.attempt import AttemptParts
 from asyncrl_runtime.trainer.books.books import Books
 from asyncrl_runtime.trainer.books.checkpoints import Checkpoints
