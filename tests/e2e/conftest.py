@@ -1,7 +1,7 @@
 """Fixtures of the tests whose pods run: one cluster of real nodes and one operator per session.
 
-The time limits of these tests count the test alone (`func_only`). What a session shares, images and nodes, has
-limits of its own: every command that makes them has a deadline.
+The time limits of these tests count the test alone (`func_only`). What a session shares, images and nodes,
+has limits of its own: every command that makes them has a deadline.
 """
 
 import os
