@@ -104,7 +104,7 @@ class Cluster:
             yield f"http://{line.split()[-1]}"
         finally:
             process.terminate()
-            process.wait(timeout=10)
+            process.communicate(timeout=10)
 
 
 def claim(name: str, modes: list[str] | None = None, **spec: Any) -> dict[str, Any]:

@@ -61,8 +61,8 @@ class NatsServer:
             )
             + self._more_config
         )
-        log = (self.folder / "nats.log").open("ab")
-        self._process = subprocess.Popen([nats_binary(), "-c", str(config)], stdout=log, stderr=log)
+        with (self.folder / "nats.log").open("ab") as log:
+            self._process = subprocess.Popen([nats_binary(), "-c", str(config)], stdout=log, stderr=log)
         self._wait_until_it_listens()
 
     def kill(self) -> None:
