@@ -1,1 +1,1 @@
-"""What operator, runtime and user share: AsyncRLJob types, RunConfig, names, user protocols."""
+"""What the operator, the runtime and users share: AsyncRLJob types, RunConfig, names, user protocols."""

@@ -10,7 +10,7 @@ from pydantic.alias_generators import to_camel
 from asyncrl_api.marks import field
 
 MAX_INT = 2**31 - 1
-"""Upper bound of our integers: products of two of them stay within CEL's 64 bits."""
+"""The upper bound of our integers; the product of two of them stays within CEL's 64 bits."""
 
 QUANTITY = r"^[0-9]+(\.[0-9]+)?(k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$"
 OPTIONAL_QUANTITY = r"^([0-9]+(\.[0-9]+)?(k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?)?$"
@@ -18,9 +18,9 @@ OPTIONAL_SUBJECT = r"^([A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*)?$"
 PATTERN_WORDS = {
     QUANTITY: "must be a quantity of bytes such as 10Gi",
     OPTIONAL_QUANTITY: "must be a quantity of bytes such as 80Gi, or empty",
-    OPTIONAL_SUBJECT: "must be words of letters, digits, - and _ with dots between them, or empty",
+    OPTIONAL_SUBJECT: "must be words of letters, digits, - and _, separated by dots, or empty",
 }
-"""What to tell a user whose value misses a pattern."""
+"""What a user is told whose value does not match the pattern."""
 
 # Every string and list has a bound: the API server derives the cost of CEL rules from it.
 Count = Annotated[int, Field(ge=1, le=MAX_INT)]
@@ -39,7 +39,7 @@ FreeForm = dict[str, Any]
 
 
 class ApiType(BaseModel):
-    """Base of all blocks: camelCase in the manifest, frozen, unknown fields are errors, "5" is no number."""
+    """Base of all blocks: camelCase in the manifest, frozen, strict; unknown fields are errors."""
 
     model_config = ConfigDict(
         alias_generator=to_camel,

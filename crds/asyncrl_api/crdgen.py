@@ -1,4 +1,4 @@
-"""From the types to the CustomResourceDefinition, and the command that writes what is made: `make crd`."""
+"""Builds the CustomResourceDefinition from the types, and writes the generated files (`make crd`)."""
 
 import argparse
 from pathlib import Path
@@ -15,7 +15,7 @@ GROUP, VERSION = API_VERSION.split("/")
 PLURAL = "asyncrljobs"
 FILE_NAME = f"{GROUP}_{PLURAL}.yaml"
 MAX_BYTES = 128 * 1024
-"""Half of what an annotation may hold, where client-side `kubectl apply` keeps a copy."""
+"""Half of what an annotation may hold; client-side `kubectl apply` keeps a copy of the CRD in one."""
 REPLICAS = ".spec.gpuBudget.total"
 
 COLUMNS = (
@@ -31,7 +31,7 @@ COLUMNS = (
     ("Checkpoint", "integer", ".status.lastCheckpoint.step", 1),
     ("Message", "string", ".status.message", 1),
 )
-"""Name, type, path, priority: 1 shows with `-o wide` alone."""
+"""The columns of `kubectl get`: name, type, path and priority; those of priority 1 need `-o wide`."""
 
 
 def build_crd() -> dict[str, Any]:
@@ -73,7 +73,7 @@ def build_crd() -> dict[str, Any]:
 
 def render_crd() -> str:
     """Return the CustomResourceDefinition as YAML."""
-    head = "# Made from crds/asyncrl_api by `make crd`; change the types, not this file.\n"
+    head = "# Generated from crds/asyncrl_api by `make crd`; change the types, not this file.\n"
     return head + render_yaml(build_crd())
 
 
@@ -103,7 +103,7 @@ def _root() -> dict[str, Any]:
 
 def _validation(rule: Rule) -> dict[str, Any]:
     fields = {"rule": rule.rule, "messageExpression": rule.message_expression, "reason": "FieldValueInvalid"}
-    # A path that the schema of this place does not have (metadata.name) is refused.
+    # The API server refuses a fieldPath that is not in the schema at this place (metadata.name).
     return fields if rule.path == "" or not rule.field_path else {**fields, "fieldPath": rule.field_path}
 
 
@@ -114,7 +114,7 @@ def _at(root: dict[str, Any], path: str) -> dict[str, Any]:
 
 
 def files(root: Path) -> dict[Path, str]:
-    """Return what `make crd` writes below the repository's root."""
+    """Return the text of every file that `make crd` writes below the repository's root."""
     crd = render_crd()
     return {
         root / "crds" / FILE_NAME: crd,
@@ -125,7 +125,7 @@ def files(root: Path) -> dict[Path, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write the CRD and the reference page.")
-    parser.add_argument("root", type=Path, nargs="?", default=Path(), help="Of the repository.")
+    parser.add_argument("root", type=Path, nargs="?", default=Path(), help="Root folder of the repository.")
     for path, text in files(parser.parse_args().root).items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)

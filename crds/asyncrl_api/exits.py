@@ -1,24 +1,24 @@
-"""What our processes exit with, and the exception that says it."""
+"""The exit codes of our processes, and the exception that carries one."""
 
 from enum import IntEnum
 
 
 class ExitCode(IntEnum):
-    """What our processes exit with; the first three failures are final, the last is tried again."""
+    """The exit codes of our processes. A failure is final, except TRY_AGAIN: a restart may help."""
 
     DONE = 0
     USAGE = 64
     """The command line is wrong."""
     UNUSABLE = 65
-    """Data, model or numbers cannot be trained on."""
+    """The data or the model cannot be used, or the numbers of the training have gone bad."""
     TRY_AGAIN = 75
-    """Something outside failed: broker, disk, port, a lost peer."""
+    """Something outside failed: the broker, the disk, a port, a lost peer."""
     REFUSED = 78
     """The configuration is refused."""
 
 
 class ExitError(Exception):
-    """Ends a process with `code` and one message that names the cause and the remedy, without a traceback."""
+    """Ends the process with `code` and one message that names cause and remedy, without a traceback."""
 
     def __init__(self, code: ExitCode, message: str) -> None:
         super().__init__(message)

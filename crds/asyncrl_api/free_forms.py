@@ -1,4 +1,4 @@
-"""Rules for what lies within free-form fields, where CEL does not look: the CRD keeps them as written."""
+"""Rules for the contents of free-form fields, which the CRD keeps as written and CEL cannot see into."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -17,11 +17,11 @@ RESERVED_BY_TRAINER = (
     "zero_optimization.stage",
     "bf16.enabled",
 )
-"""What the trainer rests on. Another value would silently scale gradients, or contradict the manifest."""
+"""Settings that the trainer decides; others would silently scale gradients, or contradict the manifest."""
 
 
 def free_form_violations(spec: Spec) -> Iterator[Violation]:
-    """Yield what is wrong with the free-form fields, pod templates apart: those the API server tries out."""
+    """Yield what is wrong with the free-form fields, except pod templates, which the API server tries out."""
     for path in RESERVED_BY_TRAINER:
         if _is_set(spec.trainer.deepspeed.config, path):
             field = f"trainer.deepspeed.config.{path}"

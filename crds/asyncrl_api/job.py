@@ -1,7 +1,7 @@
-"""AsyncRLJob: the one source of CRD, defaults, validation and reference. `manifest.md` in types.
+"""AsyncRLJob: the one source of CRD, defaults, validation and reference.
 
-How the parts are declared: `sampling_spec` (model to evaluation), `training_spec`, `placement_spec`,
-`operations_spec`; rules across fields: `rules`.
+Its blocks are declared in `sampling_spec` (model to evaluation), `training_spec`, `placement_spec` and
+`operations_spec`; rules across fields are in `rules`.
 """
 
 from typing import Any, Final, Literal
@@ -114,19 +114,19 @@ class Spec(ApiType):
     """What the user wants."""
 
     model: ModelSpec = field("The language model that is trained.", mark="I")
-    dataset: DatasetSpec = field("The prompts that are trained on.", mark="I")
-    workflow: WorkflowSpec = field("How one sample comes about.", mark="U", default=WorkflowSpec())
-    reward: RewardSpec = field("How a response is scored.", mark="U", default=RewardSpec())
+    dataset: DatasetSpec = field("The prompts that the policy is trained on.", mark="I")
+    workflow: WorkflowSpec = field("How one sample is made.", mark="U", default=WorkflowSpec())
+    reward: RewardSpec = field("How responses are scored.", mark="U", default=RewardSpec())
     sampling: SamplingSpec = field("How the policy is sampled.", default=SamplingSpec())
-    training: TrainingSpec = field("Batches and optimizer.")
+    training: TrainingSpec = field("Batches and the optimizer.")
     algorithm: AlgorithmSpec = field("The loss.", mark="R", default=AlgorithmSpec())
     staleness: StalenessSpec = field(
         "How far sampling may run ahead of training.", mark="L", default=StalenessSpec()
     )
     evaluation: EvaluationSpec | None = field(
-        "Evaluation on held-out prompts. Absent: none.", mark="L", default=None
+        "Evaluation on held-out prompts. Absent: there is none.", mark="L", default=None
     )
-    gpu_budget: GPUBudgetSpec = field("How many GPUs the job may hold, and who decides on their use.")
+    gpu_budget: GPUBudgetSpec = field("How many GPUs the job may hold, and who decides how they are used.")
     rollout: RolloutSpec = field("The group that samples.", default=RolloutSpec())
     trainer: TrainerSpec = field("The group that trains.", default=TrainerSpec())
     weight_sync: WeightSyncSpec = field(
@@ -135,38 +135,38 @@ class Spec(ApiType):
     messaging: MessagingSpec = field(
         "What carries tickets and trajectories.", mark="I", default=MessagingSpec()
     )
-    checkpoint: CheckpointSpec = field("What a restarted trainer continues from.")
+    checkpoint: CheckpointSpec = field("The checkpoints that a restarted trainer continues from.")
     scheduling: SchedulingSpec = field("Where the pods go.", mark="I", default=SchedulingSpec())
     suspend: bool = field(
-        "True stops all pods, the trainer after a checkpoint; false continues from there.",
+        "True stops all pods, the trainer's once it has written a checkpoint; false continues from there.",
         mark="L",
         default=False,
     )
     managed_by: Name = field(
-        "Controller that acts on the object in place of this operator. Not supported yet: must be empty.",
+        "Controller that acts on the object instead of this operator. Not supported yet: must be empty.",
         mark="I",
         default="",
     )
     active_deadline_seconds: CountOrZero = field(
-        "The job fails when it has been active for so long, in seconds; 0: no deadline.", mark="L", default=0
+        "Seconds that the job may be active before it fails; 0: no deadline.", mark="L", default=0
     )
     pending_deadline_seconds: CountOrZero = field(
-        "The job fails when its pods have waited for so long to start, in seconds; 0: no deadline.",
+        "Seconds that the job's pods may wait to start before the job fails; 0: no deadline.",
         mark="L",
         default=0,
     )
     ttl_seconds_after_finished: CountOrZero = field(
-        "The children (never the AsyncRLJob) are deleted so long after the end, in seconds; 0: at once.",
+        "Seconds after the job's end until its children (never the AsyncRLJob) are deleted; 0: at once.",
         mark="L",
         default=3600,
     )
     failure_policy: FailurePolicySpec = field(
-        "How failures are answered.", mark="L", default=FailurePolicySpec()
+        "How the operator reacts to failures.", mark="L", default=FailurePolicySpec()
     )
 
 
 class Metadata(ApiType):
-    """Kubernetes' ObjectMeta: name and labels of the user, the rest as the API server fills it in."""
+    """Kubernetes' ObjectMeta: name and labels are the user's, the API server fills in the rest."""
 
     name: Name
     namespace: Name | None = None
@@ -193,9 +193,9 @@ class AsyncRLJob(ApiType):
     metadata: Metadata
     spec: Spec
     status: dict[str, Any] | None = None
-    """As the operator wrote it last; not the user's."""
+    """The status that the operator wrote last; users do not write it."""
 
 
 def to_manifest(job: AsyncRLJob) -> dict[str, Any]:
-    """Return the manifest of `job` with all defaults; what is absent stays absent, for nulls are refused."""
+    """Return the manifest of `job` with all defaults; absent fields stay absent, since nulls are refused."""
     return job.model_dump(by_alias=True, exclude_none=True)

@@ -1,7 +1,7 @@
-"""AsyncRLJobStatus: what the operator writes, and all that it remembers between two passes.
+"""The status of an AsyncRLJob: what the operator writes, and all that it remembers between two passes.
 
-`attempt`, `split` and `clocks` are the only memory, written before the action that rests on them; all else
-is observed anew. Times are RFC 3339 in UTC, in seconds.
+`attempt`, `split` and `clocks` are its only memory and are written before the action that relies on them;
+everything else is observed anew. Times are RFC 3339 in UTC, to the second.
 """
 
 from typing import Annotated, Any, Literal
@@ -35,7 +35,7 @@ def _of(description: str, default: Any = None, **constraints: Any) -> Any:
 
 
 class StatusType(BaseModel):
-    """Base of the blocks of a status: frozen; what an older or newer operator wrote besides is ignored."""
+    """Base of the blocks of a status: frozen; unknown fields, from another version, are ignored."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", alias_generator=to_camel, populate_by_name=True)
 
@@ -43,50 +43,56 @@ class StatusType(BaseModel):
 class Condition(StatusType):
     """One fact about the job (Kubernetes API conventions)."""
 
-    type: Word = _of("Which fact.", ...)
+    type: Word = _of("Name of the fact.", ...)
     status: Literal["True", "False", "Unknown"] = _of("Whether it holds.", ...)
     reason: Word = _of("Why, in one CamelCase word.", ...)
     message: Text = _of("Why, in a sentence.", "")
-    last_transition_time: Time = _of("When status changed last.", ...)
-    observed_generation: Number = _of("Generation of the spec that this is about.", ...)
+    last_transition_time: Time = _of("When `status` last changed.", ...)
+    observed_generation: Number = _of("Generation of the spec that the condition is about.", ...)
 
 
 class AttemptStatus(StatusType):
-    """The attempt of the trainer: one start of the whole group."""
+    """The current attempt of the trainer; an attempt is one start of the whole group."""
 
-    number: Number = _of("Counts the starts of the trainer, from 1 on.", ...)
-    job_name: Word = _of("The Job of this attempt.", ...)
-    config_hash: Word = _of("Of the fields that a trainer is restarted for.", ...)
+    number: Number = _of("Number of the attempt: counts the starts of the trainer, from 1.", ...)
+    job_name: Word = _of("Name of this attempt's Job.", ...)
+    config_hash: Word = _of("Hash of the fields whose edits restart the trainer.", ...)
     gpus: Number = _of("GPUs of this attempt.", ...)
-    start_time: Time | None = _of("When its Job was made; absent until then.")
-    next_retry_time: Time | None = _of("Set when the attempt has ended: the next one is not made before.")
+    start_time: Time | None = _of("When the attempt's Job was created; absent until then.")
+    next_retry_time: Time | None = _of("Earliest time of the next attempt; set when this one ends.")
     last_reason: Word = _of("Why the last attempt ended.", "")
-    restarts: Number = _of("Ends counted against failurePolicy.trainer.maxRestarts.", 0)
-    disruptions: Number = _of("Ends counted against failurePolicy.trainer.maxDisruptions.", 0)
-    failures_in_a_row: Number = _of("Ends since a step was made.", 0)
-    step: int = _of("Step at the last end; -1: none yet.", -1)
+    restarts: Number = _of("Attempts that count against failurePolicy.trainer.maxRestarts.", 0)
+    disruptions: Number = _of("Attempts that count against failurePolicy.trainer.maxDisruptions.", 0)
+    failures_in_a_row: Number = _of("Attempts that ended since the last step was made.", 0)
+    step: int = _of("Step at which the last attempt ended; -1: none has ended yet.", -1)
 
 
 class SplitStatus(StatusType):
-    """Who has how many GPUs. In mode Auto this is the operator's decision."""
+    """How many GPUs each group has. In mode Auto this is the operator's decision."""
 
     trainer: Number = _of("GPUs of the trainer.", ...)
     rollout: Number = _of("GPUs of the rollout group.", ...)
     idle: Number = _of("GPUs of the budget that are not used.", ...)
     gpus_per_replica: Number = _of("GPUs of one engine.", ...)
     total: Number = _of("The budget that was split.", ...)
-    decided_by: Literal["Auto", "Manual"] = _of("Whose decision it is.", ...)
-    reason: Word = _of("What it was decided for.", ...)
+    decided_by: Literal["Auto", "Manual"] = _of(
+        "Who decided the split: the operator (Auto) or the user (Manual).", ...
+    )
+    reason: Word = _of("Why it was decided, in one CamelCase word.", ...)
     last_change_time: Time = _of("When it was decided.", ...)
-    pressure: Literal["", "Rollout", "Trainer"] = _of("The group that is short, by the last report.", "")
-    pressure_time: Time | None = _of("Since when that has been so without a break.")
+    pressure: Literal["", "Rollout", "Trainer"] = _of(
+        "The group that is short of GPUs, by the last report; empty: neither.", ""
+    )
+    pressure_time: Time | None = _of("When that group began to be short, without a break since.")
 
 
 class ClocksStatus(StatusType):
-    """Since when something has been so; absent while it is not."""
+    """When something began that has lasted since; absent while it is not so."""
 
-    pending_since: Time | None = _of("The job wants to run and does not yet.")
-    below_minimum_since: Time | None = _of("Fewer engines are ready than minAvailablePercent asks for.")
+    pending_since: Time | None = _of("When the job began to wait for its pods to run.")
+    below_minimum_since: Time | None = _of(
+        "When the share of engines that are ready fell below minAvailablePercent."
+    )
 
 
 class GroupStatus(StatusType):
@@ -94,66 +100,66 @@ class GroupStatus(StatusType):
 
     name: Word = _of("trainer, rollout or messaging.", ...)
     kind: Word = _of("Kind of the object that holds the pods.", ...)
-    resource: Word = _of("Its name.", ...)
-    desired: Number = _of("Pods that there should be.", ...)
-    ready: Number = _of("Pods that are ready.", ...)
-    updated: Number = _of("Pods of the newest template.", 0)
-    gpus: Number = _of("GPUs that its pods hold.", 0)
-    summary: Word = _of("ready/desired", "")
+    resource: Word = _of("Name of that object.", ...)
+    desired: Number = _of("Number of pods that there should be.", ...)
+    ready: Number = _of("Number of pods that are ready.", ...)
+    updated: Number = _of("Number of pods that have the newest template.", 0)
+    gpus: Number = _of("GPUs that the group's pods hold.", 0)
+    summary: Word = _of("Ready and desired pods: ready/desired.", "")
 
 
 class ProgressStatus(StatusType):
     """How far training is."""
 
-    step: Number = _of("Steps behind the published weights: the policy version.", ...)
-    max_steps: Number = _of("spec.training.maxSteps as the trainer knows it.", ...)
-    summary: Word = _of("step/maxSteps", ...)
-    percent: Number = _of("Of maxSteps.", ...)
-    state: Word = _of("What the trainer does.", "")
-    estimated_remaining_seconds: Number | None = _of("Until maxSteps, at the present speed.")
+    step: Number = _of("Training steps in the published weights: the policy version.", ...)
+    max_steps: Number = _of("The spec.training.maxSteps that the trainer works with.", ...)
+    summary: Word = _of("Progress in short: step/maxSteps.", ...)
+    percent: Number = _of("Share of maxSteps that is done, in percent.", ...)
+    state: Word = _of("What the trainer is doing, in one word.", "")
+    estimated_remaining_seconds: Number | None = _of("Seconds until maxSteps at the present speed.")
 
 
 class StalenessStatus(StatusType):
-    """Age of the tokens trained last, in whole policy versions."""
+    """Age of the tokens that were trained last, in whole policy versions."""
 
     p50: Number | None = _of("Median.")
     p95: Number | None = _of("95th percentile.")
-    max: Number | None = _of("Oldest.")
+    max: Number | None = _of("Age of the oldest token.")
 
 
 class ThroughputStatus(StatusType):
     """Speed of the job."""
 
-    tokens_per_second: Number | None = _of("Sampled tokens trained per second.")
-    queue_depth: Number = _of("Prompt groups that wait for the trainer.", 0)
+    tokens_per_second: Number | None = _of("Sampled tokens that are trained per second.")
+    queue_depth: Number = _of("Prompt groups that are waiting for the trainer.", 0)
     trainer_wait_percent: Number | None = _of("Share of the time in which the trainer waited for a batch.")
 
 
 class RewardStatus(StatusType):
-    """What the policy is worth."""
+    """How well the policy does."""
 
     mean: Decimal | None = _of("Mean reward of the last step.")
     held_out: Decimal | None = _of("Mean reward of held-out prompts, answered greedily.")
 
 
 class GPUsStatus(StatusType):
-    """The budget and what is held of it."""
+    """The GPU budget, and how much of it the job holds."""
 
-    budget: Number = _of("spec.gpuBudget.total", ...)
+    budget: Number = _of("The budget: spec.gpuBudget.total.", ...)
     allocated: Number = _of("GPUs of all pods that have not ended.", ...)
-    summary: Word = _of("allocated/budget", ...)
+    summary: Word = _of("Both in short: allocated/budget.", ...)
 
 
 class CheckpointStatus(StatusType):
-    """What a restarted trainer continues from."""
+    """The checkpoint that a restarted trainer continues from."""
 
-    step: Number = _of("Step of the policy.", ...)
-    path: Text = _of("Its folder on the claim.", ...)
+    step: Number = _of("Step that the checkpoint holds.", ...)
+    path: Text = _of("Folder of the checkpoint on the claim.", ...)
     time: Time = _of("When it was complete.", ...)
 
 
 class PodSetStatus(StatusType):
-    """Pods that are wanted at once when the job starts, for a queue such as Kueue's."""
+    """Pods that the job needs at once when it starts, for a queueing system such as Kueue."""
 
     name: Word = _of("trainer, rollout or messaging.", ...)
     count: Number = _of("Number of pods.", ...)
@@ -161,26 +167,28 @@ class PodSetStatus(StatusType):
 
 
 class Status(StatusType):
-    """How the job stands."""
+    """The state of the job, as observed by the operator."""
 
     observed_generation: int = _of("Generation of the spec that this status is about; -1: none yet.", -1)
-    phase: Phase | None = _of("A summary to be read by people; programs read conditions.")
-    message: Text = _of("A sentence about the phase.", "")
-    conditions: tuple[Condition, ...] = _of("Facts, by type.", ())
-    start_time: Time | None = _of("When the job began to be active; begins again with each resume.")
+    phase: Phase | None = _of("A summary for people; programs should read the conditions.")
+    message: Text = _of("A sentence that explains the phase.", "")
+    conditions: tuple[Condition, ...] = _of("Facts about the job, by type.", ())
+    start_time: Time | None = _of("When the job became active; reset whenever it is resumed.")
     completion_time: Time | None = _of("When the job succeeded or failed.")
-    attempt: AttemptStatus | None = _of("The attempt of the trainer.")
-    split: SplitStatus | None = _of("Who has how many GPUs.")
-    clocks: ClocksStatus | None = _of("Since when something has been so.")
+    attempt: AttemptStatus | None = _of("The current attempt of the trainer.")
+    split: SplitStatus | None = _of("How many GPUs each group has.")
+    clocks: ClocksStatus | None = _of("When something began that has lasted since.")
     groups: tuple[GroupStatus, ...] = _of("The groups of pods, by name.", ())
     progress: ProgressStatus | None = _of("How far training is.")
-    staleness: StalenessStatus | None = _of("Age of the tokens trained last.")
+    staleness: StalenessStatus | None = _of("Age of the tokens that were trained last.")
     throughput: ThroughputStatus | None = _of("Speed of the job.")
-    reward: RewardStatus | None = _of("What the policy is worth.")
-    gpus: GPUsStatus | None = _of("The budget and what is held of it.")
-    last_checkpoint: CheckpointStatus | None = _of("What a restarted trainer continues from.")
-    report_time: Time | None = _of("When the trainer reported last.")
-    pod_sets: tuple[PodSetStatus, ...] = _of("Pods wanted at the start; fixed while suspended.", ())
+    reward: RewardStatus | None = _of("How well the policy does.")
+    gpus: GPUsStatus | None = _of("The GPU budget, and how much of it the job holds.")
+    last_checkpoint: CheckpointStatus | None = _of("The checkpoint that a restarted trainer continues from.")
+    report_time: Time | None = _of("When the trainer last reported.")
+    pod_sets: tuple[PodSetStatus, ...] = _of(
+        "Pods that the job needs at once when it starts; fixed while it is suspended.", ()
+    )
     selector: Text = _of("Label selector of the pods, for the scale subresource.", "")
 
     def condition(self, kind: str) -> Condition | None:
@@ -191,5 +199,5 @@ class Status(StatusType):
         return found is not None and found.status == "True"
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as the API server takes it: what is absent stays absent."""
+        """Return the status as the API server takes it: absent fields stay absent."""
         return self.model_dump(by_alias=True, exclude_none=True, mode="json")

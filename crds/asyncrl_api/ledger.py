@@ -1,13 +1,13 @@
-"""ledger.jsonl: what was begun, line by line, so that whatever dies the surviving history is known.
+"""ledger.jsonl: what was begun, line by line, so that the surviving history is known whatever dies.
 
-Lines, each flushed to disk before what it announces begins:
+Each line is flushed to disk before what it announces begins:
 
     {"attempt": a, "uid": u}                      an attempt claims the ledger, before it reads it
     {"attempt": a, "began": v}                    it has caught up and begins new steps at version v
     {"attempt": a, "version": v, "tickets": [...], "discards": {"reason": [...]}, "live": {...}}
                                                   the step from version v to v + 1
     {"attempt": a, "cut": v}                      recorded steps from version v on cannot be repeated
-    {"attempt": a, "issued": n, "discards": {...}}  the end: n tickets were issued, these were left over
+    {"attempt": a, "issued": n, "discards": {...}}  the end: n tickets were issued, and these were left over
 """
 
 from collections.abc import Iterable, Mapping
@@ -19,7 +19,7 @@ import msgspec
 
 
 class LedgerLine(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
-    """Any line; which fields are set says which kind it is."""
+    """Any line; the fields that are set tell which kind it is."""
 
     attempt: int
     uid: str | None = None
@@ -40,22 +40,22 @@ class RecordedStep:
     version: int
     tickets: tuple[int, ...]
     discards: Mapping[str, tuple[int, ...]]
-    """Closed since the step before, by reason."""
+    """Tickets that were closed since the step before, by reason."""
     live: Mapping[str, Any]
-    """The values of live fields that decide what is trained, as they were."""
+    """The values, at that time, of the live fields that decide what is trained."""
     began: Mapping[int, int]
-    """attempt -> version at which it began, as known when the step was recorded."""
+    """The version at which each attempt began (attempt -> version), as known when the step was recorded."""
 
 
 @dataclass
 class History:
-    """The surviving history that the ledger's lines amount to."""
+    """The surviving history, as the ledger's lines add up to it."""
 
     uid: str | None = None
     attempt: int = 0
-    """The highest that claimed the ledger."""
+    """The highest attempt that has claimed the ledger."""
     steps: list[RecordedStep] = field(default_factory=list)
-    """Of versions 0, 1, 2 ... without a gap."""
+    """The recorded steps, from versions 0, 1, 2 and so on without a gap."""
     began: dict[int, int] = field(default_factory=dict)
     num_issued: int | None = None
     """Set by the end line: the job is over."""
@@ -63,25 +63,25 @@ class History:
 
     @property
     def version(self) -> int:
-        """Version behind the last recorded step."""
+        """The version that the last recorded step leads to."""
         return len(self.steps)
 
 
 class LedgerError(Exception):
-    """The file holds what no crash explains; it is not guessed at."""
+    """The file holds something that no crash explains; what it means is not guessed."""
 
 
 def read_ledger(path: Path) -> History:
-    """Return the history without claiming anything, for the audit and for readers beside the trainer.
+    """Return the history without claiming anything, for the audit and for other readers than the trainer.
 
     Raises:
-        LedgerError: as `read_history`.
+        LedgerError: as for `read_history`.
     """
     return read_history(complete_lines(path), str(path))
 
 
 def read_history(lines: Iterable[str], source: str = "ledger") -> History:
-    """Return what complete lines amount to. Lines of a lower attempt after a higher one are void.
+    """Return the history that complete lines add up to. Lines of a lower attempt after a higher one are void.
 
     Raises:
         LedgerError: a line does not parse, or steps do not follow one another; names the line.
@@ -126,7 +126,7 @@ def _apply(history: History, line: LedgerLine, where: str) -> None:
 
 
 def complete_lines(path: Path) -> list[str]:
-    """Return the lines of a ledger without a torn last one; none where there is no file."""
+    """Return the lines of a ledger without a torn last one; none if there is no file."""
     if not path.exists():
         return []
     data = path.read_bytes()  # a torn last line may end within a character
@@ -134,10 +134,10 @@ def complete_lines(path: Path) -> list[str]:
 
 
 def decode_line(text: str | bytes) -> LedgerLine:
-    """Return one line.
+    """Return the line of the ledger that `text` holds.
 
     Raises:
-        msgspec.DecodeError: it is none.
+        msgspec.DecodeError: `text` is not such a line.
     """
     return _decoder.decode(text)
 

@@ -1,7 +1,8 @@
-"""Change marks: what happens when a field of a living job is edited, declared once, beside the field.
+"""Change marks: what happens when a field of an existing job is edited, declared once, beside the field.
 
-`I` immutable (the API server refuses), `L` applied live, `U` rollout pods roll, `R` the trainer restarts
-from a checkpoint. A block hands its mark down to the fields below it, unless they have their own.
+`I`: immutable, the API server refuses the edit. `L`: applied live. `U`: the rollout pods are replaced in
+waves. `R`: the trainer restarts from a checkpoint. A block hands its mark down to the fields below it,
+unless they have their own.
 """
 
 import functools
@@ -32,12 +33,12 @@ def field(
 
     Args:
         description: what `kubectl explain` shows, after the mark.
-        mark: None takes the mark of the block, or stands on a block whose fields differ.
-        default: none means required.
+        mark: the change mark; None means that of the block above, or a block whose fields differ.
+        default: a field without one is required.
         list_type: who wins when two managers apply the list; `x-kubernetes-list-type` of the CRD.
-        free_while_suspended: an exception to mark I: may change while the job is suspended, and in the
-            update that sets or clears `suspend`.
-        constraints: as pydantic's `Field` takes them.
+        free_while_suspended: an exception to mark I: the field may change while the job is suspended, and
+            in the update that sets or clears `suspend`.
+        constraints: constraints that pydantic's `Field` takes.
     """
     extra = {"mark": mark, "listType": list_type, "freeWhileSuspended": free_while_suspended}
     return Field(
@@ -53,12 +54,12 @@ class FieldNode:
     """A field of the API at its place in the manifest, its mark resolved."""
 
     path: str
-    """Wire names from the root of the walk on: `training.batchSize`."""
+    """The names in the manifest, from the root of the walk: `training.batchSize`."""
     mark: str
-    """One mark; of a block whose fields differ all of them: `L/R`."""
+    """The field's mark, or all marks of a block whose fields differ: `L/R`."""
     info: FieldInfo
     children: tuple["FieldNode", ...]
-    """Empty but for a block. Fields of list items have no path, hence no node."""
+    """The fields of a block; empty otherwise. Fields of list items have no path and hence no node."""
 
     @property
     def name(self) -> str:
@@ -66,7 +67,7 @@ class FieldNode:
 
     @property
     def is_optional(self) -> bool:
-        """Absent unless the user writes it (in Python: None)."""
+        """Whether the field is absent (in Python: None) unless the user writes it."""
         return self.info.default is None
 
     @property
@@ -83,7 +84,7 @@ class FieldNode:
         return f"[{self.mark}{exception}] {self.info.description}"
 
     def walk(self) -> Iterator["FieldNode"]:
-        """Yield this field and all below it."""
+        """Yield this field and all fields below it."""
         yield self
         for child in self.children:
             yield from child.walk()
@@ -111,7 +112,7 @@ def tree(model: type[BaseModel], prefix: str = "", inherited: str = "") -> tuple
 
 
 def marks(model: type[BaseModel]) -> dict[str, str]:
-    """Return path -> mark for all fields of `model`; of a block whose fields differ all marks, `L/R`."""
+    """Return path -> mark for all fields of `model`; a block whose fields differ has all of theirs, `L/R`."""
     return {node.path: node.mark for top in tree(model) for node in top.walk()}
 
 
@@ -121,7 +122,7 @@ def split_live(spec: BaseModel) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `under` with the values of `over`; maps are merged, all else is replaced."""
+    """Return `under` with the values of `over`; maps are merged, everything else is replaced."""
     merged = dict(under)
     for key, value in over.items():
         below = merged.get(key)

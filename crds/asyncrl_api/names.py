@@ -1,4 +1,4 @@
-"""Names on the broker, and where it is."""
+"""The broker's address, and the names of a job's streams, buckets and subjects on it."""
 
 from typing import Self
 
@@ -11,20 +11,20 @@ ASK_CONSUMER, ANSWER_CONSUMER = "ask", "answer"
 
 
 class NatsAddress(Wire):
-    """Where the broker is, and who this process is to it."""
+    """The broker's address, and the credentials that this process presents."""
 
     url: str
     credentials_file: str = ""
-    """Of this role: JSON with `user` and `password`, or, named *.creds, a NATS credentials file. Empty: none
-    are asked for."""
+    """A file with the credentials of this process's role: JSON with `user` and `password`, or a NATS
+    credentials file if its name ends in .creds. Empty: the broker asks for none."""
 
 
 class JobNames(Wire):
-    """Names on the broker. One set of streams per job: ticket = stream sequence allows no sharing."""
+    """Names on the broker. Each job has streams of its own, because a ticket is a stream sequence."""
 
     job: str
     prefix: str = ""
-    """Before every subject, where an account has only some."""
+    """A prefix of every subject, for an account that may use only some subjects."""
 
     @classmethod
     def on_own_server(cls, namespace: str, name: str) -> Self:
@@ -32,7 +32,7 @@ class JobNames(Wire):
 
     @classmethod
     def on_shared_server(cls, namespace: str, name: str, uid: str, prefix: str = "") -> Self:
-        """There, what an earlier object of this name left must not be taken for this one's."""
+        """Return names with the object's uid, so that what an earlier job of this name left is not ours."""
         return cls(job=f"{namespace}_{name}_{uid}", prefix=prefix)
 
     @property
@@ -49,7 +49,8 @@ class JobNames(Wire):
 
     @property
     def state_bucket(self) -> str:
-        """`live` (the fields marked L), `version`, and `part.<ticket>` (what is kept of one handed back)."""
+        """The bucket with the keys `live` (the fields marked L), `version`, and `part.<ticket>` (what is kept
+        of a ticket that was handed back)."""
         return f"rl_{self.job}"
 
     @property
@@ -67,19 +68,19 @@ class JobNames(Wire):
         return self._subject(f"traj.{ticket}" + ("" if sample is None else f".{sample}"))
 
     def evaluation(self, direction: str, key: str) -> str:
-        """`direction` is `ask` or `answer`."""
+        """Return the subject of one evaluation prompt; `direction` is `ask` or `answer`."""
         return self._subject(f"eval.{direction}.{key}")
 
     def heartbeat(self, worker: str) -> str:
         return self._subject(f"hb.{worker}")
 
     def control(self, worker: str) -> str:
-        """Where a worker is asked to take part in a weight epoch."""
+        """Return the subject on which a worker is asked to take part in a weight epoch."""
         return self._subject(f"weights.{worker}")
 
     @property
     def announcements(self) -> str:
-        """Where changes of the state bucket are republished."""
+        """The subject on which changes of the state bucket are republished."""
         return self._subject("ann")
 
     def _subject(self, rest: str) -> str:
@@ -90,5 +91,5 @@ class JobNames(Wire):
 
 
 def ticket_of(trajectory_subject: str) -> int:
-    """Return the ticket that `JobNames.trajectory` has put into a subject."""
+    """Return the ticket in a subject that `JobNames.trajectory` made."""
     return int(trajectory_subject.rpartition(".traj.")[2].partition(".")[0])

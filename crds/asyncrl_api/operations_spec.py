@@ -1,4 +1,4 @@
-"""What keeps the job going: messaging, checkpoints, reactions to failure."""
+"""What keeps the job going: messaging, checkpoints, and reactions to failure."""
 
 from typing import Annotated, Literal
 
@@ -19,31 +19,32 @@ from asyncrl_api.marks import field
 
 
 class StorageSpec(ApiType):
-    """Where the streams of an embedded server lie."""
+    """Where an embedded server keeps its streams."""
 
     type: Literal["Ephemeral", "Persistent"] = field(
         "Ephemeral: in the pod; streams that are lost with it are made again from the checkpoint. "
-        "Persistent: on a claim of the server.",
+        "Persistent: on a PersistentVolumeClaim of the server's own.",
         default="Ephemeral",
     )
-    size: Quantity = field("Room for the streams.", default="10Gi")
+    size: Quantity = field("Space for the streams.", default="10Gi")
 
 
 class EmbeddedSpec(ApiType):
-    """A NATS server of the job's own."""
+    """A NATS server that belongs to the job."""
 
-    storage: StorageSpec = field("Where the streams lie.", default=StorageSpec())
+    storage: StorageSpec = field("Where the server keeps its streams.", default=StorageSpec())
 
 
 class SharedSpec(ApiType):
-    """A NATS server that other jobs use as well."""
+    """A NATS server that other jobs use too."""
 
-    url: Text = field("Address, nats://host:4222 say; required in mode Shared.", default="")
+    url: Text = field("Address, for example nats://host:4222; required in mode Shared.", default="")
     credentials_secret_ref: SecretReference | None = field(
         "Secret with the NATS credentials file; absent: the server asks for none.", default=None
     )
     subject_prefix: OptionalSubject = field(
-        "Put before the job's subjects, where the account has no others; those of JetStream itself stay.",
+        "Prefix of the job's subjects, for an account that may use no others; JetStream's own subjects do "
+        "not get it.",
         default="",
     )
 
@@ -52,7 +53,8 @@ class MessagingSpec(ApiType):
     """What carries tickets and trajectories: NATS JetStream."""
 
     mode: Literal["Embedded", "Shared"] = field(
-        "Embedded: a server is started for the job. Shared: one that is there is used.", default="Embedded"
+        "Embedded: a server is started for the job. Shared: the job uses an existing one.",
+        default="Embedded",
     )
     embedded: EmbeddedSpec = field("Settings of mode Embedded.", default=EmbeddedSpec())
     shared: SharedSpec = field("Settings of mode Shared.", default=SharedSpec())
@@ -61,77 +63,81 @@ class MessagingSpec(ApiType):
 class LocationSpec(ClaimReference):
     """A folder on a PersistentVolumeClaim."""
 
-    path: Text = field("Folder on the claim; empty: <namespace>/<name> of the job.", default="")
+    path: Text = field("Folder on the claim; empty: the job's <namespace>/<name>.", default="")
 
 
 class CheckpointSpec(ApiType):
-    """What a restarted trainer continues from."""
+    """The checkpoints that a restarted trainer continues from."""
 
-    location: LocationSpec = field("Where checkpoints, ledger and exports lie.", mark="I")
+    location: LocationSpec = field("Where checkpoints, the ledger and exports are kept.", mark="I")
     every_steps: Count = field("Steps between checkpoints.", mark="L", default=50)
     keep: Annotated[int, Field(ge=2, le=10_000)] = field(
-        "Checkpoints that are kept; the two newest can be restored.", mark="L", default=3
+        "Number of checkpoints that are kept; the two newest can be restored.", mark="L", default=3
     )
     resume: Literal["Auto", "Never", "FromPath"] = field(
-        "What a new job begins with. Auto: a checkpoint of this very object, if there is one. "
-        "Never: nothing. FromPath: resumePath.",
+        "What a new job starts from. Auto: a checkpoint of this very object, if there is one. Never: no "
+        "checkpoint. FromPath: the checkpoint at resumePath.",
         mark="I",
         default="Auto",
     )
     resume_path: Text = field(
-        "Folder of a checkpoint on the claim, for resume FromPath.", mark="I", default=""
+        "Folder of a checkpoint on the claim; used with resume FromPath.", mark="I", default=""
     )
     export_every_steps: CountOrZero = field(
-        "Steps between exports as a Hugging Face folder; 0: only at the end, which always exports.",
+        "Steps between exports of the policy as a Hugging Face folder; 0: only the export at the end, which "
+        "is always made.",
         mark="L",
         default=0,
     )
 
 
 class TrainerFailureSpec(ApiType):
-    """When a trainer that failed is started again, and when the job has failed."""
+    """When a failed trainer is restarted, and when the job has failed instead."""
 
-    max_restarts: CountOrZero = field("Restarts after a failure of the trainer's own.", default=3)
+    max_restarts: CountOrZero = field("Most restarts after failures of the trainer itself.", default=3)
     max_disruptions: CountOrZero = field(
-        "Restarts after a lost node, a preemption or an eviction, which are nobody's fault.", default=50
+        "Most restarts after lost nodes, preemptions and evictions, which are nobody's fault.", default=50
     )
     backoff_seconds: CountOrZero = field(
-        "Wait before the first restart, in seconds; doubles with each.", default=10
+        "Wait before the first restart, in seconds; it doubles with each further one.", default=10
     )
     max_backoff_seconds: CountOrZero = field("Longest wait before a restart, in seconds.", default=600)
     hang_seconds: CountOrZero = field(
         "A trainer that has not reported for so long is restarted, in seconds; 0: never.", default=0
     )
     fatal_exit_codes: Annotated[list[Annotated[int, Field(ge=1, le=255)]], Field(max_length=64)] = field(
-        "Exit codes after which there is no restart. Ours: 64 usage, 65 data, model or numbers unusable, 78 "
-        "configuration refused.",
+        "Exit codes after which the trainer is not restarted. Ours are 64 (usage), 65 (data, model or "
+        "numbers unusable) and 78 (configuration refused).",
         default=[64, 65, 78],
         list_type="atomic",
     )
 
 
 class RolloutFailureSpec(ApiType):
-    """When too few engines are too few."""
+    """What happens when too few engines are ready."""
 
-    min_available_percent: Percent = field("Share of the engines that should be ready.", default=25)
+    min_available_percent: Percent = field(
+        "Share of the engines that should be ready, in percent.", default=25
+    )
     below_minimum_seconds: CountOrZero = field(
-        "How long fewer are borne before onBelowMinimum, in seconds.", default=900
+        "Seconds for which fewer engines may be ready before onBelowMinimum applies.", default=900
     )
     on_below_minimum: Literal["Fail", "Continue"] = field(
-        "Fail: the job has failed. Continue: it is reported as Degraded, and goes on.", default="Fail"
+        "Fail: the job fails. Continue: it goes on and is reported as Degraded.", default="Fail"
     )
 
 
 class FailurePolicySpec(ApiType):
-    """How failures are answered."""
+    """How the operator reacts to failures."""
 
     trainer: TrainerFailureSpec = field("Failures of the trainer.", default=TrainerFailureSpec())
     rollout: RolloutFailureSpec = field("Failures of engines and workers.", default=RolloutFailureSpec())
     dead_node_force_delete_seconds: CountOrZero = field(
-        "Wait before pods on a dead node, of any group, are force-deleted so that others can take their "
-        "place, in seconds.",
+        "Seconds before pods of any group on a dead node are force-deleted, so that others can take their "
+        "place.",
         default=120,
     )
     retain_pods_on_failure: bool = field(
-        "Whether pods of a failed job stay, for their logs, until ttlSecondsAfterFinished.", default=True
+        "Whether a failed job's pods stay until ttlSecondsAfterFinished, so that their logs can be read.",
+        default=True,
     )

@@ -1,6 +1,6 @@
-"""From a YAML file to an AsyncRLJob, or to a list of everything that is wrong with it.
+"""Turns a YAML file into an AsyncRLJob, or into a list of everything that is wrong with it.
 
-What the API server would refuse is refused here, by the same types and the same rules.
+What the API server would refuse is refused here too, by the same types and the same rules.
 """
 
 import copy
@@ -31,18 +31,18 @@ class FieldError:
     """One thing that is wrong with a manifest."""
 
     path: str
-    """As in the manifest: `spec.training.batchSize`, `spec.scheduling.tolerations[0]`."""
+    """The path in the manifest: `spec.training.batchSize`, `spec.scheduling.tolerations[0]`."""
     rule: str
     """What must hold, in words."""
     value: Any = None
-    """What was found, if that helps and the rule does not say it."""
+    """The value that was found, if it helps and the rule does not name it."""
 
     def __str__(self) -> str:
         return ": ".join(filter(None, [self.path, _shown(self.value), self.rule]))
 
 
 class SpecError(Exception):
-    """A manifest that cannot be used as it is. Tell the user; trying again does not help."""
+    """A manifest cannot be used as it is. The user must be told; trying again does not help."""
 
     def __init__(self, errors: Iterable[FieldError]) -> None:
         self.errors = tuple(errors)
@@ -50,10 +50,10 @@ class SpecError(Exception):
 
 
 def load_documents(path: Path) -> list[Any]:
-    """Return the documents of a YAML 1.2 file (or JSON), without the empty ones.
+    """Return the documents of a YAML 1.2 (or JSON) file, without the empty ones.
 
     Raises:
-        SpecError: it is not YAML, a key stands twice, or there is no document; says where.
+        SpecError: the file is not YAML, has a key twice, or holds no document; says where.
     """
     try:
         documents = [each for each in _yaml().load_all(path.read_text(encoding="utf-8")) if each is not None]
@@ -65,7 +65,7 @@ def load_documents(path: Path) -> list[Any]:
 
 
 def validate(document: Any) -> list[FieldError]:
-    """Return everything that is wrong with a manifest; rules across fields only once each field is right."""
+    """Return everything that is wrong with a manifest; rules across fields are checked once each is right."""
     return _check(document)[1]
 
 
@@ -73,7 +73,7 @@ def parse_job(document: Any) -> AsyncRLJob:
     """Return the job that a manifest describes.
 
     Raises:
-        SpecError: with everything that is wrong with it.
+        SpecError: something is wrong with the manifest; holds everything that is.
     """
     job, errors = _check(document)
     if job is None or errors:
@@ -96,12 +96,12 @@ def apply_overrides(document: Any, overrides: Iterable[str]) -> Any:
     """Return a copy of `document` in which fields are replaced (`--set`).
 
     Args:
-        document: a manifest; maps that it lacks are made.
-        overrides: `spec.training.maxSteps=5`; the value is YAML, so `{a: 1}` and `[1, 2]` can be set too. A
-            key with dots (a node label) can only be set as part of its map.
+        document: a manifest; maps that it lacks are added.
+        overrides: for example `spec.training.maxSteps=5`; the value is YAML, so `{a: 1}` and `[1, 2]` can be
+            set too. A key with dots (a node label) can only be set as part of its map.
 
     Raises:
-        SpecError: an override is not understood, or goes through something that is not a map.
+        SpecError: an override cannot be understood, or its path goes through something that is not a map.
     """
     changed = copy.deepcopy(document)
     for override in overrides:
@@ -137,14 +137,14 @@ def _parse_value(path: str, text: str) -> Any:
 
 
 class _Constructor(SafeConstructor):
-    """Dates are text, as in JSON."""
+    """Reads dates as text, as JSON does."""
 
 
 _Constructor.add_constructor("tag:yaml.org,2002:timestamp", SafeConstructor.construct_yaml_str)
 
 
 def render_yaml(document: Any) -> str:
-    """Return a document as YAML 1.2, its keys in their order."""
+    """Return a document as YAML 1.2, with its keys in their order."""
     yaml: Any = YAML(typ="safe", pure=True)  # its attributes are declared as None
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False
@@ -169,7 +169,7 @@ def _syntax_error(place: str, error: YAMLError | UnicodeDecodeError | RecursionE
 
 
 def _check(document: Any) -> tuple[AsyncRLJob | None, list[FieldError]]:
-    """Return the job, unless a field is wrong, and what is wrong."""
+    """Return the job, or None if a field is wrong, and everything that is wrong."""
     if errors := _wrong_kind(document):
         return None, errors
     try:
@@ -189,7 +189,7 @@ def _check(document: Any) -> tuple[AsyncRLJob | None, list[FieldError]]:
 
 
 def _wrong_kind(document: Any) -> list[FieldError]:
-    """Return why this is no AsyncRLJob at all; what else is wrong with it then does not matter."""
+    """Return why this is not an AsyncRLJob at all; whatever else is wrong does not matter then."""
     if not isinstance(document, dict):
         what = "is empty" if document is None else f"is {_kind(document)}"
         return [FieldError("manifest", f"{what}, but must be a map with apiVersion, kind, metadata and spec")]
@@ -201,7 +201,7 @@ def _wrong_kind(document: Any) -> list[FieldError]:
 
 
 def _not_json(value: Any, path: str) -> Iterator[FieldError]:
-    """Yield what YAML can say and the API server would refuse or misread, in free-form fields too."""
+    """Yield values that YAML allows and the API server would refuse or misread, in free-form fields too."""
     if value is None:
         yield FieldError(path, "null is not allowed: write a value, or leave the field out")
     elif isinstance(value, dict):
@@ -242,7 +242,7 @@ _WORDS = {
 
 
 def _translate(error: ErrorDetails) -> FieldError:
-    """Say what pydantic found in the user's words."""
+    """Return what pydantic found, in the user's words."""
     kind, value, context = error["type"], error["input"], error.get("ctx", {})
     path = _path(error)
     if kind == "missing":
@@ -263,13 +263,13 @@ def _translate(error: ErrorDetails) -> FieldError:
 
 def _path(error: ErrorDetails) -> str:
     names = [name for name in error["loc"] if name != "[key]"]
-    if error["type"] == "invalid_key" or error["loc"][-1] == "[key]":  # a number as name, not as index
+    if error["type"] == "invalid_key" or error["loc"][-1] == "[key]":  # a number that is a name, not an index
         names[-1] = str(names[-1])
     return "".join(f"[{name}]" if isinstance(name, int) else f".{name}" for name in names).removeprefix(".")
 
 
 def _did_you_mean(location: tuple[int | str, ...]) -> str:
-    """Return a suggestion for an unknown field: a sibling of similar name, else the same name elsewhere."""
+    """Return a suggestion for an unknown field: a sibling with a similar name, or the same name elsewhere."""
     *parents, name = location
     block: type[BaseModel] | None = AsyncRLJob
     for parent in parents:
@@ -283,7 +283,7 @@ def _did_you_mean(location: tuple[int | str, ...]) -> str:
 
 @functools.cache
 def _fields(block: type[BaseModel]) -> Mapping[str, Any]:
-    """Return wire name -> annotation of the fields of `block`."""
+    """Return the fields of `block`: name in the manifest -> annotation."""
     return {info.alias or name: info.annotation for name, info in block.model_fields.items()}
 
 
@@ -312,7 +312,7 @@ def _kind(value: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    """Return a value as it stands in YAML, cut where it is long; nothing for None."""
+    """Return a value as it looks in YAML, shortened if it is long; an empty text for None."""
     match value:
         case None:
             return ""

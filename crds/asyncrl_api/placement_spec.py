@@ -20,56 +20,61 @@ from asyncrl_api.marks import field
 
 
 class SplitSpec(ApiType):
-    """How the GPUs are shared in mode Manual; together at most the budget."""
+    """How the GPUs are shared in mode Manual; the sum is at most the budget."""
 
     trainer: Count = field(
-        "GPUs of the trainer: a multiple of trainer.gpuGranularity, and at most trainer.gpusPerNode or a "
-        "multiple of it.",
+        "GPUs of the trainer: a multiple of trainer.gpuGranularity, and either at most trainer.gpusPerNode "
+        "or a multiple of it.",
         mark="R",
     )
     rollout: Count = field(
-        "GPUs of the rollout group: whole replicas, at least rollout.minReplicas of them.", mark="L"
+        "GPUs of the rollout group: enough for whole replicas, at least rollout.minReplicas of them.",
+        mark="L",
     )
 
 
 class AutoSplitSpec(ApiType):
-    """How the operator shares the GPUs in mode Auto; its decision is in status.split."""
+    """How the operator shares out the GPUs in mode Auto; its decision is in status.split."""
 
     initial_rollout_percent: Annotated[int, Field(ge=1, le=99)] = field(
-        "Share of the budget that rollout begins with, before anything is measured.", default=75
+        "Share of the budget, in percent, that rollout starts with, before anything is measured.",
+        default=75,
     )
-    cooldown_seconds: Count = field("Shortest time between two changes, in seconds.", default=600)
+    cooldown_seconds: Count = field(
+        "Shortest time between two changes of the split, in seconds.", default=600
+    )
     trainer_resize: Literal["AtCheckpoint", "Never"] = field(
-        "Whether the trainer's size may change; it does so by a restart from a checkpoint.",
+        "Whether the number of the trainer's GPUs may change, which restarts the trainer from a checkpoint.",
         default="AtCheckpoint",
     )
 
 
 class GPUBudgetSpec(ApiType):
-    """How many GPUs the job may hold, and who decides on their use."""
+    """How many GPUs the job may hold, and who decides how they are used."""
 
     total: Count = field(
-        "GPUs of trainer and rollout together, never exceeded; `kubectl scale` changes it. With allocation "
-        "None it counts process slots.",
+        "GPUs of trainer and rollout together, which the job never exceeds; `kubectl scale` changes it. With "
+        "allocation None it counts process slots.",
         mark="L",
     )
     resource_name: Name = field(
         "Extended resource that stands for one GPU.", mark="I", default="nvidia.com/gpu", min_length=1
     )
     gpu_memory: OptionalQuantity = field(
-        "Memory of one GPU, 80Gi say; with model.parameterCount it lets the operator derive the "
-        "tensor-parallel size and the smallest trainer. Empty: not told.",
+        "Memory of one GPU, for example 80Gi; together with model.parameterCount it lets the operator derive "
+        "the tensor-parallel size and the smallest trainer. Empty: unknown.",
         mark="I",
         default="",
     )
     allocation: Literal["ExtendedResource", "ResourceClaim", "None"] = field(
-        "How pods ask for GPUs. ExtendedResource: resourceName. ResourceClaim: not supported yet. None: not "
-        "at all; the job runs on CPUs.",
+        "How pods request GPUs. ExtendedResource: as the resource resourceName. ResourceClaim: not supported "
+        "yet. None: they request none, and the job runs on CPUs.",
         mark="I",
         default="ExtendedResource",
     )
     mode: Literal["Auto", "Manual"] = field(
-        "Auto: the operator splits the budget and moves GPUs by what it measures. Manual: `split`.",
+        "Auto: the operator splits the budget and moves GPUs according to what it measures. Manual: `split` "
+        "holds.",
         mark="L",
         default="Auto",
     )
@@ -81,17 +86,17 @@ class EngineSpec(ApiType):
     """The inference engine."""
 
     type: Literal["SGLang", "CPU"] = field(
-        "SGLang, or our own engine for small models on CPUs.", default="SGLang"
+        "SGLang, or asyncrl's own engine for small models on CPUs (CPU).", default="SGLang"
     )
     image: Text = field("Container image; empty: the one that the operator was installed with.", default="")
-    args: Arguments = field("Further command line arguments of the engine.", default=[], list_type="atomic")
+    args: Arguments = field("Further command-line arguments of the engine.", default=[], list_type="atomic")
 
 
 class UpdateSpec(ApiType):
     """How rollout pods are replaced when their template changes."""
 
     max_unavailable_percent: Annotated[int, Field(ge=1, le=100)] = field(
-        "Share of the rollout pods that may be down for an update at a time.", default=25
+        "Share of the rollout pods, in percent, that an update may take down at a time.", default=25
     )
 
 
@@ -101,7 +106,7 @@ class RolloutSpec(ApiType):
     engine: EngineSpec = field("The inference engine.", mark="U", default=EngineSpec())
     gpus_per_replica: Annotated[int, Field(ge=0, le=1024)] = field(
         "GPUs of one engine, its tensor-parallel size; at most trainer.gpusPerNode. 0: derived from "
-        "model.parameterCount and gpuBudget.gpuMemory, 1 where these are not told.",
+        "model.parameterCount and gpuBudget.gpuMemory, or 1 if these are unknown.",
         mark="I",
         default=0,
     )
@@ -110,21 +115,21 @@ class RolloutSpec(ApiType):
         "Most engines, however large the budget.", mark="L", default=64
     )
     max_concurrency: CountOrZero = field(
-        "Most samples that one engine works on at a time; 0: adapts to the engine's KV cache use and queue.",
+        "Most samples that one engine works on at a time; 0: adapted to the engine's KV cache use and queue.",
         mark="L",
         default=0,
     )
     interrupt: Literal["Retract", "InPlace", "Drain"] = field(
-        "What becomes of unfinished samples when new weights arrive. Retract: they go on, their KV cache "
-        "recomputed (AReaL, arXiv 2505.24298, section 3.1). InPlace: they go on with the old KV cache. "
-        "Drain: they are finished first.",
+        "What happens to unfinished samples when new weights arrive. Retract: they go on, with a recomputed "
+        "KV cache (AReaL, arXiv 2505.24298, section 3.1). InPlace: they go on with the old KV cache. Drain: "
+        "they are finished first.",
         mark="L",
         default="Retract",
     )
     update: UpdateSpec = field("How pods are replaced.", mark="L", default=UpdateSpec())
     pod_template: FreeForm = field(
-        "PodTemplateSpec laid over the operator's (strategic merge); fields that the operator owns may not "
-        "be set.",
+        "PodTemplateSpec that is merged over the operator's (strategic merge); fields that the operator owns "
+        "may not be set.",
         mark="U",
         default={},
     )
@@ -134,11 +139,11 @@ class DeepSpeedSpec(ApiType):
     """Settings of DeepSpeed."""
 
     zero_stage: Annotated[int, Field(ge=0, le=3)] = field(
-        "What is partitioned over the ranks: 0 nothing, 1 optimizer state, 2 gradients too, 3 weights too "
-        "(ZeRO, arXiv 1910.02054).",
+        "What is partitioned over the ranks (ZeRO, arXiv 1910.02054). 0: nothing. 1: the optimizer state. 2: "
+        "the gradients too. 3: the weights too.",
         default=2,
     )
-    config: FreeForm = field("DeepSpeed configuration, merged over what the operator derives.", default={})
+    config: FreeForm = field("DeepSpeed configuration that is merged over the derived one.", default={})
 
 
 class TrainerSpec(ApiType):
@@ -150,7 +155,7 @@ class TrainerSpec(ApiType):
         "Container image; empty: the one that the operator was installed with.", mark="R", default=""
     )
     gpu_granularity: Annotated[int, Field(ge=1, le=10_000)] = field(
-        "The trainer's GPUs are a multiple of this.", mark="R", default=1
+        "The number of the trainer's GPUs is a multiple of this.", mark="R", default=1
     )
     gpus_per_node: Annotated[int, Field(ge=1, le=1024)] = field(
         "GPUs of a node; a trainer with more takes whole nodes, one pod on each.", mark="R", default=8
@@ -159,8 +164,8 @@ class TrainerSpec(ApiType):
         "Time for a last checkpoint between SIGTERM and SIGKILL, in seconds.", mark="R", default=300
     )
     pod_template: FreeForm = field(
-        "PodTemplateSpec laid over the operator's (strategic merge); fields that the operator owns may not "
-        "be set.",
+        "PodTemplateSpec that is merged over the operator's (strategic merge); fields that the operator owns "
+        "may not be set.",
         mark="R",
         default={},
     )
@@ -170,16 +175,16 @@ class WeightSyncSpec(ApiType):
     """How new weights reach the engines."""
 
     backend: Literal["Auto", "NCCL", "Gloo"] = field(
-        "Collective library. Auto: NCCL on GPUs, Gloo on CPUs.", default="Auto"
+        "Library for collective communication. Auto: NCCL on GPUs, Gloo on CPUs.", default="Auto"
     )
     bucket_megabytes: Annotated[int, Field(ge=1, le=65_536)] = field(
-        "Weights are sent in pieces of this size, in megabytes; trainer and engines hold one such piece more "
-        "in GPU memory.",
+        "Size of the pieces in which weights are sent, in megabytes; trainer and engines need GPU memory for "
+        "one such piece.",
         default=256,
     )
     timeout_seconds: CountOrZero = field(
-        "Longest time of one transfer before the engines that have not answered are left out, in seconds; 0: "
-        "derived from the size of the model.",
+        "Seconds that one transfer may take before engines that have not answered are left out; 0: derived "
+        "from the size of the model.",
         default=0,
     )
 
@@ -188,8 +193,8 @@ class GangSpec(ApiType):
     """Whether all pods are scheduled at once or not at all."""
 
     provider: Literal["None", "Native", "Volcano", "KAI"] = field(
-        "Gang scheduler. Only None is supported yet: the trainer starts first, and gives its GPUs back when "
-        "it does not fit.",
+        "Gang scheduler. Only None is supported yet: the trainer starts first, and gives its GPUs back if it "
+        "does not fit.",
         default="None",
     )
 
@@ -198,9 +203,9 @@ class NetworkSpec(ApiType):
     """The network of the pods."""
 
     mode: Literal["Pod", "Host"] = field(
-        "Host uses the network of the node, if the operator was installed with leave to.", default="Pod"
+        "Host uses the node's network, if the operator was installed with permission for it.", default="Pod"
     )
-    rdma_resource: Name = field("Extended resource of an RDMA device, rdma/hca say.", default="")
+    rdma_resource: Name = field("Extended resource of an RDMA device, for example rdma/hca.", default="")
     rdma_count: Annotated[int, Field(ge=0, le=1024)] = field(
         "RDMA devices per pod; needs rdmaResource.", default=0
     )
@@ -213,27 +218,30 @@ class SchedulingSpec(ApiType):
     priority_class_name: Name = field("PriorityClass of the pods; empty: the cluster's default.", default="")
     gang: GangSpec = field("Gang scheduling.", default=GangSpec())
     start_order: Literal["TrainerFirst"] = field(
-        "Rollout pods are made when the trainer runs, so that half a job does not hold GPUs for nothing.",
+        "Rollout pods are created once the trainer runs, so that half a job never holds GPUs for nothing.",
         default="TrainerFirst",
     )
     node_selector: Annotated[dict[Name, Text], Field(max_length=64)] = field(
-        "Labels that a node must have.", default={}, free_while_suspended=True
+        "Labels that a node must have to run the pods.", default={}, free_while_suspended=True
     )
     tolerations: Annotated[list[dict[str, Any]], Field(max_length=64)] = field(
-        "Taints that the pods tolerate, as in a pod.",
+        "Taints that the pods tolerate, as in a pod spec.",
         default=[],
         list_type="atomic",
         free_while_suspended=True,
     )
-    affinity: FreeForm = field("Affinity, as in a pod.", default={}, free_while_suspended=True)
+    affinity: FreeForm = field(
+        "Affinity of the pods, as in a pod spec.", default={}, free_while_suspended=True
+    )
     topology_key: Name = field(
-        "Node label of a network domain (a rack, say) that pods of a group should share; empty: none.",
+        "Node label of a network domain, such as a rack, that the pods of a group should share; empty: none.",
         default="",
     )
     network: NetworkSpec = field("The network of the pods.", default=NetworkSpec())
     shared_memory: Quantity = field("Size of /dev/shm in trainer and engine pods.", default="16Gi")
     service_account_name: Name = field(
-        "ServiceAccount of the pods, for access to buckets, say; empty: one is made for the job.", default=""
+        "ServiceAccount of the pods, for example for access to buckets; empty: one is created for the job.",
+        default="",
     )
     image_pull_secrets: Annotated[list[SecretReference], Field(max_length=16)] = field(
         "Secrets for pulling images.", default=[], list_type="atomic"

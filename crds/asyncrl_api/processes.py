@@ -1,4 +1,4 @@
-"""What processes of a job share: children must not outlive them, and a port may be taken."""
+"""What all processes of a job need: children that die with their parent, and an error if a port is taken."""
 
 import ctypes
 import os
@@ -13,10 +13,10 @@ _libc = ctypes.CDLL(None, use_errno=True)  # loaded before any fork
 
 
 def die_with_parent() -> None:
-    """Have the kernel kill this process when the one that started it dies; for `preexec_fn`.
+    """Have the kernel kill this process when the one that started it dies; made for `preexec_fn`.
 
-    Linux only; elsewhere a SIGKILL of the parent leaves its children to be ended by hand. The signal comes
-    when the *thread* that forked ends, so processes must be started from a thread that stays.
+    Works on Linux only; elsewhere a SIGKILL of the parent leaves children that must be ended by hand. The
+    signal comes when the *thread* that forked ends, so processes must be started from a thread that stays.
     """
     if sys.platform != "linux":
         return
@@ -27,16 +27,17 @@ def die_with_parent() -> None:
 
 
 def bind(host: str, port: int, who: str, options: str) -> socket.socket:
-    """Take a port; connections are refused until somebody listens.
+    """Take a port; connections are refused until somebody listens on it.
 
     Args:
-        who: wants it; with `options`, which choose another, for the message.
+        who: the process that wants the port, for the message.
+        options: the command-line options that choose another address, for the message.
 
     Raises:
         ExitError: the port is taken.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # asyncio switches Nagle's delay off (40 ms a response) only where the protocol is spelled out.
+    # asyncio switches Nagle's delay (40 ms per response) off only if the protocol is spelled out.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

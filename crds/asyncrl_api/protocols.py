@@ -1,7 +1,7 @@
 """The signatures that users implement: reward, workflow, data set factory, model factory.
 
-A manifest names them as `pkg.module:name`. They are structural: nothing needs to inherit from the
-protocols, and nothing of asyncrl needs to be imported, except `Score` by a reward that gives feedback.
+A manifest names them as `pkg.module:name`. They are structural: nothing has to inherit from the protocols,
+and nothing has to be imported from asyncrl, except `Score` by a reward that gives feedback.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 Row = Mapping[str, Any]
-"""One line of the data set. Values are what JSON can hold; they travel with the ticket to the worker."""
+"""One row of the data set. Its values are what JSON can hold; they travel to the worker with the ticket."""
 
 
 class Score(NamedTuple):
-    """What a verifier says of a response."""
+    """A verifier's judgment of a response."""
 
     reward: float
     feedback: str = ""
@@ -21,21 +21,21 @@ class Score(NamedTuple):
 
 
 class Reward(Protocol):
-    """`spec.reward.function`: scores one response. Runs in a process of its own, several at a time.
+    """`spec.reward.function`: scores one response. It runs in processes of its own, several at a time.
 
-    May be slow, may block, may raise: a call that raises, returns no finite number, or outlasts
-    `spec.reward.timeoutSeconds` is repeated up to `maxAttempts` times, after which the sample leaves
-    its group. It never becomes a reward of zero by error.
+    It may be slow, it may block, it may raise: a call that raises, does not return a finite number, or takes
+    longer than `spec.reward.timeoutSeconds` is repeated until `maxAttempts` are used up; then the sample
+    leaves its group. An error never becomes a reward of zero.
     """
 
     def __call__(self, prompt: str, response: str, row: Row, /) -> float | Score:
         """Return the reward of `response`.
 
         Args:
-            prompt: the row's prompt field as text, without chat template.
+            prompt: the row's prompt field as text, without a chat template.
             response: the decoded output of the (last) turn without its end-of-sequence token; an
-                answer cut by `maxNewTokens` is passed as it is.
-            row: the whole row, for the reference answer and whatever else the data set holds.
+                answer that `maxNewTokens` cut off is passed as it is.
+            row: the whole row, with the reference answer and whatever else the data set holds.
         """
         ...
 
@@ -44,7 +44,7 @@ class Turn(NamedTuple):
     """One answer of the policy within a sample."""
 
     text: str
-    """Decoded without the end-of-sequence token."""
+    """The decoded answer, without the end-of-sequence token."""
     token_ids: Sequence[int]
     finish_reason: str
     """`stop` (end-of-sequence or a stop token) or `length`."""
@@ -68,14 +68,14 @@ class Session(Protocol):
 
     @property
     def prompt(self) -> str:
-        """The row's prompt as text, without chat template."""
+        """The row's prompt as text, without a chat template."""
         ...
 
     async def generate(self, max_new_tokens: int | None = None) -> Turn:
         """Sample the next turn with the manifest's temperature.
 
         Args:
-            max_new_tokens: bound for this turn; by default, and at most, what the ticket allows.
+            max_new_tokens: a bound for this turn; the ticket's bound is the default and the maximum.
         """
         ...
 
@@ -87,29 +87,29 @@ class Session(Protocol):
         """Score a response with the manifest's reward, retries and time limit included.
 
         Raises:
-            RewardFailed: every attempt failed; let it pass, and the sample leaves its group.
+            RewardFailed: every attempt failed. Do not catch it, and the sample leaves its group.
         """
         ...
 
 
 class RewardFailed(Exception):
-    """A reward gave no number within its attempts. The sample leaves its group."""
+    """A reward gave no number in any of its attempts. The sample leaves its group."""
 
 
 class Workflow(Protocol):
-    """`spec.workflow.class`: how one sample comes about. One instance lives in each worker."""
+    """`spec.workflow.class`: how one sample is made. There is one instance in each worker."""
 
     async def run(self, session: Session, /) -> float:
         """Sample with `session.generate` and return the reward of the whole sample.
 
-        Runs concurrently with other samples on one event loop, so it must not block. Raising means
-        this sample failed: it is tried again, and then leaves its group.
+        It runs concurrently with other samples on one event loop, so it must not block. If it raises, the
+        sample has failed: it is tried again, and then leaves its group.
         """
         ...
 
 
 class DatasetFactory(Protocol):
-    """`dataset.source: module:factory`: makes the rows of a split, the same ones at each call."""
+    """`dataset.source: module:factory`: makes the rows of a split, the same ones in every call."""
 
     def __call__(self, *, split: str, seed: int, **parameters: Any) -> Iterable[Row]:
         """Return all rows of `split`.
@@ -117,7 +117,7 @@ class DatasetFactory(Protocol):
         Args:
             split: `spec.dataset.split`, or `spec.evaluation.split`.
             seed: `spec.dataset.seed`, also for evaluation.
-            parameters: `parameters` of the same block, as keyword arguments.
+            parameters: the `parameters` of the same block, as keyword arguments.
         """
         ...
 
@@ -129,12 +129,12 @@ class ModelFactory(Protocol):
         """Write config, weights and tokenizer into `folder`, an empty directory.
 
         Args:
-            folder: moved into place when the factory returns, so a crash leaves no half model.
+            folder: it is moved into place when the factory returns, so that a crash leaves no half model.
             seed: `spec.training.seed`.
             context_length: `spec.model.contextLength`.
 
         Returns:
-            The prompts that the model has been trained on, so that the run can count how many of them
-            are held out for evaluation; None if there are none.
+            The prompts that the model has been trained on, so that the run can count how many of them are
+            among the held-out prompts of the evaluation; None if there are none.
         """
         ...

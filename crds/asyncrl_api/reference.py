@@ -1,4 +1,4 @@
-"""The page that lists every field of an AsyncRLJob, made from the types like the CRD."""
+"""Renders the page that lists every field of an AsyncRLJob, from the types, like the CRD."""
 
 import json
 import re
@@ -13,16 +13,16 @@ from asyncrl_api.structural import leaf_schema, plain, status_schema
 INTRODUCTION = """\
 # Every field of an AsyncRLJob
 
-Made from the types by `make crd`. What an edit of a running job does, by the mark of the field: **I**
-immutable, it is refused; **L** applied live; **U** rollout pods are replaced in waves; **R** the trainer
-restarts from a checkpoint. **I\\*** may change while the job is suspended, and in the update that sets or
-clears `suspend`. Rules across fields are told by `asyncrl validate` and by `kubectl apply`, in the same
-words.
+Generated from the types by `make crd`. The mark of a field says what an edit of a running job does. **I**:
+the field is immutable, and the edit is refused. **L**: the edit is applied live. **U**: the rollout pods are
+replaced in waves. **R**: the trainer restarts from a checkpoint. **I\\***: the field may change while the job
+is suspended, and in the update that sets or clears `suspend`. Rules across fields are reported by
+`asyncrl validate` and by `kubectl apply`, in the same words.
 """
 STATUS = """\
 ## status
 
-Written by the operator alone.
+Only the operator writes it.
 
 | field | type | meaning |
 |---|---|---|
@@ -30,7 +30,7 @@ Written by the operator alone.
 
 
 def render_reference() -> str:
-    """Return the page: fields of the spec with mark, type, bounds and default, then those of the status."""
+    """Return the page: the spec's fields with mark, type, bounds and default, then the status's fields."""
     blocks = [_block(top) for top in tree(Spec, "spec.") if top.children]
     others = _table([top for top in tree(Spec, "spec.") if not top.children])
     status = STATUS + "\n".join(_status_lines(status_schema(), "status")) + "\n"
@@ -48,7 +48,7 @@ def _table(nodes: Iterator[FieldNode] | list[FieldNode]) -> str:
 
 
 def _is_plain_block(node: FieldNode) -> bool:
-    """Whether the fields of a block say all there is: it is there in any case."""
+    """Whether a block needs no line of its own: it is always present, and its fields say everything."""
     return bool(node.children) and not node.is_optional
 
 
@@ -76,7 +76,7 @@ def _row(*cells: str) -> str:
 
 
 def _kind(schema: Mapping[str, Any]) -> str:
-    """Return type and bounds in words."""
+    """Return the type and its bounds in words."""
     kind: str = schema["type"]
     if "enum" in schema:
         return " | ".join(each or '""' for each in schema["enum"])

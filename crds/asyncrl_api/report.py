@@ -1,4 +1,4 @@
-"""How a job stands, as its trainer tells it."""
+"""The state of a job, as its trainer reports it."""
 
 from pathlib import Path
 from typing import Self
@@ -24,13 +24,13 @@ class EvaluationReport(Wire):
 
 
 class Report(Wire):
-    """How the job stands, as the trainer sees it; the source of status.progress and of the local display."""
+    """The job's state as the trainer sees it: the source of status.progress and of the local display."""
 
     attempt: int
     step: int
     max_steps: int
     state: str
-    """A word for what the trainer does: Starting, Training, WaitingForBatch, Evaluating, Finished ..."""
+    """What the trainer is doing, in one word: Starting, Training, WaitingForBatch, Evaluating, Finished."""
     message: str = ""
     reward: float | None = None
     staleness_mean: float | None = None
@@ -39,9 +39,9 @@ class Report(Wire):
     staleness_max: int | None = None
     tokens_per_second: float | None = None
     wait_share: float | None = None
-    """Share of the last steps' time in which the trainer waited for a batch."""
+    """The share of the last steps' time in which the trainer waited for a batch."""
     queue_depth: int = 0
-    """Prompt groups that have arrived and are not trained yet."""
+    """The number of prompt groups that have arrived and are not trained yet."""
     num_engines: int = 0
     remaining_seconds: float | None = None
     first_evaluation: EvaluationReport | None = None
@@ -49,20 +49,20 @@ class Report(Wire):
     last_checkpoint: CheckpointReport | None = None
     export: str = ""
     num_held_out_in_training: int | None = None
-    """Held-out prompts that also occur among the training prompts."""
+    """The number of held-out prompts that also occur among the training prompts."""
     num_held_out_in_warmup: int | None = None
-    """Held-out prompts that also occur among what the model factory trained on."""
-    time: str = Field(default="", description="When this was written, ISO 8601, UTC.")
+    """The number of held-out prompts that the model factory trained on."""
+    time: str = Field(default="", description="When the report was written: ISO 8601, UTC.")
 
     def save(self, path: Path) -> None:
-        """Replace the file at once, so that a reader never sees half of it."""
+        """Replace the file atomically, so that a reader never sees half of it."""
         scratch = path.with_suffix(".tmp")
         scratch.write_text(self.model_dump_json(by_alias=True, exclude_none=True))
         scratch.replace(path)
 
     @classmethod
     def load(cls, path: Path) -> Self | None:
-        """Return the last report; None while there is none."""
+        """Return the last report, or None if there is none yet."""
         try:
             return cls.model_validate_json(path.read_text())
         except FileNotFoundError:

@@ -1,10 +1,10 @@
-"""Rules across fields, written once as CEL: the API server evaluates them, and so does `asyncrl validate`.
+"""Rules across fields, written once in CEL: the API server evaluates them, and so does `asyncrl validate`.
 
-They are in the dialect of Kubernetes: `self` is the object at the rule's path, its defaults applied, and
-`oldSelf` what it was before an update; a property that is called like a CEL keyword is escaped
-(`self.__function__`). Both evaluators must agree, so rules use the standard library alone and compare
-integers with integers. Messages insert integers by `'%d'.format([n])`: with `string(n)` the API server takes
-the result to be of any length, and refuses the rule as too costly (measured on 1.36).
+They are in the dialect of Kubernetes: `self` is the object at the rule's path with its defaults applied, and
+`oldSelf` is what it was before an update; a property whose name is a CEL keyword is escaped
+(`self.__function__`). Both evaluators must agree, so rules use only the standard library and compare
+integers with integers. Messages insert integers with `'%d'.format([n])`: with `string(n)` the API server
+assumes a result of any length and refuses the rule as too costly (measured on 1.36).
 """
 
 import functools
@@ -28,9 +28,9 @@ class Rule:
     rule: str
     """CEL: true where the object is right."""
     message_expression: str
-    """CEL: names field, value, rule and remedy, in one line."""
+    """CEL: one line that names the field, the value, the rule and the remedy."""
     field_path: str = ""
-    """Which field below `path` the message is about: `.minibatches`; `fieldPath` of the CRD."""
+    """The field below `path` that the message is about: `.minibatches`; `fieldPath` in the CRD."""
 
     @property
     def is_transition(self) -> bool:
@@ -46,7 +46,7 @@ class Violation(NamedTuple):
 
 
 def _rule(path: str, field: str, rule: str, message: str, *values: str) -> Rule:
-    """Return a rule whose message has the CEL expressions `values` inserted: all integers, or all strings."""
+    """Return a rule with the CEL expressions `values` (all integers, or all strings) in its message."""
     text = f"'{message}'"
     return Rule(path, rule, f"{text}.format([{', '.join(values)}])" if values else text, f".{field}")
 
@@ -54,10 +54,10 @@ def _rule(path: str, field: str, rule: str, message: str, *values: str) -> Rule:
 _NAME = _rule(
     "",
     "metadata.name",
-    # A letter first, because Services of that name are made, and they must be RFC 1035 labels.
+    # It starts with a letter because Services are named after it, whose names must be RFC 1035 labels.
     "self.metadata.name.size() <= 40 && self.metadata.name.matches('^[a-z]([-a-z0-9]*[a-z0-9])?$')",
     'the name "%s" must be a DNS label (a-z, 0-9, -; a letter first) of at most 40 characters, '
-    "for pods and Services are named after it",
+    "because pods and Services are named after it",
     "self.metadata.name",
 )
 
@@ -67,7 +67,7 @@ def _source(path: str, schemes: str, forms: str) -> Rule:
         path,
         "source",
         f"self.source.matches('^(({schemes})://.+|[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_]*)$')",
-        f'{path.removeprefix("spec.")}.source is "%s", which has none of the forms {forms}',
+        f'{path.removeprefix("spec.")}.source is "%s", but must have one of the forms {forms}',
         "self.source",
     )
 
@@ -95,7 +95,7 @@ _SELECTED = (
     _rule(
         "spec.workflow",
         "maxTurns",
-        # With one turn the feedback is told to nobody: whoever writes this forgot maxTurns.
+        # With one turn nobody hears the feedback: whoever writes this forgot maxTurns.
         "self.type != 'MultiTurn' || self.maxTurns >= 2",
         "workflow.type MultiTurn needs workflow.maxTurns of at least 2, but it is %d: raise it, or use "
         "SingleTurn",
@@ -119,7 +119,7 @@ _SELECTED = (
         "spec.messaging",
         "shared.url",
         "self.mode != 'Shared' || self.shared.url != ''",
-        "messaging.mode Shared needs messaging.shared.url, but it is empty: write nats://host:4222, say",
+        "messaging.mode Shared needs messaging.shared.url, but it is empty: write for example nats://host:4222",
     ),
     _rule(
         "spec.checkpoint",
@@ -147,8 +147,8 @@ _TRAINING = (
         "spec.training",
         "minibatches",
         "self.minibatches <= self.batchSize",
-        "training.minibatches is %d, but must be at most training.batchSize, %d, for an optimizer update "
-        "needs a prompt group: lower it",
+        "training.minibatches is %d, but must be at most training.batchSize, %d, because every optimizer "
+        "update needs a prompt group: lower it",
         "self.minibatches",
         "self.batchSize",
     ),
@@ -164,8 +164,8 @@ _TRAINING = (
         "spec",
         "training.tokensPerMicroBatch",
         "self.model.contextLength <= self.training.tokensPerMicroBatch",
-        "training.tokensPerMicroBatch is %d, but must be at least model.contextLength, %d, for the longest "
-        "sample must fit: raise it",
+        "training.tokensPerMicroBatch is %d, but must be at least model.contextLength, %d, because the "
+        "longest sample must fit: raise it",
         "self.training.tokensPerMicroBatch",
         "self.model.contextLength",
     ),
@@ -173,8 +173,8 @@ _TRAINING = (
         "spec",
         "sampling.maxNewTokens",
         "self.sampling.maxNewTokens < self.model.contextLength",
-        "sampling.maxNewTokens is %d, but must be less than model.contextLength, %d, for the prompt needs "
-        "room: lower it",
+        "sampling.maxNewTokens is %d, but must be less than model.contextLength, %d, because the prompt "
+        "needs room: lower it",
         "self.sampling.maxNewTokens",
         "self.model.contextLength",
     ),
@@ -190,8 +190,8 @@ _TRAINING = (
         "spec.sampling",
         "filter",
         "self.groupSize >= 2 || self.filter == 'None'",
-        "sampling.filter %s would drop every prompt group, for sampling.groupSize is 1: raise groupSize, or "
-        "use None",
+        "sampling.filter %s would drop every prompt group, because sampling.groupSize is 1: raise groupSize, "
+        "or use None",
         "self.filter",
     ),
     _rule(
@@ -208,15 +208,15 @@ _TRAINING = (
         "spec",
         "rollout.maxConcurrency",
         "self.rollout.maxConcurrency == 0 || self.rollout.maxConcurrency >= self.sampling.groupSize",
-        "rollout.maxConcurrency is %d, but must be 0 (adaptive) or at least sampling.groupSize, %d, for an "
-        "engine samples whole groups: raise it",
+        "rollout.maxConcurrency is %d, but must be 0 (adaptive) or at least sampling.groupSize, %d, because "
+        "an engine samples whole groups: raise it",
         "self.rollout.maxConcurrency",
         "self.sampling.groupSize",
     ),
 )
 
-# 0 stands for a size that the operator derives, and counts as 1: a derived size that does not fit is
-# Stalled/BudgetTooSmall.
+# 0 stands for a size that the operator derives, and counts as 1 here: if the derived size does not fit, the
+# job is Stalled with reason BudgetTooSmall.
 _REPLICA = "(self.rollout.gpusPerReplica > 0 ? self.rollout.gpusPerReplica : 1)"
 _NOT_MANUAL = "self.gpuBudget.mode != 'Manual' || !has(self.gpuBudget.split)"
 _TRAINER = "self.gpuBudget.split.trainer"
@@ -235,7 +235,7 @@ _BUDGET = (
         "spec",
         "rollout.gpusPerReplica",
         "self.rollout.gpusPerReplica <= self.trainer.gpusPerNode",
-        "rollout.gpusPerReplica is %d, but must be at most trainer.gpusPerNode, %d, for an engine cannot "
+        "rollout.gpusPerReplica is %d, but must be at most trainer.gpusPerNode, %d, because an engine cannot "
         "span nodes: lower it",
         "self.rollout.gpusPerReplica",
         "self.trainer.gpusPerNode",
@@ -274,7 +274,7 @@ _BUDGET = (
         f"{_NOT_MANUAL} || {_TRAINER} <= self.trainer.gpusPerNode "
         f"|| {_TRAINER} % self.trainer.gpusPerNode == 0",
         "gpuBudget.split.trainer is %d, but must be at most trainer.gpusPerNode, %d, or a multiple of it, "
-        "for the pods of the trainer are equal",
+        "because all pods of the trainer are equal",
         _TRAINER,
         "self.trainer.gpusPerNode",
     ),
@@ -298,7 +298,8 @@ _BUDGET = (
     ),
 )
 
-# What the operator passes to an engine itself, and what would make of it more than weight groups count.
+# Arguments that the operator passes itself, or that would give an engine more processes than weight groups
+# count.
 _OWN_ARGUMENT = (
     "matches('^--(config|host|port|gpus|model|model-path|nnodes|node-rank|"
     "tp|tp-size|tensor-parallel-size|dp|dp-size|data-parallel-size|pp|pp-size|pipeline-parallel-size)(=.*)?$')"
@@ -317,8 +318,8 @@ _ENGINE = (
         "spec.rollout",
         "gpusPerReplica",
         "self.engine.type != 'CPU' || self.gpusPerReplica <= 1",
-        "rollout.gpusPerReplica is %d, but rollout.engine.type CPU is one process that cannot be spread: use "
-        "1, or SGLang",
+        "rollout.gpusPerReplica is %d, but rollout.engine.type CPU is one process, which cannot be split: "
+        "use 1, or SGLang",
         "self.gpusPerReplica",
     ),
     _rule(
@@ -347,16 +348,16 @@ _ADAPTERS = (
         "spec",
         "training.lora.rank",
         "self.training.lora.rank == 0 || self.trainer.deepspeed.zeroStage < 3",
-        "training.lora.rank is %d, but adapters are not trained with trainer.deepspeed.zeroStage 3: use 2 or "
-        "less",
+        "training.lora.rank is %d, but adapters cannot be trained with trainer.deepspeed.zeroStage 3: use "
+        "stage 2 or less",
         "self.training.lora.rank",
     ),
     _rule(
         "spec",
         "rollout.interrupt",
         "self.training.lora.rank == 0 || self.rollout.interrupt != 'InPlace'",
-        "rollout.interrupt InPlace is not possible with training.lora.rank %d, for the KV cache is that of "
-        "an adapter: use Retract or Drain",
+        "rollout.interrupt InPlace is not possible with training.lora.rank %d, because the KV cache belongs "
+        "to one adapter: use Retract or Drain",
         "self.training.lora.rank",
     ),
 )
@@ -393,12 +394,12 @@ _NOT_YET = (
 )
 
 RULES = (_NAME, *_SOURCES, *_SELECTED, *_TRAINING, *_BUDGET, *_ENGINE, *_ADAPTERS, *_NOT_YET)
-"""All rules but those that follow from change marks."""
+"""All rules except those that follow from change marks."""
 
 
 @functools.cache
 def immutability_rules() -> tuple[Rule, ...]:
-    """Return the transition rules that the marks I stand for, a single one for an immutable block."""
+    """Return the transition rules that the marks I stand for; an immutable block needs only one."""
     return tuple(rule for node in tree(Spec) for rule in _immutability(node))
 
 
@@ -408,11 +409,11 @@ def all_rules() -> tuple[Rule, ...]:
 
 
 def violations(manifest: Mapping[str, Any], old: Mapping[str, Any] | None = None) -> list[Violation]:
-    """Return what the API server's rules have against `manifest`, which must fit the types.
+    """Return the rules of the API server that `manifest` breaks; the manifest must fit the types.
 
     Args:
         manifest: with all defaults, as `to_manifest` gives it.
-        old: what is to be updated; without it transition rules are left out, as for a new object.
+        old: the object that is to be updated; without it transition rules are left out, as for a new one.
     """
     scope = functools.cache(functools.partial(_scope, _escape(manifest), _escape(old)))
     return [
@@ -435,15 +436,15 @@ def _immutability(node: FieldNode) -> Iterator[Rule]:
         for child in node.children:
             yield from _immutability(child)
     else:
-        # On a field that appears or vanishes no rule is evaluated: its parent would need one.
+        # No rule is evaluated on a field that appears or vanishes: its parent would need the rule.
         assert not node.is_optional, f"{field} is optional and immutable, but its block is not"
         was, value = (' and was "%s"', ".format([oldSelf])") if node.is_scalar else ("", "")
-        message = f"'{field} is immutable{was}: put it back, or make a new AsyncRLJob'{value}"
+        message = f"'{field} is immutable{was}: put it back, or create a new AsyncRLJob'{value}"
         yield Rule(f"spec.{field}", "self == oldSelf", message)
 
 
 class _Scope(NamedTuple):
-    """What the rules of one path see."""
+    """The values that the rules of one path see."""
 
     names: frozenset[str]
     context: cel.Context
@@ -456,7 +457,7 @@ def _scope(manifest: Any, old: Any, path: str) -> _Scope:
 
 
 def _message(rule: Rule, scope: _Scope) -> str | None:
-    """Return what `rule` has against the manifest; None if nothing, or if there is nothing to judge."""
+    """Return the message of `rule` if the manifest breaks it; None if not, or if the path is absent."""
     needed = {"self", "oldSelf"} if rule.is_transition else {"self"}
     if not needed <= scope.names or _compile(rule.rule).execute(scope.context):
         return None
@@ -467,7 +468,7 @@ _compile = functools.cache(cel.compile)
 
 
 def _format(template: str, values: list[Any]) -> str:
-    """`format` of Kubernetes' CEL, of which messages use %d and %s."""
+    """The function `format` of Kubernetes' CEL; messages use only its %d and %s."""
     return template % tuple(values)
 
 

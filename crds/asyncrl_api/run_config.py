@@ -1,4 +1,4 @@
-"""What a process of a job is told: RunConfig, and the fields that change while it runs."""
+"""RunConfig, which every process of a job is given, and the fields that change while the job runs."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,11 +12,11 @@ from asyncrl_api.parsing import FieldError, SpecError, parse_spec
 from asyncrl_api.wire import Wire
 
 SGLANG_PYTHON = "ASYNCRL_SGLANG_PYTHON"
-"""The variable that names the interpreter that has SGLang, where that is not our own: their pins differ."""
+"""The environment variable with the path of the Python that has SGLang, if it is not ours (pins differ)."""
 
 
 class RunConfig(Wire):
-    """What every process of a job is told, as one file that does not change during an attempt."""
+    """What every process of a job is given: one file that does not change during an attempt."""
 
     namespace: str
     name: str
@@ -24,15 +24,15 @@ class RunConfig(Wire):
     spec: Spec
     nats: NatsAddress
     job_folder: Path
-    """Holds checkpoints/, export/, ledger.jsonl and metrics.jsonl: the job's path on its claim."""
+    """The job's folder on its claim; it holds checkpoints/, export/, ledger.jsonl and metrics.jsonl."""
     live_file: Path
-    """Holds the fields marked L as they are now; the trainer reads it again and again."""
+    """The file with the current values of the fields marked L; the trainer reads it again and again."""
     report_file: Path
     report_config_map: str = ""
-    """In a cluster: the ConfigMap whose key `report` is a copy of the report. Empty elsewhere."""
+    """The ConfigMap whose key `report` is a copy of the report, in a cluster; empty elsewhere."""
     model_cache: Path
     import_paths: tuple[Path, ...] = ()
-    """Where user code is imported from."""
+    """The folders from which user code is imported."""
 
     @property
     def names(self) -> JobNames:
@@ -46,7 +46,7 @@ class RunConfig(Wire):
         """Read the file that `save` wrote.
 
         Raises:
-            ExitError: it is missing or does not parse; names the path.
+            ExitError: the file is missing or does not parse; names the path.
         """
         try:
             return cls.model_validate_json(path.read_text())
@@ -54,7 +54,7 @@ class RunConfig(Wire):
             raise ExitError(ExitCode.REFUSED, f"run configuration {path}: {error}") from error
 
     def save(self, path: Path) -> None:
-        """Replace the file at once, so that a kill never leaves half of it."""
+        """Replace the file atomically, so that a kill never leaves half of it."""
         scratch = path.with_suffix(".tmp")
         scratch.write_text(self.model_dump_json(by_alias=True, exclude_none=True, indent=1))
         scratch.replace(path)
@@ -66,7 +66,7 @@ def live_values(spec: Spec) -> dict[str, Any]:
 
 
 def with_live_values(spec: Spec, values: dict[str, Any]) -> Spec:
-    """Return `spec` with its L fields replaced by `values`; one that is absent there is absent, or default.
+    """Return `spec` with its L fields replaced by `values`; those not in `values` take their defaults.
 
     Raises:
         SpecError: a value is out of bounds, or a field is not marked L.
@@ -80,7 +80,7 @@ def with_live_values(spec: Spec, values: dict[str, Any]) -> Spec:
 
 
 def _differences(before: Any, after: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """Yield path and new value of every field that is not what it was."""
+    """Yield path and new value of every field that has changed."""
     if isinstance(before, dict) and isinstance(after, dict):
         for name in sorted(before.keys() | after.keys()):
             yield from _differences(before.get(name), after.get(name), f"{path}.{name}")

@@ -23,70 +23,71 @@ class ModelSpec(ApiType):
     """The language model that is trained."""
 
     source: Text = field(
-        "Where the weights that training starts from are: hf://org/name (Hugging Face hub), file:///path (a "
-        "folder in the pod), package://package/folder (shipped in a Python package), or module:factory (a "
-        "function that writes the folder once, under a lock, into the cache)."
+        "Where the initial weights come from: hf://org/name (Hugging Face hub), file:///path (a folder in "
+        "the pod), package://package/folder (shipped in a Python package), or module:factory (a function "
+        "that writes the folder into the cache, once, under a lock)."
     )
     revision: Name = field("Branch, tag or commit on the hub.", default="main", min_length=1)
     dtype: Literal["BFloat16", "Float32"] = field(
         "Number format of the weights, in the trainer and in the engines.", default="BFloat16"
     )
     context_length: Count = field(
-        "Most tokens of prompt and response together. At most training.tokensPerMicroBatch.", default=8192
+        "Most tokens of prompt and response together; at most training.tokensPerMicroBatch.", default=8192
     )
     parameter_count: Annotated[int, Field(ge=0, le=10**14)] = field(
-        "Number of weights, for instance 1700000000; with gpuBudget.gpuMemory it lets the operator derive "
-        "the tensor-parallel size and the smallest trainer. 0: not told.",
+        "Number of weights, for example 1700000000; together with gpuBudget.gpuMemory it lets the operator "
+        "derive the tensor-parallel size and the smallest trainer. 0: unknown.",
         default=0,
     )
     secret_ref: SecretReference | None = field(
-        "Secret whose keys become environment variables of the pods that fetch the model (HF_TOKEN, say).",
+        "Secret whose keys (such as HF_TOKEN) become environment variables of the pods that fetch the model.",
         default=None,
     )
     cache: ClaimReference | None = field(
-        "Claim that keeps fetched models between pods; without it each pod fetches its own.", default=None
+        "PersistentVolumeClaim that keeps fetched models for other pods; absent: each pod fetches its own.",
+        default=None,
     )
 
 
 class DatasetSpec(ApiType):
-    """The prompts that are trained on."""
+    """The prompts that the policy is trained on."""
 
     source: Text = field(
-        "Where the rows come from: hf://org/set (Hugging Face hub), file://rows.jsonl (one JSON object a "
+        "Where the rows come from: hf://org/set (Hugging Face hub), file://rows.jsonl (one JSON object per "
         "line), reasoning-gym://name, or module:factory (a function that returns them)."
     )
-    split: Name = field("Which split of the data set.", default="train", min_length=1)
+    split: Name = field("Split of the data set.", default="train", min_length=1)
     parameters: FreeForm = field(
-        "Handed to the source as keyword arguments: a reasoning-gym configuration, say.", default={}
+        "Keyword arguments of the source, for example a reasoning-gym configuration.", default={}
     )
     prompt_field: Name = field("Field of a row that holds the prompt.", default="question", min_length=1)
     answer_field: Name = field(
-        "Field of a row that holds the reference answer, for reward.type Math.",
+        "Field of a row that holds the reference answer; used by reward.type Math.",
         default="answer",
         min_length=1,
     )
-    seed: CountOrZero = field("Seed of the order of prompts, which differs in every pass.", default=17)
+    seed: CountOrZero = field("Seed of the order of the prompts, which differs in every pass.", default=17)
     secret_ref: SecretReference | None = field(
         "Secret whose keys become environment variables of the pods that fetch the data.", default=None
     )
 
 
 class WorkflowSpec(ApiType):
-    """How one sample comes about."""
+    """How one sample is made."""
 
     type: Literal["SingleTurn", "MultiTurn", "Custom"] = field(
-        "SingleTurn: one answer. MultiTurn: the reward's feedback is told and the policy answers again. "
+        "SingleTurn: one answer. MultiTurn: the policy is told the reward's feedback and answers again. "
         "Custom: `class` decides.",
         default="SingleTurn",
     )
     system_prompt: Annotated[str, Field(max_length=16384)] = field(
-        "Said before each prompt through the chat template; empty: nothing.", default=""
+        "System message of the chat template, before each prompt; empty: none.", default=""
     )
     max_turns: Annotated[int, Field(ge=1, le=1000)] = field(
-        "Most answers within a sample, for MultiTurn; at least 2 there.", default=1
+        "Most answers within a sample of type MultiTurn, which needs at least 2.", default=1
     )
     class_name: Text | None = field(
-        "The workflow, as pkg.module:Class; for type Custom.", default=None, alias="class"
+        "The workflow of type Custom, as pkg.module:Class.", default=None, alias="class"
     )
     config_map_ref: ConfigMapReference | None = field(
         "ConfigMap with Python modules, mounted on the import path of the workers.", default=None
@@ -94,23 +95,25 @@ class WorkflowSpec(ApiType):
 
 
 class RewardSpec(ApiType):
-    """How a response is scored. A reward that fails is never a zero."""
+    """How responses are scored. A reward that fails never counts as zero."""
 
     type: Literal["Math", "ReasoningGym", "Code", "Function", "Service"] = field(
         "Math: the answer equals the row's (math-verify). ReasoningGym: the data set's own scorer. Code: the "
-        "answer passes the row's tests, in a sandboxed process. Function: `function`. Service: `url`.",
+        "answer passes the row's tests, in a sandboxed process. Function: `function` decides. Service: the "
+        "service at `url` decides.",
         default="Math",
     )
-    function: Text | None = field("The scorer, as pkg.module:function; for type Function.", default=None)
+    function: Text | None = field("The scorer of type Function, as pkg.module:function.", default=None)
     config_map_ref: ConfigMapReference | None = field(
         "ConfigMap with Python modules, mounted on the import path of the workers.", default=None
     )
     url: Text = field(
-        "For type Service: receives POST {prompt, response, row} and answers {reward}.", default=""
+        "Address of the scorer of type Service: it receives POST {prompt, response, row}, answers {reward}.",
+        default="",
     )
-    timeout_seconds: Count = field("Longest time of one attempt to score, in seconds.", default=30)
+    timeout_seconds: Count = field("Longest time that one attempt to score may take, in seconds.", default=30)
     max_attempts: Annotated[int, Field(ge=1, le=100)] = field(
-        "Attempts to score a sample; then it leaves its group, and is not scored zero.", default=3
+        "Attempts to score a sample; after that it leaves its group and is not scored zero.", default=3
     )
 
 
@@ -123,12 +126,12 @@ class SamplingSpec(ApiType):
         default=8,
     )
     max_new_tokens: Count = field(
-        "Most tokens of a response. Less than model.contextLength, which holds the prompt as well.",
+        "Most tokens of a response; less than model.contextLength, which includes the prompt.",
         mark="L",
         default=1024,
     )
     temperature: Positive = field(
-        "Divides the logits in the engines, and again in the trainer, so that log-probs agree.",
+        "Divisor of the logits, in the engines and also in the trainer, so that log-probs agree.",
         mark="L",
         default=1.0,
     )
@@ -144,8 +147,8 @@ class EvaluationSpec(ApiType):
     """Held-out prompts, answered greedily and never trained on."""
 
     source: Text = field("Where the rows come from; the same forms as dataset.source.")
-    split: Name = field("Which split of the data set.", default="test", min_length=1)
-    parameters: FreeForm = field("Handed to the source as keyword arguments.", default={})
+    split: Name = field("Split of the data set.", default="test", min_length=1)
+    parameters: FreeForm = field("Keyword arguments of the source.", default={})
     every_steps: Count = field(
         "Steps between evaluations; there is also one before the first step and one after the last.",
         default=20,

@@ -1,6 +1,6 @@
-"""From our types to the schemas that a CustomResourceDefinition takes: structural ones.
+"""Turns our types into the structural schemas that a CustomResourceDefinition takes.
 
-That is: a type for every value, no references, no unions
+Structural means: a type for every value, no references, no unions
 (https://kubernetes.io/docs/tasks/extend-kubernetes/custom-resources/custom-resource-definitions/). Defaults
 are written out in full, since a `default: {}` on an object with rules is refused, and every string and list
 is bounded, since the API server derives the cost of CEL rules from the bounds.
@@ -16,13 +16,13 @@ from asyncrl_api.marks import FieldNode, block_of
 
 MAX_ITEMS = 64
 MAX_LENGTH = 1024
-"""Bounds of what the types leave unbounded: parts of a status, which no rule reads."""
+"""Bounds for what the types leave unbounded: parts of the status, which no rule reads."""
 MAP_KEYS = {"conditions": "type", "groups": "name", "podSets": "name"}
-"""Lists of the status in which an entry has a name."""
+"""Lists of the status whose entries have names, each with the field that holds the name."""
 
 
 def field_schema(node: FieldNode) -> dict[str, Any]:
-    """Return the schema of a field of the spec, with all that is below it."""
+    """Return the schema of a field of the spec, including all fields below it."""
     if node.children:
         block = block_of(node.info.annotation)
         assert block is not None
@@ -41,7 +41,7 @@ def field_schema(node: FieldNode) -> dict[str, Any]:
 
 
 def leaf_schema(node: FieldNode) -> dict[str, Any]:
-    """Return the schema of a field that is no block."""
+    """Return the schema of a field that is not a block."""
     extra = node.info.json_schema_extra
     list_type = extra.get("x-asyncrl-listType") if isinstance(extra, dict) else None
     holder = create_model("Holder", value=(node.info.annotation or Any, node.info))
@@ -62,17 +62,17 @@ def status_schema() -> dict[str, Any]:
             "x-kubernetes-list-type": "map",
             "x-kubernetes-list-map-keys": [key],
         }
-    # kstatus and Flux take an object without a status for one that is done.
+    # kstatus and Flux take an object without a status to be done.
     return {"description": Status.__doc__, **status, "default": {"observedGeneration": -1}}
 
 
 def _structural(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> dict[str, Any]:
-    """Return pydantic's JSON schema as Kubernetes takes it: no references, unions or titles."""
+    """Return pydantic's JSON schema as Kubernetes takes it: without references, unions and titles."""
     description = {"description": text} if (text := schema.get("description")) else {}
     if "$ref" in schema:
         below = _structural(definitions[schema["$ref"].rpartition("/")[2]], definitions)
         return {**below, **description}
-    if "anyOf" in schema:  # of X and null: absent is absent, and a null is refused
+    if "anyOf" in schema:  # X or null: an absent value is absent, and a null is refused
         (inner,) = (each for each in schema["anyOf"] if each.get("type") != "null")
         return {**_structural(inner, definitions), **description}
     kind = schema["type"]
@@ -112,7 +112,7 @@ def _object_schema(schema: Mapping[str, Any], definitions: Mapping[str, Any]) ->
 
 
 def plain(value: Any) -> Any:
-    """Return a default as it is written in a manifest, with all defaults below it."""
+    """Return a default as a manifest would write it, with all defaults below it."""
     if isinstance(value, BaseModel):
         return value.model_dump(by_alias=True, exclude_none=True, mode="json")
     return value

@@ -61,7 +61,7 @@ def test_every_error_of_every_file_is_listed_at_once(tmp_path: Path, smallest: P
         f"{fields}: spec.gpuBudget.totl: is not a known field; did you mean total?",
         f"{smallest}: valid",
         f"{rules}: spec.training.minibatches: training.minibatches is 65, but must be at most "
-        "training.batchSize, 64, for an optimizer update needs a prompt group: lower it",
+        "training.batchSize, 64, because every optimizer update needs a prompt group: lower it",
         f"{syntax}:9: expected ',' or '}}', but got ':'",
         f"{missing}: No such file or directory",
         f"{tmp_path}: Is a directory",

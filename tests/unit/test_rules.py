@@ -122,7 +122,7 @@ def test_steps_may_grow_but_not_shrink() -> None:
 )
 def test_immutable_fields_cannot_change(override: str, path: str, was: str | None) -> None:
     value = "" if was is None else f' and was "{was}"'
-    expected = f"{path} is immutable{value}: put it back, or make a new AsyncRLJob"
+    expected = f"{path} is immutable{value}: put it back, or create a new AsyncRLJob"
     assert update(f"spec.{override}") == [(f"spec.{path}", expected)]
 
 

@@ -23,44 +23,42 @@ CASES = {
         ["metadata.name=Math.7b"],
         "metadata.name",
         'the name "Math.7b" must be a DNS label (a-z, 0-9, -; a letter first) of at most 40 characters, '
-        "for pods "
-        "and Services are named after it",
+        "because pods and Services are named after it",
     ),
     "name begins with a letter": Case(
         ["metadata.name=a"],
         ["metadata.name=7b"],
         "metadata.name",
-        'the name "7b" must be a DNS label (a-z, 0-9, -; a letter first) of at most 40 characters, for '
-        "pods and "
-        "Services are named after it",
+        'the name "7b" must be a DNS label (a-z, 0-9, -; a letter first) of at most 40 characters, '
+        "because pods and Services are named after it",
     ),
     "name is short": Case(
         [f"metadata.name={'a' * 40}"],
         [f"metadata.name={'a' * 41}"],
         "metadata.name",
         f'the name "{"a" * 41}" must be a DNS label (a-z, 0-9, -; a letter first) of at most 40 '
-        "characters, for "
+        "characters, because "
         "pods and Services are named after it",
     ),
     "model source": Case(
         ["spec.model.source=my.models:tiny"],
         ["spec.model.source=Qwen/Qwen3-1.7B"],
         "spec.model.source",
-        'model.source is "Qwen/Qwen3-1.7B", which has none of the forms hf://org/name, file:///path, '
+        'model.source is "Qwen/Qwen3-1.7B", but must have one of the forms hf://org/name, file:///path, '
         "package://package/folder, module:factory",
     ),
     "dataset source": Case(
         ["spec.dataset.source=reasoning-gym://leg_counting"],
         ["spec.dataset.source=package://rows"],
         "spec.dataset.source",
-        'dataset.source is "package://rows", which has none of the forms hf://org/set, file://rows.jsonl, '
+        'dataset.source is "package://rows", but must have one of the forms hf://org/set, file://rows.jsonl, '
         "reasoning-gym://name, module:factory",
     ),
     "evaluation source": Case(
         ["spec.evaluation.source=file://rows.jsonl"],
         ["spec.evaluation.source=hf:/openai/gsm8k"],
         "spec.evaluation.source",
-        'evaluation.source is "hf:/openai/gsm8k", which has none of the forms hf://org/set, '
+        'evaluation.source is "hf:/openai/gsm8k", but must have one of the forms hf://org/set, '
         "file://rows.jsonl, "
         "reasoning-gym://name, module:factory",
     ),
@@ -105,7 +103,7 @@ CASES = {
         ["spec.messaging={mode: Shared, shared: {url: 'nats://nats:4222'}}"],
         ["spec.messaging.mode=Shared"],
         "spec.messaging.shared.url",
-        "messaging.mode Shared needs messaging.shared.url, but it is empty: write nats://host:4222, say",
+        "messaging.mode Shared needs messaging.shared.url, but it is empty: write for example nats://host:4222",
     ),
     "FromPath needs a path": Case(
         ["spec.checkpoint.resume=FromPath", "spec.checkpoint.resumePath=old/step-50"],
@@ -129,21 +127,21 @@ CASES = {
         ["spec.training.minibatches=64"],
         ["spec.training.minibatches=65"],
         "spec.training.minibatches",
-        "training.minibatches is 65, but must be at most training.batchSize, 64, for an optimizer update "
-        "needs a prompt group: lower it",
+        "training.minibatches is 65, but must be at most training.batchSize, 64, because every optimizer "
+        "update needs a prompt group: lower it",
     ),
     "the longest sample fits a micro-batch": Case(
         ["spec.training.tokensPerMicroBatch=8192"],
         ["spec.training.tokensPerMicroBatch=8191"],
         "spec.training.tokensPerMicroBatch",
-        "training.tokensPerMicroBatch is 8191, but must be at least model.contextLength, 8192, for the "
+        "training.tokensPerMicroBatch is 8191, but must be at least model.contextLength, 8192, because the "
         "longest sample must fit: raise it",
     ),
     "the prompt has room": Case(
         ["spec.sampling.maxNewTokens=8191"],
         ["spec.sampling.maxNewTokens=8192"],
         "spec.sampling.maxNewTokens",
-        "sampling.maxNewTokens is 8192, but must be less than model.contextLength, 8192, for the prompt "
+        "sampling.maxNewTokens is 8192, but must be less than model.contextLength, 8192, because the prompt "
         "needs room: lower it",
     ),
     "group advantages need groups": Case(
@@ -160,8 +158,8 @@ CASES = {
             "spec.algorithm.advantage=BatchNormalized",
         ],
         "spec.sampling.filter",
-        "sampling.filter DropUniformGroups would drop every prompt group, for sampling.groupSize is 1: raise "
-        "groupSize, or use None",
+        "sampling.filter DropUniformGroups would drop every prompt group, because sampling.groupSize is 1: "
+        "raise groupSize, or use None",
     ),
     "the overlong buffer is part of the response": Case(
         ["spec.algorithm.overlongPenalty.bufferTokens=1024"],
@@ -174,7 +172,7 @@ CASES = {
         ["spec.rollout.maxConcurrency=8"],
         ["spec.rollout.maxConcurrency=7"],
         "spec.rollout.maxConcurrency",
-        "rollout.maxConcurrency is 7, but must be 0 (adaptive) or at least sampling.groupSize, 8, for an "
+        "rollout.maxConcurrency is 7, but must be 0 (adaptive) or at least sampling.groupSize, 8, because an "
         "engine samples whole groups: raise it",
     ),
     "replicas are in order": Case(
@@ -187,8 +185,8 @@ CASES = {
         ["spec.rollout.gpusPerReplica=8"],
         ["spec.rollout.gpusPerReplica=9"],
         "spec.rollout.gpusPerReplica",
-        "rollout.gpusPerReplica is 9, but must be at most trainer.gpusPerNode, 8, for an engine cannot "
-        "span nodes: lower it",
+        "rollout.gpusPerReplica is 9, but must be at most trainer.gpusPerNode, 8, because an "
+        "engine cannot span nodes: lower it",
     ),
     "the budget holds the smallest job": Case(
         [
@@ -229,7 +227,7 @@ CASES = {
         [MANUAL, "spec.gpuBudget.split={trainer: 12, rollout: 4}"],
         "spec.gpuBudget.split.trainer",
         "gpuBudget.split.trainer is 12, but must be at most trainer.gpusPerNode, 8, or a multiple of it, "
-        "for the pods of the trainer are equal",
+        "because all pods of the trainer are equal",
     ),
     "rollout has whole replicas": Case(
         [MANUAL, "spec.gpuBudget.split={trainer: 4, rollout: 12}", "spec.rollout.gpusPerReplica=4"],
@@ -264,8 +262,8 @@ CASES = {
         ["spec.rollout.engine.type=CPU", "spec.rollout.gpusPerReplica=1"],
         ["spec.rollout.engine.type=CPU", "spec.rollout.gpusPerReplica=2"],
         "spec.rollout.gpusPerReplica",
-        "rollout.gpusPerReplica is 2, but rollout.engine.type CPU is one process that cannot be spread: use "
-        "1, or SGLang",
+        "rollout.gpusPerReplica is 2, but rollout.engine.type CPU is one process, which cannot be split: "
+        "use 1, or SGLang",
     ),
     "NCCL needs GPUs": Case(
         ["spec.weightSync.backend=NCCL"],
@@ -289,15 +287,15 @@ CASES = {
         ["spec.training.lora.rank=8", "spec.trainer.deepspeed.zeroStage=2"],
         ["spec.training.lora.rank=8", "spec.trainer.deepspeed.zeroStage=3"],
         "spec.training.lora.rank",
-        "training.lora.rank is 8, but adapters are not trained with trainer.deepspeed.zeroStage 3: use 2 or "
-        "less",
+        "training.lora.rank is 8, but adapters cannot be trained with trainer.deepspeed.zeroStage 3: use "
+        "stage 2 or less",
     ),
     "each adapter has its own KV cache": Case(
         ["spec.training.lora.rank=8", "spec.rollout.interrupt=Drain"],
         ["spec.training.lora.rank=8", "spec.rollout.interrupt=InPlace"],
         "spec.rollout.interrupt",
-        "rollout.interrupt InPlace is not possible with training.lora.rank 8, for the KV cache is that of an "
-        "adapter: use Retract or Drain",
+        "rollout.interrupt InPlace is not possible with training.lora.rank 8, because the KV cache belongs "
+        "to one adapter: use Retract or Drain",
     ),
     "no resource claims yet": Case(
         ["spec.gpuBudget.allocation=None"],
