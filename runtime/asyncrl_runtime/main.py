@@ -1,4 +1,4 @@
-"""`asyncrl-runtime`: one command per process of a job."""
+"""The command `asyncrl-runtime`: one subcommand for each kind of process of a job."""
 
 import asyncio
 import contextlib
@@ -18,20 +18,22 @@ from asyncrl_api.run_config import RunConfig
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
 ConfigPath = Annotated[Path, typer.Option("--config", help="The job's run configuration (JSON).")]
-Host = Annotated[str, typer.Option(help="Address to listen on, or to be reached at.")]
+Host = Annotated[str, typer.Option(help="Address to listen on, or at which the process is reached.")]
 
 
 @app.command()
 def engine(
     config: ConfigPath,
     host: Host = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Of the HTTP API.")] = 30000,
+    port: Annotated[int, typer.Option(help="Port of the HTTP API.")] = 30000,
     max_running_requests: Annotated[
-        int, typer.Option(help="Sequences sampled at a time; 0 = spec.rollout.maxConcurrency.")
+        int, typer.Option(help="Most sequences sampled at a time; 0: spec.rollout.maxConcurrency.")
     ] = 0,
-    max_total_tokens: Annotated[int, typer.Option(help="Of all sequences in the cache.")] = 65536,
+    max_total_tokens: Annotated[
+        int, typer.Option(help="Most tokens of all sequences in the cache together.")
+    ] = 65536,
 ) -> None:
-    """The CPU engine: SGLang's native HTTP API over the job's model."""
+    """Serve the job's model with the CPU engine, over SGLang's native HTTP API."""
 
     def run(run_config: RunConfig) -> None:
         from asyncrl_runtime.engine.command import run_engine
@@ -52,10 +54,10 @@ def sglang(
     context: typer.Context,
     config: ConfigPath,
     host: Host = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Of the HTTP API.")] = 30000,
-    gpus: Annotated[int, typer.Option(help="Over which each tensor is spread.")] = 1,
+    port: Annotated[int, typer.Option(help="Port of the HTTP API.")] = 30000,
+    gpus: Annotated[int, typer.Option(help="Number of GPUs over which each tensor is split.")] = 1,
 ) -> None:
-    """SGLang over the job's model; further options are its own."""
+    """Serve the job's model with SGLang; further options are passed to SGLang."""
 
     def run(run_config: RunConfig) -> None:
         from asyncrl_runtime.sglang.command import run_sglang
@@ -68,12 +70,14 @@ def sglang(
 @app.command()
 def worker(
     config: ConfigPath,
-    name: Annotated[str, typer.Option(help="Of this worker, the same for its successors.")],
-    engine_url: Annotated[str, typer.Option(help="Of its one engine.")] = "http://127.0.0.1:30000",
+    name: Annotated[str, typer.Option(help="Name of this worker; a worker that replaces it has the same.")],
+    engine_url: Annotated[str, typer.Option(help="URL of the worker's engine.")] = "http://127.0.0.1:30000",
     host: Host = "127.0.0.1",
-    health_port: Annotated[int, typer.Option(help="Where it answers for itself and its engine.")] = 30001,
+    health_port: Annotated[
+        int, typer.Option(help="Port for health checks of the worker and its engine.")
+    ] = 30001,
 ) -> None:
-    """The rollout worker: tickets in, trajectories out."""
+    """Run a rollout worker, which takes tickets and returns trajectories."""
 
     def run(run_config: RunConfig) -> None:
         from asyncrl_runtime.rollout.assemble import run_worker
@@ -86,14 +90,14 @@ def worker(
 @app.command()
 def trainer(
     config: ConfigPath,
-    attempt: Annotated[int, typer.Option(help="Number of this start of the trainer, from 1 on.")],
-    ranks: Annotated[int, typer.Option(help="Data-parallel ranks in this pod.")] = 1,
-    node: Annotated[int, typer.Option(help="Index of this pod among the trainer's.")] = 0,
+    attempt: Annotated[int, typer.Option(help="Number of this start of the trainer, from 1.")],
+    ranks: Annotated[int, typer.Option(help="Number of data-parallel ranks in this pod.")] = 1,
+    node: Annotated[int, typer.Option(help="Index of this pod among the trainer's pods.")] = 0,
     nodes: Annotated[int, typer.Option(help="Number of trainer pods.")] = 1,
     host: Host = "127.0.0.1",
-    verify_weights: Annotated[bool, typer.Option(help="Compare the engines' checksums.")] = False,
+    verify_weights: Annotated[bool, typer.Option(help="Compare checksums of the engines' weights.")] = False,
 ) -> None:
-    """The trainer: rank 0 is the controller, every rank updates the policy."""
+    """Run the trainer: rank 0 is the controller, and every rank updates the policy."""
     _heed_sigterm()
     from asyncrl_runtime.trainer.launch import launch
 
@@ -109,7 +113,7 @@ def rank(
     host: Host = "127.0.0.1",
     verify_weights: Annotated[bool, typer.Option()] = False,
 ) -> None:
-    """One rank of the trainer, started by `trainer`."""
+    """Run one rank of the trainer; `trainer` starts it."""
 
     def run(run_config: RunConfig) -> None:
         from asyncrl_runtime.trainer.assemble import Options, run_rank
@@ -122,9 +126,9 @@ def rank(
 @app.command(name="eval")
 def evaluate(
     config: ConfigPath,
-    step: Annotated[int | None, typer.Option(help="Of the checkpoint; by default the newest.")] = None,
+    step: Annotated[int | None, typer.Option(help="Step of the checkpoint; by default the newest.")] = None,
 ) -> None:
-    """Score a checkpoint on the held-out prompts."""
+    """Score a checkpoint on the held-out prompts of the job."""
 
     def run(run_config: RunConfig) -> None:
         from asyncrl_runtime.evaluate import evaluate_checkpoint
@@ -135,8 +139,10 @@ def evaluate(
 
 
 @app.command()
-def audit(folder: Annotated[Path, typer.Argument(help="Of the job: holds ledger.jsonl.")]) -> None:
-    """Prove from the ledger that each ticket was trained once or discarded; exit 1 if not."""
+def audit(
+    folder: Annotated[Path, typer.Argument(help="The job's folder, which holds ledger.jsonl.")],
+) -> None:
+    """Prove from the ledger that every ticket was trained once or discarded; exit with 1 if not."""
     from asyncrl_api.ledger import LedgerError, read_ledger
     from asyncrl_runtime.history.audit import audit as audit_history
     from asyncrl_runtime.history.audit import render
@@ -153,7 +159,7 @@ def audit(folder: Annotated[Path, typer.Argument(help="Of the job: holds ledger.
 
 
 def _run(config_path: Path, process: Callable[[RunConfig], None]) -> NoReturn:
-    """Run a process to its end and exit as asyncrl_api.exits says."""
+    """Run a process to its end and exit with one of the codes in asyncrl_api.exits."""
     _heed_sigterm()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
@@ -170,10 +176,10 @@ def _run(config_path: Path, process: Callable[[RunConfig], None]) -> NoReturn:
 
 
 def _heed_sigterm() -> None:
-    """End on SIGTERM from the start on, as every process does but the first of a container.
+    """End on SIGTERM from the very start, as every process does except the first one of a container.
 
-    That one ignores what it has no handler for, and its pod would wait out its grace period. A process that
-    is up replaces the handler by its own.
+    That one ignores signals for which it has no handler, so that its pod would wait until its grace period
+    is over. Once a process is up, it replaces this handler with its own.
     """
     if os.getpid() == 1:
         signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number))
@@ -185,15 +191,15 @@ def _fail(error: ExitError) -> NoReturn:
 
 
 def _end(code: int) -> NoReturn:
-    """Exit at once: an abandoned collective, or user code, may have left a thread that never ends."""
+    """Exit at once, because an abandoned collective or user code may have left a thread that never ends."""
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
-    if code < 0:  # a rank was ended by a signal: end by the same, so that it counts as a disruption
-        with contextlib.suppress(OSError):  # SIGKILL has no handler to be taken back
+    if code < 0:  # a signal ended a rank: end by the same one, so that it counts as a disruption
+        with contextlib.suppress(OSError):  # SIGKILL has no handler that could be reset
             signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
-        os._exit(128 - code)  # the first process of a container does not end by its own signal
+        os._exit(128 - code)  # the first process of a container is not ended by its own signal
     os._exit(code)
 
 

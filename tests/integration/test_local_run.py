@@ -220,7 +220,7 @@ def test_a_second_ctrl_c_does_not_wait_for_the_checkpoint(copy: RunFolder, manif
         terminal.read_until(None)
     assert have_ended(children)
     assert "Traceback" not in terminal.text and "Finished" not in terminal.text
-    where = f"ended without a checkpoint of its own, the last is of step {NUM_STEPS}"
+    where = f"ended without writing a checkpoint; the last one is of step {NUM_STEPS}"
     *_, last = terminal.text.splitlines()
     assert last == f"{where}; go on with: asyncrl {' '.join(map(str, arguments))}"
 

@@ -1,4 +1,4 @@
-"""`asyncrl`: run, plan, validate, audit, eval."""
+"""The command `asyncrl`: run, plan, validate, audit, eval."""
 
 import os
 import shlex
@@ -31,28 +31,32 @@ from asyncrl_operator.local.progress import Display, render_end
 from asyncrl_operator.local.run_folder import RunFolder
 
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Asynchronous RL jobs."
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Run and inspect asynchronous RL jobs.",
 )
 
 Manifest = Annotated[Path, typer.Argument(help="An AsyncRLJob manifest (YAML).")]
 Overrides = Annotated[
-    list[str] | None, typer.Option("--set", help="spec.path=value, over the manifest; may be repeated.")
+    list[str] | None,
+    typer.Option("--set", help="Override a field of the manifest: spec.path=value; may be repeated."),
 ]
 STOPPED = 130
-"""Exit code after Ctrl-C, as a shell expects it."""
+"""The exit code after Ctrl-C, as a shell expects it."""
 
 
 @app.command()
 def run(
     file: Manifest,
-    out: Annotated[Path | None, typer.Option(help="Run folder; by default runs/<name>.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run; by default runs/<name>.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the folder.")] = False,
     overrides: Overrides = None,
     verify_weights: Annotated[
-        bool, typer.Option(help="After each update, prove by checksums that all engines are equal.")
+        bool, typer.Option(help="After each update, prove by checksums that all engines hold equal weights.")
     ] = False,
 ) -> None:
-    """Run a job on this machine: NATS, engines, workers, trainer."""
+    """Run a job on this machine: NATS, engines, workers and the trainer."""
 
     def command() -> int:
         job = _load(file, overrides)
@@ -73,10 +77,10 @@ def run(
 
 
 def _run_job(job: AsyncRLJob, folder: RunFolder, directory: Path, again: str, verify_weights: bool) -> int:
-    """Run a job to its end and say where things lie.
+    """Run a job to its end and print where its results are.
 
     Args:
-        again: the command that goes on with it.
+        again: the command that continues the run.
     """
     ports = free_ports(job.spec)
     shared = job.spec.messaging.shared.url if job.spec.messaging.mode == "Shared" else ""
@@ -102,12 +106,12 @@ def _where_it_stopped(report: Report | None) -> str:
         return f"stopped at step {report.step}"
     if report is None or report.last_checkpoint is None:
         return "ended before the first checkpoint"
-    return f"ended without a checkpoint of its own, the last is of step {report.last_checkpoint.step}"
+    return f"ended without writing a checkpoint; the last one is of step {report.last_checkpoint.step}"
 
 
 @app.command()
 def plan(file: Manifest, overrides: Overrides = None) -> None:
-    """Print groups, processes, GPUs and commands; start nothing."""
+    """Print the groups, processes, GPUs and commands of a job without starting anything."""
 
     def command() -> int:
         job = _load(file, overrides)
@@ -124,7 +128,7 @@ def plan(file: Manifest, overrides: Overrides = None) -> None:
 def validate_files(
     files: Annotated[list[Path], typer.Argument(help="AsyncRLJob manifests (YAML).")],
 ) -> None:
-    """List every error of every file, each with field, value and rule; exit 1 if there are any."""
+    """List every error in every file, with field, value and rule; exit with 1 if there are any."""
     found = {file: _errors_of(file) for file in files}
     for file, errors in found.items():
         print("\n".join(errors or [f"{file}: valid"]))
@@ -135,16 +139,16 @@ def validate_files(
 def audit(
     folder: Annotated[Path, typer.Argument(help="A run folder, or the job's folder on its claim.")],
 ) -> None:
-    """Prove from the ledger that each ticket was trained in exactly one step or counted as discarded."""
+    """Prove from the ledger that every ticket was trained in exactly one step or counted as discarded."""
     _hand_over("asyncrl-runtime", "audit", str(folder))
 
 
 @app.command(name="eval")
 def evaluate(
-    folder: Annotated[Path, typer.Argument(help="A run folder.")],
-    step: Annotated[int | None, typer.Option(help="Of the checkpoint; by default the newest.")] = None,
+    folder: Annotated[Path, typer.Argument(help="The folder of a run.")],
+    step: Annotated[int | None, typer.Option(help="Step of the checkpoint; by default the newest.")] = None,
 ) -> None:
-    """Score a checkpoint on the held-out prompts."""
+    """Score a checkpoint on the held-out prompts of the job."""
     config = RunFolder(folder).config
     if not config.exists():
         _fail(ExitError(ExitCode.USAGE, f"{folder} holds no run; name the folder of a run"))
@@ -168,7 +172,7 @@ def render_plan(job_plan: Plan) -> str:
 
 
 def _errors_of(file: Path) -> list[str]:
-    """Return everything that is wrong with a file; each line names the file, and which of its documents."""
+    """Return everything that is wrong with a file; each line names the file, and the document of several."""
     try:
         documents = load_documents(file)
     except SpecError as error:
@@ -200,7 +204,7 @@ def _model_cache() -> Path:
 
 
 def _hand_over(program: str, *arguments: str) -> NoReturn:
-    """Run another of our programs in this one's place."""
+    """Run another of our programs instead of this one."""
     try:
         command = [find_program(program), *arguments]
     except ExitError as error:
