@@ -1,1 +1,1 @@
-"""The CPU engine: SGLang's native HTTP API over a Hugging Face model."""
+"""The CPU engine, which serves a Hugging Face model over SGLang's native HTTP API."""

@@ -1,4 +1,4 @@
-"""Which adapters requests may name, and who uses them, on the event loop's side."""
+"""The adapters that requests may name, and the requests that use them, on the event loop's side."""
 
 import asyncio
 from collections import Counter
@@ -12,28 +12,28 @@ from asyncrl_runtime.engine.scheduler import Scheduler
 
 
 class AdapterRegistry:
-    """Names to adapters, changed by one load or unload at a time, as in SGLang. Belongs to one event loop.
+    """Maps names to adapters; one load or unload changes it at a time, as in SGLang. Used on one event loop.
 
-    An adapter is lent to its requests and unloaded when all of them have given it back. The weights go
-    along with the requests, so that the scheduler needs no registry.
+    An adapter is lent to its requests and unloaded when all of them have given it back. The weights travel
+    with the requests, so that the scheduler needs no registry.
     """
 
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
         self._adapters: dict[str, LoadedAdapter] = {}
         self._paths: dict[str, str] = {}
-        """Of all that were ever loaded."""
+        """The folders of all adapters that were ever loaded, by name."""
         self._num_users: Counter[LoadedAdapter] = Counter()
         self._changing = asyncio.Lock()
         self._given_back = asyncio.Event()
 
     @property
     def loaded(self) -> dict[str, str]:
-        """Names and folders."""
+        """The folders of the loaded adapters, by name."""
         return {name: self._paths[name] for name in self._adapters}
 
     async def load(self, name: str, path: str) -> None:
-        """Read the folder between two steps.
+        """Read an adapter's folder between two steps.
 
         Raises:
             BadRequest: the name is taken, or the folder does not hold an adapter for this model.
@@ -45,7 +45,7 @@ class AdapterRegistry:
             self._paths[name] = path
 
     async def unload(self, name: str) -> None:
-        """Forget the name at once, and return when no request uses the adapter any more.
+        """Forget the name at once, and return when no request uses the adapter anymore.
 
         Raises:
             BadRequest: no adapter of this name is loaded.
@@ -62,13 +62,13 @@ class AdapterRegistry:
             del self._num_users[adapter]
 
     async def lend(self, requests: Sequence[Request]) -> None:
-        """Give each request the adapter that it names; `give_back` is to follow.
+        """Give each request the adapter that it names; `give_back` must follow.
 
-        None is lent before all are there: a request that held one while it waits for another could wait
-        for an unload that waits for it.
+        No adapter is lent before all of them are loaded: a request that held one while it waited for
+        another could wait for an unload that waits for that request.
 
         Raises:
-            BadRequest: an adapter was never loaded, or its folder is not there any more.
+            BadRequest: an adapter was never loaded, or its folder no longer exists.
         """
         named = {request: request.lora_path for request in requests if request.lora_path is not None}
         while missing := set(named.values()) - self._adapters.keys():
@@ -78,14 +78,14 @@ class AdapterRegistry:
             self._num_users[request.adapter] += 1
 
     def give_back(self, requests: Sequence[Request]) -> None:
-        """End what `lend` began, where it got so far."""
+        """Undo `lend`, for the requests to which it lent an adapter."""
         for request in requests:
             if request.adapter is not None:
                 self._num_users[request.adapter] -= 1
         self._given_back.set()
 
     async def _load_again(self, name: str) -> None:
-        """As SGLang does when a request names what was unloaded: only a name never loaded is unknown."""
+        """Load an unloaded adapter again, as SGLang does: only a name that was never loaded is unknown."""
         if name not in self._paths:
             raise BadRequest(
                 f"Got LoRA adapter that has never been loaded: {name}\n"

@@ -1,4 +1,4 @@
-"""The HTTP application: `/generate`, control, and what tells how the engine is."""
+"""The HTTP application: `/generate`, the control endpoints, health, information and metrics."""
 
 import asyncio
 import os
@@ -24,19 +24,19 @@ from asyncrl_runtime.engine.scheduler import Scheduler
 from asyncrl_runtime.engine.weight_loading import WeightLoader
 
 SGLANG_VERSION = "0.5.21"
-"""Whose protocol this is; clients choose theirs by it."""
+"""The version of SGLang whose protocol this is; clients adapt to it."""
 HEALTH_POLL_SECONDS = 1.0
 BOS_FOR_HEALTH = 0
-"""The token that a health check begins with; every vocabulary has it."""
+"""The prompt token of a health check; every vocabulary has it."""
 
 
 class EngineApp:
-    """Puts the endpoints together; belongs to one event loop."""
+    """Assembles the endpoints; belongs to one event loop."""
 
     def __init__(self, scheduler: Scheduler, arguments: Mapping[str, Any]) -> None:
         """
         Args:
-            arguments: what the server was started with, for `/server_info`.
+            arguments: the arguments that the server was started with, for `/server_info`.
         """
         model, limits = scheduler.model, scheduler.limits
         self._scheduler = scheduler
@@ -75,7 +75,7 @@ class EngineApp:
         return Response(status_code=200)
 
     async def health_generate(self, _: HttpRequest) -> Response:
-        """200 once a token is sampled, for whomever; 503 if none is in time, as in a pause."""
+        """Answer 200 once a token is sampled for any request; 503 if none is in time, as in a pause."""
         self._is_healthy = await self._samples_within(_seconds("SGLANG_HEALTH_CHECK_TIMEOUT", 20.0))
         return Response(status_code=200 if self._is_healthy else 503)
 
@@ -83,7 +83,7 @@ class EngineApp:
         return Response(status_code=200 if self._is_healthy and not self._gate.is_paused else 503)
 
     async def model_info(self, _: HttpRequest) -> Response:
-        """Answers at once, whatever the scheduler is doing."""
+        """Answer at once, whatever the scheduler is doing."""
         model = self._scheduler.model
         return JSONResponse(
             {
@@ -154,7 +154,7 @@ async def _fail(_: HttpRequest, error: Exception) -> Response:
 
 
 def _flag(variable: str) -> bool:
-    """SGLang's own environment variables hold for this engine as well; unset means yes."""
+    """Read a flag from one of SGLang's environment variables, which also apply here; unset means yes."""
     return os.environ.get(variable, "1").lower() in ("1", "true", "yes", "y")
 
 

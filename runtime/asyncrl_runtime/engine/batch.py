@@ -1,4 +1,4 @@
-"""The running rows: per-row state in arrays, so that a step costs the same few calls for any batch size."""
+"""The running rows: their state is kept in arrays, so that a step makes few calls at any batch size."""
 
 from typing import NamedTuple
 
@@ -12,10 +12,13 @@ from asyncrl_runtime.engine.sampling import SamplingPlan, plan_sampling, sample
 
 ROW = np.dtype(
     [
-        ("length", np.int64),  # tokens of prompt and output; the last one's keys are not in the cache yet
+        (
+            "length",
+            np.int64,
+        ),  # tokens of prompt and output; the keys of the last one are not in the cache yet
         ("prompt", np.int64),  # tokens of the prompt
-        ("end", np.int64),  # length at which the response is cut
-        ("first_stop", np.int64),  # length from which on it may stop by itself
+        ("end", np.int64),  # length at which the response is cut off
+        ("first_stop", np.int64),  # length from which it may stop by itself
         ("temperature", np.float32),
         ("top_p", np.float64),
         ("top_k", np.int64),
@@ -31,23 +34,23 @@ class Newest(NamedTuple):
     """The last token of each of n rows."""
 
     token_ids: NDArray[np.int64]
-    """[n]."""
+    """[n] the tokens."""
     positions: NDArray[np.int64]
-    """[n] where it stands in its row."""
+    """[n] the place of each token in its row."""
 
 
 class RunningRows:
-    """Rows 0..n-1, in no particular order, each the slot of the same number in the cache."""
+    """Rows 0..n-1, in no particular order; row i has slot i of the cache."""
 
     def __init__(self, cache: KvCache, max_rows: int, context_length: int, eos_ids: frozenset[int]) -> None:
         self.requests: list[Request] = []
         self.rows = np.zeros(max_rows, dtype=ROW)
         self.tokens = np.zeros((max_rows, context_length), dtype=np.int64)
-        """Prompt and output of each row."""
+        """The prompt and output tokens of each row."""
         self.logprobs = np.zeros((max_rows, context_length), dtype=np.float32)
-        """At each output token's place in `tokens`."""
+        """The log-prob of each output token, at the same place as the token in `tokens`."""
         self.num_watched = 0
-        """Rows that stream or have stop strings, which are looked at one by one."""
+        """The number of rows that stream or have stop strings, which are looked at one by one."""
         self._cache = cache
         self._eos_ids = sorted(eos_ids)
         self._stops = np.full((max_rows, 1), NO_TOKEN, dtype=np.int64)
@@ -62,11 +65,11 @@ class RunningRows:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all rows."""
+        """The number of tokens of all rows together."""
         return int(self.rows["length"][: len(self)].sum())
 
     def add(self, request: Request) -> int:
-        """Give the request the next row, with its prompt and what it has sampled before."""
+        """Give the request the next row, with its prompt and the tokens that it has already sampled."""
         index = len(self.requests)
         params, tokens = request.params, request.tokens
         num_prompt = len(request.prompt)
@@ -87,7 +90,7 @@ class RunningRows:
         return index
 
     def remove(self, index: int) -> Request:
-        """Take a row out, its output saved in the request; the last row moves into the gap."""
+        """Take a row out and save its output in the request; the last row moves into the gap."""
         request = self.requests[index]
         request.output_ids, request.output_logprobs = self.output(index)
         last = len(self.requests) - 1
@@ -105,9 +108,9 @@ class RunningRows:
         return request
 
     def output(self, index: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Copies of a row's output tokens and their log-probs.
+        """Return copies of a row's output tokens and their log-probs.
 
-        A request for no tokens gets none, although one was sampled behind its prompt.
+        A request for no tokens gets none, although one was sampled after its prompt.
         """
         row = self.rows[index]
         span = slice(int(row["prompt"]), int(min(row["length"], row["end"])))
@@ -118,7 +121,7 @@ class RunningRows:
         return Newest(self.tokens[np.arange(len(self)), last], last)
 
     def sample(self, logits: Tensor, rng: np.random.Generator) -> None:
-        """Append a token to every row; logits [rows, vocabulary] float32."""
+        """Append a sampled token to every row; `logits` are [rows, vocabulary] float32."""
         rows = self.rows[: len(self)]
         lengths = rows["length"]
         early = np.flatnonzero(lengths < rows["first_stop"])
@@ -135,9 +138,9 @@ class RunningRows:
         lengths += 1
 
     def ended(self) -> list[int]:
-        """Indices of the rows that end with their last token.
+        """Return the indices of the rows that end with their last token.
 
-        They are long enough, or it is a stop token, or its log-prob is no number.
+        They are long enough, or that token is a stop token, or its log-prob is not a number.
         """
         rows = self.rows[: len(self)]
         every, last = np.arange(len(self)), rows["length"] - 1

@@ -1,4 +1,4 @@
-"""Where keys and values live: one slot per running row, and a few prompts kept for reuse."""
+"""The storage of keys and values: one slot per running row, and a few prompts kept for reuse."""
 
 from collections import OrderedDict
 
@@ -16,19 +16,19 @@ class KvCache:
 
     def __init__(self, num_layers: int, num_heads: int, head_size: int, dtype: torch.dtype) -> None:
         self.kv = torch.zeros(num_layers, 2, 0, 0, num_heads, head_size, dtype=dtype)
-        """[layers, keys and values, slots, capacity, heads, head size]."""
+        """The cache itself: [layers, keys and values, slots, capacity, heads, head size]."""
 
     @property
     def capacity(self) -> int:
-        """Tokens that each slot can hold."""
+        """The number of tokens that each slot can hold."""
         return self.kv.shape[3]
 
     def reserve(self, num_rows: int, num_tokens: int, used_rows: int, used_tokens: int) -> None:
-        """Make room for `num_rows` rows of `num_tokens` tokens, doubling what is too small.
+        """Make room for `num_rows` rows of `num_tokens` tokens, at least doubling what is too small.
 
         Args:
-            used_rows, used_tokens: what is to be kept, as far as it exists. No more is copied, since memory
-                of zeros that was never written to costs nothing.
+            used_rows, used_tokens: the part that must be kept, as far as it exists. No more is copied, since
+                zeroed memory that was never written to costs nothing.
         """
         layers, two, slots, capacity, heads, size = self.kv.shape
         if num_rows <= slots and num_tokens <= capacity:
@@ -44,7 +44,7 @@ class KvCache:
         self.kv[:, :, target, :num_tokens] = self.kv[:, :, source, :num_tokens]
 
     def export_row(self, row: int, num_tokens: int) -> Tensor:
-        """A copy of a row's first tokens, [layers, 2, num_tokens, heads, head size]."""
+        """Return a copy of a row's first tokens, [layers, 2, num_tokens, heads, head size]."""
         return self.kv[:, :, row, :num_tokens].clone()
 
     def import_row(self, row: int, kv: Tensor, num_tokens: int) -> None:
@@ -52,10 +52,10 @@ class KvCache:
 
 
 class PrefixCache:
-    """Prompts whose keys and values are kept for reuse, least recently used out first.
+    """Prompts whose keys and values are kept for reuse; the least recently used ones are dropped first.
 
-    A prompt finds the longest stored prompt that it begins with, under the same salt. Salts keep apart
-    what was computed under different weights when the cache survives an update.
+    The entry found for a prompt is the longest stored prompt with the same salt that it begins with. Salts
+    keep apart what was computed under different weights if the cache survives an update.
     """
 
     def __init__(self, max_tokens: int) -> None:
@@ -81,7 +81,7 @@ class PrefixCache:
         return self._entries[key]
 
     def put(self, salt: str, prompt: bytes, kv: Tensor) -> None:
-        """Keep the keys and values of a whole prompt, of at most `max_tokens` tokens."""
+        """Keep the keys and values of a whole prompt, which has at most `max_tokens` tokens."""
         if (salt, prompt) in self._entries:
             return
         self._entries[salt, prompt] = kv

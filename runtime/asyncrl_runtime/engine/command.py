@@ -7,7 +7,7 @@ from asyncrl_runtime.engine.server import serve
 from asyncrl_runtime.model.source import ensure_model
 
 ADAPTIVE_RUNNING_REQUESTS = 64
-"""Rows of the batch where `spec.rollout.maxConcurrency` leaves the number of samples to the worker."""
+"""The rows of the batch if `spec.rollout.maxConcurrency` leaves the number of samples to the worker."""
 
 
 def run_engine(
@@ -16,10 +16,11 @@ def run_engine(
     """Serve the job's model until SIGTERM.
 
     Args:
-        max_running_requests: 0 = from the manifest.
+        max_running_requests: most sequences sampled at a time; 0: the manifest decides.
+        max_total_tokens: most tokens of all sequences in the cache together.
 
     Raises:
-        ExitError: it cannot be served, or the port is taken.
+        ExitError: the model cannot be served, or the port is taken.
     """
     spec = config.spec
     folder = ensure_model(spec.model, config.model_cache, spec.training.seed)

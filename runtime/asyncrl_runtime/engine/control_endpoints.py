@@ -1,6 +1,6 @@
 """SGLang's control endpoints: pause, abort, cache, weights, adapters.
 
-What they do runs on the scheduler's thread, in order.
+Their work runs on the scheduler's thread, in order.
 """
 
 import asyncio
@@ -36,7 +36,7 @@ class Pause(msgspec.Struct, frozen=True):
 
 
 class Nothing(msgspec.Struct, frozen=True):
-    """A body of which this engine needs nothing, but which must be there."""
+    """A body that must be there, but from which this engine needs nothing."""
 
 
 class SlowDown(msgspec.Struct, frozen=True):
@@ -48,7 +48,7 @@ class GroupName(msgspec.Struct, frozen=True):
 
 
 class Folder(msgspec.Struct, frozen=True):
-    """`/update_weights_from_disk`."""
+    """The body of `/update_weights_from_disk`."""
 
     model_path: str
     load_format: str | None = None
@@ -73,7 +73,7 @@ class Check(msgspec.Struct, frozen=True):
 
 
 class NewAdapter(msgspec.Struct, frozen=True):
-    """`/load_lora_adapter`; its `pinned` means nothing here, where no adapter makes room for another."""
+    """The body of `/load_lora_adapter`; `pinned` means nothing here, where no adapter is ever evicted."""
 
     lora_name: str
     lora_path: str
@@ -84,7 +84,7 @@ class AdapterName(msgspec.Struct, frozen=True):
 
 
 class ControlEndpoints:
-    """The endpoints; belongs to one event loop."""
+    """The control endpoints; belongs to one event loop."""
 
     def __init__(
         self,
@@ -100,7 +100,7 @@ class ControlEndpoints:
         self._adapters = adapters
         self._generation = generation
         self.model_path = str(scheduler.model.folder)
-        """Where the weights came from last."""
+        """The folder from which weights were last loaded."""
 
     def routes(self) -> list[Route]:
         both = ["GET", "POST"]
@@ -127,7 +127,7 @@ class ControlEndpoints:
         ]
 
     async def abort_request(self, request: HttpRequest) -> Response:
-        """A live id also ends those that begin with it; what is not live is no error."""
+        """Abort a request and those whose ids begin with its id; an id that is not live is not an error."""
         body = await _parse(request, Abort)
         if body.abort_all:
             self._abort_all()
@@ -148,12 +148,12 @@ class ControlEndpoints:
     async def continue_generation(self, request: HttpRequest) -> Response:
         await _parse(request, Nothing)
         resumed = self._run(self._scheduler.resume)
-        self._gate.resume()  # what it lets in comes behind the command
+        self._gate.resume()  # the requests that it lets in come after the command
         await resumed
         return JSONResponse({"message": "Generation continued successfully.", "status": "ok"})
 
     async def flush_cache(self, request: HttpRequest) -> Response:
-        """Flush when nothing runs, waiting for that up to `?timeout=` seconds."""
+        """Flush the cache when nothing runs; wait up to `?timeout=` seconds for that."""
         try:
             timeout = float(request.query_params.get("timeout", 0))
         except ValueError as error:
@@ -191,7 +191,7 @@ class ControlEndpoints:
     async def update_weights_from_disk(self, request: HttpRequest) -> Response:
         body = await _parse(request, Folder)
         if body.is_async or body.load_format not in (None, "auto", "safetensors"):
-            raise BadRequest("`is_async` and other formats than safetensors are not implemented here")
+            raise BadRequest("`is_async` and formats other than safetensors are not implemented here")
 
         async def update() -> str:
             message = await self._update(body, lambda: self._loader.load_folder(Path(body.model_path)))
@@ -201,7 +201,7 @@ class ControlEndpoints:
         return await _outcome(update(), num_paused_requests=0)
 
     async def update_weight_version(self, request: HttpRequest) -> Response:
-        """Move the label alone. As in SGLang, this aborts everything unless told otherwise."""
+        """Change only the label. As in SGLang, this aborts everything unless told otherwise."""
         body = await _parse(request, Version)
         if body.abort_all_requests:
             self._abort_all()
@@ -214,7 +214,7 @@ class ControlEndpoints:
         return JSONResponse(await self._run(lambda: self._loader.rows_of(body.name, body.truncate_size)))
 
     async def weights_checker(self, request: HttpRequest) -> Response:
-        """Hashes by which engines prove to each other that they hold equal weights."""
+        """Answer with hashes, which prove whether engines hold equal weights."""
         body = await _parse(request, Check)
         if body.action != "checksum":
             raise BadRequest(f"action {body.action!r} is not implemented by this engine, only `checksum`")
@@ -231,12 +231,12 @@ class ControlEndpoints:
         return await self._adapters_after(self._adapters.load(body.lora_name, body.lora_path))
 
     async def unload_lora_adapter(self, request: HttpRequest) -> Response:
-        """Answers when the requests that use the adapter have ended; in a pause they do not."""
+        """Answer when the requests that use the adapter have ended; in a pause they do not end."""
         body = await _parse(request, AdapterName)
         return await self._adapters_after(self._adapters.unload(body.lora_name))
 
     async def _adapters_after(self, change: Awaitable[None]) -> Response:
-        """Answer 200, or 400 with the message of the BadRequest, and what is loaded then."""
+        """Answer 200, or 400 with the message of the BadRequest, and with the adapters loaded after that."""
         error_message = ""
         try:
             await change
@@ -252,20 +252,20 @@ class ControlEndpoints:
         )
 
     def _abort_all(self) -> None:
-        """Ask for it; commands that follow find it done."""
+        """Queue an abort of all requests; commands that follow find it done."""
         self._scheduler.post(lambda: self._scheduler.abort(lambda _: True))
 
     def _run(self, function: Callable[[], T]) -> "asyncio.Future[T]":
-        """Run on the scheduler's thread. It is queued at once, before the result is awaited."""
+        """Run a function on the scheduler's thread. It is queued at once, before the result is awaited."""
         return asyncio.wrap_future(self._scheduler.call(function))
 
     async def _write(self, function: Callable[[], T]) -> T:
-        """Run while nothing is sampled: in a pause, or when every running request has ended."""
+        """Run a function while nothing is sampled: in a pause, or when every running request has ended."""
         async with self._gate.writing():
             return await self._run(function)
 
     async def _update(self, body: Tensors | Folder, load: Callable[[], str]) -> str:
-        """Load new weights; then, in the same turn, flush and move the label as `body` says."""
+        """Load new weights; then, in the same command, flush the cache and set the label as `body` says."""
 
         def update() -> str:
             message = load()
@@ -285,7 +285,11 @@ class ControlEndpoints:
 
 
 async def _parse(request: HttpRequest, kind: type[T]) -> T:
-    """Raises BadRequest: the body is missing, no JSON, or lacks a field. Unknown fields are ignored."""
+    """Return the parsed body; unknown fields are ignored.
+
+    Raises:
+        BadRequest: the body is missing, is not JSON, or lacks a field.
+    """
     try:
         return msgspec.json.decode(await request.body(), type=kind)
     except msgspec.DecodeError as error:  # includes msgspec.ValidationError
@@ -293,7 +297,7 @@ async def _parse(request: HttpRequest, kind: type[T]) -> T:
 
 
 async def _outcome(message: Awaitable[str], **extra: Any) -> Response:
-    """Answer 200 with the message, or 400 with that of the BadRequest."""
+    """Answer 200 with the message, or 400 with the message of the BadRequest."""
     try:
         return JSONResponse({"success": True, "message": await message, **extra})
     except BadRequest as error:

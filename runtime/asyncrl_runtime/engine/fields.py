@@ -9,14 +9,14 @@ T = TypeVar("T", bound=msgspec.Struct)
 
 
 class BadRequest(Exception):
-    """Answered with status 400 and this message."""
+    """A request is answered with status 400 and this message."""
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """The sampling fields that this engine implements, with SGLang's defaults."""
 
     max_new_tokens: int | None = None
-    """128 where it is not said, or less if the context ends before."""
+    """The most tokens to sample; None: 128, or fewer if the context ends before that."""
     min_new_tokens: int = 0
     temperature: float = 1.0
     top_p: float = 1.0
@@ -29,7 +29,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
     stream_interval: int = 0
-    """0: the server's."""
+    """Tokens between chunks of a stream; 0: the server's setting."""
     sampling_seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -82,7 +82,7 @@ class GenerateBody(msgspec.Struct, frozen=True, kw_only=True):
     cache_salt: str | list[str] = ""
     extra_key: str | list[str] = ""
     lora_path: str | list[str | None] | None = None
-    """Names of adapters, whatever the field is called."""
+    """Names of adapters, although the field is called a path."""
 
 
 OTHER_BODY_FIELDS: Mapping[str, Any] = dict.fromkeys([
@@ -96,16 +96,24 @@ OTHER_BODY_FIELDS: Mapping[str, Any] = dict.fromkeys([
     "session_params", "token_ids_logprob", "top_logprobs_num", "use_audio_in_video", "video_config",
     "video_data",
 ]) | {"log_metrics": True}  # fmt: skip
-"""The same for the fields beside `sampling_params`; None stands for whatever is empty or false."""
+"""The same for the fields beside `sampling_params`; None stands for anything empty or false."""
 
 
 def parse_sampling(given: Mapping[str, Any]) -> SamplingParams:
-    """Raises BadRequest: a field is unknown, not implemented, of the wrong type or out of range."""
+    """Return the sampling parameters.
+
+    Raises:
+        BadRequest: a field is unknown, not implemented, of the wrong type or out of range.
+    """
     return _parse(given, SamplingParams, OTHER_SAMPLING_FIELDS)
 
 
 def parse_body(data: bytes) -> GenerateBody:
-    """Raises BadRequest, as `parse_sampling`; the sampling parameters are left as they are."""
+    """Return the body's fields; the sampling parameters are left as they are.
+
+    Raises:
+        BadRequest: as for `parse_sampling`.
+    """
     try:
         given = msgspec.json.decode(data)
     except msgspec.DecodeError as error:
@@ -116,7 +124,7 @@ def parse_body(data: bytes) -> GenerateBody:
 
 
 def _parse(given: Mapping[str, Any], kind: type[T], others: Mapping[str, Any]) -> T:
-    """Make a `kind` of `given`, null standing for the default; `others` may be given at their defaults."""
+    """Convert `given` to `kind`; null stands for the default, and `others` may only have their defaults."""
     known = kind.__struct_fields__
     for name, value in given.items():
         if name in others:

@@ -1,4 +1,4 @@
-"""Who may pass when: generation, pauses and weight updates, on the event loop's side."""
+"""Decides who may pass when: generation, pauses and weight updates, on the event loop's side."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 
 
 class Gate:
-    """A readers-writer lock in front of a pause, as SGLang has them.
+    """A readers-writer lock in front of a pause, as in SGLang.
 
     A generation passes unless the engine is paused or a writer holds or awaits the lock, and it counts as
     a reader until it is answered. Weight updates are writers: without a pause they wait for all readers;
@@ -17,12 +17,12 @@ class Gate:
         self.is_paused = False
         self.num_readers = 0
         self._num_writers = 0
-        """Holding the lock or waiting for it; new readers wait for both."""
+        """The number of writers that hold the lock or wait for it; new readers wait for both kinds."""
         self._is_writing = False
         self._waiters: list[asyncio.Future[None]] = []
 
     async def enter(self) -> None:
-        """Pass as a reader; call `leave` when answered."""
+        """Pass as a reader; the caller must call `leave` once the request is answered."""
         await self._wait_until(lambda: not self.is_paused and not self._num_writers)
         self.num_readers += 1
 
@@ -32,7 +32,7 @@ class Gate:
 
     @asynccontextmanager
     async def writing(self) -> AsyncIterator[None]:
-        """Hold the lock, or pass at once in a pause."""
+        """Hold the lock as a writer, or pass at once in a pause."""
         if self.is_paused:
             yield
             return

@@ -1,4 +1,4 @@
-"""`/generate` on the event loop's side: in through the gate, answers out, aborted when the client leaves."""
+"""`/generate` on the event loop's side: passes the gate, sends the answers, aborts when the client leaves."""
 
 import asyncio
 import contextlib
@@ -21,7 +21,7 @@ _encode = msgspec.json.Encoder().encode
 
 
 class ServerFault(Exception):
-    """A request that the engine could not answer, with the status to answer instead."""
+    """A request that the engine could not answer, with the status code to send instead."""
 
     def __init__(self, status_code: int, message: str) -> None:
         super().__init__(message)
@@ -29,14 +29,14 @@ class ServerFault(Exception):
 
 
 class _Answers:
-    """What has come back for the requests of one call."""
+    """The updates that have come back for the requests of one call."""
 
     def __init__(self, call: Call) -> None:
         self.call = call
         self.changed = asyncio.Event()
         """Set when a stream has something new, and when the last request has finished."""
         self.fresh: dict[Request, Progress] = {}
-        """Updates not sent yet; of each request only the newest, since they are cumulative."""
+        """The updates not sent yet: only the newest one of each request, since they are cumulative."""
         self.num_open = len(call.requests)
 
     def put(self, update: Progress) -> None:
@@ -46,7 +46,7 @@ class _Answers:
             self.changed.set()
 
     async def take(self) -> dict[Request, Progress]:
-        """Wait for news and return it."""
+        """Wait for new updates and return them."""
         await self.changed.wait()
         self.changed.clear()
         fresh, self.fresh = self.fresh, {}
@@ -66,7 +66,7 @@ class GenerateEndpoint:
     ) -> None:
         """
         Args:
-            observe: told of every request that has finished.
+            observe: called with every request that has finished.
         """
         self._scheduler = scheduler
         self._parser = parser
@@ -74,9 +74,9 @@ class GenerateEndpoint:
         self._adapters = adapters
         self._observe = observe
         self._live: set[str] = set()
-        """Request ids, from arrival (held at the gate or not) until answered."""
+        """The ids of requests that have arrived (held at the gate or not) and are not answered yet."""
         self._answers: dict[Request, _Answers] = {}
-        """Where updates go. By request and not by its id, which another may have after it was abandoned."""
+        """Where updates go: by request, not by its id, which another may have after it was abandoned."""
 
     def deliver(self, updates: list[Progress]) -> None:
         """Hand out what the scheduler has sampled."""
@@ -104,7 +104,7 @@ class GenerateEndpoint:
         """Return the finished responses in the order of the call's requests.
 
         Raises:
-            ServerFault: one of them failed within the engine.
+            ServerFault: one of the requests failed within the engine.
         """
         async with self._running(call) as answers:
             updates = await answers.take()
@@ -115,7 +115,7 @@ class GenerateEndpoint:
             return [self._build(updates[request]) for request in call.requests]
 
     async def _stream(self, call: Call, send: Send) -> None:
-        """Send server-sent events, the last one `[DONE]`; an error is one of them, as in SGLang."""
+        """Send server-sent events, the last of which is `[DONE]`; an error is an event too, as in SGLang."""
         headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         async with contextlib.aclosing(self._chunks(call)) as chunks:
@@ -127,7 +127,7 @@ class GenerateEndpoint:
         await send(_event(b"[DONE]", is_last=True))
 
     async def _chunks(self, call: Call) -> AsyncGenerator[dict[str, Any]]:
-        """What each request has so far, again and again; in a batch with the request's index."""
+        """Yield what each request has so far, again and again; in a batch, with the request's index."""
         index = {request: i for i, request in enumerate(call.requests)}
         async with self._running(call) as answers:
             while answers.num_open or answers.fresh:
@@ -139,7 +139,7 @@ class GenerateEndpoint:
 
     @contextlib.asynccontextmanager
     async def _running(self, call: Call) -> AsyncIterator[_Answers]:
-        """Pass the gate, get adapters and submit; on the way out, abort what has not finished."""
+        """Pass the gate, borrow adapters and submit; on the way out, abort what has not finished."""
         answers = _Answers(call)
         rids = [request.rid for request in call.requests]
         for rid in rids:
@@ -177,7 +177,7 @@ def _stream_error(message: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _cancelled_on_disconnect(receive: Receive) -> Iterator[None]:
-    """Cancel the block when the client closes the connection, without an error to the outside."""
+    """Cancel the block when the client closes the connection, without raising an error."""
     task = asyncio.current_task()
     assert task is not None
     is_open = True

@@ -1,4 +1,4 @@
-"""LoRA adapters: read from PEFT's folders, and added to linear layers for the tokens that want them."""
+"""LoRA adapters, read from PEFT's folders and added to linear layers for the tokens that use them."""
 
 import math
 import uuid
@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from asyncrl_runtime.engine.fields import BadRequest
 
 PREFIX = "base_model.model."
-"""Stands before the model's own names in PEFT's files."""
+"""The prefix of the model's own names in PEFT's files."""
 OTHER_KINDS = (
     "alora_invocation_tokens", "alpha_pattern", "arrow_config", "kasa_config", "layer_replication",
     "lora_bias", "modules_to_save", "monteclora_config", "rank_pattern", "target_parameters",
@@ -28,20 +28,20 @@ OTHER_KINDS = (
 
 
 class Delta(NamedTuple):
-    """What an adapter adds to one linear layer: scale * x @ down @ up."""
+    """The term that an adapter adds to one linear layer: scale * x @ down @ up."""
 
     down: Tensor
-    """[in, rank], PEFT's lora_A transposed, for the reason that linear weights are."""
+    """[in, rank], PEFT's lora_A, transposed for the same reason as linear weights."""
     up: Tensor
-    """[rank, out], lora_B transposed."""
+    """[rank, out], PEFT's lora_B, transposed."""
 
 
 @dataclass(eq=False, frozen=True, slots=True)
 class LoadedAdapter:
-    """A folder as it was when it was read; read again it is another adapter, with a cache of its own."""
+    """A folder as it was when it was read; read again, it is another adapter with a cache of its own."""
 
     deltas: Mapping[str, Delta]
-    """By the name of the linear layer."""
+    """The deltas, by the names of their linear layers."""
     scale: float
     uid: str = field(default_factory=lambda: uuid.uuid4().hex)
 
@@ -51,13 +51,13 @@ class Share(NamedTuple):
 
     adapter: LoadedAdapter
     rows: Tensor | None
-    """[n] int64, their places in the forward; None for all of it."""
+    """[n] int64, the places of the tokens in the forward; None for all tokens."""
 
 
 class AdaptedLayers:
-    """Adds adapters to layers by hooks, which exist only while an adapter is in the batch.
+    """Adds adapters to layers through hooks, which exist only while an adapter is in the batch.
 
-    Layers of another class would change the parameters' names, and cost something where no adapter is.
+    Layers of another class would change the parameters' names, and would cost time even without an adapter.
     """
 
     def __init__(self, layers: Mapping[str, nn.Linear]) -> None:
@@ -67,7 +67,7 @@ class AdaptedLayers:
         self._hooks: list[RemovableHandle] = []
 
     def apply(self, shares: Sequence[Share]) -> None:
-        """Have the next forward add these shares, whose rows are places among its tokens."""
+        """Make the next forward add these shares, whose rows are places among its tokens."""
         self._shares = shares
         adapters = {share.adapter for share in shares}
         if adapters == self._hooked:
@@ -87,7 +87,7 @@ class AdaptedLayers:
 
 
 def split(adapters: Sequence[LoadedAdapter | None]) -> list[Share]:
-    """Group tokens by adapter, given that of each; None, the base model alone, makes no share."""
+    """Group tokens by adapter, given the adapter of each; None (the base model alone) makes no share."""
     distinct = set(adapters)
     if len(distinct) == 1:
         (only,) = distinct
@@ -100,7 +100,7 @@ def split(adapters: Sequence[LoadedAdapter | None]) -> list[Share]:
 
 
 def add_deltas(shares: Sequence[Share], layer: str, x: Tensor, out: Tensor) -> None:
-    """Add what the adapters have for a linear layer to `out`, [..., out], its output for `x`, [..., in]."""
+    """Add the adapters' deltas for a linear layer to `out`, [..., out], its output for `x`, [..., in]."""
     inputs, outputs = x.reshape(-1, x.shape[-1]), out.view(-1, out.shape[-1])
     for adapter, rows in shares:
         delta = adapter.deltas.get(layer)
@@ -113,7 +113,7 @@ def add_deltas(shares: Sequence[Share], layer: str, x: Tensor, out: Tensor) -> N
 
 
 class _Config(msgspec.Struct, frozen=True):
-    """What is used of `adapter_config.json`."""
+    """The fields of `adapter_config.json` that are used."""
 
     peft_type: Literal["LORA"]
     r: Annotated[int, msgspec.Meta(ge=1)]
@@ -129,13 +129,13 @@ def read_adapter(folder: Path, layers: Mapping[str, nn.Linear], dtype: torch.dty
     """Read an adapter for these layers, as PEFT's `save_pretrained` writes it.
 
     Raises:
-        BadRequest: the folder lacks a file or holds a broken one, the adapter is not of the plain kind, or
-            it is made for other layers than these.
+        BadRequest: the folder lacks a file or holds a broken one, the adapter is not plain LoRA, or it was
+            made for other layers.
     """
     try:
         config = _parse_config((folder / "adapter_config.json").read_bytes())
         tensors = load_file(folder / "adapter_model.safetensors")
-        # PEFT adds a copy of the model's own head where that is a target; as in SGLang, it is left alone.
+        # If the model's head is a target, PEFT adds a copy of it; as in SGLang, the copy is ignored.
         halves = {name: t for name, t in tensors.items() if not name.endswith(".base_layer.weight")}
         return LoadedAdapter(_build_deltas(halves, layers, config.r, dtype), config.scale)
     except (OSError, ValueError, msgspec.DecodeError, SafetensorError) as error:
@@ -143,7 +143,11 @@ def read_adapter(folder: Path, layers: Mapping[str, nn.Linear], dtype: torch.dty
 
 
 def _parse_config(data: bytes) -> _Config:
-    """Raises ValueError or msgspec.DecodeError: it is none, or of another kind than plain LoRA."""
+    """Return the parsed config.
+
+    Raises:
+        ValueError, msgspec.DecodeError: it is not a config, or not one of plain LoRA.
+    """
     given: Any = msgspec.json.decode(data)
     config = msgspec.convert(given, _Config)
     others = [name for name in OTHER_KINDS if given.get(name)]
@@ -157,7 +161,11 @@ def _parse_config(data: bytes) -> _Config:
 def _build_deltas(
     tensors: Mapping[str, Tensor], layers: Mapping[str, nn.Linear], rank: int, dtype: torch.dtype
 ) -> dict[str, Delta]:
-    """Raises ValueError: the tensors are not two for each target, or a target is none of the layers."""
+    """Return the deltas by target.
+
+    Raises:
+        ValueError: there are not two fitting tensors for each target, or a target is not one of the layers.
+    """
     targets = {name.removeprefix(PREFIX).rpartition(".lora_")[0] or name for name in tensors}
     strangers = sorted(targets - layers.keys())
     if strangers:
@@ -171,7 +179,7 @@ def _build_deltas(
 
     def half(target: str, letter: str) -> Tensor:
         tensor = tensors[_name(target, letter)].t()
-        # A copy always: what is loaded may be a view of the file, and the file may be replaced.
+        # Always a copy: a loaded tensor may be a view of the file, and the file may be replaced.
         return tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
     return {target: Delta(half(target, "A"), half(target, "B")) for target in targets}

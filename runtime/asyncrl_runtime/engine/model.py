@@ -20,16 +20,16 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class CausalModel:
-    """The decoder and its head, run over windows of the slot cache.
+    """A decoder and its head, which run over windows of the slot cache.
 
-    Decoder and head are called apart, so that a prefill computes logits only where they are wanted.
+    Decoder and head are called separately, so that a prefill computes logits only where they are needed.
     """
 
     def __init__(self, folder: Path, dtype: torch.dtype) -> None:
         """Load config, weights and tokenizer.
 
         Raises:
-            ExitError: the folder lacks something, or the model computes what this engine does not.
+            ExitError: the folder lacks something, or the model computes something that this engine does not.
         """
         self.folder = folder
         self.dtype = dtype
@@ -56,10 +56,10 @@ class CausalModel:
         return KvCache(config.num_hidden_layers, config.num_key_value_heads, head_size, self.dtype)
 
     def hidden(self, token_ids: Tensor, window: Window, shares: Sequence[Share] = ()) -> Tensor:
-        """Run a window's tokens, [N] int64, storing their keys and values; return [N, hidden].
+        """Run a window's tokens, [N] int64, and store their keys and values; return [N, hidden].
 
         Args:
-            shares: of adapters in the tokens.
+            shares: the shares of the adapters in these tokens.
 
         Raises:
             IndexError: a token id is outside the vocabulary.
@@ -76,13 +76,13 @@ class CausalModel:
         return result
 
     def logits(self, hidden: Tensor, shares: Sequence[Share] = ()) -> Tensor:
-        """[n, vocabulary] float32 of [n, hidden], of which adapters have `shares`."""
+        """Return the logits, [n, vocabulary] float32, of [n, hidden], of which adapters have `shares`."""
         result: Tensor = self.head(hidden)
         add_deltas(shares, self._head_name, hidden, result)
         return result.float()
 
     def parameters(self) -> dict[str, Tensor]:
-        """Every name of every parameter; tied weights appear under each of their names."""
+        """Return the parameters by name; tied weights appear under each of their names."""
         named = self.module.named_parameters(remove_duplicate=False)
         return {name: parameter.data for name, parameter in named}
 
@@ -97,12 +97,12 @@ def load_weights(folder: Path, dtype: torch.dtype) -> Any:
     """Return the model in `folder` with attention over the slot cache, in evaluation mode.
 
     Raises:
-        ExitError: there is no config, or it is no causal language model with readable weights.
+        ExitError: there is no config, or it is not that of a causal language model with readable weights.
     """
     if not (folder / "config.json").is_file():
         raise ExitError(
             ExitCode.REFUSED,
-            f"model folder {folder} has no config.json: name a folder as `save_pretrained` writes it",
+            f"model folder {folder} has no config.json: name a folder that `save_pretrained` has written",
         )
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -115,14 +115,14 @@ def load_weights(folder: Path, dtype: torch.dtype) -> Any:
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ExitError(ExitCode.REFUSED, f"model folder {folder} cannot be loaded: {error}") from error
     module, loading = loaded  # as output_loading_info has it, which its types do not say
-    if loading["missing_keys"]:  # transformers would make them up
+    if loading["missing_keys"]:  # transformers would initialize them at random
         missing = ", ".join(sorted(loading["missing_keys"]))
         raise ExitError(ExitCode.REFUSED, f"model folder {folder} lacks weights: {missing}")
     return module.eval().requires_grad_(False)
 
 
 def context_length_of(folder: Path) -> int:
-    """The longest sequence that the model's position embedding is made for."""
+    """Return the longest sequence that the model's position embedding is made for."""
     return int(AutoConfig.from_pretrained(folder, local_files_only=True).max_position_embeddings)
 
 
@@ -139,7 +139,7 @@ def _load_tokenizer(folder: Path) -> Any:
 
 
 def _eos_ids(module: Any, tokenizer: Any) -> frozenset[int]:
-    """What ends a response: as SGLang, the union of config, generation config and tokenizer."""
+    """Return the tokens that end a response: as in SGLang, from config, generation config and tokenizer."""
     ids: set[int] = set()
     for value in (
         module.config.eos_token_id,
@@ -154,15 +154,16 @@ def _eos_ids(module: Any, tokenizer: Any) -> frozenset[int]:
 def _check(model: CausalModel) -> None:
     """Refuse a model whose own forward disagrees with ours on a short sequence.
 
-    This finds what no list of architectures would: scaled or capped logits, attention sinks, caches of
-    another kind. A sliding window shows only in long sequences and is looked up.
+    This finds what no list of architectures would: scaled or capped logits, attention sinks, other kinds of
+    caches. A sliding window shows only in long sequences, so it is looked up in the config.
     """
     config = model.config
     name = type(model.module).__name__
     layers = set(getattr(config, "layer_types", None) or ())
     if layers - {"full_attention"} or (not layers and getattr(config, "sliding_window", None)):
         raise ExitError(
-            ExitCode.REFUSED, f"{name}: layers of kind {sorted(layers) or 'sliding_window'} are not served"
+            ExitCode.REFUSED,
+            f"{name} is not served: it has layers of kind {sorted(layers) or 'sliding_window'}",
         )
     ids = torch.arange(8) % model.vocabulary_size
     cache = model.new_cache()
@@ -187,10 +188,10 @@ def _check(model: CausalModel) -> None:
 
 
 def _store_transposed(module: nn.Module) -> None:
-    """Store linear weights as [in, out] behind their [out, in] shape.
+    """Store linear weights as [in, out] in memory, while their shape stays [out, in].
 
-    For the few rows of a decode step MKL's float32 product is up to twice as fast that way. Weights that
-    are an embedding at the same time stay, since rows are looked up in them.
+    For the few rows of a decode step MKL's float32 product is up to twice as fast that way. Weights that are
+    also an embedding stay as they are, since rows are looked up in them.
     """
     embedded = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
     for part in module.modules():
@@ -200,7 +201,7 @@ def _store_transposed(module: nn.Module) -> None:
 
 @torch.inference_mode()
 def _fuse_norms(module: nn.Module) -> None:
-    """Let RMS norms, which are six operations each in transformers, run as one, where it is the same."""
+    """Make RMS norms, six operations each in transformers, run as one operation if the result is the same."""
     for part in module.modules():
         weight, eps = getattr(part, "weight", None), getattr(part, "variance_epsilon", None)
         if isinstance(weight, Tensor) and weight.dim() == 1 and isinstance(eps, float):

@@ -1,4 +1,4 @@
-"""Prometheus metrics under SGLang's names, read from the scheduler when they are asked for."""
+"""Prometheus metrics under SGLang's names, read from the scheduler when they are scraped."""
 
 from collections.abc import Iterator
 
@@ -13,15 +13,17 @@ SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 
 
 
 class EngineMetrics(Collector):
-    """Gauges and counters of the scheduler, which is only looked at: its numbers may be a step apart."""
+    """Gauges and counters of the scheduler, read without a lock: the numbers may be a step apart."""
 
     def __init__(self, scheduler: Scheduler, model_name: str) -> None:
         self.registry = CollectorRegistry()
         self._scheduler = scheduler
         self._labels = {"model_name": model_name, "engine_type": "unified", "tp_rank": "0", "pp_rank": "0"}
         self.registry.register(self)
-        self._latency = self._histogram("e2e_request_latency_seconds", "From arrival to the last token.")
-        self._first_token = self._histogram("time_to_first_token_seconds", "From arrival to the first token.")
+        self._latency = self._histogram("e2e_request_latency_seconds", "Time from arrival to the last token.")
+        self._first_token = self._histogram(
+            "time_to_first_token_seconds", "Time from arrival to the first token."
+        )
 
     def observe(self, request: Request) -> None:
         """Count a finished request."""

@@ -1,4 +1,4 @@
-"""Requests: what one `/generate` comes down to, and what becomes of each prompt."""
+"""The requests that one `/generate` is turned into: one prompt and its response each."""
 
 import time
 import uuid
@@ -27,60 +27,60 @@ class Request:
     prompt: NDArray[np.int64]
     params: SamplingParams
     max_new_tokens: int
-    """What the limits leave of `params.max_new_tokens`."""
+    """The number of `params.max_new_tokens` that the limits leave."""
     return_logprob: bool = False
     logprob_start: int = -1
-    """First prompt position whose log-prob is returned; -1 for none."""
+    """The first prompt position whose log-prob is returned; -1 for none."""
     return_prompt_ids: bool = False
     salt: str = ""
-    """The client's own; what keeps prompts apart in the cache is `cache_salt`."""
+    """The client's own salt; prompts are kept apart in the cache by `cache_salt`."""
     lora_path: str | None = None
-    """Name of an adapter, None for the base model alone."""
+    """The name of an adapter; None for the base model alone."""
     adapter: LoadedAdapter | None = None
-    """The one of that name, since before the scheduler has the request."""
+    """The adapter of that name, set before the scheduler gets the request."""
     stream: bool = False
     received: float = field(default_factory=time.time)
 
     output_ids: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
-    """What was sampled until the request last left the batch."""
+    """The tokens that were sampled until the request last left the batch."""
     output_logprobs: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
     input_logprobs: NDArray[np.float32] | None = None
-    """[prompt - logprob_start - 1], of the prompt's tokens after the first one returned."""
+    """[prompt - logprob_start - 1], the log-probs of the prompt's tokens after the first one returned."""
     spans: list[tuple[str, int, int]] = field(default_factory=list)
-    """Weight version, first and last (exclusive) output token, of versions that are past."""
+    """The weight version, first and last (exclusive) output token of each span that is closed."""
     finish_reason: dict[str, Any] | None = None
     weight_version: str = ""
-    """Of the last token; set at the end."""
+    """The weight version of the last token; set at the end."""
     cached_tokens: int = 0
     num_retractions: int = 0
     started: float = 0.0
-    """When it first entered the batch, 0 while it has not."""
+    """When the request first entered the batch; 0 before that."""
     prefilled: float = 0.0
-    """When it had its first token."""
+    """When the request got its first token."""
     finished: float = 0.0
 
     @property
     def lacks_input_logprobs(self) -> bool:
-        """Log-probs of the prompt are wanted and not there yet."""
+        """Whether log-probs of the prompt are wanted and not there yet."""
         return self.logprob_start >= 0 and self.input_logprobs is None
 
     @property
     def cache_salt(self) -> str:
-        """Requests may share keys and values of prompts where this is equal."""
+        """The salt of the prefix cache: requests with an equal one may share keys and values of prompts."""
         return self.salt if self.adapter is None else f"{self.adapter.uid}/{self.salt}"
 
     @property
     def is_watched(self) -> bool:
-        """It streams or has stop strings, so that every token of it is looked at."""
+        """Whether the request streams or has stop strings, so that each of its tokens is looked at."""
         return self.stream or bool(self.params.stop)
 
     @property
     def tokens(self) -> NDArray[np.int64]:
-        """Prompt and output."""
+        """The tokens of prompt and output."""
         return np.concatenate([self.prompt, self.output_ids]) if len(self.output_ids) else self.prompt
 
     def close_span(self, version: str, num_output: int) -> None:
-        """Attribute the output tokens up to `num_output` that no span covers yet to `version`."""
+        """Attribute to `version` the output tokens up to `num_output` that no span covers yet."""
         start = self.spans[-1][2] if self.spans else 0
         if num_output > start:
             if self.spans and self.spans[-1][0] == version:
@@ -89,11 +89,11 @@ class Request:
 
 
 class Call(NamedTuple):
-    """One `/generate`."""
+    """The requests of one call of `/generate`."""
 
     requests: list[Request]
     is_single: bool
-    """Answered with one object rather than a list."""
+    """Whether the answer is one object rather than a list."""
     stream: bool
 
 
@@ -106,7 +106,11 @@ class RequestParser:
         self._max_total_tokens = max_total_tokens
 
     def parse(self, data: bytes) -> Call:
-        """Raises BadRequest: the body is not what SGLang takes, or asks for what this engine lacks."""
+        """Return the requests of a body.
+
+        Raises:
+            BadRequest: SGLang would not accept the body, or it asks for something that this engine lacks.
+        """
         body = parse_body(data)
         prompts, is_single = self._prompts(body)
         params = [
@@ -162,7 +166,7 @@ class RequestParser:
         return [np.array(prompt, dtype=np.int64) for prompt in prompts], is_single
 
     def _fit(self, num_input: int, params: SamplingParams) -> int:
-        """How many tokens may be sampled behind a prompt, as far as the token budget goes."""
+        """Return how many tokens may be sampled after a prompt, within the token budget."""
         if num_input >= self._context_length:
             raise BadRequest(
                 f"The input ({num_input} tokens) is longer than the model's context length "
@@ -194,7 +198,7 @@ def _per_prompt(value: Any, count: int, name: str) -> list[Any]:
 
 
 def _rids(rid: str | list[str] | None, count: int, n: int, is_single: bool) -> list[str]:
-    """One id per response; parallel samples get fresh ones, as in SGLang."""
+    """Return one id per response; parallel samples get fresh ids, as in SGLang."""
     if rid is None or n > 1:
         return [uuid.uuid4().hex for _ in range(count * n)]
     if isinstance(rid, str):

@@ -13,10 +13,10 @@ from asyncrl_runtime.engine.scheduler import Progress
 
 
 def build_response(update: Progress, model: CausalModel, version: str) -> dict[str, Any]:
-    """Return what is answered, or streamed, for one request.
+    """Return the answer, or the chunk of a stream, for one request.
 
     Args:
-        version: the server's label now; what a chunk before the last one carries.
+        version: the server's label now, which a chunk before the last one carries.
     """
     request = update.request
     output_ids = update.output_ids.tolist()
@@ -57,7 +57,7 @@ def _triples(logprobs: NDArray[np.float32], ids: Sequence[int]) -> list[tuple[fl
 
 
 def _input_logprobs(request: Request) -> list[tuple[float | None, int, None]]:
-    """From `logprob_start` on; the first one is null, since its log-prob would need the one before."""
+    """Return log-probs of the prompt from `logprob_start`; the first is null: it needs the token before."""
     if request.input_logprobs is None:
         return []
     ids = request.prompt[request.logprob_start :].tolist()
@@ -65,7 +65,7 @@ def _input_logprobs(request: Request) -> list[tuple[float | None, int, None]]:
 
 
 def _text(request: Request, output_ids: list[int], reason: dict[str, Any], model: CausalModel) -> str:
-    """The decoded output, without the stop token or string that ended it."""
+    """Return the decoded output, without the stop token or string that ended it."""
     params = request.params
     matched = None if params.no_stop_trim else reason.get("matched")
     if isinstance(matched, int):
@@ -79,7 +79,7 @@ def _text(request: Request, output_ids: list[int], reason: dict[str, Any], model
 
 
 def _times(request: Request) -> dict[str, float]:
-    """Seconds, and points in time as seconds since 1970."""
+    """Return durations in seconds, and points in time in seconds since 1970."""
     decoding = request.finished - request.prefilled
     num_decoded = len(request.output_ids) - 1
     started = request.started or request.finished

@@ -1,7 +1,7 @@
-"""One forward at a time: every running row gets its next token's logits, and new prompts come along.
+"""Runs one forward at a time: every running row gets the logits of its next token, and new prompts join in.
 
-Prompts ride on the decode steps' forwards, packed without padding. Small batches are bound by reading
-the weights, so that a prompt costs little more than its own arithmetic.
+Prompts are part of the decode steps' forwards, packed without padding. Small batches are bound by reading
+the weights, so a prompt costs little more than its own arithmetic.
 """
 
 from collections.abc import Sequence
@@ -20,27 +20,27 @@ from asyncrl_runtime.engine.requests import Request
 from asyncrl_runtime.engine.slot_attention import Segment, Window
 
 SCORED_POSITIONS = 256
-"""Log-probs of prompts are computed in pieces, so that a vocabulary's worth of logits fits in memory."""
+"""The prompt positions whose log-probs are computed at a time, so that their logits fit in memory."""
 
 
 class _Prompt(NamedTuple):
-    """A sequence to be brought into the cache, and the requests that begin with it."""
+    """A sequence that must be brought into the cache, and the requests that begin with it."""
 
     tokens: NDArray[np.int64]
     start: int
-    """Tokens whose keys and values are known; at least the last token is computed, for its logits."""
+    """The number of tokens whose keys and values are known, never the last one, whose logits are needed."""
     kv: Tensor | None
-    """What is known, [layers, 2, at least `start` tokens, heads, head size]."""
+    """The known keys and values, [layers, 2, at least `start` tokens, heads, head size]."""
     requests: list[Request]
 
     @property
     def adapter(self) -> LoadedAdapter | None:
-        """The same for all of its requests."""
+        """The adapter, which is the same for all of its requests."""
         return self.requests[0].adapter
 
 
 class Runner:
-    """Equal prompts are computed once and their keys copied."""
+    """Runs the model for the batch; equal prompts are computed once and their keys and values copied."""
 
     def __init__(self, model: CausalModel, cache: KvCache, prefixes: PrefixCache, batch: RunningRows) -> None:
         self._model = model
@@ -48,7 +48,7 @@ class Runner:
         self._prefixes = prefixes
         self._batch = batch
         self.num_computed_tokens = 0
-        """Of prompts, since the start."""
+        """The prompt tokens that were computed since the start."""
         self.num_cached_tokens = 0
 
     def step(self, admitted: Sequence[Request]) -> Tensor:
@@ -84,15 +84,15 @@ class Runner:
         return self._model.logits(last, split(self._adapters()))
 
     def _adapters(self) -> list[LoadedAdapter | None]:
-        """Of each row."""
+        """Return the adapter of each row."""
         return [request.adapter for request in self._batch.requests]
 
     def _group(self, requests: Sequence[Request]) -> list[_Prompt]:
-        """Merge equal prompts under equal salts and adapters, and look up what is known of each."""
+        """Merge equal prompts with equal salts and adapters, and look up what is known of each."""
         prompts: dict[tuple[str, bytes] | Request, _Prompt] = {}
         for request in requests:
             tokens = request.tokens
-            if request.lacks_input_logprobs:  # which need the hidden states of the whole prompt
+            if request.lacks_input_logprobs:  # they need the hidden states of the whole prompt
                 prompts[request] = _Prompt(tokens, 0, None, [request])
                 continue
             key = (request.cache_salt, tokens.tobytes())
@@ -112,7 +112,7 @@ class Runner:
         return Segment(row, prompt.start, len(prompt.tokens))
 
     def _score(self, prompts: Sequence[_Prompt], hidden: Tensor) -> None:
-        """Set `input_logprobs` where wanted: of the raw logits, of the tokens behind `logprob_start`."""
+        """Set `input_logprobs` where wanted: from the raw logits, for the tokens after `logprob_start`."""
         end = 0
         for prompt in prompts:
             start, end = end, end + len(prompt.tokens) - prompt.start
@@ -129,7 +129,7 @@ class Runner:
             request.input_logprobs = scores
 
     def _finish(self, prompts: Sequence[_Prompt], segments: Sequence[Segment], num_decoding: int) -> Tensor:
-        """Remember and copy what was computed; return which token each row's logits are behind."""
+        """Remember and copy what was computed; return the token, by index, that each row's logits follow."""
         wanted = list(range(num_decoding))
         copies: list[int] = []
         end = num_decoding
@@ -149,7 +149,7 @@ class Runner:
             num_cached = num_tokens - 1 if index else prompt.start  # the last token always counts as computed
             self.num_cached_tokens += num_cached
             self.num_computed_tokens += num_tokens - num_cached
-            if request.started == 0.0:  # not when it comes back from a retraction
+            if request.started == 0.0:  # not if it comes back from a retraction
                 request.cached_tokens = num_cached
 
     def _remember(self, prompt: _Prompt, segment: Segment) -> None:

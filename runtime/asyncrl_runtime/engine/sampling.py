@@ -1,10 +1,10 @@
-"""From logits to tokens and their log-probs, for all rows at once.
+"""Turns logits into tokens and their log-probs, for all rows at once.
 
-The noise of a seeded request is a pure function of its seed and the token's absolute position, so the
-same seed gives the same tokens whatever else is in the batch, after a retraction, and where a request is
-continued elsewhere with prompt and partial output. The logits themselves depend on the batch in their
-last bits (some 1e-6 in float32): a token changes only when its random number falls that close to the edge
-between two tokens, about once in a million tokens; in bfloat16, about once in a thousand.
+The noise of a seeded request is a pure function of its seed and the token's absolute position, so the same
+seed gives the same tokens whatever else is in the batch, after a retraction, and if the request is continued
+elsewhere with its prompt and partial output. The logits themselves depend on the batch in their last bits
+(some 1e-6 in float32): a token changes only if its random number falls that close to the edge between two
+tokens, about once in a million tokens; in bfloat16, about once in a thousand.
 """
 
 from typing import NamedTuple
@@ -16,17 +16,17 @@ from torch import Tensor
 
 
 class SamplingPlan(NamedTuple):
-    """How each of n rows is sampled; made anew when the rows change, not at every step."""
+    """How each of n rows is sampled; made anew when the rows change, not in every step."""
 
     temperature: Tensor | None
-    """[n, 1] float32; 1 for greedy rows, whose log-probs are of the raw logits. None if all are 1."""
+    """[n, 1] float32; 1 for greedy rows, whose log-probs are those of the raw logits. None if all are 1."""
     greedy: Tensor | None
     """[n] bool; None if no row is greedy."""
     all_greedy: bool
     filtered: Tensor | None
     """[m] int64, the rows with top-k or top-p; None if there are none."""
     top_k: NDArray[np.int64]
-    """[m, 1], beyond any vocabulary where it is off."""
+    """[m, 1]; larger than any vocabulary where it is off."""
     top_p: NDArray[np.float64]
     """[m, 1]."""
     seeded: NDArray[np.bool_] | None
@@ -66,12 +66,12 @@ def sample(
 
     Args:
         logits: [n, vocabulary] float32, not used afterwards.
-        positions: [n] index of the token to be sampled within prompt and output.
-        rng: noise of the rows without a seed.
+        positions: [n] index, within prompt and output, of the token that is to be sampled.
+        rng: source of the noise for rows without a seed.
 
     Returns:
-        [n] tokens, and [n] log-probs, natural, of log_softmax(logits / temperature) before top-k and
-        top-p; of the raw logits where greedy.
+        [n] tokens, and [n] natural log-probs: those of logits / temperature before top-k and top-p, or
+        those of the raw logits for greedy rows.
     """
     if plan.temperature is not None:
         logits = logits / plan.temperature
@@ -87,9 +87,9 @@ def sample(
 
 
 def uniforms(seeds: NDArray[np.uint64], positions: NDArray[np.int64]) -> NDArray[np.float64]:
-    """One number in [0, 1) for each pair of seed and position, by two rounds of splitmix64.
+    """Return a number in [0, 1) for each pair of seed and position, by two rounds of splitmix64.
 
-    52 bits, so that the largest times a total stays below the total in float64.
+    They have 52 bits, so that in float64 even the largest one times a total stays below that total.
     """
     bits = _splitmix64(_splitmix64(seeds) ^ positions.astype(np.uint64))
     return (bits >> np.uint64(12)).astype(np.float64) * 2.0**-52
@@ -116,21 +116,21 @@ def _argmax(values: Tensor) -> Tensor:
 
 
 def _invert_cdf(logprobs: Tensor, plan: SamplingPlan, noise: Tensor) -> Tensor:
-    """[n] the first token at which the cumulative probability, in float64, passes noise * total."""
+    """Return, [n], the first token at which the cumulative probability, in float64, passes noise * total."""
     probs = logprobs.exp()
     if plan.filtered is not None:
         probs[plan.filtered] = _truncate(probs[plan.filtered], plan.top_k, plan.top_p)
     cdf = probs.cumsum(dim=-1, dtype=torch.float64)
-    # right=True passes over tokens of probability 0, whose cumulative value equals the one before.
+    # right=True skips tokens of probability 0, whose cumulative value equals the one before.
     tokens = torch.searchsorted(cdf, noise[:, None] * cdf[:, -1:], right=True)[:, 0]
     return tokens.clamp_(max=logprobs.shape[1] - 1)  # NaN logits compare as larger than anything
 
 
 def _truncate(probs: Tensor, top_k: NDArray[np.int64], top_p: NDArray[np.float64]) -> Tensor:
-    """Zero what is outside the k likeliest tokens or the smallest set that reaches probability p.
+    """Set to zero what is outside the k likeliest tokens or the smallest set that reaches probability p.
 
-    As in SGLang, both bounds are taken on the full distribution, and the token that crosses p stays;
-    unlike there, so do all tokens that tie with the last one kept, so that order does not matter.
+    As in SGLang, both bounds are taken on the full distribution, and the token that crosses p is kept;
+    unlike there, all tokens that tie with the last one kept are kept too, so that order does not matter.
     """
     ordered = -np.sort(-probs.numpy(), axis=-1)  # values only: numpy sorts these with AVX512
     before = ordered.cumsum(axis=-1, dtype=np.float64) - ordered

@@ -1,4 +1,4 @@
-"""The scheduler: one thread that owns the model, admits requests, decodes, pauses and retracts."""
+"""The scheduler: one thread that owns the model and admits, decodes, pauses and retracts requests."""
 
 import queue
 import time
@@ -23,27 +23,27 @@ T = TypeVar("T")
 HEADROOM_TOKENS = 16
 """Free budget per row at admission, so that a request is not retracted right after its prefill."""
 MAX_STEP_TOKENS = 4096
-"""New tokens of all requests admitted at once, so that running ones do not wait long; one always may."""
+"""Most new tokens admitted at once, so that running requests do not wait long; one request always may."""
 THROUGHPUT_STEPS = 40
-"""Decode steps over which the throughput is averaged, as in SGLang."""
+"""The number of decode steps over which the throughput is averaged, as in SGLang."""
 
 
 class SchedulerLimits(NamedTuple):
     max_running_requests: int
     max_total_tokens: int
-    """Budget of all running rows together."""
+    """The budget of all running rows together."""
     context_length: int
     max_cached_tokens: int
-    """Of prompts kept for reuse, beside the budget."""
+    """The tokens of prompts that are kept for reuse, in addition to the budget."""
     stream_interval: int
-    """Tokens between chunks where a request does not say."""
+    """Tokens between the chunks of a stream, unless the request says otherwise."""
 
 
 class Progress(NamedTuple):
-    """What a request has sampled so far."""
+    """The tokens that a request has sampled so far."""
 
     request: Request
-    """Goes on changing on the scheduler's thread until its last update is out."""
+    """The request, which the scheduler's thread goes on changing until its last update is out."""
     output_ids: NDArray[np.int64]
     output_logprobs: NDArray[np.float32]
     is_last: bool
@@ -52,8 +52,9 @@ class Progress(NamedTuple):
 class Scheduler:
     """Runs commands in the order of their arrival and, between them, the model.
 
-    `post` and `call` may be used from any thread; every other method belongs to the thread in `run`. It
-    consumes commands and produces updates, and sleeps while there is nothing to run; a command wakes it.
+    `post` and `call` may be called from any thread; every other method belongs to the thread in `run`. That
+    thread consumes commands and produces updates; it sleeps while there is nothing to run, and a command
+    wakes it.
     """
 
     def __init__(
@@ -65,16 +66,16 @@ class Scheduler:
     ) -> None:
         """
         Args:
-            rng: noise of requests without a seed.
-            deliver: given the updates of a step at its end, on this thread; must not block.
+            rng: source of the noise for requests without a seed.
+            deliver: called with a step's updates at its end, on this thread; must not block.
         """
         self.model = model
         self.limits = limits
         self.version = "default"
-        """Label of the weights that sample now."""
+        """The label of the weights that sample now."""
         self.is_paused = False
         self.forward_sleep_seconds = 0.0
-        """Added to every forward, to see what a slow engine does."""
+        """Time added to every forward, to try out a slow engine."""
         self.cache = model.new_cache()
         self.prefixes = PrefixCache(limits.max_cached_tokens)
         self.batch = RunningRows(
@@ -91,7 +92,7 @@ class Scheduler:
         self.num_sampled_tokens = 0
         self.num_finished = 0
         self.num_prompt_tokens = 0
-        """Of finished requests, as the next one."""
+        """Prompt tokens of finished requests; the next one counts their output tokens."""
         self.num_output_tokens = 0
         self.num_aborted = 0
         self.num_retracted = 0
@@ -100,11 +101,11 @@ class Scheduler:
         self._window = (0, 0, 0.0)
 
     def post(self, command: Callable[[], None]) -> None:
-        """Have `command` run between two steps. An exception in it ends the engine."""
+        """Queue `command` to run between two steps. An exception in it ends the engine."""
         self._inbox.put(command)
 
     def call(self, function: Callable[[], T]) -> Future[T]:
-        """Have `function` run between two steps and hand back what it returns, or its BadRequest."""
+        """Queue `function` to run between two steps; the future gets its result or its BadRequest."""
         future: Future[T] = Future()
 
         def command() -> None:
@@ -121,7 +122,7 @@ class Scheduler:
 
     @torch.inference_mode()
     def run(self) -> None:
-        """Work until `stop` runs as a command. Whatever it raises leaves the engine useless."""
+        """Work until `stop` runs as a command. If this raises, the engine is unusable."""
         while not self._is_stopped:
             self._run_commands()
             if not self.is_idle:
@@ -133,7 +134,7 @@ class Scheduler:
         return self.is_paused or not (self.waiting or self.batch.requests)
 
     def step(self) -> None:
-        """Bring every row one token further, with as many new requests as fit."""
+        """Sample one more token for every row, and admit as many new requests as fit."""
         self._make_room()
         admitted = self._choose()
         now = time.time()
@@ -152,7 +153,7 @@ class Scheduler:
         self._measure()
 
     def publish(self) -> None:
-        """Hand over the updates that there are."""
+        """Hand over the pending updates."""
         if self._updates:
             self._deliver(self._updates)
             self._updates = []
@@ -161,7 +162,7 @@ class Scheduler:
         self.waiting.extend(requests)
 
     def abort(self, matches: Callable[[str], bool]) -> None:
-        """End the requests whose id matches, with what they have."""
+        """End the requests whose id matches, with the tokens that they have."""
         queued, self.waiting = self.waiting, deque()
         for request in queued:
             if matches(request.rid):
@@ -187,14 +188,14 @@ class Scheduler:
         self.is_paused = False
 
     def flush_cache(self) -> bool:
-        """Forget all prompts, unless something runs or waits to run."""
+        """Forget all prompts, unless something runs or waits to run; return whether that was done."""
         if len(self.batch) or (self.waiting and not self.is_paused):
             return False
         self.prefixes.clear()
         return True
 
     def set_version(self, version: str) -> None:
-        """Label what is sampled from now on; what live requests have belongs to the label before."""
+        """Label what is sampled from now on; what live requests have so far belongs to the previous label."""
         for index, request in enumerate(self.batch.requests):
             request.close_span(self.version, len(self.batch.output(index)[0]))
         for request in self.waiting:
@@ -216,7 +217,7 @@ class Scheduler:
             command()
 
     def _choose(self) -> list[Request]:
-        """Take requests off the queue for the free rows, as far as the token budget goes."""
+        """Take requests off the queue for the free rows, as far as the token budget allows."""
         free_rows = self.batch.max_rows - len(self.batch)
         if not (free_rows and self.waiting):
             return []
@@ -241,13 +242,13 @@ class Scheduler:
             self._requeue(self.batch.remove(youngest))
 
     def _requeue(self, request: Request) -> None:
-        """Put a request that has left the batch first in the queue; it will prefill what it has."""
+        """Put a request that has left the batch at the head of the queue; it prefills its tokens again."""
         request.num_retractions += 1
         self.num_retracted += 1
         self.waiting.appendleft(request)
 
     def _end_rows(self) -> None:
-        """Take out the rows that have ended, and look at those that want it token by token."""
+        """Take out the rows that have ended, and look at those that must be watched token by token."""
         for index in reversed(self.batch.ended()):
             reason = self._reason(index)
             self._finish(self.batch.remove(index), reason)
@@ -255,7 +256,7 @@ class Scheduler:
             self._watch()
 
     def _reason(self, index: int) -> dict[str, Any]:
-        """Why a row has ended. As in SGLang, reaching the length goes before a stop token."""
+        """Return why a row has ended. As in SGLang, reaching the length counts before a stop token."""
         request = self.batch.requests[index]
         output_ids, logprobs = self.batch.output(index)
         if len(logprobs) and not np.isfinite(logprobs[-1]):
@@ -281,9 +282,9 @@ class Scheduler:
                     self._updates.append(Progress(request, output_ids, logprobs, is_last=False))
 
     def _find_stop(self, request: Request, output_ids: NDArray[np.int64]) -> str | None:
-        """The stop string that the last token completed, if any."""
+        """Return the stop string that the last token completed, if any."""
         strings = request.params.stop_strings
-        # A token is a byte at least, and a character at most four, so that this tail holds the longest.
+        # A token is at least one byte and a character at most four, so this tail holds the longest string.
         tail = output_ids[-4 * max(map(len, strings)) - 1 :].tolist()
         text = self.model.decode_text(tail, skip_special_tokens=False, spaces=True)
         return next((s for s in strings if s in text), None)

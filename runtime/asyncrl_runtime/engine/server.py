@@ -24,9 +24,9 @@ from asyncrl_runtime.engine.scheduler import Progress, Scheduler, SchedulerLimit
 logger = logging.getLogger(__name__)
 
 DRAIN_SECONDS = 5
-"""Given to running requests at SIGTERM."""
+"""Time that running requests are given at SIGTERM."""
 SWITCH_SECONDS = 0.0005
-"""How long one thread may keep the interpreter from the other."""
+"""Time for which one thread may keep the interpreter from the other."""
 
 
 def serve(
@@ -45,20 +45,20 @@ def serve(
 ) -> None:
     """Serve SGLang's native HTTP API until SIGTERM or SIGINT.
 
-    An error that the engine cannot have survived, such as a token id outside the vocabulary, ends the
-    process with status 1, as it ends SGLang's.
+    An error that the engine cannot survive, such as a token id outside the vocabulary, ends the process with
+    status 1, as it does in SGLang.
 
     Args:
-        model_folder: config, safetensors and tokenizer, as `save_pretrained` writes them.
+        model_folder: a folder with config, safetensors and tokenizer, as `save_pretrained` writes it.
         port: 0 for any free one; the log line "serves ... at <url>" names it.
         max_running_requests: rows of the batch.
-        max_total_tokens: of all rows together; when it is passed, the youngest request is retracted.
-        context_length: longest prompt and output; 0 for what the model's config says.
-        dtype: `float32` or `bfloat16`, of weights and cache.
-        threads: of the model; HTTP has one more.
-        max_cached_tokens: of prompts kept for reuse; 0 keeps none.
+        max_total_tokens: most tokens of all rows together; beyond that the youngest request is retracted.
+        context_length: most tokens of prompt and output together; 0: as the model's config says.
+        dtype: `float32` or `bfloat16`, for weights and cache.
+        threads: threads of the model; HTTP has one more.
+        max_cached_tokens: most tokens of prompts that are kept for reuse; 0 keeps none.
         stream_interval: tokens between chunks of a stream.
-        seed: of the noise for requests without a `sampling_seed`; None for another at every start.
+        seed: seed of the noise for requests without a `sampling_seed`; None: a new one at every start.
 
     Raises:
         ExitError: the port is taken, or the model folder cannot be served.
@@ -97,7 +97,7 @@ async def _run(
     app = EngineApp(scheduler, arguments)
     worker = threading.Thread(target=_run_or_die, args=(scheduler,), name="scheduler", daemon=True)
     worker.start()
-    # uvicorn raises the signal that stopped it once more after its shutdown; this one has been heeded.
+    # After its shutdown uvicorn raises the signal that stopped it again; it has been acted on already.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     server = uvicorn.Server(
@@ -118,7 +118,7 @@ async def _run(
     await server.serve(sockets=[listener])
     scheduler.post(scheduler.stop)
     worker.join(timeout=1.0)
-    if worker.is_alive():  # in a join or a broadcast that may never end
+    if worker.is_alive():  # it is in a join or a broadcast that may never end
         logging.shutdown()
         os._exit(ExitCode.DONE)
 

@@ -13,11 +13,11 @@ from asyncrl_runtime.engine.cache import KvCache
 ATTENTION = "asyncrl_slots"
 """A name without a mask function of its own: transformers then builds no mask."""
 CALL_TOKENS = 256
-"""What one more call of the attention kernel costs, in tokens of one row that could be read meanwhile."""
+"""The cost of one more call of the attention kernel, in tokens of one row that could be read in that time."""
 
 
 class Segment(NamedTuple):
-    """New tokens of one row that is being filled, `start` .. `end` - 1 of its sequence."""
+    """The new tokens of one row that is being filled: `start` .. `end` - 1 of its sequence."""
 
     row: int
     start: int
@@ -25,10 +25,10 @@ class Segment(NamedTuple):
 
 
 class Window:
-    """What one forward of N tokens sees of the cache: one token for each decoding row, then segments.
+    """What one forward of N tokens sees of the cache: one token of each decoding row, then segments.
 
     Attributes:
-        positions: [1, N] int64, where each token stands in its sequence.
+        positions: [1, N] int64, the place of each token in its sequence.
     """
 
     def __init__(self, cache: KvCache, last: Tensor, segments: Sequence[Segment]) -> None:
@@ -62,10 +62,10 @@ class Window:
         self._flat[layer, 1].index_copy_(0, self._targets, values)
 
     def decode(self, layer: int, query: Tensor, scaling: float) -> Tensor:
-        """[n, heads, size] of one new token for each decoding row, each over its whole sequence.
+        """Return [n, heads, size] for one new token of each decoding row, each over its whole sequence.
 
         Query heads that share a key head become its queries, which halves the time. The few rows that are
-        much longer than the others are computed once more, by themselves, so that others need not be as long.
+        much longer than the rest are computed again, by themselves, so that the rest need not be as long.
         """
         keys, values = self._decoding[layer]
         folded = query.reshape(query.shape[0], keys.shape[1], -1, query.shape[2])
@@ -77,7 +77,7 @@ class Window:
         return out.reshape(query.shape)
 
     def fill(self, layer: int, segment: Segment, query: Tensor, scaling: float) -> Tensor:
-        """[T, heads, size] of a segment's tokens, each over what stands before it and itself."""
+        """Return [T, heads, size] for a segment's tokens, each over itself and the tokens before it."""
         keys, values = self._cache[layer, :, segment.row, : segment.end].transpose(1, 2)[:, None]
         is_first = segment.start == 0
         mask = None
@@ -96,10 +96,10 @@ class Window:
 
 
 def split_by_length(lengths: Sequence[int]) -> tuple[int, list[tuple[int, int]]]:
-    """Return the length at which all rows are read together, and (row, length) of those that are longer.
+    """Return the length up to which all rows are read together, and (row, length) of the longer rows.
 
-    All rows of one call are read as far as the longest of them, so lengths with a long tail make it read
-    mostly nothing. Chosen is what reads least, calls included.
+    All rows of one call are read as far as the longest of them, so with a long tail of lengths a call would
+    mostly read nothing. The choice is the one that reads least, with the cost of the calls included.
     """
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     best, best_cost, alone = 0, len(lengths) * lengths[order[0]], 0
@@ -128,7 +128,7 @@ def attend(
         key, value: [1, key heads, N, size].
 
     Returns:
-        [1, N, query heads, size], as transformers wants it.
+        [1, N, query heads, size], as transformers expects it.
     """
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     window.store(layer, key[0].transpose(0, 1), value[0].transpose(0, 1))

@@ -1,4 +1,4 @@
-"""New weights: by broadcast from another process, or from a folder; copied into the live parameters."""
+"""Copies new weights into the live parameters, from a broadcast by another process or from a folder."""
 
 import hashlib
 import logging
@@ -18,23 +18,23 @@ from asyncrl_runtime.weights.group import join_group, leave_group
 logger = logging.getLogger(__name__)
 
 ALIGNMENT = 64
-"""Bytes; tensors received one by one start at multiples of it within the buffer."""
+"""The multiple, in bytes, at which tensors that are received one by one start within the buffer."""
 
 
 class InitGroup(msgspec.Struct, frozen=True):
-    """`/init_weights_update_group`."""
+    """The body of `/init_weights_update_group`."""
 
     master_address: str
     master_port: int
     rank_offset: int
-    """This engine's rank; 0 is the sender's."""
+    """The rank of this engine; the sender has rank 0."""
     world_size: int
     group_name: str = "weight_update_group"
     backend: str = "nccl"
 
 
 class Tensors(msgspec.Struct, frozen=True):
-    """`/update_weights_from_distributed`: what is broadcast, in this order."""
+    """The body of `/update_weights_from_distributed`: the tensors that are broadcast, in this order."""
 
     names: list[str]
     dtypes: list[str]
@@ -44,18 +44,18 @@ class Tensors(msgspec.Struct, frozen=True):
     abort_all_requests: bool = False
     weight_version: str | None = None
     load_format: str | None = None
-    """`flattened_bucket`: one uint8 tensor, the concatenated bytes of all; else one broadcast for each."""
+    """The form of the tensors. `flattened_bucket`: all bytes as one uint8 tensor; else a broadcast each."""
 
 
 class WeightLoader:
-    """Belongs to the scheduler's thread: nothing is sampled while one of its methods runs.
+    """Loads weights on the scheduler's thread: nothing is sampled while one of its methods runs.
 
-    As in SGLang, joining a group blocks until all members have joined, and what arrives within a session
-    is loaded bucket by bucket, each after it has arrived as a whole.
+    As in SGLang, joining a group blocks until all members have joined, and the buckets of a session are
+    loaded one by one, each once it has arrived as a whole.
     """
 
     tp_size = 1
-    """How many members of a group this engine is."""
+    """The number of members of a group that this engine counts for."""
 
     def __init__(self, model: CausalModel) -> None:
         self._model = model
@@ -63,7 +63,7 @@ class WeightLoader:
         self._groups: dict[str, dist.ProcessGroup] = {}
         self._is_open = False
         self._buffer = torch.empty(0, dtype=torch.uint8)
-        """Reused: fresh memory for every bucket more than doubles the time of an update."""
+        """The buffer for buckets, reused: fresh memory for each more than doubles the time of an update."""
 
     def init_group(self, body: InitGroup) -> str:
         try:
@@ -100,11 +100,11 @@ class WeightLoader:
         return "Success"
 
     def receive(self, body: Tensors) -> str:
-        """Take part in the broadcasts that `body` announces, then load what came.
+        """Take part in the broadcasts that `body` announces, then load the tensors that came.
 
         Raises:
             BadRequest: there is no session or group (nothing was received), the sender went away (nothing
-                was loaded), or a shape does not fit (the tensors before it are loaded).
+                was loaded), or a shape does not fit (the tensors before it were loaded).
         """
         if not self._is_open:
             raise BadRequest(
@@ -135,11 +135,14 @@ class WeightLoader:
             if parameter.shape != tensor.shape:
                 raise ValueError(f"{name} has shape {list(parameter.shape)}, not {list(tensor.shape)}")
             if parameter.dim() == 2 and not parameter.is_contiguous():  # stored transposed
-                parameter, tensor = parameter.t(), tensor.t()  # the way round that torch copies by blocks
+                parameter, tensor = (
+                    parameter.t(),
+                    tensor.t(),
+                )  # the orientation in which torch copies by blocks
             parameter.copy_(tensor)
 
     def load_folder(self, folder: Path) -> str:
-        """Load a whole model folder of the same shape; nothing changes unless all of it fits."""
+        """Load a whole model folder with the same shapes; nothing changes unless all of it fits."""
         try:
             fresh = dict(load_weights(folder, self._model.dtype).named_parameters(remove_duplicate=False))
         except ExitError as error:
@@ -151,14 +154,14 @@ class WeightLoader:
         return "Succeeded to update model weights."
 
     def checksums(self) -> dict[str, str]:
-        """SHA-256 of each parameter's bytes, independent of how they are laid out in memory."""
+        """Return the SHA-256 of each parameter's bytes, independent of their layout in memory."""
         return {
             name: hashlib.sha256(parameter.contiguous().view(torch.uint8).numpy().data).hexdigest()
             for name, parameter in sorted(self._parameters.items())
         }
 
     def rows_of(self, name: str, num_rows: int) -> list[Any]:
-        """The first entries of a parameter along its first axis."""
+        """Return the first entries of a parameter along its first axis."""
         parameter = self._parameters.get(name)
         if parameter is None:
             raise BadRequest("Get parameter by name failed")
@@ -186,7 +189,7 @@ class WeightLoader:
 
 
 class _Place(msgspec.Struct, frozen=True):
-    """Where a tensor lies in the buffer, in bytes."""
+    """The place of a tensor in the buffer, in bytes."""
 
     name: str
     dtype: Any
@@ -197,12 +200,12 @@ class _Place(msgspec.Struct, frozen=True):
     def view(self, buffer: Tensor) -> Tensor:
         part = buffer[self.start : self.end]
         if self.start % self.dtype.itemsize:
-            part = part.clone()  # torch views no memory that is not aligned
+            part = part.clone()  # torch cannot view memory that is not aligned
         return part.view(self.dtype).view(self.shape)
 
 
 def _lay_out(body: Tensors, alignment: int) -> tuple[list[_Place], int]:
-    """Place the tensors of a bucket one behind the other, and say how many bytes they take."""
+    """Return the places of a bucket's tensors, one after the other, and the bytes that they take in all."""
     places = []
     end = 0
     for name, dtype_name, shape in zip(body.names, body.dtypes, body.shapes, strict=True):
@@ -214,5 +217,5 @@ def _lay_out(body: Tensors, alignment: int) -> tuple[list[_Place], int]:
 
 
 def _first_line(error: Exception) -> str:
-    """Without the C++ stack that torch appends."""
+    """Return an error's message without the C++ stack that torch appends."""
     return str(error).strip().split("\n", 1)[0].rstrip(".")
