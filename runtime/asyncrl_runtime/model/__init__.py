@@ -1,1 +1,1 @@
-"""The policy's files and its forward pass: sources, tokenizer, attention over segments."""
+"""The policy's files and its forward pass: sources, tokenizer, and attention over segments."""

@@ -1,10 +1,10 @@
 """Causal attention over packed sequences, for any Hugging Face causal LM that uses the attention interface.
 
 A micro-batch is one row of T tokens in which segments (sequences) lie end to end. Attention within each
-segment costs the sum of squared segment lengths, not T squared, and few calls: segments of like length
-share one `scaled_dot_product_attention`, padded on the right to the longest of them. Padding needs no mask:
-under causality no real token looks to its right, and what padding rows compute is dropped, so their
-gradient is zero.
+segment costs the sum of squared segment lengths, not T squared, and few calls: segments of similar length
+share one `scaled_dot_product_attention` and are padded on the right to the longest of them. Padding needs no
+mask: under causality no real token looks to its right, and what padding rows compute is dropped, so that
+their gradient is zero.
 
 A model is loaded with `attn_implementation=IMPLEMENTATION` and called with `attention_plan=plan`. No mask
 function is registered under that name, so transformers builds no mask at all.
@@ -22,8 +22,9 @@ from transformers import AttentionInterface
 IMPLEMENTATION = "asyncrl_segments"
 
 MAX_PADDED_AREA = 1.2
-"""Bound on what padding multiplies the area of the score matrices by. Measured on CPU, forward and backward:
-1.05 makes as many calls as there are lengths, 1.5 costs a quarter more than 1.2 on long-tailed lengths."""
+"""The largest factor by which padding may grow the area of the score matrices. Measured on CPUs, forward and
+backward: 1.05 makes as many calls as there are lengths, and 1.5 costs a quarter more than 1.2 on long-tailed
+lengths."""
 
 
 @dataclass(frozen=True)
@@ -32,14 +33,14 @@ class LengthBucket:
 
     num_segments: int
     length: int
-    """Of the longest segment; the others are padded to it."""
+    """The length of the longest segment, to which the others are padded."""
     num_tokens: int
-    """Real tokens, which lie next to each other in the packed row."""
+    """The number of real tokens, which lie next to each other in the packed row."""
     pad: Tensor | None
-    """[num_segments * length] int64: which of the bucket's tokens stands at each place of the padded batch
-    (its segment's last one where there is none); None where all segments are equally long."""
+    """[num_segments * length] int64: the bucket's token at each place of the padded batch (padding repeats
+    the last token of its segment); None if all segments are equally long."""
     unpad: Tensor | None
-    """[num_tokens] int64: where each token stands in the padded batch."""
+    """[num_tokens] int64: the place of each token in the padded batch; None if there is no padding."""
 
     def to(self, device: torch.device) -> "LengthBucket":
         if self.pad is None or self.unpad is None:
@@ -49,7 +50,7 @@ class LengthBucket:
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """How attention over one packed row is done. Made once per micro-batch, used by every layer."""
+    """How attention over one packed row is done; made once per micro-batch and used by every layer."""
 
     buckets: tuple[LengthBucket, ...]
     max_length: int
@@ -62,8 +63,8 @@ def plan_attention(lengths: Sequence[int]) -> AttentionPlan:
     """Group the segments of a packed row into buckets.
 
     Args:
-        lengths: of the segments, each at least 1, in the order in which they are packed. Any order is right;
-            longest first gives the fewest buckets, since a bucket is a run of neighbors.
+        lengths: lengths of the segments, each at least 1, in the order in which they are packed. Any order
+            is correct; longest first gives the fewest buckets, since a bucket is a run of neighbors.
     """
     buckets, start = [], 0
     while start < len(lengths):
@@ -74,7 +75,7 @@ def plan_attention(lengths: Sequence[int]) -> AttentionPlan:
 
 
 def _end_of_run(lengths: Sequence[int], start: int) -> int:
-    """Return the end (exclusive) of the longest run from `start` that padding does not make too large."""
+    """Return the end (exclusive) of the longest run from `start` whose padding stays within bounds."""
     longest, real_area, stop = 0, 0, start
     while stop < len(lengths):
         longest = max(longest, lengths[stop])
@@ -117,15 +118,16 @@ def segment_attention(
 
     Args:
         query: [1, heads, T, d].
-        key: [1, key heads, T, d], as `value`; fewer heads than `query` under grouped-query attention.
-        attention_mask: None, for the plan says what a mask would.
-        attention_plan: of the row's segments; their lengths sum to T.
+        key: [1, key heads, T, d]; fewer heads than `query` under grouped-query attention.
+        value: as `key`.
+        attention_mask: None, since the plan says what a mask would say.
+        attention_plan: the plan for the row's segments; their lengths sum to T.
 
     Returns:
         [1, T, heads, d], and no attention weights.
 
     Raises:
-        ValueError: the model asks for attention of another kind (a window that would cut, capped scores).
+        ValueError: the model needs another kind of attention (a window that would cut, capped scores).
     """
     if sliding_window is not None and attention_plan.max_length > sliding_window:
         raise ValueError(
@@ -133,9 +135,9 @@ def segment_attention(
             "packed attention has no window"
         )
     if softcap is not None or attention_mask is not None:
-        raise ValueError("packed attention knows neither capped scores nor a mask")
-    # By token, a token's heads are one block of memory, which index_select copies as such. One split per
-    # tensor, not one slice per bucket: each slice would have a zero-filled gradient of full size.
+        raise ValueError("packed attention supports neither capped scores nor a mask")
+    # With tokens first, a token's heads are one block of memory, which index_select copies as such. There is
+    # one split per tensor, not one slice per bucket: each slice would have a full-size zero gradient.
     sizes = [bucket.num_tokens for bucket in attention_plan.buckets]
     queries, keys, values = (torch.split(x[0].transpose(0, 1), sizes) for x in (query, key, value))
     outputs = [

@@ -1,4 +1,4 @@
-"""Converts a GGUF file, as some Python packages ship it, into a Hugging Face folder."""
+"""Converts a GGUF file, which some Python packages ship, into a Hugging Face folder."""
 
 import importlib.util
 import logging
@@ -16,7 +16,7 @@ def convert_gguf(file: Path, folder: Path) -> None:
     would carry its quantization config into the saved folder.
 
     Raises:
-        ExitError: a package that this needs is not installed.
+        ExitError: a package that the conversion needs is not installed.
     """
     if missing := [name for name in ("accelerate", "gguf") if importlib.util.find_spec(name) is None]:
         raise ExitError(

@@ -1,4 +1,4 @@
-"""Where a policy's files come from: a hub, a folder, a Python package, or a factory that writes them once."""
+"""Gets a policy's files: from a hub, a folder, a Python package, or a factory that writes them once."""
 
 import hashlib
 import importlib.metadata
@@ -23,21 +23,21 @@ from asyncrl_runtime.contract.imports import ImportFailed, load_object
 log = logging.getLogger(__name__)
 
 WARMUP_PROMPTS = "warmup_prompts.json"
-"""In a folder that a factory wrote: what it has trained the model on."""
+"""The file, in a folder that a factory wrote, with the prompts that it has trained the model on."""
 LOCK_SECONDS = 3600
 
 
 def ensure_model(spec: ModelSpec, cache: Path, seed: int) -> Path:
-    """Return the Hugging Face folder of the model, made or fetched first if need be.
+    """Return the Hugging Face folder of the model, which is made or fetched first if necessary.
 
     Processes of a job may call this at the same time: one makes the folder, the others wait.
 
     Args:
-        cache: folder for what is downloaded or made.
+        cache: folder for models that are downloaded or made.
         seed: `spec.training.seed`, for a factory.
 
     Raises:
-        ExitError: the source cannot be had; the message names the field, the cause and the remedy.
+        ExitError: the source is not available; the message names the field, the cause and the remedy.
     """
     source = spec.source
     if source.startswith("hf://"):
@@ -53,15 +53,15 @@ def ensure_model(spec: ModelSpec, cache: Path, seed: int) -> Path:
 
 
 def warmup_prompts(folder: Path) -> list[str]:
-    """Return the prompts that a factory has trained the model on; none for other sources."""
+    """Return the prompts that a factory has trained the model on; empty for other sources."""
     path = folder / WARMUP_PROMPTS
     return list(json.loads(path.read_text())) if path.exists() else []
 
 
 def _once(cache: Path, source: str, key: str, make: Callable[[Path], None]) -> Path:
-    """Return the cache folder of `key`, written by `make` unless it is there.
+    """Return the cache folder of `key`, which `make` writes unless it exists.
 
-    Neither a crash nor a folder that no policy can be loaded from leaves anything that would be taken for it.
+    A crash, or a folder that no policy can be loaded from, leaves nothing that would be mistaken for it.
     """
     slug = re.sub(r"[^A-Za-z0-9.]+", "-", source).strip("-")
     folder = cache / f"{slug}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
@@ -107,7 +107,7 @@ def _from_package(package: str, inside: str, scratch: Path) -> None:
     """Copy a model folder out of an installed package, or convert the GGUF file that it ships.
 
     Args:
-        inside: folder within the package to look in; empty for all of it.
+        inside: folder within the package in which to look; empty for the whole package.
     """
     with tempfile.TemporaryDirectory(prefix="package-", dir=scratch.parent) as fetched:
         root = _package_folder(package, Path(fetched)) / inside
@@ -127,7 +127,7 @@ def _from_package(package: str, inside: str, scratch: Path) -> None:
 
 
 def _package_folder(package: str, target: Path) -> Path:
-    """Return where a package's files lie; fetched into `target`, without dependencies, if not installed."""
+    """Return a package's folder; if not installed, it is fetched into `target`, without dependencies."""
     module = package.replace("-", "_")
     try:
         distribution = importlib.metadata.distribution(package)
@@ -147,12 +147,12 @@ def _package_folder(package: str, target: Path) -> Path:
 
 
 def _digest_of_code(source: str) -> str:
-    """Return a digest of the file that a factory stands in: one that was changed makes its model again."""
+    """Return a digest of a factory's source file, so that a changed factory makes its model again."""
     try:
         found = importlib.util.find_spec(source.partition(":")[0])
         code = Path(found.origin).read_bytes() if found is not None and found.origin else b""
     except (ImportError, OSError, ValueError):
-        code = b""  # the import will say what is wrong
+        code = b""  # the import will tell what is wrong
     return hashlib.sha256(code).hexdigest()
 
 
@@ -173,7 +173,7 @@ def _from_factory(spec: ModelSpec, seed: int, scratch: Path) -> None:
 
 
 def _checked(folder: Path, source: str) -> Path:
-    """Refuse a folder that no policy can be loaded from, before minutes are spent on trying."""
+    """Refuse a folder that no policy can be loaded from, before minutes are spent on the attempt."""
     remedy = "it must be a Hugging Face folder with config.json, weights and a tokenizer"
     if not (folder / "config.json").is_file():
         raise ExitError(
@@ -190,13 +190,15 @@ def load_tokenizer(folder: Path) -> Any:
     """Load a model folder's tokenizer.
 
     Raises:
-        ExitError: there is none, or it does not load.
+        ExitError: there is no tokenizer, or it cannot be loaded.
     """
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # a broken file makes it stumble in any way; its Rust core raises plain ones
+    except (
+        Exception
+    ) as error:  # a broken file may raise anything; the tokenizer's Rust core raises plain Exceptions
         raise ExitError(
             ExitCode.REFUSED,
             f"spec.model.source: no tokenizer loads from {folder}: {type(error).__name__}: "
@@ -215,7 +217,7 @@ def _first_line(error: Exception) -> str:
 
 
 def weight_names(folder: Path) -> set[str]:
-    """Return what the weights are called in a model folder's safetensors files; none where it has others."""
+    """Return the names of the weights in a model folder's safetensors files; empty if there are none."""
     from safetensors import safe_open
 
     names: set[str] = set()
@@ -226,6 +228,6 @@ def weight_names(folder: Path) -> set[str]:
 
 
 def vocab_size(folder: Path) -> int:
-    """Return the number of embeddings, beyond which a token id would kill an engine."""
+    """Return the number of embeddings; a token id beyond them would kill an engine."""
     config = json.loads((folder / "config.json").read_text())
     return int(config.get("vocab_size") or config["text_config"]["vocab_size"])

@@ -1,1 +1,1 @@
-"""SGLang as a job's engine."""
+"""SGLang as the engine of a job."""

@@ -1,4 +1,4 @@
-"""Runs SGLang as the engine of a job: the command `asyncrl-runtime sglang` becomes its server."""
+"""Runs SGLang as the engine of a job: the command `asyncrl-runtime sglang` turns into SGLang's server."""
 
 import importlib.util
 import logging
@@ -17,23 +17,23 @@ log = logging.getLogger(__name__)
 
 CPU_SHIM = Path(__file__).parent / "cpu_shim"
 CPU_TOKENS = 65536
-"""In the KV cache: SGLang would else measure the memory of the whole machine, and take a share of it."""
+"""The tokens of the KV cache; without it SGLang would take a share of the whole machine's memory."""
 CPU_OPTIONS = (
     *("--device", "cpu", "--attention-backend", "torch_native", "--max-total-tokens", str(CPU_TOKENS)),
     *("--mem-fraction-static", "0.3", "--disable-overlap-schedule", "--disable-cuda-graph"),
-    "--sleep-on-idle",  # else it keeps a core busy with nothing to do
+    "--sleep-on-idle",  # otherwise it keeps a core busy when it has nothing to do
 )
 
 
 def run_sglang(config: RunConfig, host: str, port: int, *, gpus: int, arguments: Sequence[str]) -> NoReturn:
-    """Become SGLang's server over the job's model.
+    """Replace this process with SGLang's server for the job's model.
 
     Args:
-        gpus: its tensor-parallel size.
+        gpus: the tensor-parallel size.
         arguments: `rollout.engine.args`; they come last, so they win.
 
     Raises:
-        ExitError: the model cannot be had, or SGLang is not installed.
+        ExitError: the model is not available, or SGLang is not installed.
     """
     spec = config.spec
     python = os.environ.get(SGLANG_PYTHON, sys.executable)
@@ -41,7 +41,7 @@ def run_sglang(config: RunConfig, host: str, port: int, *, gpus: int, arguments:
         raise ExitError(
             ExitCode.USAGE,
             f"spec.rollout.engine.type: SGLang is not installed for {python}; name an interpreter that has "
-            f"it by {SGLANG_PYTHON} (`make sglang` makes one for CPUs), or set the type to CPU",
+            f"it in {SGLANG_PYTHON} (`make sglang` makes one for CPUs), or set the type to CPU",
         )
     folder = ensure_model(spec.model, config.model_cache, spec.training.seed)
     command = [python, *server_arguments(spec, folder, host, port, gpus), *arguments]
@@ -53,7 +53,7 @@ def run_sglang(config: RunConfig, host: str, port: int, *, gpus: int, arguments:
 
 
 def server_arguments(spec: Spec, folder: Path, host: str, port: int, gpus: int) -> list[str]:
-    """Return how the server is started, the interpreter apart."""
+    """Return the server's command line, without the interpreter."""
     dtype = "bfloat16" if spec.model.dtype == "BFloat16" else "float32"
     arguments = ["-m", "sglang.launch_server", "--model-path", str(folder), "--host", host]
     arguments += ["--port", str(port), "--tp-size", str(gpus), "--dtype", dtype]
@@ -70,19 +70,19 @@ def server_arguments(spec: Spec, folder: Path, host: str, port: int, gpus: int) 
 
 
 def environment(spec: Spec, inherited: Mapping[str, str], gpus: int) -> dict[str, str]:
-    """Return the server's variables: a probe costs no sample, and on a CPU it finds the shim."""
+    """Return the server's environment: with it a probe samples nothing, and on CPUs SGLang finds the shim."""
     ours = {"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0"}
     if is_on_cpu(spec):
         paths = [str(CPU_SHIM), *filter(None, [inherited.get("PYTHONPATH", "")])]
         ours |= {"SGLANG_USE_CPU_ENGINE": "1", "PYTHONPATH": os.pathsep.join(paths)}
         if spec.training.trains_adapters:
             ours["ASYNCRL_SGLANG_UNPINNED"] = "1"
-        if gpus > 1:  # by default each rank has a NUMA node to itself, of which there may be one
+        if gpus > 1:  # by default each rank has a NUMA node to itself, and there may be only one
             cores = sorted(os.sched_getaffinity(0))
             ours["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(str(cores[i % len(cores)]) for i in range(gpus))
     return {**inherited, **ours}
 
 
 def is_on_cpu(spec: Spec) -> bool:
-    """Whether the budget counts process slots, not GPUs."""
+    """Return whether the job runs on CPUs: its budget counts process slots, not GPUs."""
     return spec.gpu_budget.allocation == "None"

@@ -1,5 +1,5 @@
-"""What SGLang 0.5.21 wants at import and a machine without GPU lacks. This folder goes on its PYTHONPATH.
+"""Stand-ins for what SGLang 0.5.21 imports and a machine without GPUs lacks; goes on SGLang's PYTHONPATH.
 
-Only SGLang's processes see it, and only on CPUs. Nothing here computes: with the `torch_native` attention no
-model of the Llama and Qwen families calls what is stood in for, and a call that does come raises.
+Only SGLang's processes see this folder, and only on CPUs. Nothing in it computes: with the attention backend
+`torch_native` no model of the Llama and Qwen families calls a stand-in, and a stand-in that is called raises.
 """

@@ -1,12 +1,13 @@
-"""What SGLang needs of this interpreter to start on CPUs.
+"""Prepares the interpreter so that SGLang can start on CPUs.
 
-Python imports this module at start, and so does each process that SGLang starts. Two things stand in its way:
+Python imports this module at start, in this process and in each one that SGLang starts. Two things would keep
+SGLang from starting:
 
-torchvision from PyPI is built for CUDA. It gives its operators a meaning for autograd when it is imported,
-and fails if they were never declared; its library of compiled operators, which would do so, needs CUDA.
+torchvision from PyPI is built for CUDA. When it is imported, it registers how autograd treats its operators,
+and fails if they were never declared; its compiled library, which would declare them, needs CUDA.
 
-Its code for adapters asks for pinned memory, which torch has on accelerators alone: where adapters are
-sampled with it gets any.
+SGLang's code for adapters asks for pinned memory, which torch has only on accelerators: if adapters are used,
+it gets ordinary memory instead.
 """
 
 import functools
@@ -25,7 +26,7 @@ SCHEMAS = (
 
 
 PINNING = ("arange", "empty", "ones", "tensor", "zeros")
-"""Of torch, with an argument `pin_memory`."""
+"""The functions of torch that have an argument `pin_memory`."""
 UNPINNED = "ASYNCRL_SGLANG_UNPINNED"
 
 
@@ -33,7 +34,7 @@ class PrepareTorch(importlib.abc.MetaPathFinder):
     """Declares torchvision's operators just before it is imported; finds nothing itself."""
 
     declarations: object = None
-    """Kept: the declarations go with it."""
+    """The library of declarations, kept because they vanish with it."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -51,7 +52,7 @@ class PrepareTorch(importlib.abc.MetaPathFinder):
 
 
 def unpin(torch: Any) -> None:
-    """Have torch take memory as it comes, whoever asks for pinned."""
+    """Make torch return ordinary memory when pinned memory is asked for."""
 
     def unpinned(make: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(make)

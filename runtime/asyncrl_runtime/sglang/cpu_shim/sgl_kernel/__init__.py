@@ -1,4 +1,4 @@
-"""Stands in for SGLang's kernel package, which PyPI has for CUDA alone: every name is there, none works."""
+"""Stands in for SGLang's kernel package, which PyPI has only for CUDA: every name exists, none works."""
 
 import importlib.abc
 import sys
@@ -8,10 +8,10 @@ from types import ModuleType
 from typing import NoReturn
 
 __version__ = "0.4.7"
-__path__ = []  # of no files: Finder has them all
+__path__ = []  # a package without files: Finder finds all its modules
 
 OWN_FALLBACK = "sgl_kernel.scalar_type"
-"""SGLang has its own answer to the ImportError of this one."""
+"""The module whose ImportError SGLang handles by itself."""
 
 
 def stand_in(name: str) -> Callable[..., NoReturn]:
@@ -22,7 +22,7 @@ def stand_in(name: str) -> Callable[..., NoReturn]:
 
 
 class Kernels(ModuleType):
-    """A module with any function that one asks it for."""
+    """A module that has every function one asks for."""
 
     def __getattr__(self, name: str) -> Callable[..., NoReturn]:
         if name.startswith("__"):
@@ -44,7 +44,7 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return Kernels(spec.name)
 
     def exec_module(self, module: ModuleType) -> None:
-        """Nothing to run."""
+        """Do nothing: there is no code to run."""
 
 
 def __getattr__(name: str) -> Callable[..., NoReturn]:
