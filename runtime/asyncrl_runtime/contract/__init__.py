@@ -1,1 +1,1 @@
-"""What crosses a process: messages and their wire format. No torch, no NATS."""
+"""What crosses a process boundary: messages and their wire format. Imports neither torch nor NATS."""

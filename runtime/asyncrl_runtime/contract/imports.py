@@ -1,18 +1,18 @@
-"""User code is named in a manifest as `pkg.module:name`."""
+"""Imports user code, which a manifest names as `pkg.module:name`."""
 
 import importlib
 from typing import Any
 
 
 class ImportFailed(ValueError):
-    """The reference names nothing that can be imported; says what and why."""
+    """A reference names nothing that can be imported; the message says what and why."""
 
 
 def load_object(reference: str, field: str) -> Any:
     """Import what `reference` names.
 
     Args:
-        field: of the manifest, for the message.
+        field: field of the manifest that holds the reference, for the message.
 
     Raises:
         ImportFailed: the reference has no colon, the module cannot be imported, or lacks the name.

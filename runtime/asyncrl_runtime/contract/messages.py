@@ -1,8 +1,8 @@
 """Everything that crosses a process boundary, as frozen structs that refuse to exist in a wrong state.
 
-Wire format: msgpack by msgspec, array-like, each message tagged with its name and a version. A field is
-added with a default and never renamed or reused. Per-token arrays are raw little-endian bytes, policy
-versions are spans, masks are bits: 8 bytes a token (no pickle, which would run code in the reader).
+The wire format is msgpack by msgspec, array-like; each message is tagged with its name and a version. A
+field is added with a default and never renamed or reused. Per-token arrays are raw little-endian bytes,
+policy versions are spans, masks are bits: 8 bytes per token (no pickle, which would run code in the reader).
 """
 
 import functools
@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=False):
-    """Base of all messages; subclasses carry a tag."""
+    """The base of all messages; subclasses carry a tag."""
 
 
 class PolicyVersion(msgspec.Struct, frozen=True, array_like=True, order=True, gc=False):
-    """Names the weights that sampled a token: which start of the trainer published them, after which step.
+    """Names the weights that sampled a token: the start of the trainer that published them, and the step.
 
     Engines carry it as the label `<attempt>.<version>`.
     """
@@ -42,7 +42,7 @@ class PolicyVersion(msgspec.Struct, frozen=True, array_like=True, order=True, gc
 
 
 class VersionSpan(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """Tokens up to `end` (exclusive), from the previous span's end on, come from one policy version."""
+    """The tokens from the end of the previous span to `end` (exclusive), all from one policy version."""
 
     attempt: int
     version: int
@@ -67,21 +67,21 @@ class Sample(Message, frozen=True, kw_only=True, tag="sample.v1"):
     """One sampled response (all turns of it) and what the trainer needs to learn from it."""
 
     index: int
-    """Place in the group, 0 <= index < group_size."""
+    """The sample's place in the group, 0 <= index < group_size."""
     prompt_ids: bytes
     """int32."""
     response_ids: bytes
-    """int32; everything after the prompt, what the environment told between turns included."""
+    """int32; everything after the prompt, including what the environment told between turns."""
     behavior_logprobs: bytes
-    """float32, natural log at `temperature`, under the policy that sampled the token; 0 where none did."""
+    """float32, natural log at `temperature` under the policy that sampled the token; 0 where none did."""
     response_mask: bytes
-    """Bits, first token in the lowest: set where the policy sampled the token."""
+    """Bits, the first token in the lowest one; set where the policy sampled the token."""
     version_spans: tuple[VersionSpan, ...]
-    """Which policy version sampled which tokens, as the server attested; they cover the response."""
+    """The policy versions that sampled the tokens, as the engine attested; the spans cover the response."""
     reward: float
     temperature: float
     finish_reason: str
-    """Of the last turn: `stop` or `length`."""
+    """The finish reason of the last turn: `stop` or `length`."""
     num_turns: int = 1
 
     def __post_init__(self) -> None:
@@ -90,7 +90,7 @@ class Sample(Message, frozen=True, kw_only=True, tag="sample.v1"):
         if sizes != (4 * covered, 4 * covered, (covered + 7) // 8):
             raise ValueError(
                 f"sample {self.index}: versions for {covered} tokens, but {sizes[0]} bytes of response ids, "
-                f"{sizes[1]} of log-probs and {sizes[2]} of mask; must be 4, 4 and 1/8 a token"
+                f"{sizes[1]} of log-probs and {sizes[2]} of mask; must be 4, 4 and 1/8 per token"
             )
         if covered == 0 or not self.prompt_ids or len(self.prompt_ids) % 4:
             raise ValueError(
@@ -111,16 +111,16 @@ class Sample(Message, frozen=True, kw_only=True, tag="sample.v1"):
 
 
 class SampleFailure(Message, frozen=True, kw_only=True, tag="failure.v1"):
-    """A sample that left its group: its generation or reward failed as often as allowed."""
+    """A sample that left its group because its generation or reward failed as often as is allowed."""
 
     index: int
     reason: str
-    """A word for counting: `reward_timeout`, `reward_error`, `workflow_error`."""
+    """The cause in one word, for counting: `reward_timeout`, `reward_error`, `workflow_error`."""
     message: str = ""
 
 
 class Group(Message, frozen=True, kw_only=True, tag="group.v1"):
-    """What became of a ticket: its samples, in order of their index, and those that failed."""
+    """The outcome of a ticket: its samples, in the order of their index, and those that failed."""
 
     ticket: int
     group_size: int
@@ -128,7 +128,7 @@ class Group(Message, frozen=True, kw_only=True, tag="group.v1"):
     failures: tuple[SampleFailure, ...] = ()
     worker: str = ""
     seconds: float = 0.0
-    """From taking the ticket to publishing."""
+    """The time from taking the ticket to publishing."""
 
     def __post_init__(self) -> None:
         indices = sorted([s.index for s in self.samples] + [f.index for f in self.failures])
@@ -137,7 +137,7 @@ class Group(Message, frozen=True, kw_only=True, tag="group.v1"):
 
 
 class GroupPart(Message, frozen=True, kw_only=True, tag="grouppart.v1"):
-    """One sample of a group too large for one message; the group is complete with all `group_size` parts."""
+    """One sample of a group that is too large for one message; `group_size` parts make it complete."""
 
     ticket: int
     group_size: int
@@ -157,7 +157,7 @@ class Tombstone(Message, frozen=True, kw_only=True, tag="tombstone.v1"):
 
     ticket: int
     reason: str
-    """A word for counting: `prompt_too_long`, `generation_error`."""
+    """The cause in one word, for counting: `prompt_too_long`, `generation_error`."""
     message: str = ""
     worker: str = ""
 
@@ -166,16 +166,16 @@ class TurnRecord(Message, frozen=True, kw_only=True, tag="turn.v1"):
     """A turn, finished or broken off, that another worker can hand out again instead of sampling it."""
 
     input_ids: bytes
-    """int32; everything before this turn. The record is used only where this agrees."""
+    """int32; everything before this turn. The record is used only if this agrees."""
     output_ids: bytes
     logprobs: bytes
     version_spans: tuple[VersionSpan, ...]
     finish_reason: str
-    """`stop`, `length`, or "" where it was broken off."""
+    """`stop`, `length`, or "" if the turn was broken off."""
 
 
 class SampleProgress(Message, frozen=True, kw_only=True, tag="progress.v1"):
-    """What a sample had earned when its worker or engine went away."""
+    """The turns that a sample had when its worker or engine went away."""
 
     index: int
     turns: tuple[TurnRecord, ...]
@@ -186,36 +186,36 @@ class ResumePoint(Message, frozen=True, kw_only=True, tag="resume.v1"):
 
     ticket: int
     num_failures: int = 0
-    """Reported failures of the whole group; a kill is none."""
+    """The reported failures of the whole group; a kill does not count."""
     outcomes: tuple[Sample | SampleFailure, ...] = ()
     progress: tuple[SampleProgress, ...] = ()
 
 
 EVALUATION_ROWS = 16
-"""Of one evaluation ticket at most."""
+"""The most rows of one evaluation ticket."""
 
 
 class EvaluationTicket(Message, frozen=True, kw_only=True, tag="evalticket.v1"):
-    """Held-out prompts to be answered greedily, one sample each, outside the staleness gate."""
+    """Held-out prompts that are answered greedily, one sample each, outside the staleness gate."""
 
     evaluation: str
-    """Names the evaluation, so that a late answer is not taken for another's."""
+    """The name of the evaluation, so that a late answer is not taken for that of another one."""
     first_index: int
-    """Place of the first row in the evaluation."""
+    """The place of the first row in the evaluation."""
     rows: tuple[dict[str, Any], ...]
     max_new_tokens: int
 
 
 class EvaluationResult(Message, frozen=True, kw_only=True, tag="evalresult.v1"):
-    """The answers to one evaluation ticket; `index` of an outcome is the row's place in the evaluation."""
+    """The answers to one evaluation ticket; an outcome's `index` is its row's place in the evaluation."""
 
     evaluation: str
     outcomes: tuple[Sample | SampleFailure, ...]
 
 
 class CurrentVersion(Message, frozen=True, kw_only=True, tag="version.v1"):
-    """What the controller is at, under the key `version`. An engine further behind than `max_versions` takes
-    no tickets: what it sampled would be too old before it could be trained."""
+    """The controller's current version, under the key `version`. An engine further behind than `max_versions`
+    takes no tickets: its samples would be too old before they could be trained."""
 
     version: PolicyVersion
     max_versions: int
@@ -227,39 +227,39 @@ class Heartbeat(Message, frozen=True, kw_only=True, tag="heartbeat.v1"):
     worker: str
     incarnation: str
     engine: str
-    """Incarnation of the engine process; another one has no weights and no group."""
+    """The incarnation of the engine process; a new one has no weights and no group."""
     engine_state: str
     """One of ENGINE_STATES."""
     version: PolicyVersion | None
-    """What the engine samples with; None before its first weights."""
+    """The version that the engine samples with; None before its first weights."""
     num_running_samples: int = 0
     max_running_samples: int = 0
     kv_usage: float = 0.0
     num_sampled_tokens: int = 0
-    """Since the worker started."""
+    """The tokens sampled since the worker started."""
     num_failures: int = 0
-    """Reported failures since the worker started."""
+    """The failures reported since the worker started."""
     last_error: str = ""
     held: tuple[int, ...] = ()
-    """Tickets in this worker's hands; they are handed back when it falls silent."""
+    """The tickets that this worker holds; they are handed back when it falls silent."""
 
 
 ENGINE_STATES = ("down", "empty", "ready", "draining", "drained", "updating", "dirty")
-"""down: does not answer. empty: no weights of this job yet. ready: samples. draining: lets samples finish
-before an update. drained: they have finished. updating: within an epoch. dirty: part of an update
-arrived, so it stays paused until it has everything again."""
+"""The states of an engine. down: it does not answer. empty: it has no weights of this job yet. ready: it
+samples. draining: it lets samples finish before an update. drained: they have finished. updating: it is in
+an epoch. dirty: only part of an update arrived, so it stays paused until it has everything again."""
 
 
 class DrainEngine(Message, frozen=True, kw_only=True, tag="drain.v1"):
-    """Before phase 1 where samples are let finish: take no more tickets; `ok` once nothing is in flight."""
+    """Before phase 1, if samples may finish: take no more tickets; `ok` once nothing is in flight."""
 
 
 class ProbeEngine(Message, frozen=True, kw_only=True, tag="probe.v1"):
-    """Before phase 1: `ok` if the engine answers. One that is gone would keep all others in the join."""
+    """Before phase 1: `ok` if the engine answers. One that is gone would keep the others in the join."""
 
 
 class JoinGroup(Message, frozen=True, kw_only=True, tag="join.v1"):
-    """Phase 1 of a weight epoch: leave any older group and enter this one; blocks until all are in."""
+    """Phase 1 of a weight epoch: leave any older group and join this one; blocks until all have joined."""
 
     group: str
     host: str
@@ -271,12 +271,12 @@ class JoinGroup(Message, frozen=True, kw_only=True, tag="join.v1"):
 
 
 class PrepareUpdate(Message, frozen=True, kw_only=True, tag="prepare.v1"):
-    """Phase 2: pause and open the update; answered before any collective starts."""
+    """Phase 2: pause the engine and open the update; the answer comes before any collective starts."""
 
     group: str
     version: PolicyVersion
     interrupt: str
-    """`Retract`, `InPlace` or `Drain`; the last leaves nothing to interrupt."""
+    """`Retract`, `InPlace` or `Drain`; with the last there is nothing left to interrupt."""
     timeout_seconds: float
 
 
@@ -298,11 +298,11 @@ class CommitUpdate(Message, frozen=True, kw_only=True, tag="commit.v1"):
     group: str
     version: PolicyVersion
     checksum: bool = False
-    """Answer with the engine's checksum."""
+    """Whether to answer with the engine's checksum."""
 
 
 class AdapterChunk(Message, frozen=True, kw_only=True, tag="adapterpart.v1"):
-    """A chunk of an adapter's weights; the chunks of a version come in order, one after the other."""
+    """A chunk of an adapter's weights; the chunks of a version arrive in order, one after the other."""
 
     version: PolicyVersion
     offset: int
@@ -310,7 +310,7 @@ class AdapterChunk(Message, frozen=True, kw_only=True, tag="adapterpart.v1"):
 
 
 class LoadAdapter(Message, frozen=True, kw_only=True, tag="adapter.v1"):
-    """Have the engine load the adapter that came in pieces, and go on sampling with it."""
+    """Make the engine load the adapter that came in chunks, and go on sampling with it."""
 
     version: PolicyVersion
     num_bytes: int
@@ -340,7 +340,7 @@ class ControlReply(Message, frozen=True, kw_only=True, tag="reply.v1"):
     message: str = ""
     checksum: str = ""
     num_ranks: int = 1
-    """To ProbeEngine: how many ranks of a weight group the engine takes, one for each of its GPUs."""
+    """In answer to ProbeEngine: the engine's ranks in a weight group, one for each of its GPUs."""
 
 
 def encode(message: Message) -> bytes:
@@ -362,7 +362,7 @@ def decode(data: bytes, *kinds: type[Message]) -> Message:
     """Return the message in `data`, which must be one of `kinds`.
 
     Raises:
-        ValueError: the bytes are no such message, or of a version that this code does not know; names both.
+        ValueError: the bytes are not such a message, or one of a version unknown to this code; names both.
     """
     result: Message = _decode(data, kinds)
     return result
@@ -379,17 +379,17 @@ def _decode(data: bytes, kinds: tuple[type[Message], ...]) -> Any:
 
 
 def decode_request(data: bytes) -> ControlRequest:
-    """Return what the controller asks a worker for.
+    """Return the controller's request to a worker.
 
     Raises:
-        ValueError: as `decode`.
+        ValueError: as for `decode`.
     """
     request: ControlRequest = _decode(data, get_args(ControlRequest))
     return request
 
 
 def _tag(data: bytes) -> str:
-    """Return what `data` calls itself."""
+    """Return the tag that `data` carries."""
     try:
         match msgspec.msgpack.decode(data):
             case [str(tag), *_]:
@@ -401,7 +401,7 @@ def _tag(data: bytes) -> str:
 
 @functools.cache
 def _decoder(kinds: tuple[type[Message], ...]) -> Any:
-    """Make a decoder once: that takes longer than to decode a small message."""
+    """Return a decoder, made only once: making one takes longer than decoding a small message."""
     return msgspec.msgpack.Decoder(functools.reduce(operator.or_, kinds))
 
 
@@ -413,7 +413,7 @@ def ids_to_bytes(ids: Sequence[int]) -> bytes:
 
 
 def ids_from_bytes(data: bytes) -> NDArray[np.int32]:
-    """A read-only view."""
+    """Return a read-only view."""
     return np.frombuffer(data, dtype="<i4")
 
 
@@ -422,7 +422,7 @@ def floats_to_bytes(values: Sequence[float]) -> bytes:
 
 
 def floats_from_bytes(data: bytes) -> NDArray[np.float32]:
-    """A read-only view."""
+    """Return a read-only view."""
     return np.frombuffer(data, dtype="<f4")
 
 

@@ -1,18 +1,18 @@
-"""What a row of a data set says as a prompt, the same for whoever excludes it and whoever renders it."""
+"""The text of a row's prompt, which must be the same for all who exclude prompts and all who render them."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 
 class PromptError(ValueError):
-    """The row cannot be made a prompt; names the field."""
+    """A row holds no usable prompt; the message names the field."""
 
 
 def prompt_text(row: Mapping[str, Any], field: str) -> str:
-    """Return a row's prompt as text, without template: of a conversation its last message.
+    """Return a row's prompt as text, without a chat template; for a conversation, its last message.
 
     Raises:
-        PromptError: the row has no such field, or it is neither text nor a list of messages.
+        PromptError: the row has no such field, or the field is neither text nor a list of messages.
     """
     if field not in row:
         raise PromptError(f"field {field!r} is missing; the row has {', '.join(sorted(row)) or 'no fields'}")

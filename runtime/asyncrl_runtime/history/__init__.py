@@ -1,1 +1,1 @@
-"""The job's history: who writes the ledger, and what proves it. Knows no NATS."""
+"""The job's history: the writer of the ledger, and the audit that proves it. Neither knows NATS."""

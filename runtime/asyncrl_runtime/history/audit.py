@@ -1,4 +1,4 @@
-"""Proves from the ledger that each ticket was trained in exactly one step or counted as discarded. Pure."""
+"""Proves from the ledger that every ticket was trained in exactly one step or counted as discarded. Pure."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -8,19 +8,19 @@ from asyncrl_api.ledger import History
 
 @dataclass(frozen=True)
 class Audit:
-    """What became of the tickets 1 to N."""
+    """What happened to the tickets 1 to N."""
 
     num_issued: int
     num_steps: int
     num_trained: int
     discarded: Counter[str]
-    """By reason."""
+    """The number of discarded tickets by reason."""
     missing: tuple[int, ...]
-    """Neither trained nor discarded, though the job is over."""
+    """The tickets that were neither trained nor discarded, although the job is over."""
     twice: tuple[int, ...]
-    """Closed more than once."""
+    """The tickets that were closed more than once."""
     num_open: int
-    """Not closed yet; the job goes on. The ledger of a job that goes on does not know its last tickets."""
+    """The tickets that are not closed yet, if the job goes on; its ledger does not know the last ones yet."""
     is_finished: bool
 
     @property
@@ -55,7 +55,7 @@ def audit(history: History) -> Audit:
 
 
 def render(result: Audit) -> str:
-    """Return the audit as text, for people; the first line is for programs too."""
+    """Return the audit as text for people; programs may read its first line too."""
     discarded = sum(result.discarded.values())
     lines = [
         f"trained {result.num_trained}  discarded {discarded}  missing {len(result.missing)}"

@@ -1,4 +1,4 @@
-"""Writes ledger.jsonl, one attempt at a time. Its lines and their reader are in `asyncrl_api.ledger`."""
+"""Writes ledger.jsonl, one attempt at a time; its lines and their reader are in `asyncrl_api.ledger`."""
 
 import logging
 import os
@@ -14,11 +14,11 @@ log = logging.getLogger(__name__)
 
 
 class Superseded(Exception):
-    """A later attempt has claimed the ledger; this one must end."""
+    """A later attempt has claimed the ledger, so this one must end."""
 
 
 class Ledger:
-    """The ledger's file, written by one attempt at a time."""
+    """The file of the ledger, which one attempt at a time writes."""
 
     def __init__(self, path: Path, attempt: int) -> None:
         self._path = path
@@ -26,7 +26,7 @@ class Ledger:
         self._read_to = 0
 
     def claim(self, uid: str) -> History:
-        """Append this attempt, drop a torn last line, and return the history so far.
+        """Drop a torn last line, append this attempt, and return the history so far.
 
         Raises:
             Superseded: the ledger has seen this attempt or a later one.
@@ -61,7 +61,7 @@ class Ledger:
         )
 
     def cut(self, version: int) -> None:
-        """Give up recorded steps from `version` on: their trajectories are lost."""
+        """Give up the recorded steps from `version` on, whose trajectories are lost."""
         self._append(LedgerLine(attempt=self._attempt, cut=version))
 
     def end(self, num_issued: int, left_over: Mapping[str, Sequence[int]]) -> None:
@@ -73,7 +73,7 @@ class Ledger:
 
         Raises:
             Superseded: a later attempt has written since.
-            OSError: the disk is full, say; the line is then torn and dropped at the next claim.
+            OSError: the disk is full, for example; the line is then torn, and the next claim drops it.
         """
         with self._path.open("ab+") as file:
             file.seek(self._read_to)
