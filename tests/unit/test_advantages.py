@@ -4,9 +4,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncrl_api.job import AlgorithmSpec, OverlongPenaltySpec
-from asyncrl_runtime.trainer.update.advantages import compute_advantages, overlong_penalty
+from asyncrl_api.parsing import apply_overrides, validate
+from asyncrl_runtime.trainer.update.advantages import ADVANTAGES, compute_advantages, overlong_penalty
+from support.manifests.api_values import values_of
+from support.manifests.smallest import SMALLEST
 
-KINDS = ("GroupNormalized", "GroupCentered", "LeaveOneOut", "BatchNormalized")
+KINDS = tuple(ADVANTAGES)
+WITHIN_GROUPS = [kind for kind in KINDS if kind != "BatchNormalized"]
 
 groups_of_rewards = st.lists(
     st.lists(st.integers(-4, 4).map(float), min_size=1, max_size=5), min_size=1, max_size=5
@@ -72,7 +76,7 @@ def test_normalized_advantages_do_not_know_the_scale(groups: list[list[float]], 
         assert scaled == pytest.approx(part, abs=1e-4)
 
 
-@given(groups_of_rewards, st.sampled_from(KINDS[:3]))
+@given(groups_of_rewards, st.sampled_from(WITHIN_GROUPS))
 def test_a_group_does_not_see_the_others(groups: list[list[float]], kind: str) -> None:
     assert advantages(groups, kind)[0] == pytest.approx(advantages(groups[:1], kind)[0])
 
@@ -82,10 +86,16 @@ def test_equal_rewards_teach_nothing(kind: str) -> None:
     assert advantages([[0.1] * 3, [0.1]], kind)[0] == pytest.approx([0, 0, 0], abs=1e-6)
 
 
-def test_a_group_of_one_has_advantage_zero_but_against_the_batch() -> None:
-    for kind in KINDS[:3]:
-        assert advantages([[5], [1, 0]], kind)[0] == [0]
-    assert advantages([[5], [1, 0]], "BatchNormalized")[0][0] > 1
+def test_every_advantage_of_the_api_is_registered() -> None:
+    assert set(ADVANTAGES) == values_of(AlgorithmSpec, "advantage")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_advantage_that_is_zero_in_groups_of_one_is_refused_with_them(kind: str) -> None:
+    teaches_nothing = advantages([[5], [1, 0]], kind)[0] == [0]
+    assert teaches_nothing == (kind in WITHIN_GROUPS)
+    changes = ["spec.sampling.groupSize=1", f"spec.algorithm.advantage={kind}"]
+    assert bool(validate(apply_overrides(SMALLEST, changes))) == teaches_nothing
 
 
 def test_overlong_penalty_by_hand() -> None:

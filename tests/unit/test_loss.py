@@ -8,9 +8,10 @@ from torch import Tensor
 
 from asyncrl_api.job import AlgorithmSpec
 from asyncrl_runtime.trainer.update.diagnostics import SCALARS
-from asyncrl_runtime.trainer.update.loss import Loss, compute_loss
+from asyncrl_runtime.trainer.update.loss import POLICY_LOSSES, Loss, compute_loss
 from asyncrl_runtime.trainer.update.packing import MicroBatch, TrainingSample, pack
 from support.jobs.naive_rl import Token, naive_loss
+from support.manifests.api_values import values_of
 
 VARIANTS: list[dict[str, Any]] = [
     {"policyLoss": "DecoupledPPO"},
@@ -19,17 +20,24 @@ VARIANTS: list[dict[str, Any]] = [
     {"policyLoss": "DecoupledPPO", "clip": {"low": 0.1, "high": 0.4, "dual": 1.3}},
     {"policyLoss": "DecoupledPPO", "klCoefficient": 0.3, "entropyCoefficient": 0.2},
     {"policyLoss": "PPO"},
+    {"policyLoss": "PPO", "clip": {"low": 0.4, "high": 0.1}},
     {"policyLoss": "PPO", "clip": {"low": 0.2, "high": 0.2, "dual": 1.3}, "klCoefficient": 0.1},
     {"policyLoss": "GSPO", "clip": {"low": 0.05, "high": 0.05}},
     {"policyLoss": "GSPO", "importanceWeight": {"max": 1.02, "onExceed": "Mask"}},
     {"policyLoss": "GSPO", "importanceWeight": {"max": 1.02, "onExceed": "Clamp"}},
     {"policyLoss": "CISPO", "entropyCoefficient": 0.1},
+    {"policyLoss": "CISPO", "clip": {"low": 0.1, "high": 0.4}},
     {"policyLoss": "TIS", "importanceWeight": {"max": 1.1, "onExceed": "Mask"}},
 ]
 
 
 def algorithm_of(variant: dict[str, Any]) -> AlgorithmSpec:
     return AlgorithmSpec.model_validate(variant)
+
+
+def test_every_policy_loss_of_the_api_is_registered_and_compared_with_the_naive_one() -> None:
+    assert set(POLICY_LOSSES) == values_of(AlgorithmSpec, "policy_loss")
+    assert {variant["policyLoss"] for variant in VARIANTS} == set(POLICY_LOSSES)
 
 
 def make_samples(lengths: list[int], seed: int = 0) -> list[TrainingSample]:
@@ -171,6 +179,19 @@ def test_without_proximal_logprobs_the_policy_is_its_own(case: Case, name: str) 
     assert implicit.sums[SCALARS.index("clipped")] == 0, "with a single minibatch the clip never binds"
 
 
+@pytest.mark.parametrize("name", POLICY_LOSSES)
+def test_a_loss_needs_the_proximal_policy_if_it_depends_on_it(case: Case, name: str) -> None:
+    """Registered as one that needs none, it would lose its trust region from the second minibatch on."""
+    algorithm = algorithm_of({"policyLoss": name})
+    before = case.loss(algorithm)
+    gradient = torch.autograd.grad(before.value, case.logprobs)[0]
+    case.proximal = case.proximal + 0.3
+    after = case.loss(algorithm)
+    depends = not torch.equal(gradient, torch.autograd.grad(after.value, case.logprobs)[0])
+    depends |= not torch.equal(before.sums, after.sums)
+    assert depends == POLICY_LOSSES[name].needs_proximal
+
+
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_only_the_policy_being_updated_has_a_gradient(case: Case, variant: dict[str, Any]) -> None:
     case.proximal.requires_grad_()
@@ -226,6 +247,15 @@ def one_token(
         ({"policyLoss": "PPO"}, 1.1, 0.9, 4.0, -0.99, -0.99),
         # CISPO: a weight of 2.2 counts as 1.2, and the gradient stays. log(2.2 / 8) = -1.290984.
         ({"policyLoss": "CISPO"}, 1.1, 2.0, 4.0, 1.2 * 1.290984, -1.2),
+        # Each side has its own bound: 2.2 counts as 1.5, 0.55 as 0.9. log(0.55 / 8) = -2.677279.
+        (
+            {"policyLoss": "CISPO", "clip": {"low": 0.1, "high": 0.5}},
+            *(1.1, 2.0, 4.0, 1.5 * 1.290984, -1.5),
+        ),
+        (
+            {"policyLoss": "CISPO", "clip": {"low": 0.1, "high": 0.5}},
+            *(1.1, 0.5, 4.0, 0.9 * 2.677279, -0.9),
+        ),
         # TIS: the weight is truncated at 2. log(4.4 / 8) = -0.597837.
         ({"policyLoss": "TIS", "importanceWeight": {"max": 2.0}}, 1.1, 4.0, 4.0, 2 * 0.597837, -2.0),
         # One token is a sequence.

@@ -1,7 +1,12 @@
 """From rewards to advantages. Pure; one float per sample, over the whole step's batch at once.
 
 gamma = lambda = 1 and there is no critic, so each token's advantage is its response's.
+
+A new one is a function and its entry in `ADVANTAGES`, here, and a name in `AlgorithmSpec.advantage`; one that
+needs no group to compare with is also named in the rule of the API about `sampling.groupSize`.
 """
+
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,15 +40,7 @@ def compute_advantages(
         shaped = shaped - overlong_penalty(num_sampled_tokens, max_new_tokens, algorithm.overlong_penalty)
     shaped = (shaped + algorithm.reward_shift) * algorithm.reward_scale
     _, groups = np.unique(tickets, return_inverse=True)
-    match algorithm.advantage:
-        case "GroupNormalized":
-            return group_normalized(shaped, groups)
-        case "GroupCentered":
-            return group_centered(shaped, groups)
-        case "LeaveOneOut":
-            return leave_one_out(shaped, groups)
-        case "BatchNormalized":
-            return batch_normalized(shaped)
+    return ADVANTAGES[algorithm.advantage](shaped, groups)
 
 
 def overlong_penalty(num_sampled_tokens: Ints, max_new_tokens: int, rule: OverlongPenaltySpec) -> Floats:
@@ -82,7 +79,7 @@ def leave_one_out(rewards: Floats, groups: Ints) -> Floats:
     return group_centered(rewards, groups) * sizes / np.maximum(sizes - 1, 1)
 
 
-def batch_normalized(rewards: Floats) -> Floats:
+def batch_normalized(rewards: Floats, _: Ints) -> Floats:
     """Reward minus the batch's mean, over its standard deviation (AReaL, arXiv 2505.24298, appendix B.1).
 
     Each sample counts once, whatever its length. The batch is the step's, of all ranks and minibatches.
@@ -95,3 +92,12 @@ def _group_means(values: Floats, groups: Ints) -> Floats:
     """Return [number of groups]."""
     means: Floats = np.bincount(groups, weights=values) / np.bincount(groups)
     return means
+
+
+ADVANTAGES: Mapping[str, Callable[[Floats, Ints], Floats]] = {
+    "GroupNormalized": group_normalized,
+    "GroupCentered": group_centered,
+    "LeaveOneOut": leave_one_out,
+    "BatchNormalized": batch_normalized,
+}
+"""The values of `spec.algorithm.advantage`: from rewards, [N], and their groups, [N], to advantages, [N]."""

@@ -12,9 +12,11 @@ nothing.
 | PPO | min(u A, clip(u) A), u = pi_theta / pi_behav |
 | CISPO | sg(clip(u)) A log pi_theta, u = pi_theta / pi_behav |
 | TIS | sg(min(u, max)) A log pi_theta, u = pi_theta / pi_behav |
+
+A new one is a function and its entry in `POLICY_LOSSES`, here, and a name in `AlgorithmSpec.policy_loss`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -63,7 +65,7 @@ def compute_loss(
         logprobs: [R] under the policy being updated; carries the gradient.
         entropies: [R] of the same distributions.
         proximal_logprobs: [R] under the policy at the step's start; None where that is the policy itself, as
-            in a step's first minibatch, and for losses that do not use it (`uses_proximal`).
+            in a step's first minibatch, and for losses that do not need it (`POLICY_LOSSES`).
         reference_logprobs: [R]; None without KL term.
         num_tokens: sampled tokens of the minibatch over all ranks and micro-batches.
 
@@ -72,7 +74,7 @@ def compute_loss(
     """
     # Detached: neither the trust region's center nor an importance weight carries a gradient.
     proximal = (logprobs if proximal_logprobs is None else proximal_logprobs).detach()
-    surrogate = _SURROGATES[algorithm.policy_loss](algorithm, batch, logprobs, proximal)
+    surrogate = POLICY_LOSSES[algorithm.policy_loss].surrogate(algorithm, batch, logprobs, proximal)
     per_token = -surrogate.objective
     kl = torch.zeros_like(entropies)
     if reference_logprobs is not None:
@@ -93,11 +95,6 @@ def compute_loss(
         loss_mask=batch.loss_mask,
     )
     return Loss(value, sums)
-
-
-def uses_proximal(algorithm: AlgorithmSpec) -> bool:
-    """Whether a step of several minibatches needs the proximal pass."""
-    return algorithm.policy_loss in ("DecoupledPPO", "GSPO")
 
 
 def decoupled_ppo(
@@ -228,10 +225,20 @@ def _sequence_mean(values: Tensor, batch: MicroBatch) -> Tensor:
     return (totals / counts.clamp(min=1))[batch.sequences]
 
 
-_SURROGATES: dict[str, Callable[[AlgorithmSpec, MicroBatch, Tensor, Tensor], Surrogate]] = {
-    "DecoupledPPO": decoupled_ppo,
-    "GSPO": gspo,
-    "PPO": ppo,
-    "CISPO": cispo,
-    "TIS": tis,
+class PolicyLoss(NamedTuple):
+    """A value of `spec.algorithm.policyLoss`."""
+
+    surrogate: Callable[[AlgorithmSpec, MicroBatch, Tensor, Tensor], Surrogate]
+    """Called with algorithm, micro-batch, log-probs and proximal log-probs, both [R]; these are detached."""
+    needs_proximal: bool
+    """Whether it compares with the proximal policy, so that a step of several minibatches needs the log-probs
+    under it. Without them a minibatch has the policy itself for its proximal policy, and no trust region."""
+
+
+POLICY_LOSSES: Mapping[str, PolicyLoss] = {
+    "DecoupledPPO": PolicyLoss(decoupled_ppo, needs_proximal=True),
+    "GSPO": PolicyLoss(gspo, needs_proximal=True),
+    "PPO": PolicyLoss(ppo, needs_proximal=False),
+    "CISPO": PolicyLoss(cispo, needs_proximal=False),
+    "TIS": PolicyLoss(tis, needs_proximal=False),
 }

@@ -146,7 +146,7 @@ class Policy:
         Args:
             micro_batches: this rank's; every rank has as many.
             proximal_logprobs: [R] of each, from `logprobs` before the step's first update; None in the first,
-                whose proximal policy is the policy itself, and where `loss.uses_proximal` says no.
+                whose proximal policy is the policy itself, and where the loss needs none (loss.py).
             num_tokens: sampled tokens of the minibatch over all ranks, at least 1.
         """
         sums, logprobs = [], []

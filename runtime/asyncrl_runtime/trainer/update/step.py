@@ -13,7 +13,7 @@ from asyncrl_runtime.contract.messages import floats_from_bytes, ids_from_bytes
 from asyncrl_runtime.trainer.books.staleness import LiveGroup
 from asyncrl_runtime.trainer.update import diagnostics
 from asyncrl_runtime.trainer.update.advantages import compute_advantages
-from asyncrl_runtime.trainer.update.loss import uses_proximal
+from asyncrl_runtime.trainer.update.loss import POLICY_LOSSES
 from asyncrl_runtime.trainer.update.packing import (
     MicroBatch,
     TrainingSample,
@@ -91,7 +91,7 @@ def train_step(policy: Policy, plan: StepPlan, algorithm: AlgorithmSpec, rank: i
         for members in split_minibatches([s.ticket for s in plan.samples], plan.num_minibatches)
     ]
     packed = [_pack_for_rank(m, plan.tokens_per_micro_batch, policy.world_size, rank) for m in minibatches]
-    needs_proximal = uses_proximal(algorithm)
+    needs_proximal = POLICY_LOSSES[algorithm.policy_loss].needs_proximal
     proximal = [policy.logprobs(batches) if needs_proximal else None for batches in packed[1:]]
     updates = []
     for samples, batches, proximal_logprobs in zip(minibatches, packed, [None, *proximal], strict=True):
