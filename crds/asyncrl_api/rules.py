@@ -62,23 +62,28 @@ _NAME = _rule(
 )
 
 
-def _source(path: str, schemes: str, forms: str) -> Rule:
+MODEL_SOURCES = {"hf": "hf://org/name", "file": "file:///path", "package": "package://package/folder"}
+"""Where a model may come from: an example by scheme; `module:factory` beside them."""
+ROW_SOURCES = {"hf": "hf://org/set", "file": "file://rows.jsonl", "reasoning-gym": "reasoning-gym://name"}
+"""Where rows to train on and held-out rows may come from, likewise."""
+
+
+def _source(path: str, forms: Mapping[str, str]) -> Rule:
+    examples = ", ".join([*forms.values(), "module:factory"])
+    name = "[A-Za-z_][A-Za-z0-9_]*"
     return _rule(
         path,
         "source",
-        f"self.source.matches('^(({schemes})://.+|[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_]*)$')",
-        f'{path.removeprefix("spec.")}.source is "%s", but must have one of the forms {forms}',
+        f"self.source.matches('^(({'|'.join(forms)})://.+|[A-Za-z_][A-Za-z0-9_.]*:{name})$')",
+        f'{path.removeprefix("spec.")}.source is "%s", but must have one of the forms {examples}',
         "self.source",
     )
 
 
-_ROWS = "hf://org/set, file://rows.jsonl, reasoning-gym://name, module:factory"
-_WEIGHTS = "hf://org/name, file:///path, package://package/folder, module:factory"
-
 _SOURCES = (
-    _source("spec.model", "hf|file|package", _WEIGHTS),
-    _source("spec.dataset", "hf|file|reasoning-gym", _ROWS),
-    _source("spec.evaluation", "hf|file|reasoning-gym", _ROWS),
+    _source("spec.model", MODEL_SOURCES),
+    _source("spec.dataset", ROW_SOURCES),
+    _source("spec.evaluation", ROW_SOURCES),
 )
 
 _IS_OBJECT = "matches('^[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_.]*$')"

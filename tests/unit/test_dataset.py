@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncrl_api.exits import ExitCode, ExitError
-from asyncrl_runtime.trainer.dataset import PromptOrder, count_shared, load_rows
+from asyncrl_api.rules import ROW_SOURCES
+from asyncrl_runtime.trainer.dataset import SOURCES, PromptOrder, count_shared, load_rows
 from support.messages.samples import make_job
 
 splits: dict[str, Any] = {}
@@ -50,6 +51,10 @@ def refusal(*overrides: str, **options: Any) -> tuple[ExitCode, str]:
 
 
 # -- sources
+
+
+def test_every_source_of_the_api_is_registered() -> None:
+    assert set(SOURCES) == set(ROW_SOURCES)
 
 
 def test_a_factory_gets_split_seed_and_parameters_as_the_manifest_has_them() -> None:

@@ -11,7 +11,9 @@ import pytest
 
 from asyncrl_api.exits import ExitCode, ExitError
 from asyncrl_api.job import ModelSpec
+from asyncrl_api.rules import MODEL_SOURCES
 from asyncrl_runtime.model.source import (
+    SOURCES,
     WARMUP_PROMPTS,
     ensure_model,
     load_tokenizer,
@@ -39,6 +41,10 @@ def refusal(spec: ModelSpec, cache: Path) -> tuple[ExitCode, str]:
 
 
 # -- folders
+
+
+def test_every_source_of_the_api_is_registered() -> None:
+    assert set(SOURCES) == set(MODEL_SOURCES)
 
 
 def test_a_folder_is_used_as_it_is(tmp_path: Path) -> None:

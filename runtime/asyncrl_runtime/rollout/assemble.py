@@ -19,6 +19,7 @@ from asyncrl_runtime.rollout.engine_client import EngineClient
 from asyncrl_runtime.rollout.health_port import serve_health
 from asyncrl_runtime.rollout.prompts import PromptRenderer
 from asyncrl_runtime.rollout.rewards.pool import RewardNotLoaded
+from asyncrl_runtime.rollout.rewards.reward_types import REWARD_TYPES, ProcessReward
 from asyncrl_runtime.rollout.rewards.scorer import Scorer, make_scorer
 from asyncrl_runtime.rollout.worker import Worker
 from asyncrl_runtime.rollout.workflows import make_workflow
@@ -97,7 +98,8 @@ def _scorer(config: RunConfig) -> Scorer:
 
 def _describe(config: RunConfig) -> str:
     """Return what reward a job has, and where user code is looked for."""
-    if config.spec.reward.type != "Function":
+    reward = REWARD_TYPES[config.spec.reward.type]
+    if not (isinstance(reward, ProcessReward) and reward.is_user_code):
         return f"spec.reward.type: {config.spec.reward.type}"
     folders = ", ".join(map(str, config.import_paths)) or "the installed packages"
     return f"spec.reward.function: {config.spec.reward.function} (looked for in {folders})"

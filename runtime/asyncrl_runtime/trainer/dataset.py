@@ -1,11 +1,14 @@
-"""Rows to train on and rows held out: where they come from, and in which order tickets take them."""
+"""Rows to train on and rows held out: where they come from, and in which order tickets take them.
+
+A new source is a function and its entry in `SOURCES`, here, and a form in `asyncrl_api.rules.ROW_SOURCES`.
+"""
 
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -93,7 +96,10 @@ def _load_split(dataset: DatasetSpec, evaluation: EvaluationSpec | None) -> list
     block = "spec.dataset" if evaluation is None else "spec.evaluation"
     chosen = dataset if evaluation is None else evaluation
     where = f"{block}.source: {chosen.source}"
-    found = _from_source(chosen.source, chosen.split, chosen.parameters, dataset, where)
+    scheme, separator, rest = chosen.source.partition("://")
+    name = rest if separator else chosen.source
+    load = SOURCES[scheme] if separator else _from_factory
+    found = load(Wanted(name, chosen.split, chosen.parameters, dataset.seed, where))
     rows: list[DictRow] = []
     for number, item in enumerate(found, start=1):
         if not isinstance(item, Mapping):
@@ -115,27 +121,33 @@ def _load_split(dataset: DatasetSpec, evaluation: EvaluationSpec | None) -> list
     return rows
 
 
-def _from_source(
-    source: str, split: str, parameters: Mapping[str, Any], dataset: DatasetSpec, where: str
-) -> Iterable[Mapping[str, Any]]:
-    if source.startswith("file://"):
-        return _from_file(Path(source.removeprefix("file://")), where)
-    if source.startswith("reasoning-gym://"):
-        return _from_reasoning_gym(source.removeprefix("reasoning-gym://"), split, parameters, dataset, where)
-    if source.startswith("hf://"):
-        return _from_hub(source.removeprefix("hf://"), split, parameters, where)
+class Wanted(NamedTuple):
+    """A split of a data set, as a source is asked for it."""
+
+    name: str
+    """What stands behind the scheme."""
+    split: str
+    parameters: Mapping[str, Any]
+    seed: int
+    where: str
+    """The field and its value, which begin every message."""
+
+
+def _from_factory(wanted: Wanted) -> list[Any]:
+    field = wanted.where.split(":")[0]
     try:
-        factory = load_object(source, where.split(":")[0])
+        factory = load_object(wanted.name, field)
     except ImportFailed as error:
         raise ExitError(ExitCode.REFUSED, str(error)) from error
     try:
-        return list(factory(split=split, seed=dataset.seed, **parameters))
+        return list(factory(split=wanted.split, seed=wanted.seed, **wanted.parameters))
     except Exception as error:  # user code may raise anything
-        log.exception("%s", where)
-        raise ExitError(ExitCode.UNUSABLE, f"{where}: {type(error).__name__}: {error}") from error
+        log.exception("%s", wanted.where)
+        raise ExitError(ExitCode.UNUSABLE, f"{wanted.where}: {type(error).__name__}: {error}") from error
 
 
-def _from_file(path: Path, where: str) -> list[DictRow]:
+def _from_file(wanted: Wanted) -> list[DictRow]:
+    path, where = Path(wanted.name), wanted.where
     rows = []
     try:
         with path.open(encoding="utf-8") as file:
@@ -159,40 +171,50 @@ def _from_file(path: Path, where: str) -> list[DictRow]:
     return rows
 
 
-def _from_reasoning_gym(
-    name: str, split: str, parameters: Mapping[str, Any], dataset: DatasetSpec, where: str
-) -> list[DictRow]:
+def _from_reasoning_gym(wanted: Wanted) -> list[DictRow]:
     import reasoning_gym
 
-    distance = 0 if split == "train" else REASONING_GYM_SPLIT_DISTANCE
-    settings = {"size": REASONING_GYM_ROWS, "seed": dataset.seed + distance, **parameters}
+    distance = 0 if wanted.split == "train" else REASONING_GYM_SPLIT_DISTANCE
+    settings = {"size": REASONING_GYM_ROWS, "seed": wanted.seed + distance, **wanted.parameters}
     # A worker's scorer makes the data set again, from what stands in the row.
     scored_by = {
-        "source_dataset": name,
-        "dataset_parameters": {key: parameters[key] for key in parameters if key not in ("size", "seed")},
+        "source_dataset": wanted.name,
+        "dataset_parameters": {
+            key: value for key, value in wanted.parameters.items() if key not in ("size", "seed")
+        },
     }
     try:
-        items = reasoning_gym.create_dataset(name, **settings)
+        items = reasoning_gym.create_dataset(wanted.name, **settings)
         return [{**item, "metadata": {**item["metadata"], **scored_by}} for item in items]
     except Exception as error:  # its tasks check their parameters each in its own way
         raise ExitError(
-            ExitCode.REFUSED, f"{where}: {type(error).__name__}: {error}; parameters are {dict(parameters)}"
+            ExitCode.REFUSED,
+            f"{wanted.where}: {type(error).__name__}: {error}; parameters are {dict(wanted.parameters)}",
         ) from error
 
 
-def _from_hub(name: str, split: str, parameters: Mapping[str, Any], where: str) -> list[DictRow]:
+def _from_hub(wanted: Wanted) -> list[DictRow]:
     try:
         import datasets
     except ImportError as error:
         raise ExitError(
-            ExitCode.REFUSED, f"{where}: needs the package datasets: pip install 'asyncrl[hub]'"
+            ExitCode.REFUSED, f"{wanted.where}: needs the package datasets: pip install 'asyncrl[hub]'"
         ) from error
     try:
-        return [dict(row) for row in datasets.load_dataset(name, split=split, **parameters)]
+        rows = datasets.load_dataset(wanted.name, split=wanted.split, **wanted.parameters)
+        return [dict(row) for row in rows]
     except Exception as error:  # the library raises its own, the hub client's, and plain ones
         raise ExitError(
-            ExitCode.TRY_AGAIN, f"{where}: split {split!r}: {type(error).__name__}: {error}"
+            ExitCode.TRY_AGAIN, f"{wanted.where}: split {wanted.split!r}: {type(error).__name__}: {error}"
         ) from error
+
+
+SOURCES: Mapping[str, Callable[[Wanted], Iterable[Any]]] = {
+    "file": _from_file,
+    "hf": _from_hub,
+    "reasoning-gym": _from_reasoning_gym,
+}
+"""By the scheme of `source`; without one it names a factory."""
 
 
 def _distinct(rows: Sequence[DictRow], prompt_field: str, evaluation: EvaluationSpec) -> tuple[DictRow, ...]:

@@ -26,15 +26,12 @@ from asyncrl_runtime.rollout.rewards.frames import (
     pack,
     receive,
 )
+from asyncrl_runtime.rollout.rewards.reward_types import process_reward
 
 MAX_START_SECONDS = 120.0
 """For loading a reward; reasoning-gym takes 8 s on an idle machine."""
 MAX_STOP_SECONDS = 10.0
 """For killing what a reward has started."""
-SANDBOX_SECONDS = 10.0
-"""For what a sandbox does around its programs, whose time it limits itself."""
-
-_KEPT_VARIABLES = ("PATH", "HOME", "LANG", "TMPDIR", "LD_LIBRARY_PATH", "PYTHONPATH")
 
 _greetings: msgspec.msgpack.Decoder[Ready | Refused] = msgspec.msgpack.Decoder(Ready | Refused)
 _answers: msgspec.msgpack.Decoder[Scored | Failed] = msgspec.msgpack.Decoder(Scored | Failed)
@@ -96,7 +93,7 @@ class RewardProcess:
 
     def __init__(self, setup: Setup) -> None:
         self._setup = setup
-        self._max_seconds = setup.timeout_seconds + (SANDBOX_SECONDS if setup.type == "Code" else 0)
+        self._max_seconds = setup.timeout_seconds + process_reward(setup.type).spare_seconds
         self._link: _Link | None = None
         self._end: asyncio.Task[int | None] | None = None
         """Of the process before; a task, for it has to be waited for even if the one who ended it is not."""
@@ -205,7 +202,7 @@ class _Link(NamedTuple):
                     stdout=2,  # what a reward prints goes to the worker's log
                     pass_fds=[theirs.fileno()],
                     start_new_session=True,
-                    env=build_environment(setup),
+                    env=process_reward(setup.type).environment(),
                 )
             except BaseException:
                 writer.close()
@@ -233,17 +230,6 @@ class _Link(NamedTuple):
         except TimeoutError:  # killed now, it would leave behind what it is still killing
             logger.error("reward process %d has yet to end what it has started", self.process.pid)
             return None
-
-
-def build_environment(setup: Setup) -> dict[str, str]:
-    """Return the variables of a reward process.
-
-    The user's function may need any of the worker's. The others handle text of the policy, and
-    reasoning-gym evaluates some of it as Python, so they get no secrets.
-    """
-    if setup.type == "Function":
-        return dict(os.environ)
-    return {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
 
 
 def describe_end(status: int | None) -> str:

@@ -29,7 +29,7 @@ from asyncrl_runtime.rollout.rewards.frames import (
     pack,
     read,
 )
-from asyncrl_runtime.rollout.rewards.verifiers import load_reward
+from asyncrl_runtime.rollout.rewards.reward_types import process_reward
 
 
 def main() -> None:
@@ -68,7 +68,7 @@ def serve(channel: socket.socket) -> None:
     if setup is None:
         return
     try:
-        reward, ready = load_reward(setup)
+        reward, ready = process_reward(setup.type).load(setup)
     except BaseException as error:  # user code may raise anything, and the worker is waiting to hear of it
         channel.sendall(pack(Refused(describe(error))))
         return

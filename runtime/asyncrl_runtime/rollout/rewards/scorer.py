@@ -18,7 +18,7 @@ from asyncrl_api.protocols import Score
 from asyncrl_runtime.rollout.rewards.backend import Backend, RewardFailure
 from asyncrl_runtime.rollout.rewards.frames import ScoreRequest, Setup
 from asyncrl_runtime.rollout.rewards.pool import RewardPool
-from asyncrl_runtime.rollout.rewards.service import RewardService
+from asyncrl_runtime.rollout.rewards.reward_types import REWARD_TYPES, ProcessReward, RemoteReward
 
 MAX_BACKOFF_SECONDS = 30.0
 
@@ -76,18 +76,18 @@ def make_scorer(
     Args:
         answer_field: where a row has its reference answer, `spec.dataset.answerField`.
         import_paths: folders with the user's code, mounted config maps say.
-        num_processes: how many responses are scored at a time, but for `Service`.
+        num_processes: how many responses are scored at a time by a reward in processes of this machine.
     """
-    backend: Backend
-    if spec.type == "Service":
-        backend = RewardService(spec.url, timeout_seconds=spec.timeout_seconds)
-    else:
-        setup = Setup(
-            type=spec.type,
-            function=spec.function or "",
-            answer_field=answer_field,
-            timeout_seconds=spec.timeout_seconds,
-            import_paths=[str(path.absolute()) for path in import_paths],
-        )
-        backend = RewardPool(setup, num_processes=num_processes)
+    match REWARD_TYPES[spec.type]:
+        case RemoteReward(connect):
+            backend = connect(spec)
+        case ProcessReward():
+            setup = Setup(
+                type=spec.type,
+                function=spec.function or "",
+                answer_field=answer_field,
+                timeout_seconds=spec.timeout_seconds,
+                import_paths=[str(path.absolute()) for path in import_paths],
+            )
+            backend = RewardPool(setup, num_processes=num_processes)
     return Scorer(backend, max_attempts=spec.max_attempts)

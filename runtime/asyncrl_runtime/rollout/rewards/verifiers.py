@@ -1,48 +1,16 @@
-"""The rewards that live in a reward process, each as a callable like the user's own.
+"""`Math` and `ReasoningGym`, each as a callable like the user's own.
 
-Libraries are imported when a reward is made: reasoning-gym takes seconds, and a process holds one reward.
+Their libraries are imported when a reward is made: reasoning-gym takes seconds.
 """
 
 import json
 import logging
-import pkgutil
 import re
-import sys
 from decimal import Decimal
 from functools import cache, partial
 from typing import Any
 
-from asyncrl_api.protocols import Reward, Row, Score
-from asyncrl_runtime.rollout.rewards.frames import Ready, Setup
-
-
-def load_reward(setup: Setup) -> tuple[Reward, Ready]:
-    """Make the reward that `setup` names, ready to score."""
-    match setup.type:
-        case "Math":
-            return MathAnswer(setup.answer_field), Ready()
-        case "ReasoningGym":
-            return ReasoningGymAnswer(), Ready()
-        case "Code":
-            from asyncrl_runtime.rollout.rewards.programs import ProgramTests
-
-            reward = ProgramTests(setup.timeout_seconds)
-            containment = reward.sandbox.containment
-            note = f"programs run {containment}"
-            return reward, Ready(note=note, is_worker_exposed=not containment.is_apart)
-        case "Function":
-            return load_function(setup.function, setup.import_paths), Ready()
-    raise ValueError(f"there is no reward of type {setup.type!r}")
-
-
-def load_function(target: str, import_paths: list[str]) -> Reward:
-    """Import the user's `pkg.module:name`; `import_paths` come first, in their order."""
-    sys.path[:0] = import_paths
-    function = pkgutil.resolve_name(target)
-    if not callable(function):
-        raise TypeError(f"{target} is a {type(function).__name__}, not a callable")
-    reward: Reward = function
-    return reward
+from asyncrl_api.protocols import Row, Score
 
 
 class MathAnswer:
