@@ -22,7 +22,8 @@ from asyncrl_runtime.contract.messages import EVALUATION_ROWS, PolicyVersion, Sa
 from asyncrl_runtime.contract.rows import PromptError
 from asyncrl_runtime.model.source import ensure_model, load_tokenizer, vocab_size
 from asyncrl_runtime.rollout.concurrency import Slots
-from asyncrl_runtime.rollout.engine_client import EngineClient, EngineLost
+from asyncrl_runtime.rollout.engine_api import Engine, EngineLost
+from asyncrl_runtime.rollout.engine_client import EngineClient
 from asyncrl_runtime.rollout.group_runner import GroupRunner, GroupTask, HandedBack, SampleOutcome
 from asyncrl_runtime.rollout.prompts import PromptRenderer
 from asyncrl_runtime.rollout.rewards.scorer import make_scorer
@@ -135,7 +136,7 @@ async def _answer(
 
 
 @contextlib.asynccontextmanager
-async def _engine(config: RunConfig, folder: Path, version: PolicyVersion) -> AsyncIterator[EngineClient]:
+async def _engine(config: RunConfig, folder: Path, version: PolicyVersion) -> AsyncIterator[Engine]:
     """Start a CPU engine on `folder`, labeled with `version`, for as long as it is needed."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -148,19 +149,18 @@ async def _engine(config: RunConfig, folder: Path, version: PolicyVersion) -> As
         engine = EngineClient(f"http://127.0.0.1:{port}", vocab_size(folder))
         try:
             await _wait_until_it_answers(engine, process)
-            label = {"new_version": str(version), "abort_all_requests": False}
-            await engine.call("/update_weight_version", label)
+            await engine.set_label(version, aborts=False)
             yield engine
         finally:
             await engine.close()
             process.terminate()
 
 
-async def _wait_until_it_answers(engine: EngineClient, process: subprocess.Popen[bytes]) -> None:
+async def _wait_until_it_answers(engine: Engine, process: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + START_SECONDS
     while True:
         try:
-            await engine.model_info()
+            await engine.label()
             return
         except EngineLost as error:
             if process.poll() is not None or time.monotonic() > deadline:

@@ -7,7 +7,7 @@ import pytest
 
 from asyncrl_api.names import JobNames, NatsAddress
 from asyncrl_runtime.contract.messages import PolicyVersion
-from asyncrl_runtime.rollout.engine_client import EngineRefused
+from asyncrl_runtime.rollout.engine_api import EngineRefused
 from asyncrl_runtime.weights.engines import Published
 from support.engines.rollout_scene import Scene, holds, open_scene, publish, versions
 from support.jobs.nats_server import NatsServer

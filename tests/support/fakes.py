@@ -8,15 +8,18 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
 from asyncrl_api.protocols import Score
-from asyncrl_runtime.contract.messages import PolicyVersion, VersionSpan
-from asyncrl_runtime.rollout.engine_client import (
+from asyncrl_runtime.contract.messages import JoinGroup, PolicyVersion, ReceiveBucket, VersionSpan
+from asyncrl_runtime.rollout.engine_api import (
+    CHECKSUM_SECONDS,
+    CONTROL_SECONDS,
     PROBE_SECONDS,
     BrokenStream,
-    EngineClient,
+    EngineLoad,
     EngineLost,
     EngineRefused,
     EngineTimeout,
@@ -40,7 +43,7 @@ class Cut:
 
 
 class FakeEngine:
-    """Samples as an engine whose noise is a function of seed and absolute position; has EngineClient's calls.
+    """Samples as an engine whose noise is a function of seed and absolute position.
 
     A token depends on everything before it as well, so a sample that goes on wrongly differs at once.
     """
@@ -237,87 +240,140 @@ async def scripted_server(reply: Callable[[Exchange], Awaitable[None]]) -> Async
         server.close()
 
 
-class UpdatableEngine(EngineClient):
-    """An engine that can be updated, without model and HTTP: it knows groups, sessions and pauses."""
+class UpdatableEngine:
+    """An engine that can be updated, without model and HTTP: it knows groups, sessions and pauses.
 
-    def __init__(self) -> None:  # not the parent's, which opens an HTTP client
-        self.base_url = "http://engine"
+    A request for tokens is never answered: it ends when the engine is given up.
+    """
+
+    name = "engine"
+
+    def __init__(self) -> None:
         self.weights = WeightsSeen()
         self.is_in_doubt = False
         self.num_requests = 0
-        self._lost = asyncio.Event()
-        self.calls: list[tuple[str, dict[str, Any]]] = []
+        self.calls: list[tuple[str, Any]] = []
+        """Which call was made with what, in order; not those that ask for the engine's health."""
         self.faults: dict[str, Exception] = {}
-        """What the calls of an endpoint fail with."""
+        """What a call fails with."""
         self.hangs = False
-        self.needs_session = True
-        """For buckets, as SGLang from 0.5.21 on."""
         self.tp_size = 1
+        self._lost = asyncio.Event()
         self.start()
 
     def start(self) -> None:
         """As a new process, which knows nothing of what was before."""
-        self.label = "default"
+        self.own_label = "default"
         self.is_paused = self.has_session = False
         self.groups: set[str] = set()
         self.num_tokens = 0
 
     @property
-    def paths(self) -> list[str]:
-        return [path for path, _ in self.calls]
+    def made(self) -> list[str]:
+        """Which calls were made."""
+        return [call for call, _ in self.calls]
+
+    async def generate(
+        self, requests: Sequence[SamplingRequest], *, cache_salt: str | None = None
+    ) -> list[Generation]:
+        await self._lost.wait()
+        raise EngineLost("given up")
+
+    async def stream(self, request: SamplingRequest, *, cache_salt: str | None = None) -> Generation:
+        return (await self.generate([request]))[0]
+
+    async def close(self) -> None:
+        pass
+
+    def give_up(self) -> None:
+        self._lost.set()
+        self._lost = asyncio.Event()
+
+    async def abort_all(self) -> None:
+        await self._told("abort_all", None, PROBE_SECONDS)
+
+    async def label(self) -> str:
+        await self._answer("label", PROBE_SECONDS)
+        return self.own_label
 
     async def num_ranks(self) -> int:
         return self.tp_size
 
-    async def call(
-        self, path: str, body: dict[str, Any], timeout_seconds: float = PROBE_SECONDS
-    ) -> dict[str, Any]:
-        self.calls.append((path, body))
-        await self._answer(path, timeout_seconds)
-        match path:
-            case "/init_weights_update_group":
-                self.groups.add(body["group_name"])
-            case "/destroy_weights_update_group":
-                self._refuse_unless(body["group_name"] in self.groups, "no such group")
-                self.groups.remove(body["group_name"])
-            case "/pause_generation":
-                self.is_paused = True
-            case "/continue_generation":
-                self.is_paused = False
-            case "/begin_weight_update":
-                self._refuse_unless(not self.has_session, "a session is open")
-                self.has_session = True
-            case "/end_weight_update":
-                self._refuse_unless(self.has_session, "no session is open")
-                self.has_session = False
-            case "/update_weights_from_distributed":
-                self._refuse_unless(self.has_session or not self.needs_session, "no session")
-                self._refuse_unless(body["group_name"] in self.groups, "no such group")
-                self.label = body.get("weight_version", self.label)
-        return {"success": True, "per_engine_checksum": "c0ffee"}
+    async def load(self) -> EngineLoad:
+        await self._answer("load", PROBE_SECONDS)
+        return EngineLoad(0.0, 0, 0, self.num_tokens)
 
-    async def lost(self) -> None:
-        """A request in flight, which is answered when the engine is given up."""
-        await self._lost.wait()
+    async def take_over(self) -> None:
+        await self._told("take_over", None, PROBE_SECONDS)
+        self.has_session = False
 
-    async def model_info(self) -> dict[str, Any]:
-        await self._answer("/model_info", PROBE_SECONDS)
-        return {"weight_version": self.label}
+    async def join_group(self, request: JoinGroup) -> None:
+        await self._told("join_group", request, request.timeout_seconds)
+        self.groups.add(request.group)
 
-    async def metrics(self) -> str:
-        await self._answer("/metrics", PROBE_SECONDS)
-        return f'sglang:generation_tokens_total{{model_name="m"}} {self.num_tokens}\n'
+    async def leave_group(self, group: str) -> None:
+        await self._told("leave_group", group)
+        self._refuse_unless(group in self.groups, "no such group")
+        self.groups.remove(group)
 
-    async def _answer(self, path: str, timeout_seconds: float) -> None:
+    async def pause(self, interrupt: str) -> None:
+        await self._told("pause", interrupt)
+        self.is_paused = True
+
+    async def begin_update(self) -> None:
+        await self._told("begin_update", None)
+        self._refuse_unless(not self.has_session, "a session is open")
+        self.has_session = True
+
+    async def receive_bucket(self, request: ReceiveBucket, *, keeps_cache: bool) -> None:
+        await self._told("receive_bucket", keeps_cache, request.timeout_seconds)
+        self._refuse_unless(self.has_session, "no session")
+        self._refuse_unless(request.group in self.groups, "no such group")
+        self.own_label = str(request.version) if request.is_last else self.own_label
+
+    async def end_update(self) -> None:
+        await self._told("end_update", None)
+        self._refuse_unless(self.has_session, "no session is open")
+        self.has_session = False
+
+    async def checksum(self) -> str:
+        await self._told("checksum", None, CHECKSUM_SECONDS)
+        return "c0ffee"
+
+    async def resume(self) -> None:
+        await self._told("resume", None)
+        self.is_paused = False
+
+    async def load_adapter(self, version: PolicyVersion, folder: Path, timeout_seconds: float) -> None:
+        await self._told("load_adapter", version, timeout_seconds)
+        files = {"adapter_config.json", "adapter_model.safetensors"}
+        self._refuse_unless(_names_in(folder) == files, "no adapter")
+
+    async def unload_adapter(self, version: PolicyVersion) -> None:
+        await self._told("unload_adapter", version)
+
+    async def set_label(self, version: PolicyVersion, *, aborts: bool) -> None:
+        await self._told("set_label", (version, aborts))
+        self.own_label = str(version)
+
+    async def _told(self, call: str, what: Any, timeout_seconds: float = CONTROL_SECONDS) -> None:
+        self.calls.append((call, what))
+        await self._answer(call, timeout_seconds)
+
+    async def _answer(self, call: str, timeout_seconds: float) -> None:
         await asyncio.sleep(timeout_seconds if self.hangs else 0)
         if self.hangs:
-            raise EngineTimeout(f"{path}: no answer in {timeout_seconds:.0f} s")
-        if fault := self.faults.get(path):
+            raise EngineTimeout(f"{call}: no answer in {timeout_seconds:.0f} s")
+        if fault := self.faults.get(call):
             raise fault
 
     def _refuse_unless(self, is_right: bool, message: str) -> None:
         if not is_right:
             raise EngineRefused(message)
+
+
+def _names_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
 
 
 class FakeEvaluator:

@@ -14,11 +14,11 @@ from asyncrl_runtime.contract.messages import (
     PrepareUpdate,
 )
 from asyncrl_runtime.rollout.adapter_updates import AdapterUpdates
-from asyncrl_runtime.rollout.engine_client import EngineLost, EngineRefused
+from asyncrl_runtime.rollout.engine_api import EngineLost, EngineRefused
 from support.fakes import UpdatableEngine
 
 V0, V1, V2 = (PolicyVersion(1, version) for version in range(3))
-LOAD, LABEL, UNLOAD = "/load_lora_adapter", "/update_weight_version", "/unload_lora_adapter"
+LOAD, LABEL, UNLOAD = "load_adapter", "set_label", "unload_adapter"
 
 
 class Controller:
@@ -34,15 +34,15 @@ class Controller:
     async def send(self, version: PolicyVersion, interrupt: str = "Retract") -> ControlReply:
         return (await self.ask([*pieces(version), load(version, interrupt)]))[-1]
 
-    def loaded(self) -> list[str]:
-        """Return the names of the adapters that the engine has, by what it was told."""
-        names = []
-        for path, body in self.engine.calls:
-            if path == LOAD:
-                names.append(body["lora_name"])
-            elif path == UNLOAD and body["lora_name"] in names:
-                names.remove(body["lora_name"])
-        return names
+    def loaded(self) -> list[PolicyVersion]:
+        """Return the adapters that the engine has, by what it was told."""
+        loaded = []
+        for call, version in self.engine.calls:
+            if call == LOAD:
+                loaded.append(version)
+            elif call == UNLOAD and version in loaded:
+                loaded.remove(version)
+        return loaded
 
 
 def pieces(version: PolicyVersion) -> list[ControlRequest]:
@@ -57,21 +57,21 @@ async def test_an_adapter_is_loaded_under_its_version_and_what_ran_is_broken_off
     controller = Controller()
     assert (await controller.send(V0)).ok and controller.updates.state == "ready"
     assert controller.engine.weights.version == V0
-    assert controller.engine.calls[-1] == (LABEL, {"new_version": "1.0", "abort_all_requests": True})
+    assert controller.engine.calls[-1] == (LABEL, (V0, True))
 
 
 async def test_the_adapter_before_the_newest_stays() -> None:
     controller = Controller()
     for version in (V0, V1, V2):
         assert (await controller.send(version)).ok
-    assert controller.loaded() == ["1.1", "1.2"]
+    assert controller.loaded() == [V1, V2]
 
 
 async def test_where_samples_are_let_finish_nothing_is_broken_off() -> None:
     controller = Controller(num_running=2)
     assert not (await controller.ask([DrainEngine()]))[0].ok and controller.updates.state == "draining"
     await controller.send(V0, "Drain")
-    assert controller.engine.calls[-1][1]["abort_all_requests"] is False
+    assert controller.engine.calls[-1] == (LABEL, (V0, False))
     assert controller.updates.state == "ready"
 
 
@@ -102,7 +102,7 @@ async def test_an_adapter_that_is_there_already_is_not_loaded_twice() -> None:
     assert not (await controller.send(V0)).ok
     del controller.engine.faults[LABEL]
     assert (await controller.send(V0)).ok
-    assert controller.engine.paths.count(LOAD) == 1
+    assert controller.engine.made.count(LOAD) == 1
 
 
 async def test_a_new_process_of_the_engine_has_none() -> None:
@@ -111,7 +111,7 @@ async def test_a_new_process_of_the_engine_has_none() -> None:
     controller.updates.engine_restarted()
     assert controller.updates.state == "empty"
     await controller.send(V0)
-    assert controller.engine.paths.count(LOAD) == 2
+    assert controller.engine.made.count(LOAD) == 2
 
 
 async def test_an_adapter_that_the_engine_refuses_changes_nothing() -> None:

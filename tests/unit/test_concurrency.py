@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asyncrl_runtime.rollout.concurrency import ConcurrencyLimit, EngineLoad, Slots
+from asyncrl_runtime.rollout.concurrency import ConcurrencyLimit, Slots
+from asyncrl_runtime.rollout.engine_api import EngineLoad
 
 NORMAL = 0.7
 """A KV use at which nothing changes."""

@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from asyncrl_runtime.contract.messages import PolicyVersion
-from asyncrl_runtime.rollout.engine_client import EngineAbsent
+from asyncrl_runtime.rollout.engine_api import EngineAbsent, EngineLost, SamplingRequest
 from asyncrl_runtime.rollout.engine_monitor import (
     DIRTY_SECONDS,
     DOWN_SECONDS,
@@ -38,10 +38,10 @@ class Rig:
 
     def become_ready(self) -> None:
         """As after an update."""
-        self.engine.weights.version, self.engine.label = V0, str(V0)
+        self.engine.weights.version, self.engine.own_label = V0, str(V0)
 
     def fail(self, error: Exception | None) -> None:
-        self.engine.faults = {} if error is None else {"/model_info": error}
+        self.engine.faults = {} if error is None else {"label": error}
 
     async def faults_after(self, seconds: float) -> tuple[str | None, str | None]:
         """What is wrong shortly before so much time has passed, and shortly after."""
@@ -105,10 +105,10 @@ def test_an_engine_that_is_not_there_is_being_started_already() -> None:
 
 def test_requests_in_flight_end_with_their_engine() -> None:
     async def check(rig: Rig) -> None:
-        request = asyncio.create_task(rig.engine.lost())
+        request = asyncio.create_task(rig.engine.stream(SamplingRequest([1], 1, 1.0, seed=0)))
         rig.fail(EngineAbsent("connection refused"))
         await asyncio.sleep(A_FEW_POLLS)
-        assert request.done()
+        assert isinstance(request.exception(), EngineLost)
 
     virtually(check)
 
@@ -160,7 +160,7 @@ def test_an_engine_left_in_mid_update_by_an_earlier_worker_is_taken_over() -> No
         running = asyncio.create_task(rig.monitor.run())
         await asyncio.sleep(A_FEW_POLLS)
         assert rig.monitor.state == "empty" and not rig.engine.has_session
-        assert ("/abort_request", {"abort_all": True}) in rig.engine.calls
+        assert "take_over" in rig.engine.made
         running.cancel()
 
     run_in_virtual_time(check())

@@ -15,21 +15,15 @@ from asyncrl_runtime.contract.messages import (
     ProbeEngine,
     ReceiveBucket,
 )
-from asyncrl_runtime.rollout.engine_client import EngineLacks, EngineLost, EngineRefused
-from asyncrl_runtime.rollout.engine_updates import CONTROL_SECONDS, WeightUpdates
+from asyncrl_runtime.rollout.engine_api import CONTROL_SECONDS, EngineLost, EngineRefused
+from asyncrl_runtime.rollout.engine_updates import WeightUpdates
 from support.fakes import UpdatableEngine, run_in_virtual_time
 
 V0, V1, V2 = (PolicyVersion(1, version) for version in range(3))
 PHASE_SECONDS = 30.0
 
-JOIN = "/init_weights_update_group"
-LEAVE = "/destroy_weights_update_group"
-PAUSE = "/pause_generation"
-BEGIN = "/begin_weight_update"
-RECEIVE = "/update_weights_from_distributed"
-END = "/end_weight_update"
-CHECK = "/weights_checker"
-CONTINUE = "/continue_generation"
+JOIN, LEAVE, PAUSE, BEGIN = "join_group", "leave_group", "pause", "begin_update"
+RECEIVE, END, CHECK, CONTINUE = "receive_bucket", "end_update", "checksum", "resume"
 
 
 class Controller:
@@ -96,48 +90,23 @@ async def test_an_epoch_makes_these_calls_and_the_engine_samples_with_the_versio
         [reply] = await controller.ask(request)
         states.append(updates.state)
     assert states == ["empty", "empty", "updating", "updating", "updating", "ready"]
-    assert engine.paths == [JOIN, PAUSE, BEGIN, RECEIVE, RECEIVE, END, CHECK, CONTINUE]
-    assert reply.checksum == "c0ffee" and engine.weights.version == V1 and engine.label == "1.1"
+    assert engine.made == [JOIN, PAUSE, BEGIN, RECEIVE, RECEIVE, END, CHECK, CONTINUE]
+    assert reply.checksum == "c0ffee" and engine.weights.version == V1 and engine.own_label == "1.1"
     assert not engine.is_paused and not engine.has_session
     assert (engine.weights.num_updates_begun, engine.weights.num_updates_completed) == (1, 1)
-    join, buckets = engine.calls[0][1], [body for path, body in engine.calls if path == RECEIVE]
-    assert (join["rank_offset"], join["world_size"], join["group_name"]) == (2, 3, "wu-1.1")
-    assert ["weight_version" in body for body in buckets] == [False, True]
-    assert buckets[0]["names"] == ("w",) and buckets[0]["load_format"] == "flattened_bucket"
-
-
-async def test_an_engine_without_sessions_takes_its_buckets_in_a_pause() -> None:
-    """SGLang up to 0.5.20 has no such endpoints; one that was restarted may be of a newer line."""
-    controller = Controller()
-    controller.engine.faults[BEGIN] = EngineLacks(f"{BEGIN}: Not Found")
-    controller.engine.needs_session = False
-    assert await controller.update(V1)
-    assert controller.engine.paths == [JOIN, PAUSE, BEGIN, RECEIVE, RECEIVE, CHECK, CONTINUE]
-    assert controller.engine.weights.version == V1 and not controller.engine.is_paused
-
-    assert await controller.update(V2), "what was under way is broken off: it dies of a flush over a queue"
-    modes = [body["mode"] for path, body in controller.engine.calls if path == PAUSE]
-    assert modes == ["retract", "abort"], "with the first weights nothing was"
-
-    controller.engine.faults.clear()
-    controller.engine.needs_session = True
-    controller.engine.start()
-    controller.updates.engine_restarted()
-    assert await controller.update(V1)
-    assert controller.engine.paths[-8:] == [JOIN, PAUSE, BEGIN, RECEIVE, RECEIVE, END, CHECK, CONTINUE]
+    assert engine.calls[0] == (JOIN, epoch(V1)[0])
 
 
 @pytest.mark.parametrize(
-    ("interrupt", "mode", "flushes"),
-    [("Retract", "retract", True), ("InPlace", "in_place", False), ("Drain", "retract", True)],
+    ("interrupt", "keeps_cache"), [("Retract", False), ("InPlace", True), ("Drain", False)]
 )
-async def test_the_cache_is_flushed_with_the_last_bucket_unless_it_is_kept(
-    interrupt: str, mode: str, flushes: bool
+async def test_the_cache_is_kept_where_samples_are_interrupted_in_place(
+    interrupt: str, keeps_cache: bool
 ) -> None:
     controller = Controller()
     assert await controller.update(V1, interrupt)
-    bodies = dict(controller.engine.calls)  # of each endpoint the last
-    assert bodies[PAUSE] == {"mode": mode} and bodies[RECEIVE]["flush_cache"] == flushes
+    assert (PAUSE, interrupt) in controller.engine.calls
+    assert [what for call, what in controller.engine.calls if call == RECEIVE] == [keeps_cache] * 2
 
 
 async def test_a_group_is_used_again_and_left_for_another() -> None:
@@ -185,7 +154,7 @@ async def test_after_a_refusal_it_goes_on_at_the_old_version_or_waits_for_everyt
     engine.faults.clear()
     engine.has_session = False
     assert await controller.update(V1)
-    assert controller.updates.state == "ready" and engine.label == "1.1" and not engine.is_paused
+    assert controller.updates.state == "ready" and engine.own_label == "1.1" and not engine.is_paused
 
 
 async def test_an_epoch_that_was_given_up_elsewhere_is_followed_by_another() -> None:
@@ -216,7 +185,7 @@ async def test_buckets_and_commits_without_an_update_are_refused() -> None:
 async def test_a_dead_engine_is_known_by_the_answer_and_by_the_probe() -> None:
     controller = Controller()
     assert [reply.ok for reply in await controller.ask(ProbeEngine())] == [True]
-    for path in ("/model_info", JOIN):
+    for path in ("label", JOIN):
         controller.engine.faults[path] = EngineLost("connection refused")
     assert (await controller.ask(ProbeEngine()))[0].message == "connection refused"
     assert (await controller.ask(epoch(V1)[0]))[0].message == "connection refused"

@@ -16,8 +16,7 @@ from asyncrl_runtime.contract.messages import (
 )
 from asyncrl_runtime.contract.rows import PromptError
 from asyncrl_runtime.rollout.concurrency import Slots
-from asyncrl_runtime.rollout.engine_client import (
-    EngineClient,
+from asyncrl_runtime.rollout.engine_api import (
     EngineFailed,
     EngineLost,
     EngineRefused,
@@ -70,7 +69,7 @@ class Rig:
         self.slots = Slots()
         self.salt: str | None = None
         self.runner = GroupRunner(
-            cast(EngineClient, self.engine),
+            self.engine,
             RENDERER,
             workflow or SingleTurn(),
             Scorer(self.backend, max_attempts=2, backoff_seconds=0),

@@ -23,7 +23,7 @@ from asyncrl_runtime.contract.messages import (
     floats_to_bytes,
     ids_from_bytes,
 )
-from asyncrl_runtime.rollout.engine_client import (
+from asyncrl_runtime.rollout.engine_api import (
     BrokenStream,
     EngineLost,
     EngineRefused,

@@ -2,12 +2,13 @@
 
 The adapter comes in pieces over NATS and goes to the engine by the folder that both see. It is called like
 its version, and requests name it, so that nobody has to pause: what was under way is broken off, and goes on
-under the new name (EngineClient).
+under the new name (`EngineClient`).
 """
 
 import shutil
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from asyncrl_runtime.contract.messages import (
@@ -17,7 +18,7 @@ from asyncrl_runtime.contract.messages import (
     LoadAdapter,
     PolicyVersion,
 )
-from asyncrl_runtime.rollout.engine_client import EngineClient
+from asyncrl_runtime.rollout.engine_api import Engine
 from asyncrl_runtime.rollout.engine_updates import UpdateFailed, WeightUpdates
 
 KEPT_ADAPTERS = 2
@@ -27,7 +28,7 @@ KEPT_ADAPTERS = 2
 class AdapterUpdates(WeightUpdates):
     """Drives one engine from adapter to adapter."""
 
-    def __init__(self, engine: EngineClient, num_running: Callable[[], int]) -> None:
+    def __init__(self, engine: Engine, num_running: Callable[[], int]) -> None:
         super().__init__(engine, num_running)
         self._loaded: list[PolicyVersion] = []
         self._arriving: tuple[PolicyVersion, bytearray] | None = None
@@ -69,20 +70,20 @@ class AdapterUpdates(WeightUpdates):
         if arrived is None or (arrived[0], len(arrived[1])) != (request.version, request.num_bytes):
             raise UpdateFailed(f"adapter {request.version} of {request.num_bytes} bytes has not come whole")
         if request.version not in self._loaded:  # else a reply was lost
-            await self._hand_over(str(request.version), arrived[1], request)
+            await self._hand_over(arrived[1], request)
             self._loaded.append(request.version)
         await self._switch(request)
         while len(self._loaded) > KEPT_ADAPTERS:
-            await self._try("/unload_lora_adapter", {"lora_name": str(self._loaded.pop(0))})
+            await self._try(partial(self._engine.unload_adapter, self._loaded.pop(0)))
 
-    async def _hand_over(self, name: str, weights: bytearray, request: LoadAdapter) -> None:
-        await self._try("/unload_lora_adapter", {"lora_name": name})  # of an earlier worker
-        folder = Path(tempfile.mkdtemp(prefix=f"adapter-{name}-"))
+    async def _hand_over(self, weights: bytearray, request: LoadAdapter) -> None:
+        version = request.version
+        await self._try(partial(self._engine.unload_adapter, version))  # of an earlier worker
+        folder = Path(tempfile.mkdtemp(prefix=f"adapter-{version}-"))
         try:
             (folder / "adapter_config.json").write_text(request.config)
             (folder / "adapter_model.safetensors").write_bytes(weights)
-            body = {"lora_name": name, "lora_path": str(folder)}
-            await self._call("/load_lora_adapter", body, request.timeout_seconds)
+            await self._in_time(self._engine.load_adapter(version, folder, request.timeout_seconds))
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -93,7 +94,6 @@ class AdapterUpdates(WeightUpdates):
         self._is_draining = False
         is_retracting = request.interrupt == "Retract"
         try:
-            label = {"new_version": str(request.version), "abort_all_requests": is_retracting}
-            await self._call("/update_weight_version", label)
+            await self._in_time(self._engine.set_label(request.version, aborts=is_retracting))
         finally:
             self._is_switching = False

@@ -15,6 +15,7 @@ from asyncrl_api.processes import bind
 from asyncrl_api.run_config import RunConfig
 from asyncrl_runtime.contract.imports import ImportFailed
 from asyncrl_runtime.model.source import ensure_model, load_tokenizer, vocab_size
+from asyncrl_runtime.rollout.engine_api import Engine
 from asyncrl_runtime.rollout.engine_client import EngineClient
 from asyncrl_runtime.rollout.health_port import serve_health
 from asyncrl_runtime.rollout.prompts import PromptRenderer
@@ -64,7 +65,7 @@ async def run_worker(config: RunConfig, name: str, engine_url: str, host: str, h
 async def _run(
     config: RunConfig,
     name: str,
-    engine: EngineClient,
+    engine: Engine,
     folder: Path,
     scorer: Scorer,
     listener: socket.socket,

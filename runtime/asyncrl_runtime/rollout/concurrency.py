@@ -1,22 +1,8 @@
 """How many samples an engine is given: grown while it has room, cut when it thrashes. Pure."""
 
 import math
-from dataclasses import dataclass
 
-
-@dataclass(frozen=True)
-class EngineLoad:
-    """What an engine says of itself at one moment."""
-
-    kv_usage: float
-    """Share of its KV cache in use, 0 to 1."""
-    num_queued: int
-    num_retracted: int
-    """Since it started: running requests thrown out of the cache because it was full."""
-    num_generated_tokens: int
-    """Since it started, of requests that have ended."""
-    num_used_tokens: int = 0
-    """In the cache, of requests that run: grows with each token."""
+from asyncrl_runtime.rollout.engine_api import EngineLoad
 
 
 class ConcurrencyLimit:

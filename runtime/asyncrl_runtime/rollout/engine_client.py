@@ -1,4 +1,4 @@
-"""The one client of an engine: SGLang's native HTTP API, spoken by SGLang and by our CPU engine.
+"""An engine behind SGLang's native HTTP API, which SGLang speaks and our CPU engine.
 
 Learned the hard way (facts, engines A.4-A.7): request ids must not be prefixes of one another, since an
 abort matches by prefix; a token id outside the vocabulary kills the server; `/model_info` alone answers at
@@ -6,131 +6,61 @@ once also while paused; an aborted request is a 200 with what it has so far.
 """
 
 import asyncio
+import contextlib
 import json
 import logging
 import uuid
 from collections.abc import Awaitable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx
+from prometheus_client.parser import text_string_to_metric_families
 
-from asyncrl_runtime.contract.messages import PolicyVersion, VersionSpan
+from asyncrl_runtime.contract.messages import JoinGroup, PolicyVersion, ReceiveBucket, VersionSpan
+from asyncrl_runtime.rollout.engine_api import (
+    CHECKSUM_SECONDS,
+    CONTROL_SECONDS,
+    PROBE_SECONDS,
+    BrokenStream,
+    EngineAbsent,
+    EngineFailed,
+    EngineLoad,
+    EngineLost,
+    EngineRefused,
+    EngineTimeout,
+    Generation,
+    SamplingRequest,
+    WeightsSeen,
+    merge_spans,
+)
 
 log = logging.getLogger(__name__)
 
-PROBE_SECONDS = 5.0
 STREAM_INTERVAL_TOKENS = 16
-
-
-class EngineLost(Exception):
-    """The engine died, hangs, or was told to stop: nothing wrong with the request. Try elsewhere."""
-
-    is_reported = False
-    """Whether this uses up the ticket's retry budget: a kill does not."""
-
-
-class EngineFailed(EngineLost):
-    """The engine lives and answered with an error of its own (5xx)."""
-
-    is_reported = True
-
-
-class EngineTimeout(EngineLost):
-    """The engine did not answer a control call in time: it hangs."""
-
-
-class EngineAbsent(EngineLost):
-    """Nobody listens there: the engine is dead, or has yet to start."""
-
-
-class EngineRefused(Exception):
-    """The engine answered that this request can never work."""
+PAUSE_MODES = {"Retract": "retract", "InPlace": "in_place", "Drain": "retract"}
 
 
 class EngineLacks(EngineRefused):
     """The engine does not know this endpoint (404): it is of another line."""
 
 
-@dataclass(frozen=True)
-class SamplingRequest:
-    """One sequence to be continued."""
-
-    input_ids: Sequence[int]
-    max_new_tokens: int
-    temperature: float
-    """0 is greedy."""
-    seed: int
-    """Of this turn; the engine derives the noise of a token from it and the token's absolute position."""
-
-
-@dataclass(frozen=True)
-class Generation:
-    """What an engine sampled, and what it attests of it."""
-
-    output_ids: list[int]
-    logprobs: list[float]
-    spans: tuple[VersionSpan, ...]
-    finish_reason: str
-    """`stop`, `length`, or `abort` for one that was broken off by request."""
-
-    def followed_by(self, more: "Generation") -> "Generation":
-        """Return both as one."""
-        shift = len(self.output_ids)
-        later = (VersionSpan(s.attempt, s.version, s.end + shift) for s in more.spans)
-        return Generation(
-            [*self.output_ids, *more.output_ids],
-            [*self.logprobs, *more.logprobs],
-            merge_spans([*self.spans, *later]),
-            more.finish_reason,
-        )
-
-
-def merge_spans(spans: Sequence[VersionSpan]) -> tuple[VersionSpan, ...]:
-    """Join neighbors of one version and drop empty spans."""
-    merged: list[VersionSpan] = []
-    for span in spans:
-        if span.end <= (merged[-1].end if merged else 0):
-            continue
-        if merged and merged[-1].policy_version == span.policy_version:
-            merged.pop()
-        merged.append(span)
-    return tuple(merged)
-
-
-class BrokenStream(EngineLost):
-    """The engine went away in mid answer; `earned` is what can be kept of it, finish reason `abort`."""
-
-    def __init__(self, cause: EngineLost, earned: Generation) -> None:
-        super().__init__(str(cause))
-        self.is_reported = cause.is_reported
-        self.earned = earned
-
-
-@dataclass
-class WeightsSeen:
-    """What the worker itself saw of its engine's weights; whoever drives the updates keeps it."""
-
-    version: PolicyVersion | None = None
-    num_updates_begun: int = 0
-    num_updates_completed: int = 0
-
-
 class EngineClient:
-    """Talks to one engine over loopback.
+    """Talks to one engine over loopback; see `engine_api.Engine` for what its calls mean.
 
     Args:
         samples_with_adapters: each version is an adapter that is called like it, so every request names one.
     """
 
     def __init__(self, base_url: str, vocab_size: int, *, samples_with_adapters: bool = False) -> None:
-        self.base_url = base_url
+        self.name = base_url
         self._samples_with_adapters = samples_with_adapters
         self.weights = WeightsSeen()
         self.is_in_doubt = False
-        """A request has failed, and the engine has not answered a probe since: it may be gone."""
         self.num_requests = 0
-        """In flight: asked for tokens and not answered yet."""
+        self._has_sessions = True
+        """SGLang up to 0.5.20 has no endpoints around an update, and takes buckets at any time."""
         self._vocab_size = vocab_size
         # No read timeout: a long answer takes as long as it takes, and the worker's monitor ends requests
         # to an engine that hangs. No connection limit: the ticket gate bounds what is in flight.
@@ -146,19 +76,12 @@ class EngineClient:
         await self._http.aclose()
 
     def give_up(self) -> None:
-        """End every request in flight with EngineLost; the engine is hung or gone."""
         self._lost.set()
         self._lost = asyncio.Event()
 
     async def generate(
         self, requests: Sequence[SamplingRequest], *, cache_salt: str | None = None
     ) -> list[Generation]:
-        """Sample continuations of several sequences in one HTTP request.
-
-        Raises:
-            EngineLost: no complete answer came.
-            EngineRefused: a request can never work; the message is the engine's.
-        """
         adapter = self._adapter
         body = self._body(requests, cache_salt, adapter)
         response = await self._until_lost(self._http.post("/generate", json=body))
@@ -172,19 +95,12 @@ class EngineClient:
             raise (EngineFailed if error.is_reported else EngineLost)(str(error)) from error
 
     async def stream(self, request: SamplingRequest, *, cache_salt: str | None = None) -> Generation:
-        """Sample one continuation, receiving it in pieces, so that little is lost with the engine.
-
-        Raises:
-            BrokenStream: the engine went away in mid answer.
-            EngineLost: the engine failed at it, or attests weights that are not this job's: nothing is kept.
-            EngineRefused: the request can never work.
-        """
         adapter = self._adapter
         answer = _StreamedAnswer(self.weights, adapter)
         try:
             await self._until_lost(self._receive(self._single_body(request, cache_salt, adapter), answer))
             if not answer.is_whole:
-                raise EngineLost(f"{self.base_url}: the stream ended without an end")
+                raise EngineLost(f"{self.name}: the stream ended without an end")
         except EngineLost as error:
             if not answer.is_whole:  # else nothing was lost: going on would sample behind the answer's end
                 raise BrokenStream(error, answer.earned()) from error
@@ -199,7 +115,7 @@ class EngineClient:
             EngineLost: adapters are sampled with, and the engine has none.
         """
         if self._samples_with_adapters and self.weights.version is None:
-            raise EngineLost(f"{self.base_url}: the engine has no adapter yet")
+            raise EngineLost(f"{self.name}: the engine has no adapter yet")
         return self.weights.version if self._samples_with_adapters else None
 
     def _has_moved_on(self, adapter: PolicyVersion | None) -> bool:
@@ -235,30 +151,99 @@ class EngineClient:
                 answer.take(chunk)
 
     async def abort_all(self) -> None:
-        """Break off every request: each is answered with what it has."""
-        await self.call("/abort_request", {"abort_all": True})
+        await self.call("/abort_request", {"abort_all": True}, PROBE_SECONDS)
 
-    async def model_info(self) -> dict[str, Any]:
-        """The engine's description, `weight_version` among it; answers at once also while paused.
+    # -- health
 
-        Raises:
-            EngineLost: no answer within PROBE_SECONDS.
-        """
+    async def label(self) -> str:
         info = await self.get("/model_info", PROBE_SECONDS)
         self.is_in_doubt = False
-        return info
+        return str(info["weight_version"])
 
     async def num_ranks(self) -> int:
-        """How many members the engine is in a weight group: its tensor-parallel size.
-
-        Raises:
-            EngineLost: no answer within PROBE_SECONDS.
-        """
         return int((await self.get("/server_info", PROBE_SECONDS))["tp_size"])
 
-    async def metrics(self) -> str:
-        """The engine's metrics in Prometheus' text format."""
-        return (await self._control(self._http.get("/metrics"), "/metrics", PROBE_SECONDS)).text
+    async def load(self) -> EngineLoad:
+        answer = await self._control(self._http.get("/metrics"), "/metrics", PROBE_SECONDS)
+        return parse_load(answer.text)
+
+    async def take_over(self) -> None:
+        self._has_sessions = True
+        await self.abort_all()
+        with contextlib.suppress(EngineRefused):  # no update was open
+            await self.call("/end_weight_update", {}, PROBE_SECONDS)
+
+    # -- updates of all weights
+
+    async def join_group(self, request: JoinGroup) -> None:
+        body = {
+            "master_address": request.host,
+            "master_port": request.port,
+            "rank_offset": request.rank,
+            "world_size": request.world_size,
+            "group_name": request.group,
+            "backend": request.backend,
+        }
+        await self.call("/init_weights_update_group", body, request.timeout_seconds)
+
+    async def leave_group(self, group: str) -> None:
+        await self.call("/destroy_weights_update_group", {"group_name": group})
+
+    async def pause(self, interrupt: str) -> None:
+        """See the protocol.
+
+        SGLang without sessions dies when it flushes its cache over a queue, where retracting puts what runs:
+        there it is broken off, and goes on as after an engine's loss.
+        """
+        mode = PAUSE_MODES[interrupt]
+        is_fragile = mode == "retract" and not self._has_sessions
+        await self.call("/pause_generation", {"mode": "abort" if is_fragile else mode})
+
+    async def begin_update(self) -> None:
+        try:
+            await self.call("/begin_weight_update", {"selector": "all"})
+            self._has_sessions = True
+        except EngineLacks:
+            self._has_sessions = False
+
+    async def receive_bucket(self, request: ReceiveBucket, *, keeps_cache: bool) -> None:
+        body = {
+            "names": request.names,
+            "dtypes": request.dtypes,
+            "shapes": request.shapes,
+            "group_name": request.group,
+            "load_format": "flattened_bucket",
+            # Where running requests hold the cache a flush would be refused.
+            "flush_cache": request.is_last and not keeps_cache,
+            **({"weight_version": str(request.version)} if request.is_last else {}),
+        }
+        await self.call("/update_weights_from_distributed", body, request.timeout_seconds)
+
+    async def end_update(self) -> None:
+        if self._has_sessions:
+            await self.call("/end_weight_update", {})
+
+    async def checksum(self) -> str:
+        answer = await self.call("/weights_checker", {"action": "checksum"}, CHECKSUM_SECONDS)
+        return str(answer["per_engine_checksum"])
+
+    async def resume(self) -> None:
+        await self.call("/continue_generation", {})
+
+    # -- adapters
+
+    async def load_adapter(self, version: PolicyVersion, folder: Path, timeout_seconds: float) -> None:
+        body = {"lora_name": str(version), "lora_path": str(folder)}
+        await self.call("/load_lora_adapter", body, timeout_seconds)
+
+    async def unload_adapter(self, version: PolicyVersion) -> None:
+        await self.call("/unload_lora_adapter", {"lora_name": str(version)})
+
+    async def set_label(self, version: PolicyVersion, *, aborts: bool) -> None:
+        body = {"new_version": str(version), "abort_all_requests": aborts}
+        await self.call("/update_weight_version", body)
+
+    # -- HTTP
 
     async def get(self, path: str, timeout_seconds: float) -> dict[str, Any]:
         response = await self._control(self._http.get(path), path, timeout_seconds)
@@ -266,17 +251,20 @@ class EngineClient:
         return result
 
     async def call(
-        self, path: str, body: dict[str, Any], timeout_seconds: float = PROBE_SECONDS
+        self, path: str, body: dict[str, Any], timeout_seconds: float = CONTROL_SECONDS
     ) -> dict[str, Any]:
         """Post a control request.
 
         Raises:
             EngineTimeout: no answer in time.
             EngineLost: no connection, or a server error.
-            EngineRefused: answered with a 4xx; the message is the engine's. EngineLacks for a 404.
+            EngineRefused: answered with a 4xx, or that it had no success; the message is the engine's.
+                EngineLacks for a 404.
         """
         response = await self._control(self._http.post(path, json=body), path, timeout_seconds)
         result: dict[str, Any] = json.loads(response.text) if response.text.startswith("{") else {}
+        if result.get("success") is False:
+            raise EngineRefused(f"{path}: {result.get('message')}")
         return result
 
     async def _control(
@@ -285,11 +273,11 @@ class EngineClient:
         try:
             return self._checked(await asyncio.wait_for(operation, timeout_seconds))
         except TimeoutError as error:
-            raise EngineTimeout(f"{self.base_url}{path}: no answer in {timeout_seconds:.0f} s") from error
+            raise EngineTimeout(f"{self.name}{path}: no answer in {timeout_seconds:.0f} s") from error
         except httpx.ConnectError as error:
-            raise EngineAbsent(f"{self.base_url}{path}: {error}") from error
+            raise EngineAbsent(f"{self.name}{path}: {error}") from error
         except httpx.HTTPError as error:
-            raise EngineLost(f"{self.base_url}{path}: {type(error).__name__}: {error}") from error
+            raise EngineLost(f"{self.name}{path}: {type(error).__name__}: {error}") from error
 
     def _body(
         self, requests: Sequence[SamplingRequest], cache_salt: str | None, adapter: PolicyVersion | None
@@ -338,11 +326,11 @@ class EngineClient:
         try:
             await asyncio.wait({task, lost}, return_when=asyncio.FIRST_COMPLETED)
             if not task.done():
-                raise EngineLost(f"{self.base_url}: given up")
+                raise EngineLost(f"{self.name}: given up")
             return task.result()
         except httpx.HTTPError as error:
             self.is_in_doubt = True
-            raise EngineLost(f"{self.base_url}: {type(error).__name__}: {error}") from error
+            raise EngineLost(f"{self.name}: {type(error).__name__}: {error}") from error
         finally:
             self.num_requests -= 1
             lost.cancel()
@@ -355,7 +343,7 @@ class EngineClient:
         if 400 <= response.status_code < 500:
             refusal = EngineLacks if response.status_code == 404 else EngineRefused
             raise refusal(f"{response.request.url.path}: {message}")
-        raise EngineFailed(f"{self.base_url}: {response.status_code}: {message}")
+        raise EngineFailed(f"{self.name}: {response.status_code}: {message}")
 
 
 class _StreamedAnswer:
@@ -418,3 +406,18 @@ def _generation(answer: dict[str, Any], adapter: PolicyVersion | None) -> Genera
             raise EngineLost(f"sampled with weights that are not this job's: {span['version']!r}")
         spans.append(VersionSpan(version.attempt, version.version, span["end"]))
     return Generation(answer["output_ids"], _logprobs(answer), tuple(spans), reason["type"])
+
+
+def parse_load(text: str) -> EngineLoad:
+    """Read what is needed of SGLang's metrics; label sets (ranks) are summed, usage is the largest."""
+    values: dict[str, list[float]] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            values.setdefault(sample.name.removeprefix("sglang:"), []).append(sample.value)
+    return EngineLoad(
+        kv_usage=max(values.get("token_usage", [0.0])),
+        num_queued=int(sum(values.get("num_queue_reqs", [0]))),
+        num_retracted=int(sum(values.get("num_retracted_requests_total", [0]))),
+        num_generated_tokens=int(sum(values.get("generation_tokens_total", [0]))),
+        num_used_tokens=int(sum(values.get("num_used_tokens", [0]))),
+    )

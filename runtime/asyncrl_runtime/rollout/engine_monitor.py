@@ -1,16 +1,13 @@
 """Watches one engine: is it there, is it the one we know, does it get on."""
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Callable
 
-from prometheus_client.parser import text_string_to_metric_families
-
-from asyncrl_runtime.rollout.concurrency import EngineLoad
-from asyncrl_runtime.rollout.engine_client import (
+from asyncrl_runtime.rollout.engine_api import (
+    Engine,
     EngineAbsent,
-    EngineClient,
+    EngineLoad,
     EngineLost,
     EngineRefused,
     EngineTimeout,
@@ -33,7 +30,7 @@ class EngineMonitor:
 
     def __init__(
         self,
-        engine: EngineClient,
+        engine: Engine,
         updates: WeightUpdates,
         num_running: Callable[[], int],
         on_load: Callable[[EngineLoad, int], None],
@@ -92,7 +89,7 @@ class EngineMonitor:
             await asyncio.sleep(PROBE_INTERVAL_SECONDS)
 
     async def _poll(self) -> None:
-        label = (await self._engine.model_info())["weight_version"]
+        label = await self._engine.label()
         self._is_absent = False
         version = self._engine.weights.version
         is_ours = version is not None and label == str(version)
@@ -101,7 +98,7 @@ class EngineMonitor:
                 await self._adopt()
             self._is_up = True
         self._answered_at = self._clock()
-        self._observe(parse_load(await self._engine.metrics()))
+        self._observe(await self._engine.load())
         self._dirty_since = (self._dirty_since or self._clock()) if self._updates.state == "dirty" else None
 
     async def _adopt(self) -> None:
@@ -111,11 +108,9 @@ class EngineMonitor:
         first update of ours, but what was asked of it then is dropped.
         """
         self.incarnation += 1
-        log.info("engine %s: process %d of it", self._engine.base_url, self.incarnation)
+        log.info("engine %s: process %d of it", self._engine.name, self.incarnation)
         self._updates.engine_restarted()
-        await self._engine.abort_all()
-        with contextlib.suppress(EngineRefused):  # no update was open
-            await self._engine.call("/end_weight_update", {})
+        await self._engine.take_over()
         self._progressed_at = self._clock()
 
     def _observe(self, load: EngineLoad) -> None:
@@ -137,18 +132,3 @@ class EngineMonitor:
             log.warning("engine is gone: %s", error)
             self._engine.give_up()
         self._is_up = False
-
-
-def parse_load(text: str) -> EngineLoad:
-    """Read what is needed of SGLang's metrics; label sets (ranks) are summed, usage is the largest."""
-    values: dict[str, list[float]] = {}
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            values.setdefault(sample.name.removeprefix("sglang:"), []).append(sample.value)
-    return EngineLoad(
-        kv_usage=max(values.get("token_usage", [0.0])),
-        num_queued=int(sum(values.get("num_queue_reqs", [0]))),
-        num_retracted=int(sum(values.get("num_retracted_requests_total", [0]))),
-        num_generated_tokens=int(sum(values.get("generation_tokens_total", [0]))),
-        num_used_tokens=int(sum(values.get("num_used_tokens", [0]))),
-    )

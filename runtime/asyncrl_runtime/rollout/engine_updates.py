@@ -7,8 +7,9 @@ the update had arrived), or `dirty`: paused until it has everything again.
 
 import asyncio
 import logging
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import TypeVar
 
 from asyncrl_runtime.contract.messages import (
     CommitUpdate,
@@ -20,19 +21,11 @@ from asyncrl_runtime.contract.messages import (
     ProbeEngine,
     ReceiveBucket,
 )
-from asyncrl_runtime.rollout.engine_client import (
-    EngineClient,
-    EngineLacks,
-    EngineLost,
-    EngineRefused,
-    EngineTimeout,
-)
+from asyncrl_runtime.rollout.engine_api import Engine, EngineLost, EngineRefused, EngineTimeout
 
 log = logging.getLogger(__name__)
 
-CONTROL_SECONDS = 10.0
-"""For a control call that moves no data. An engine answers between two decoding steps."""
-PAUSE_MODES = {"Retract": "retract", "InPlace": "in_place", "Drain": "retract"}
+T = TypeVar("T")
 
 
 class UpdateFailed(Exception):
@@ -46,7 +39,7 @@ class WeightUpdates:
         num_running: how many samples are in flight, for draining.
     """
 
-    def __init__(self, engine: EngineClient, num_running: Callable[[], int]) -> None:
+    def __init__(self, engine: Engine, num_running: Callable[[], int]) -> None:
         self._engine = engine
         self._seen = engine.weights
         self._num_running = num_running
@@ -55,7 +48,6 @@ class WeightUpdates:
         self._interrupt = "Retract"
         self._num_buckets: int | None = None  # received in the open update; None outside of one
         self._is_draining = False
-        self._has_sessions = True
         self._watchdog: asyncio.TimerHandle | None = None
         self._lock = asyncio.Lock()
         self.is_dirty = False
@@ -78,7 +70,6 @@ class WeightUpdates:
         self._stop_watchdog()
         self._group, self._num_buckets, self._is_draining = None, None, False
         self._num_ranks = None
-        self._has_sessions = True
         self.is_dirty = self.has_missed_deadline = False
         self._seen.version = None
 
@@ -102,7 +93,7 @@ class WeightUpdates:
         if self.has_missed_deadline:
             return ControlReply(ok=False, message="it has missed a deadline, and waits to be restarted")
         try:
-            await self._engine.model_info()
+            await self._engine.label()
             if self._num_ranks is None:
                 self._num_ranks = await self._engine.num_ranks()
         except (EngineLost, EngineRefused) as error:
@@ -131,18 +122,7 @@ class WeightUpdates:
 
     async def _join(self, request: JoinGroup) -> None:
         await self._leave_group()
-        await self._call(
-            "/init_weights_update_group",
-            {
-                "master_address": request.host,
-                "master_port": request.port,
-                "rank_offset": request.rank,
-                "world_size": request.world_size,
-                "group_name": request.group,
-                "backend": request.backend,
-            },
-            request.timeout_seconds,
-        )
+        await self._in_time(self._engine.join_group(request))
         self._group = request.group
 
     async def _prepare(self, request: PrepareUpdate) -> None:
@@ -153,30 +133,9 @@ class WeightUpdates:
         self._interrupt = request.interrupt
         self._seen.num_updates_begun += 1
         self._num_buckets = 0
-        await self._call("/pause_generation", {"mode": self._pause_mode})
-        await self._begin_session()
+        await self._in_time(self._engine.pause(request.interrupt))
+        await self._in_time(self._engine.begin_update())
         self._start_watchdog(request.timeout_seconds)
-
-    @property
-    def _pause_mode(self) -> str:
-        """How samples are interrupted.
-
-        SGLang without sessions dies when it flushes its cache over a queue, where retracting puts them: there
-        they are broken off, and go on as after an engine's loss.
-        """
-        mode = PAUSE_MODES[self._interrupt]
-        return "abort" if mode == "retract" and not self._has_sessions else mode
-
-    async def _begin_session(self) -> None:
-        """Open the engine's own session; SGLang up to 0.5.20 has none, and takes buckets at any time."""
-        try:
-            await self._call("/begin_weight_update", {"selector": "all"})
-        except EngineLacks:
-            self._has_sessions = False
-
-    async def _end_session(self) -> None:
-        if self._has_sessions:
-            await self._call("/end_weight_update", {})
 
     async def _receive(self, request: ReceiveBucket) -> None:
         self._require_group(request.group)
@@ -184,32 +143,19 @@ class WeightUpdates:
             raise UpdateFailed("no update is open")
         self._num_buckets += 1
         keeps_cache = self._interrupt == "InPlace"
-        body = {
-            "names": request.names,
-            "dtypes": request.dtypes,
-            "shapes": request.shapes,
-            "group_name": request.group,
-            "load_format": "flattened_bucket",
-            # In place the running requests hold the cache, and a flush would be refused.
-            "flush_cache": request.is_last and not keeps_cache,
-            **({"weight_version": str(request.version)} if request.is_last else {}),
-        }
-        await self._call("/update_weights_from_distributed", body, request.timeout_seconds)
+        await self._in_time(self._engine.receive_bucket(request, keeps_cache=keeps_cache))
         self._start_watchdog(request.timeout_seconds)
 
     async def _commit(self, request: CommitUpdate) -> str:
         self._require_group(request.group)
         if not self._num_buckets:
             raise UpdateFailed("nothing was received")
-        await self._end_session()
-        checksum = ""
-        if request.checksum:
-            answer = await self._call("/weights_checker", {"action": "checksum"}, 60)
-            checksum = str(answer["per_engine_checksum"])
+        await self._in_time(self._engine.end_update())
+        checksum = await self._in_time(self._engine.checksum()) if request.checksum else ""
         # The version first: a sample that is answered right after the engine goes on must find it.
         self._seen.version = request.version
         self._seen.num_updates_completed += 1
-        await self._call("/continue_generation", {})
+        await self._in_time(self._engine.resume())
         self._num_buckets, self.is_dirty, self._is_draining = None, False, False
         return checksum
 
@@ -217,44 +163,40 @@ class WeightUpdates:
         """End the update and leave the group; go on at the old version unless some of the new arrived."""
         received, self._num_buckets = self._num_buckets, None
         self.is_dirty = self.is_dirty or bool(received)
-        if received is not None and self._has_sessions:
-            await self._try("/end_weight_update", {})
+        if received is not None:
+            await self._try(self._engine.end_update)
         await self._leave_group()
         if received is not None and not self.is_dirty:
-            await self._try("/continue_generation", {})
+            await self._try(self._engine.resume)
 
     async def _end_update(self) -> None:
         """Close an update that was given up, to open another one; stay paused."""
         received, self._num_buckets = self._num_buckets, None
         self.is_dirty = self.is_dirty or bool(received)
-        await self._end_session()
+        await self._in_time(self._engine.end_update())
 
     async def _leave_group(self) -> None:
         if self._group is None:
             return
         group, self._group = self._group, None
-        await self._try("/destroy_weights_update_group", {"group_name": group})
+        await self._try(partial(self._engine.leave_group, group))
 
-    async def _try(self, path: str, body: dict[str, Any]) -> None:
+    async def _try(self, call: Callable[[], Awaitable[None]]) -> None:
         """Call for cleaning up, unless the engine hangs: it is restarted, and each call costs a deadline."""
         if self.has_missed_deadline:
             return
         try:
-            await self._call(path, body)
-        except (UpdateFailed, EngineLost, EngineRefused) as error:
+            await self._in_time(call())
+        except (EngineLost, EngineRefused) as error:
             log.info("while cleaning up: %s", error)
 
-    async def _call(
-        self, path: str, body: dict[str, Any], timeout_seconds: float = CONTROL_SECONDS
-    ) -> dict[str, Any]:
+    async def _in_time(self, answer: Awaitable[T]) -> T:
+        """Remember that the engine hangs if this does not come within its deadline."""
         try:
-            answer = await self._engine.call(path, body, timeout_seconds)
+            return await answer
         except EngineTimeout:
             self.has_missed_deadline = True
             raise
-        if answer.get("success") is False:
-            raise UpdateFailed(f"{path}: {answer.get('message')}")
-        return answer
 
     def _require_group(self, group: str) -> None:
         if self._group != group:

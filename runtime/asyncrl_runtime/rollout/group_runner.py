@@ -11,11 +11,11 @@ from asyncrl_runtime.contract.messages import ResumePoint, Sample, SampleFailure
 from asyncrl_runtime.contract.rows import PromptError
 from asyncrl_runtime.rollout.coalesce import Coalescer
 from asyncrl_runtime.rollout.concurrency import Taken
-from asyncrl_runtime.rollout.engine_client import (
-    EngineClient,
+from asyncrl_runtime.rollout.engine_api import (
     EngineLost,
     EngineRefused,
     Generation,
+    SamplingEngine,
     SamplingRequest,
 )
 from asyncrl_runtime.rollout.prompts import PromptRenderer
@@ -64,7 +64,7 @@ class GroupRunner:
 
     def __init__(
         self,
-        engine: EngineClient,
+        engine: SamplingEngine,
         renderer: PromptRenderer,
         workflow: Workflow,
         scorer: Scorer,

@@ -20,7 +20,7 @@ from asyncrl_runtime.contract.messages import (
     ids_to_bytes,
     mask_to_bytes,
 )
-from asyncrl_runtime.rollout.engine_client import (
+from asyncrl_runtime.rollout.engine_api import (
     BrokenStream,
     EngineLost,
     EngineRefused,

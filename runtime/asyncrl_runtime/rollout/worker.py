@@ -26,7 +26,7 @@ from asyncrl_runtime.contract.messages import (
 )
 from asyncrl_runtime.rollout.adapter_updates import AdapterUpdates
 from asyncrl_runtime.rollout.concurrency import ConcurrencyLimit, Slots, Taken
-from asyncrl_runtime.rollout.engine_client import EngineClient, EngineLost
+from asyncrl_runtime.rollout.engine_api import Engine, EngineLost
 from asyncrl_runtime.rollout.engine_monitor import EngineMonitor
 from asyncrl_runtime.rollout.engine_updates import WeightUpdates
 from asyncrl_runtime.rollout.group_runner import GroupRunner
@@ -66,7 +66,7 @@ class Worker:
         spec: Spec,
         names: JobNames,
         broker: Broker,
-        engine: EngineClient,
+        engine: Engine,
         renderer: PromptRenderer,
         workflow: Workflow,
         scorer: Scorer,

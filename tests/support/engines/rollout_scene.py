@@ -30,7 +30,8 @@ from asyncrl_runtime.contract.messages import (
     encode,
 )
 from asyncrl_runtime.model.source import load_tokenizer, vocab_size
-from asyncrl_runtime.rollout.engine_client import PROBE_SECONDS, EngineClient
+from asyncrl_runtime.rollout.engine_api import CONTROL_SECONDS
+from asyncrl_runtime.rollout.engine_client import EngineClient
 from asyncrl_runtime.rollout.prompts import PromptRenderer
 from asyncrl_runtime.rollout.rewards.backend import RewardFailure
 from asyncrl_runtime.rollout.rewards.frames import ScoreRequest
@@ -75,7 +76,7 @@ class StruckClient(EngineClient):
         self._strikes[path, self._num_calls.get(path, 0) + nth] = strike
 
     async def call(
-        self, path: str, body: dict[str, Any], timeout_seconds: float = PROBE_SECONDS
+        self, path: str, body: dict[str, Any], timeout_seconds: float = CONTROL_SECONDS
     ) -> dict[str, Any]:
         self._num_calls[path] = self._num_calls.get(path, 0) + 1
         if strike := self._strikes.pop((path, self._num_calls[path]), None):
