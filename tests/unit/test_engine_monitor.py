@@ -15,7 +15,7 @@ from asyncrl_runtime.rollout.engine_monitor import (
     STUCK_SECONDS,
     EngineMonitor,
 )
-from asyncrl_runtime.rollout.engine_updates import WeightUpdates
+from asyncrl_runtime.rollout.weight_updates import WeightUpdates
 from support.fakes import UpdatableEngine, run_in_virtual_time
 
 V0 = PolicyVersion(1, 0)

@@ -7,7 +7,6 @@ under the new name (`EngineClient`).
 
 import shutil
 import tempfile
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -19,16 +18,16 @@ from asyncrl_runtime.contract.messages import (
     PolicyVersion,
 )
 from asyncrl_runtime.rollout.engine_api import Engine
-from asyncrl_runtime.rollout.engine_updates import UpdateFailed, WeightUpdates
+from asyncrl_runtime.rollout.engine_updates import CountRunning, EngineUpdates, UpdateFailed
 
 KEPT_ADAPTERS = 2
 """The one before the newest stays: a request may have named it and be on its way."""
 
 
-class AdapterUpdates(WeightUpdates):
+class AdapterUpdates(EngineUpdates):
     """Drives one engine from adapter to adapter."""
 
-    def __init__(self, engine: Engine, num_running: Callable[[], int]) -> None:
+    def __init__(self, engine: Engine, num_running: CountRunning) -> None:
         super().__init__(engine, num_running)
         self._loaded: list[PolicyVersion] = []
         self._arriving: tuple[PolicyVersion, bytearray] | None = None
@@ -51,6 +50,9 @@ class AdapterUpdates(WeightUpdates):
             case _:
                 raise UpdateFailed(f"this engine takes adapters, and no {type(request).__name__}")
         return ControlReply(ok=True)
+
+    async def _retreat(self) -> None:
+        """Nothing is to be undone: the engine samples with the adapter that it had."""
 
     def _take(self, part: AdapterChunk) -> None:
         if part.offset == 0:

@@ -11,17 +11,21 @@ import nats.js.errors
 from nats.js.kv import KeyValue
 
 from asyncrl_api.exits import ExitCode, ExitError
+from asyncrl_api.job import Spec
 from asyncrl_api.processes import bind
 from asyncrl_api.run_config import RunConfig
 from asyncrl_runtime.contract.imports import ImportFailed
 from asyncrl_runtime.model.source import ensure_model, load_tokenizer, vocab_size
+from asyncrl_runtime.rollout.adapter_updates import AdapterUpdates
 from asyncrl_runtime.rollout.engine_api import Engine
 from asyncrl_runtime.rollout.engine_client import EngineClient
+from asyncrl_runtime.rollout.engine_updates import UpdatesOf
 from asyncrl_runtime.rollout.health_port import serve_health
 from asyncrl_runtime.rollout.prompts import PromptRenderer
 from asyncrl_runtime.rollout.rewards.pool import RewardNotLoaded
 from asyncrl_runtime.rollout.rewards.reward_types import REWARD_TYPES, ProcessReward
 from asyncrl_runtime.rollout.rewards.scorer import Scorer, make_scorer
+from asyncrl_runtime.rollout.weight_updates import WeightUpdates
 from asyncrl_runtime.rollout.worker import Worker
 from asyncrl_runtime.rollout.workflows import make_workflow
 from asyncrl_runtime.transport.broker import Broker, TransportError
@@ -49,11 +53,9 @@ async def run_worker(config: RunConfig, name: str, engine_url: str, host: str, h
     )  # first, since loading takes long
     folder = await asyncio.to_thread(ensure_model, spec.model, config.model_cache, spec.training.seed)
     try:
-        engine = EngineClient(
-            engine_url, vocab_size(folder), samples_with_adapters=spec.training.trains_adapters
-        )
+        engine, updates_of = choose_engine(spec, engine_url, vocab_size(folder))
         async with _scorer(config) as scorer:
-            await _run(config, name, engine, folder, scorer, listener)
+            await _run(config, name, engine, updates_of, folder, scorer, listener)
     except ImportFailed as error:
         raise ExitError(ExitCode.REFUSED, str(error)) from error
     except RewardNotLoaded as error:
@@ -66,6 +68,7 @@ async def _run(
     config: RunConfig,
     name: str,
     engine: Engine,
+    updates_of: UpdatesOf,
     folder: Path,
     scorer: Scorer,
     listener: socket.socket,
@@ -76,7 +79,9 @@ async def _run(
     )
     broker = await Broker.connect(config.nats, config.names, name)
     state_bucket = await _bucket(broker, config.names.state_bucket)
-    worker = Worker(name, config.spec, config.names, broker, engine, renderer, workflow, scorer, state_bucket)
+    worker = Worker(
+        name, config.spec, config.names, broker, engine, updates_of, renderer, workflow, scorer, state_bucket
+    )
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, worker.stop)
     probes = asyncio.create_task(serve_health(listener, worker.engine_fault, worker.is_fit))
@@ -86,6 +91,13 @@ async def _run(
         probes.cancel()
         await engine.close()
         await broker.close()
+
+
+def choose_engine(spec: Spec, url: str, vocabulary_size: int) -> tuple[Engine, UpdatesOf]:
+    """Return the engine, and what brings it the kind of weights that is trained: nobody else here asks."""
+    if spec.training.trains_adapters:
+        return EngineClient(url, vocabulary_size, samples_with_adapters=True), AdapterUpdates
+    return EngineClient(url, vocabulary_size), WeightUpdates
 
 
 def _scorer(config: RunConfig) -> Scorer:

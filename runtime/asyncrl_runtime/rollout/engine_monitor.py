@@ -12,7 +12,7 @@ from asyncrl_runtime.rollout.engine_api import (
     EngineRefused,
     EngineTimeout,
 )
-from asyncrl_runtime.rollout.engine_updates import WeightUpdates
+from asyncrl_runtime.rollout.engine_updates import EngineUpdates
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ class EngineMonitor:
     def __init__(
         self,
         engine: Engine,
-        updates: WeightUpdates,
+        updates: EngineUpdates,
         num_running: Callable[[], int],
         on_load: Callable[[EngineLoad, int], None],
         clock: Callable[[], float],

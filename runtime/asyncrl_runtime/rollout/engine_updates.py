@@ -1,76 +1,50 @@
-"""A worker's part in weight epochs: the controller asks over NATS, the worker calls its own engine.
-
-The four phases are those of design.md section 7. An engine is at a version only when every call answered
-200. Whatever fails, the engine ends in one of two known states: sampling at its old version (nothing of
-the update had arrived), or `dirty`: paused until it has everything again.
-"""
+"""What updates of weights and of adapters share: the trainer asks over NATS, the worker its own engine."""
 
 import asyncio
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
-from functools import partial
 from typing import TypeVar
 
-from asyncrl_runtime.contract.messages import (
-    CommitUpdate,
-    ControlReply,
-    ControlRequest,
-    DrainEngine,
-    JoinGroup,
-    PrepareUpdate,
-    ProbeEngine,
-    ReceiveBucket,
-)
+from asyncrl_runtime.contract.messages import ControlReply, ControlRequest, DrainEngine, ProbeEngine
 from asyncrl_runtime.rollout.engine_api import Engine, EngineLost, EngineRefused, EngineTimeout
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+CountRunning = Callable[[], int]
+"""Says how many samples are in flight, for draining."""
+
 
 class UpdateFailed(Exception):
     """A phase failed; the engine is in a known state."""
 
 
-class WeightUpdates:
-    """Drives one engine through updates. One phase at a time; `state` is what the heartbeat says.
+class EngineUpdates(ABC):
+    """Drives one engine through updates. One phase at a time; `state` is what the heartbeat says."""
 
-    Args:
-        num_running: how many samples are in flight, for draining.
-    """
-
-    def __init__(self, engine: Engine, num_running: Callable[[], int]) -> None:
+    def __init__(self, engine: Engine, num_running: CountRunning) -> None:
         self._engine = engine
         self._seen = engine.weights
         self._num_running = num_running
-        self._group: str | None = None
         self._num_ranks: int | None = None
-        self._interrupt = "Retract"
-        self._num_buckets: int | None = None  # received in the open update; None outside of one
         self._is_draining = False
-        self._watchdog: asyncio.TimerHandle | None = None
         self._lock = asyncio.Lock()
-        self.is_dirty = False
         self.has_missed_deadline = False
         """The engine did not answer a call in time: it hangs and must be restarted."""
 
     @property
     def state(self) -> str:
         """One of messages.ENGINE_STATES but for `down`, which the monitor knows."""
-        if self._num_buckets is not None:
-            return "updating"
-        if self.is_dirty:
-            return "dirty"
         if self._is_draining:
             return "drained" if self._num_running() == 0 else "draining"
         return "empty" if self._seen.version is None else "ready"
 
     def engine_restarted(self) -> None:
-        """Forget everything: a new engine process has no weights of ours and no group."""
-        self._stop_watchdog()
-        self._group, self._num_buckets, self._is_draining = None, None, False
+        """Forget everything: a new engine process has nothing of ours."""
+        self._is_draining = self.has_missed_deadline = False
         self._num_ranks = None
-        self.is_dirty = self.has_missed_deadline = False
         self._seen.version = None
 
     async def handle(self, request: ControlRequest) -> ControlReply:
@@ -81,13 +55,30 @@ class WeightUpdates:
         if isinstance(request, ProbeEngine):
             return await self._probe()
         async with self._lock:
-            self._stop_watchdog()
             try:
                 return await self._phase(request)
             except (UpdateFailed, EngineLost, EngineRefused) as error:
                 log.warning("%s failed: %s", type(request).__name__, error)
                 await self._retreat()
                 return ControlReply(ok=False, message=str(error))
+
+    async def leave(self) -> None:
+        """Leave the engine to itself, on the way out."""
+        async with self._lock:
+            await self._retreat()
+
+    @abstractmethod
+    async def _phase(self, request: ControlRequest) -> ControlReply:
+        """Carry out a phase.
+
+        Raises:
+            UpdateFailed: it is not its turn, or of another kind of weights.
+            EngineLost, EngineRefused: as the engine has it.
+        """
+
+    @abstractmethod
+    async def _retreat(self) -> None:
+        """Give up what is under way, such that the engine is in a known state."""
 
     async def _probe(self) -> ControlReply:
         if self.has_missed_deadline:
@@ -99,87 +90,6 @@ class WeightUpdates:
         except (EngineLost, EngineRefused) as error:
             return ControlReply(ok=False, message=str(error))
         return ControlReply(ok=True, num_ranks=self._num_ranks)
-
-    async def leave(self) -> None:
-        """Leave the group for good, on the way out."""
-        async with self._lock:
-            self._stop_watchdog()
-            await self._retreat()
-
-    async def _phase(self, request: ControlRequest) -> ControlReply:
-        match request:
-            case JoinGroup():
-                await self._join(request)
-            case PrepareUpdate():
-                await self._prepare(request)
-            case ReceiveBucket():
-                await self._receive(request)
-            case CommitUpdate():
-                return ControlReply(ok=True, checksum=await self._commit(request))
-            case _:
-                raise UpdateFailed(f"this engine takes no {type(request).__name__}")
-        return ControlReply(ok=True)
-
-    async def _join(self, request: JoinGroup) -> None:
-        await self._leave_group()
-        await self._in_time(self._engine.join_group(request))
-        self._group = request.group
-
-    async def _prepare(self, request: PrepareUpdate) -> None:
-        """Pause and open the update."""
-        self._require_group(request.group)
-        if self._num_buckets is not None:
-            await self._end_update()  # of an epoch that was given up after this engine was ready
-        self._interrupt = request.interrupt
-        self._seen.num_updates_begun += 1
-        self._num_buckets = 0
-        await self._in_time(self._engine.pause(request.interrupt))
-        await self._in_time(self._engine.begin_update())
-        self._start_watchdog(request.timeout_seconds)
-
-    async def _receive(self, request: ReceiveBucket) -> None:
-        self._require_group(request.group)
-        if self._num_buckets is None:
-            raise UpdateFailed("no update is open")
-        self._num_buckets += 1
-        keeps_cache = self._interrupt == "InPlace"
-        await self._in_time(self._engine.receive_bucket(request, keeps_cache=keeps_cache))
-        self._start_watchdog(request.timeout_seconds)
-
-    async def _commit(self, request: CommitUpdate) -> str:
-        self._require_group(request.group)
-        if not self._num_buckets:
-            raise UpdateFailed("nothing was received")
-        await self._in_time(self._engine.end_update())
-        checksum = await self._in_time(self._engine.checksum()) if request.checksum else ""
-        # The version first: a sample that is answered right after the engine goes on must find it.
-        self._seen.version = request.version
-        self._seen.num_updates_completed += 1
-        await self._in_time(self._engine.resume())
-        self._num_buckets, self.is_dirty, self._is_draining = None, False, False
-        return checksum
-
-    async def _retreat(self) -> None:
-        """End the update and leave the group; go on at the old version unless some of the new arrived."""
-        received, self._num_buckets = self._num_buckets, None
-        self.is_dirty = self.is_dirty or bool(received)
-        if received is not None:
-            await self._try(self._engine.end_update)
-        await self._leave_group()
-        if received is not None and not self.is_dirty:
-            await self._try(self._engine.resume)
-
-    async def _end_update(self) -> None:
-        """Close an update that was given up, to open another one; stay paused."""
-        received, self._num_buckets = self._num_buckets, None
-        self.is_dirty = self.is_dirty or bool(received)
-        await self._in_time(self._engine.end_update())
-
-    async def _leave_group(self) -> None:
-        if self._group is None:
-            return
-        group, self._group = self._group, None
-        await self._try(partial(self._engine.leave_group, group))
 
     async def _try(self, call: Callable[[], Awaitable[None]]) -> None:
         """Call for cleaning up, unless the engine hangs: it is restarted, and each call costs a deadline."""
@@ -198,23 +108,6 @@ class WeightUpdates:
             self.has_missed_deadline = True
             raise
 
-    def _require_group(self, group: str) -> None:
-        if self._group != group:
-            raise UpdateFailed(f"asked for group {group}, but this engine is in {self._group}")
 
-    def _start_watchdog(self, seconds: float) -> None:
-        """A controller that says nothing for a phase's deadline is gone: retreat alone."""
-        self._stop_watchdog()
-        loop = asyncio.get_running_loop()
-        self._watchdog = loop.call_later(seconds, lambda: loop.create_task(self._give_up_waiting()))
-
-    def _stop_watchdog(self) -> None:
-        if self._watchdog is not None:
-            self._watchdog.cancel()
-            self._watchdog = None
-
-    async def _give_up_waiting(self) -> None:
-        async with self._lock:
-            if self._num_buckets is not None:
-                log.warning("the controller is silent in the middle of an update; retreating")
-                await self._retreat()
+UpdatesOf = Callable[[Engine, CountRunning], EngineUpdates]
+"""Makes the updates of an engine, of the kind of weights that is trained."""

@@ -24,11 +24,10 @@ from asyncrl_runtime.contract.messages import (
     decode_request,
     encode,
 )
-from asyncrl_runtime.rollout.adapter_updates import AdapterUpdates
 from asyncrl_runtime.rollout.concurrency import ConcurrencyLimit, Slots, Taken
 from asyncrl_runtime.rollout.engine_api import Engine, EngineLost
 from asyncrl_runtime.rollout.engine_monitor import EngineMonitor
-from asyncrl_runtime.rollout.engine_updates import WeightUpdates
+from asyncrl_runtime.rollout.engine_updates import UpdatesOf
 from asyncrl_runtime.rollout.group_runner import GroupRunner
 from asyncrl_runtime.rollout.prompts import PromptRenderer
 from asyncrl_runtime.rollout.rewards.scorer import Scorer
@@ -67,6 +66,7 @@ class Worker:
         names: JobNames,
         broker: Broker,
         engine: Engine,
+        updates_of: UpdatesOf,
         renderer: PromptRenderer,
         workflow: Workflow,
         scorer: Scorer,
@@ -81,8 +81,7 @@ class Worker:
         self._state_bucket = state_bucket
         self._slots = Slots()
         self._limit = ConcurrencyLimit(spec.sampling.group_size, spec.rollout.max_concurrency)
-        updates = AdapterUpdates if spec.training.trains_adapters else WeightUpdates
-        self._updates = updates(engine, lambda: self._slots.num_taken)
+        self._updates = updates_of(engine, lambda: self._slots.num_taken)
         self._monitor = EngineMonitor(
             engine, self._updates, lambda: self._slots.num_taken, self._limit.observe, time.monotonic
         )

@@ -36,6 +36,7 @@ from asyncrl_runtime.rollout.prompts import PromptRenderer
 from asyncrl_runtime.rollout.rewards.backend import RewardFailure
 from asyncrl_runtime.rollout.rewards.frames import ScoreRequest
 from asyncrl_runtime.rollout.rewards.scorer import Scorer
+from asyncrl_runtime.rollout.weight_updates import WeightUpdates
 from asyncrl_runtime.rollout.worker import Worker
 from asyncrl_runtime.rollout.workflows import make_workflow
 from asyncrl_runtime.transport.broker import Broker
@@ -112,6 +113,7 @@ class Replica:
             self._names,
             self._broker,
             self.client,
+            WeightUpdates,
             PromptRenderer(load_tokenizer(model), SPEC.dataset.prompt_field),
             make_workflow(SPEC.workflow),
             Scorer(FakeBackend(score), max_attempts=1),

@@ -16,7 +16,7 @@ from asyncrl_runtime.contract.messages import (
     ReceiveBucket,
 )
 from asyncrl_runtime.rollout.engine_api import CONTROL_SECONDS, EngineLost, EngineRefused
-from asyncrl_runtime.rollout.engine_updates import WeightUpdates
+from asyncrl_runtime.rollout.weight_updates import WeightUpdates
 from support.fakes import UpdatableEngine, run_in_virtual_time
 
 V0, V1, V2 = (PolicyVersion(1, version) for version in range(3))
