@@ -1,1 +1,1 @@
-"""What the operator knows of a cluster and does to it: the one folder that talks to the API server."""
+"""What the operator knows about a cluster and does to it; only this folder talks to the API server."""

@@ -1,6 +1,6 @@
 """The Kubernetes API over one pool of connections: JSON in and out, and errors that say what to do next.
 
-The official client does the connections, TLS and credentials; its typed models are left out, since they take
+The official client handles connections, TLS and credentials; its typed models are not used, since they take
 ten times the memory and four times the time of plain JSON.
 """
 
@@ -22,7 +22,7 @@ CREATED: Final = 201
 CALL_SECONDS: Final = 30.0
 CONNECT_SECONDS: Final = 10.0
 MAX_CALLS: Final = 16
-"""At once; each holds a connection, and one over TLS takes some 300 KiB."""
+"""The most calls at a time; each holds a connection, which takes some 300 KiB over TLS."""
 WATCH_SILENCE_SECONDS: Final = 90.0
 """A watch sends a bookmark every minute; one that is silent for longer is dead."""
 
@@ -31,13 +31,13 @@ OnCall = Callable[[str, str, int], None]
 
 
 class ApiError(Exception):
-    """The API server refused, failed or was not reached.
+    """The API server refused, failed or could not be reached.
 
     Args:
         status: HTTP status; 0: no answer.
-        reason: the API's word: Conflict, AlreadyExists, Invalid, NotFound, Expired ...
-        retry_after_seconds: what the server asked for.
-        causes: reasons of `details.causes`: NamespaceTerminating, say.
+        reason: the API's word for it: Conflict, AlreadyExists, Invalid, NotFound, Expired ...
+        retry_after_seconds: the wait that the server asked for.
+        causes: reasons in `details.causes`, such as NamespaceTerminating.
     """
 
     def __init__(
@@ -57,12 +57,12 @@ class ApiError(Exception):
 
     @property
     def is_expired(self) -> bool:
-        """The version that a watch or a page was to go on from is forgotten: list again."""
+        """Whether the server has forgotten the version to continue from, so that all must be listed again."""
         return self.status == 410 or self.reason in ("Expired", "Gone")
 
 
 def error_from(status: int, headers: Mapping[str, str], body: bytes) -> ApiError:
-    """Return what an answer of status 400 or more says; a proxy in between may not answer in JSON."""
+    """Return the error that an answer of status 400 or more describes; a proxy may not answer in JSON."""
     try:
         answer = msgspec.json.decode(body)
     except msgspec.DecodeError:
@@ -89,7 +89,7 @@ class Page(msgspec.Struct):
 
     @property
     def token(self) -> str:
-        """What the next page is asked for with; empty: this is the last."""
+        """The token with which the next page is requested; empty: this is the last one."""
         return str(self.metadata.get("continue", ""))
 
 
@@ -97,8 +97,9 @@ class Api:
     """One client of one API server.
 
     Args:
-        client: of `kubernetes.aio`, configured.
-        on_call: told verb and resource, in the words of RBAC, and HTTP status of each call, for metrics.
+        client: a configured client of `kubernetes.aio`.
+        on_call: called with the verb and resource (in the words of RBAC) and HTTP status of each call, for
+            metrics.
     """
 
     def __init__(self, client: ApiClient, on_call: OnCall = lambda verb, resource, status: None):
@@ -119,10 +120,10 @@ class Api:
         return msgspec.json.decode(await self._send("GET", path, query), type=Page)
 
     async def apply(self, path: str, body: Json, *, is_dry_run: bool = False) -> Json:
-        """Apply server-side, with force: what we own is as we say, what others own stays.
+        """Apply server-side, with force: fields that we own get our values, and those of others stay.
 
-        `metadata.uid` in the body makes a Conflict of an object that has been replaced since; a
-        `metadata.resourceVersion` of 1, which no object has, makes one of every object that exists.
+        With `metadata.uid` in the body, an object that has been replaced since is a Conflict; with a
+        `metadata.resourceVersion` of 1, which no object has, every object that exists is a Conflict.
         """
         query = {"fieldManager": FIELD_MANAGER, "force": "true"} | ({"dryRun": "All"} if is_dry_run else {})
         return await self._call("PATCH", path, query, body, "application/apply-patch+yaml")
@@ -138,7 +139,7 @@ class Api:
     async def delete(
         self, path: str, *, uid: str, propagation: Propagation, grace_seconds: int | None = None
     ) -> Json:
-        """Delete the object that has this UID, and no other of its name."""
+        """Delete the object that has this UID, and no other object of its name."""
         options: Json = {"preconditions": {"uid": uid}, "propagationPolicy": propagation}
         if grace_seconds is not None:
             options["gracePeriodSeconds"] = grace_seconds
@@ -148,7 +149,7 @@ class Api:
         """Yield the events of a watch until the server ends it.
 
         Raises:
-            ApiError: also for a stream that breaks or is silent for too long, and for an ERROR event.
+            ApiError: as for all calls; also if the stream breaks, is silent for too long, or sends an ERROR.
         """
         timeout = aiohttp.ClientTimeout(connect=CONNECT_SECONDS, sock_read=WATCH_SILENCE_SECONDS)
         async with self._request("GET", path, query | {"watch": "true"}, None, "", timeout) as response:
@@ -190,7 +191,7 @@ class Api:
         content_type: str,
         timeout: aiohttp.ClientTimeout,
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        """Send a request with our credentials; what breaks below HTTP becomes an ApiError of status 0."""
+        """Send a request with our credentials; a failure below HTTP becomes an ApiError of status 0."""
         headers = {"Accept": "application/json", "Content-Type": content_type or "application/json"}
         url = f"{self._client.configuration.host}{path}"
         if query:
@@ -210,7 +211,7 @@ class Api:
             verb = "watch"
         elif verb == "GET":
             verb = "get" if is_object else "list"
-        elif status == CREATED:  # also by an apply of what was not there
+        elif status == CREATED:  # an apply creates too, if the object did not exist
             verb = "create"
         self._on_call(VERBS.get(verb, verb), resource, status)
 

@@ -1,4 +1,4 @@
-"""What the operator knows of a cluster, and what it does to it."""
+"""What the operator knows about a cluster, and what it does to it."""
 
 import asyncio
 import logging
@@ -32,28 +32,28 @@ from asyncrl_operator.workqueue import Key
 logger = logging.getLogger(__name__)
 
 NO_OBJECT = "1"
-"""A resource version that no object has: applied with it, an object is made, and never taken over."""
+"""A resource version that no object has: an apply with it creates an object and never takes one over."""
 
 
 class Wake(Protocol):
-    """Has a job looked at."""
+    """Schedules a pass over a job."""
 
     def __call__(self, key: Key, *, at_once: bool = False) -> None: ...
 
 
 @dataclass(frozen=True)
 class Sign:
-    """When a watch last gave a sign of life, monotonic seconds."""
+    """The time, in monotonic seconds, at which a watch last gave a sign of life."""
 
     watch: str
     at: float
 
 
 class Cluster:
-    """Caches of all that belongs to AsyncRLJobs, and the writes.
+    """The caches of all objects that belong to AsyncRLJobs, and all writes.
 
     Args:
-        namespaces: none: all, and nodes are seen too.
+        namespaces: the namespaces to watch; none: all of them, and the nodes too.
         wake: called with the job for which something has changed.
         clock: monotonic seconds.
     """
@@ -94,17 +94,17 @@ class Cluster:
             await informer.synced.wait()
 
     def signs(self) -> list[Sign]:
-        """Return when each watch gave a sign of life."""
+        """Return when each watch last gave a sign of life."""
         return [Sign(informer.resource.plural, informer.last_sign) for informer in self._informers()]
 
     def take_job(self, kind: str | None, raw: Json) -> None:
-        """Take in what a watch tells of an AsyncRLJob."""
+        """Take in an event of the watch on AsyncRLJobs."""
         entry = self.jobs.remove(raw) if kind == "DELETED" else self.jobs.put(raw)
         if entry is not None:
             self._wake(Key(entry.namespace, entry.name), at_once=True)
 
     def observe(self, key: Key, uid: str) -> Observed:
-        """Return what there is of a job, from the caches alone."""
+        """Return what exists of a job, from the caches alone."""
         pods = self._pods[self._scope(key.namespace)].store.of(key)
         nodes = None
         if self._nodes is not None:
@@ -113,7 +113,7 @@ class Cluster:
         return observe(key, uid, self.children(key), pods, nodes)
 
     def children(self, key: Key) -> list[Child]:
-        """Return all objects with the label of a job, pods apart, in the order in which they are made."""
+        """Return all objects with the label of a job except pods, in the order in which they are made."""
         scope = self._scope(key.namespace)
         return [
             Child(resource, entry)
@@ -142,7 +142,7 @@ class Cluster:
                     self._wake(pod.key)
 
     async def _resync_jobs(self) -> None:
-        """List the AsyncRLJobs now and then: kopf does not tell what was deleted while it did not watch."""
+        """List the AsyncRLJobs now and then: kopf does not report what was deleted while it did not watch."""
         while True:
             await asyncio.sleep(RESYNC_SECONDS)
             for namespace in self._namespaces or (None,):
@@ -155,10 +155,10 @@ class Cluster:
     # -- writes
 
     async def verify(self, key: Key, uid: str) -> None:
-        """Ask for the AsyncRLJob itself, before anything is made for it on the word of a cache.
+        """Read the AsyncRLJob itself, before anything is created for it because a cache says it exists.
 
         Raises:
-            Gone: it is not there any more, or not for long; what is made now would outlive it.
+            Gone: it no longer exists, or is being deleted; what is created now would outlive it.
         """
         try:
             live = await self._api.get(ASYNCRL_JOBS.path(key.namespace, key.name))
@@ -172,14 +172,14 @@ class Cluster:
             raise Gone
 
     async def make(self, manifest: Json, uid: str) -> bool:
-        """Make an object that the cache does not have; return whether it was not there.
+        """Create an object that the cache does not have; return whether it was created.
 
-        One of ours that was there has lost the label by which it is watched, or the cache is behind: it gets
-        its manifest again, or its labels alone if it stays as it was made.
+        If one of ours exists already, it has lost the label by which it is watched, or the cache is behind:
+        its manifest is applied again, or only its labels if it must stay as it was made.
 
         Raises:
-            Obstacle: something of that name is there and is not ours: NameConflict.
-            ApiError: refused, failed.
+            Obstacle: an object of that name exists and is not ours: NameConflict.
+            ApiError: the API server refused or failed.
         """
         resource, metadata = resource_of(manifest), manifest["metadata"]
         namespace, name = metadata["namespace"], metadata["name"]
@@ -192,7 +192,7 @@ class Cluster:
         except ApiError as error:
             if error.status != 409:
                 raise
-            if resource is SECRETS:  # its name has the UID in it, so it is ours; it may not be read
+            if resource is SECRETS:  # its name contains the UID, so it is ours; we may not read it
                 return False
             live = await self._api.get(resource.path(namespace, name))
             check_ownership(resource, live["metadata"], uid)
@@ -210,7 +210,7 @@ class Cluster:
         """Apply a manifest over the object that has this UID.
 
         Raises:
-            ApiError: also if that object has been replaced by another since (409).
+            ApiError: as for all calls; also if that object has been replaced by another since (409).
         """
         resource, metadata = resource_of(manifest), manifest["metadata"]
         body = {**manifest, "metadata": {**metadata, "uid": uid}}
@@ -218,7 +218,7 @@ class Cluster:
         self._keep(self._store(resource, metadata["namespace"]), live)
 
     async def scale(self, namespace: str, name: str, replicas: int) -> None:
-        """Set the replicas of a StatefulSet that the cache has, and nothing else of it."""
+        """Set the replicas of a StatefulSet that the cache has, and change nothing else."""
         entry = self.child(STATEFUL_SETS, namespace, name)
         assert entry is not None, "it was seen in this pass"
         body = {"metadata": {"uid": entry.uid}, "spec": {"replicas": replicas}}
@@ -226,10 +226,10 @@ class Cluster:
         self._keep(self._store(STATEFUL_SETS, namespace), live)
 
     async def try_out(self, manifest: Json) -> None:
-        """Have the API server check a manifest without keeping it.
+        """Let the API server check a manifest without keeping it.
 
         Raises:
-            ApiError: refused, failed.
+            ApiError: the API server refused or failed.
         """
         metadata = manifest["metadata"]
         path = resource_of(manifest).path(metadata["namespace"], metadata["name"])
@@ -245,7 +245,7 @@ class Cluster:
         propagation: Propagation = "Background",
         is_forced: bool = False,
     ) -> None:
-        """Delete one object; one that is gone or has been replaced is left alone."""
+        """Delete one object; nothing happens if it is gone or has been replaced."""
         try:
             answer = await self._api.delete(
                 resource.path(namespace, name),
@@ -258,18 +258,18 @@ class Cluster:
                 raise
             return
         if "deletionTimestamp" not in answer.get("metadata", {}):
-            return  # gone at once; the watch will say so
+            return  # gone at once; the watch will report it
         if resource is PODS:
             self._keep(self._pods[self._scope(namespace)].store, answer)
         else:
             self._keep(self._store(resource, namespace), answer)
 
     async def write_status(self, entry: Entry[bytes], patch: Json) -> Entry[bytes]:
-        """Change the status of the AsyncRLJob as this pass has read it; return it as it is then.
+        """Change the status of the AsyncRLJob that this pass has read; return the job with the new status.
 
         Raises:
-            Gone: it is deleted.
-            ApiError: 409 if it has changed since; then it is read anew for the next pass.
+            Gone: the job has been deleted.
+            ApiError: 409 if the job has changed since; it is then read anew for the next pass.
         """
         key = Key(entry.namespace, entry.name)
         path = ASYNCRL_JOBS.path(entry.namespace, entry.name, "status")
@@ -283,7 +283,7 @@ class Cluster:
             if error.status == 409:
                 await self.verify(key, entry.uid)
             raise
-        if self.jobs.get(*key) is None:  # its deletion has been told while the answer was on its way
+        if self.jobs.get(*key) is None:  # its deletion was reported while the answer was on its way
             raise Gone
         self.jobs.put(live)
         written = self.jobs.get(*key)
@@ -291,11 +291,11 @@ class Cluster:
         return written
 
     async def served_problem(self) -> Problem | None:
-        """Return what is wrong with the CRD that is served."""
+        """Return what is wrong with the CRD that the API server serves."""
         return schema_problem(await self._api.get(OPENAPI_PATH))
 
     async def exists(self, resource: Resource, namespace: str, name: str) -> bool:
-        """Whether an object that a user names is there."""
+        """Return whether an object that a user names exists."""
         try:
             await self._api.get(resource.path(namespace, name))
         except ApiError as error:
@@ -305,10 +305,10 @@ class Cluster:
         return True
 
     async def uid_of(self, resource: Resource, namespace: str, name: str, *, owner: str) -> str:
-        """Return the UID of a child, asked of the API server where no cache has it; empty: there is none.
+        """Return the UID of a child, from the API server if no cache has it; empty: there is no such child.
 
         Args:
-            owner: UID of the AsyncRLJob; an object of another owner is none of its children.
+            owner: UID of the AsyncRLJob; an object of another owner is not its child.
         """
         if (entry := self.child(resource, namespace, name)) is not None:
             return entry.uid if entry.owner == owner else ""
@@ -322,9 +322,9 @@ class Cluster:
         return str(live["metadata"]["uid"]) if any(each["uid"] == owner for each in owners) else ""
 
     async def last_events(self, namespace: str, reason: str) -> dict[tuple[str, str], str]:
-        """Return the newest message of Events of a reason, by kind and name of what they are about.
+        """Return the newest message of the Events with a reason, by kind and name of the object concerned.
 
-        Of a whole namespace, since the API server reads all its Events for the answer, whatever is asked for.
+        This covers the whole namespace, since the API server reads all its Events for any such answer.
         """
         events: list[Json] = []
         query = {"fieldSelector": f"reason={reason}", "limit": "500", "continue": ""}
@@ -342,9 +342,9 @@ class Cluster:
         return self._children[resource, self._scope(namespace)].store
 
     def _keep(self, store: Store[Any], written: Json) -> None:
-        """Take in what was written, and have it looked at: what it makes possible is for the next pass.
+        """Take in what was written, and schedule the next pass, which may act on it.
 
-        What has lost the label that is watched stays out: nothing would tell of its end.
+        An object that has lost the label that is watched stays out: nothing would report its end.
         """
         if SELECTOR not in written["metadata"].get("labels", {}):
             return

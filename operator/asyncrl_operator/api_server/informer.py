@@ -1,4 +1,4 @@
-"""What the API server holds, kept up to date: one list, then a watch, for one kind of object.
+"""Copies of what the API server holds, kept up to date: one list, then a watch, for one kind of object.
 
 A pass reads only these stores. They never go back in time: what we have written is put in at once, and news
 that is older than what is held is dropped.
@@ -19,19 +19,19 @@ logger = logging.getLogger(__name__)
 
 PAGE_SIZE = 500
 WATCH_SECONDS = 290
-"""After which the server ends a watch, and the next begins where it ended."""
+"""The time after which the server ends a watch; the next one begins where it ended."""
 RESYNC_SECONDS = 600.0
-"""After which all is listed again, should a watch have lost something."""
+"""The time after which everything is listed again, in case a watch has lost something."""
 FIRST_RETRY_SECONDS = 0.5
 MAX_RETRY_SECONDS = 5.0
-"""Short, since nothing is decided rightly on old news; the API server sheds load itself (429)."""
+"""Short, since old news leads to wrong decisions; the API server sheds load by itself (429)."""
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Entry(Generic[T]):
-    """An object as it is kept."""
+    """An object as the store keeps it."""
 
     namespace: str
     name: str
@@ -39,15 +39,15 @@ class Entry(Generic[T]):
     version: int
     """`metadata.resourceVersion`; the versions of one kind are in order (KEP-5504)."""
     job: str
-    """Label `asyncrl.dev/job`; the name of its AsyncRLJob if somebody has removed it; or empty."""
+    """The label `asyncrl.dev/job`, or the name of the owning AsyncRLJob if it was removed, or empty."""
     owner: str
-    """UID of its controller, or empty."""
+    """The UID of the object's controller, or empty."""
     is_deleting: bool
     value: T
 
     @property
     def key(self) -> Key | None:
-        """The AsyncRLJob that it belongs to."""
+        """The AsyncRLJob that the object belongs to."""
         return Key(self.namespace, self.job) if self.job else None
 
 
@@ -55,7 +55,7 @@ class Store(Generic[T]):
     """The objects of one kind, also by job.
 
     Args:
-        trim: what is kept of an object.
+        trim: returns what is kept of an object.
     """
 
     def __init__(self, trim: Callable[[Json], T]) -> None:
@@ -63,7 +63,7 @@ class Store(Generic[T]):
         self._entries: dict[tuple[str, str], Entry[T]] = {}
         self._by_job: dict[Key, dict[str, Entry[T]]] = {}
         self._position = 0
-        """Version up to which list and watch have told everything."""
+        """The version up to which list and watch have reported everything."""
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -80,7 +80,7 @@ class Store(Generic[T]):
         return [found[name] for name in sorted(found)]
 
     def put(self, raw: Json) -> Entry[T] | None:
-        """Take in an object; return what is kept, if anything that is kept differs from before."""
+        """Take in an object; return its entry if anything that is kept has changed."""
         entry = self._entry(raw)
         place = (entry.namespace, entry.name)
         old = self._entries.get(place)
@@ -99,17 +99,17 @@ class Store(Generic[T]):
         return None if is_same else entry
 
     def put_written(self, raw: Json) -> Entry[T] | None:
-        """Take in the answer to a write of ours; return what is kept, if that differs from before.
+        """Take in the answer to a write of ours; return its entry if anything that is kept has changed.
 
-        Only what the watch has not reached yet: behind that point it may have told of a deletion already, and
-        the object would come back for ever. What is taken in is no news any more when the watch tells it.
+        Only what the watch has not reached yet is taken in: the watch may have reported its deletion already,
+        and the object would come back forever. What is taken in is no longer news when the watch reports it.
         """
         if int(raw["metadata"]["resourceVersion"]) <= self._position:
             return None
         return self.put(raw)
 
     def remove(self, raw: Json) -> Entry[T] | None:
-        """Take out an object that a watch tells is deleted; return it, unless a newer one has its name."""
+        """Take out an object that a watch reports as deleted; return it, unless a newer one has its name."""
         gone = self._entry(raw)
         held = self._entries.get((gone.namespace, gone.name))
         if held is None or (held.version > gone.version and held.uid != gone.uid):
@@ -117,16 +117,16 @@ class Store(Generic[T]):
         return self._drop(held)
 
     def discard(self, namespace: str, name: str) -> None:
-        """Take out an object that the API server says is not there."""
+        """Take out an object that does not exist according to the API server."""
         if (held := self.get(namespace, name)) is not None:
             self._drop(held)
 
     def advance(self, version: int) -> None:
-        """Note that the watch has told everything up to a version."""
+        """Note that the watch has reported everything up to a version."""
         self._position = max(self._position, version)
 
     def sweep(self, listed: set[tuple[str, str]], version: int) -> list[Entry[T]]:
-        """Take out what a list of that version does not have, by namespace and name; return it."""
+        """Take out the objects that a list of that version does not have (namespace, name); return them."""
         gone = [
             entry
             for place, entry in self._entries.items()
@@ -171,7 +171,7 @@ async def fill(
     """List a collection page by page into a store, and return the version of the list.
 
     Raises:
-        ApiError: what is in the store by then stays in it.
+        ApiError: as for all calls; what is in the store by then stays in it.
     """
     listed: set[tuple[str, str]] = set()
     version, token = "", ""
@@ -188,11 +188,11 @@ async def fill(
 
 
 class Informer(Generic[T]):
-    """Fills a store, and says what has changed.
+    """Fills a store, and reports what has changed.
 
     Args:
-        namespace: None: all.
-        on_change: called for each object that differs in what is kept of it, or is gone.
+        namespace: the namespace to watch; None: all.
+        on_change: called for each object that is gone, or of which anything that is kept has changed.
         clock: monotonic seconds.
     """
 
@@ -211,7 +211,7 @@ class Informer(Generic[T]):
         self.synced = asyncio.Event()
         """Set once the first list is in."""
         self.last_sign = clock()
-        """When the watch gave a sign of life: an event, a bookmark, or an error that is being retried."""
+        """When the watch last gave a sign of life: an event, a bookmark, or an error that is retried."""
         self._api = api
         self._path = resource.path(namespace)
         self._query = {"labelSelector": selector} if selector else {}
@@ -221,7 +221,7 @@ class Informer(Generic[T]):
         self._listed_at = 0.0
 
     async def run(self) -> None:
-        """List and watch until cancelled; a broken watch is taken up again, or all is listed again."""
+        """List and watch until cancelled; after a break the watch goes on, or everything is listed again."""
         delay = FIRST_RETRY_SECONDS
         while True:
             self.last_sign = self._clock()
@@ -232,11 +232,11 @@ class Informer(Generic[T]):
                 delay = FIRST_RETRY_SECONDS
             except ApiError as error:
                 if error.is_expired:
-                    logger.info("%s: listed again: %s", self._path, error)
+                    logger.info("%s: is listed again: %s", self._path, error)
                     self._version = ""
                     continue
                 wait = max(delay, error.retry_after_seconds)
-                logger.warning("%s: watch broken, next try in %.1f s: %s", self._path, wait, error)
+                logger.warning("%s: the watch broke, next try in %.1f s: %s", self._path, wait, error)
                 delay = min(delay * 2, MAX_RETRY_SECONDS)
                 await asyncio.sleep(wait)
 

@@ -1,4 +1,4 @@
-"""What is kept of an object from a watch: ten thousand pods as they come would take 600 MB. Pure."""
+"""Selects what is kept of an object from a watch: ten thousand whole pods would take 600 MB. Pure."""
 
 from dataclasses import dataclass
 
@@ -27,9 +27,9 @@ class KeptPod:
 
 
 def compact(raw: Json) -> bytes:
-    """Return what an object is compared by, as JSON: all but its versions, managed fields and status.
+    """Return, as JSON, what objects are compared by: all but versions, managed fields and status.
 
-    The conditions of a Job stay: they say how the attempt ended.
+    The conditions of a Job are kept: they tell how the attempt ended.
     """
     kept = {name: value for name, value in raw.items() if name not in ("status", "apiVersion", "kind")}
     unwanted = ("managedFields", "resourceVersion", "generation", "selfLink")
@@ -41,7 +41,7 @@ def compact(raw: Json) -> bytes:
 
 
 def trim_job(raw: Json) -> bytes:
-    """Return an AsyncRLJob as JSON, without what nobody here reads: labels and annotations, versions."""
+    """Return an AsyncRLJob as JSON, without what nobody here reads: labels, annotations and versions."""
     unwanted = ("managedFields", "annotations", "labels", "resourceVersion")
     metadata = {name: value for name, value in raw["metadata"].items() if name not in unwanted}
     return msgspec.json.encode(
@@ -50,14 +50,14 @@ def trim_job(raw: Json) -> bytes:
 
 
 def trim_node(raw: Json) -> Node:
-    """Return since when a node has been ready, or not."""
+    """Return whether a node is ready, and since when."""
     ready = _condition(raw, "Ready") or {}
     since = ready.get("lastTransitionTime") or raw["metadata"]["creationTimestamp"]
     return Node(is_ready=ready.get("status") == "True", since=to_seconds(since))
 
 
 def trim_pod(raw: Json) -> KeptPod:
-    """Return what a pass needs to know of a pod."""
+    """Return what a pass needs to know about a pod."""
     metadata, spec, status = raw["metadata"], raw.get("spec", {}), raw.get("status", {})
     labels, annotations = metadata.get("labels", {}), metadata.get("annotations", {})
     deletion = metadata.get("deletionTimestamp")
@@ -104,7 +104,7 @@ def _waiting(container: Json) -> str:
 
 
 def _end(container: Json) -> ContainerEnd | None:
-    """Return how a container ended last; also of one that runs again."""
+    """Return how a container ended last, even if it runs again."""
     states = [container.get("state", {}), container.get("lastState", {})]
     ended = next((state["terminated"] for state in states if "terminated" in state), None)
     if ended is None:
@@ -113,5 +113,5 @@ def _end(container: Json) -> ContainerEnd | None:
 
 
 def _number(text: str | None) -> int:
-    """Return a number of ours; labels and annotations can be edited by hand."""
+    """Return a number that we wrote, or 0: labels and annotations can be edited by hand."""
     return int(text) if text is not None and text.isascii() and text.isdigit() else 0

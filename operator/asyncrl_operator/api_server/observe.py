@@ -1,4 +1,4 @@
-"""From what the caches hold of one job to what a pass decides on. Pure."""
+"""Turns what the caches hold of one job into what a pass decides on. Pure."""
 
 import logging
 import re
@@ -31,7 +31,7 @@ _MISSING = re.compile(r'(secret|configmap|persistentvolumeclaim|serviceaccount) 
 
 @dataclass(frozen=True)
 class Child:
-    """An object with the label of a job, pods apart."""
+    """An object with the label of a job that is not a pod."""
 
     resource: Resource
     entry: Entry[bytes]
@@ -48,11 +48,11 @@ def observe(
     pods: Iterable[Entry[KeptPod]],
     nodes: Mapping[str, Node] | None,
 ) -> Observed:
-    """Return what there is of a job, of its own objects and of pods of an earlier one of its name.
+    """Return what exists of a job: its own objects, and pods of an earlier job of its name.
 
     Args:
-        uid: of the AsyncRLJob; children of another one are none of ours.
-        nodes: those of the pods; None: the operator may not see them.
+        uid: UID of the AsyncRLJob; children of another one are not ours.
+        nodes: the nodes of the pods; None: the operator may not see nodes.
     """
     ours = [child for child in children if child.entry.owner == uid]
     seen_pods = tuple(_pod(entry, uid) for entry in pods)
@@ -70,17 +70,17 @@ def observe(
 def outlived_configs(
     key: Key, uid: str, children: Iterable[Child], seen: Observed, *, attempt: int, template: str
 ) -> list[Entry[bytes]]:
-    """Return the run configurations that no pod will read any more.
+    """Return the run configurations that no pod will read anymore.
 
     Args:
-        attempt: of the trainer that is wanted; 0: none.
-        template: hash of the rollout pods that are wanted.
+        attempt: the attempt of the desired trainer; 0: no trainer is desired.
+        template: the template hash of the desired rollout pods.
     """
     attempts = {
         f"{key.name}-config-{number}" for number in (attempt, *(j.attempt for j in seen.trainer_jobs))
     }
     templates = {template, *(pod.template for pod in seen.pods if pod.is_ours and pod.is_alive)}
-    if seen.rollout is not None:  # pods that it makes until it has the new template
+    if seen.rollout is not None:  # it still makes such pods until it has the new template
         templates.add(seen.rollout.template)
     needed = attempts | {f"{key.name}-rollout-{each}" for each in templates}
     prefixes = (f"{key.name}-config-", f"{key.name}-rollout-")
@@ -95,9 +95,9 @@ def outlived_configs(
 
 
 def missing_reference(pods: Iterable[Pod]) -> Problem | None:
-    """Return what pods wait for that the user names and that is not there.
+    """Return the object that the user names, that pods wait for and that does not exist.
 
-    Kubelet says so of Secrets, which the operator may not read; the scheduler of claims.
+    Kubelet reports missing Secrets, which the operator may not read; the scheduler reports missing claims.
     """
     for pod in pods:
         if found := _MISSING.search(pod.waiting) or _MISSING.search(pod.unschedulable):
@@ -146,12 +146,12 @@ def _report(key: Key, children: Iterable[Child]) -> Report | None:
                 return None
             try:
                 return Report.model_validate_json(text)
-            except ValidationError as error:  # of another version of the runtime; the job goes on without
-                logger.warning("%s: ConfigMap %s is not understood: %s", key, name, error)
+            except ValidationError as error:  # another version of the runtime wrote it; the job goes on
+                logger.warning("%s: ConfigMap %s holds no valid report: %s", key, name, error)
                 return None
     return None
 
 
 def report_name(key: Key) -> str:
-    """Return the name of the ConfigMap that the trainer writes."""
+    """Return the name of the ConfigMap into which the trainer writes its report."""
     return f"{key.name}-report"

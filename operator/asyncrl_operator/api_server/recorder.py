@@ -1,4 +1,4 @@
-"""Events on the AsyncRLJob, for `kubectl describe`: the same words again are one Event with a count."""
+"""Events on the AsyncRLJob, for `kubectl describe`: repeated words are one Event with a count."""
 
 import hashlib
 import logging
@@ -18,7 +18,7 @@ LONGEST_MESSAGE = 1000
 
 
 class Recorder:
-    """Writes Events. One that cannot be written is logged and lost: they are news, not state.
+    """Writes Events. One that cannot be written is logged and lost, since Events are news, not state.
 
     Args:
         clock: Unix time, seconds.
@@ -29,7 +29,7 @@ class Recorder:
         self._clock = clock
 
     async def record(self, key: Key, uid: str, events: Iterable[Event]) -> None:
-        """Tell the user of a pass."""
+        """Write the Events of a pass."""
         for event in events:
             try:
                 await self._record(render_event(key, uid, event, self._clock()))
@@ -37,7 +37,7 @@ class Recorder:
                 logger.warning("%s: Event %s is lost: %s", key, event.reason, error)
 
     async def _record(self, body: Json) -> None:
-        """Make an Event; count one up that is there already, its name being made of what it says."""
+        """Create an Event, or raise the count of one that exists: its name is derived from what it says."""
         namespace, name = body["metadata"]["namespace"], body["metadata"]["name"]
         try:
             await self._api.create(EVENTS.path(namespace), body)
@@ -50,7 +50,7 @@ class Recorder:
 
 
 def render_event(key: Key, uid: str, event: Event, now: float) -> Json:
-    """Return an Event about a job. Its name depends on nothing but the job and what is said."""
+    """Return an Event about a job. Its name depends only on the job and on what the Event says."""
     message = event.message[:LONGEST_MESSAGE]
     text = "\0".join((uid, event.type, event.reason, message))
     return {

@@ -1,4 +1,4 @@
-"""What the API server, or an object in the way, refuses, and what that means to the user. Pure."""
+"""Refusals by the API server, and objects in the way: what they mean to the user. Pure."""
 
 from asyncrl_operator.api_server.api import ApiError
 from asyncrl_operator.decide.observed import Problem
@@ -10,7 +10,7 @@ class Obstacle(Exception):
 
     Args:
         needs_user: nothing is tried until the spec changes or the obstacle is gone (Stalled); otherwise the
-            same is tried again (a quota may be raised).
+            operator tries the same again (a quota may be raised).
     """
 
     def __init__(self, problem: Problem, *, needs_user: bool) -> None:
@@ -20,13 +20,15 @@ class Obstacle(Exception):
 
 
 class Gone(Exception):
-    """The AsyncRLJob of this pass is deleted or being deleted, or its namespace is: nothing is to be made."""
+    """The AsyncRLJob of this pass, or its namespace, is gone or being deleted: nothing may be created."""
 
 
 def check_ownership(resource: Resource, metadata: Json, uid: str) -> None:
-    """Raise an Obstacle if an object of a name that we need is not ours. It is never taken over.
+    """Check that an object with a name that we need is ours. One that is not is never taken over.
 
-    One of an earlier AsyncRLJob of the same name is waited for: it is about to be deleted.
+    Raises:
+        Obstacle: it belongs to an earlier AsyncRLJob of the same name, whose deletion is waited for, or to
+            somebody else.
     """
     owners = metadata.get("ownerReferences") or ()
     if any(each["uid"] == uid and each.get("controller") for each in owners):
@@ -40,7 +42,7 @@ def check_ownership(resource: Resource, metadata: Json, uid: str) -> None:
 
 
 def obstacle_from(error: ApiError) -> Obstacle | None:
-    """Return what a refusal means to the user; None for what is no matter of the spec."""
+    """Return what a refusal means to the user; None if it has nothing to do with the spec."""
     message = error.message
     if error.status == 403 and "exceeded quota" in message:
         return Obstacle(Problem("QuotaExceeded", message), needs_user=False)
@@ -54,7 +56,7 @@ def obstacle_from(error: ApiError) -> Obstacle | None:
 
 
 def is_namespace_ending(error: ApiError) -> bool:
-    """Whether nothing can be made because the namespace is being deleted, or is gone."""
+    """Return whether nothing can be created because the namespace is gone or being deleted."""
     return "NamespaceTerminating" in error.causes or (
         error.status == 404 and error.message.startswith("namespaces ")
     )

@@ -1,7 +1,7 @@
-"""Whether the CRD that the API server serves has every field that this version relies on. Pure.
+"""Checks whether the CRD that the API server serves has every field that this version relies on. Pure.
 
-An older CRD drops the fields that it does not know, and a dropped field reads as its default: an operator
-that acted on it would undo what the user wrote (kuberay#2084).
+An older CRD drops fields that it does not know, and a dropped field reads as its default: an operator that
+acted on that would undo what the user wrote (kuberay#2084).
 """
 
 from collections.abc import Iterator
@@ -15,11 +15,11 @@ from asyncrl_operator.decide.observed import Problem
 OPENAPI_PATH = f"/openapi/v3/apis/{API_VERSION}"
 SCHEMA = "dev.asyncrl.v1alpha1.AsyncRLJob"
 SHOWN = 5
-"""Fields named in a message."""
+"""The number of fields that a message names."""
 
 
 def schema_problem(document: dict[str, Any]) -> Problem | None:
-    """Return why no job can be acted on, from the published OpenAPI document of our group."""
+    """Return why the operator cannot act on any job, from the published OpenAPI document of our API group."""
     schema = document.get("components", {}).get("schemas", {}).get(SCHEMA, {})
     missing = list(missing_fields(schema))
     if not missing:
@@ -32,7 +32,7 @@ def schema_problem(document: dict[str, Any]) -> Problem | None:
 
 
 def missing_fields(schema: dict[str, Any]) -> Iterator[str]:
-    """Yield the fields of spec and status that a schema does not have; not those below a missing one."""
+    """Yield the fields of spec and status that a schema lacks, without those below a missing field."""
     properties = schema.get("properties", {})
     yield from _missing(tree(Spec, "spec."), properties.get("spec", {}))
     status = properties.get("status", {}).get("properties", {})
@@ -49,6 +49,6 @@ def _missing(nodes: tuple[FieldNode, ...], schema: dict[str, Any]) -> Iterator[s
 
 
 def _resolved(schema: dict[str, Any]) -> dict[str, Any]:
-    """Return a schema; one with a default or a description beside it is wrapped in `allOf`."""
+    """Return a schema without the `allOf` that wraps one with a default or a description."""
     wrapped = schema.get("allOf")
     return wrapped[0] if wrapped and "properties" not in schema else schema
