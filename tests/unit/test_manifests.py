@@ -153,11 +153,11 @@ def test_an_overlay_adds_and_merges() -> None:
         ([{"name": {"a": "b"}}], "containers[0]: must be a map with name"),
         (
             [{"name": "engine", "tty": True}, {"name": "engine"}],
-            "containers[1].name: engine stands there twice",
+            "containers[1].name: engine appears twice",
         ),
         (
             [{"name": "engine", "env": [{"name": "A", "value": "1"}, {"name": "A", "value": "2"}]}],
-            "containers[engine].env[1].name: A stands there twice",
+            "containers[engine].env[1].name: A appears twice",
         ),
     ],
 )

@@ -1,1 +1,1 @@
-"""From an AsyncRLJob to the objects and files that it is made of. Pure: no client of anything is imported."""
+"""Renders an AsyncRLJob as the objects and files it is made of. Pure: no client of anything is imported."""

@@ -1,4 +1,4 @@
-"""Who may do what: service accounts, the trainer's one right, network policies, disruption budget. Pure."""
+"""Who may do what: service accounts, the trainer's one right, network policies, a disruption budget. Pure."""
 
 from asyncrl_api.job import AsyncRLJob
 from asyncrl_operator.layout import HEALTH_PORT
@@ -7,7 +7,7 @@ from asyncrl_operator.resources import Json
 
 
 def render_access(job: AsyncRLJob) -> list[Json]:
-    """Return the objects that bound what the pods of a job may do, and what may be done to them."""
+    """Return the objects that limit what the pods of a job may do, and what may be done to them."""
     name, account = job.metadata.name, job.spec.scheduling.service_account_name
     objects: list[Json] = [
         {"apiVersion": "v1", "kind": "ServiceAccount", "name": f"{name}-rollout", "body": _NO_TOKEN}
@@ -58,9 +58,9 @@ _NO_TOKEN: Json = {"automountServiceAccountToken": False}
 
 
 def _disruption_budget(job: AsyncRLJob) -> Json:
-    """Rollout alone: a budget on the trainer would block drains and help nobody.
+    """Return the budget of the rollout group; one for the trainer would block drains and help nobody.
 
-    Pods that are not ready sample nothing and may always go: a job whose engines cannot start would
+    Pods that are not ready sample nothing and may always be evicted: a job whose engines cannot start would
     otherwise keep its nodes from being drained.
     """
     return {
@@ -71,9 +71,10 @@ def _disruption_budget(job: AsyncRLJob) -> Json:
 
 
 def _network_policies(job: AsyncRLJob) -> dict[str, Json]:
-    """Ingress alone: the pods of this job reach each other, and everybody the workers' probes.
+    """Return the policies by group. They limit ingress only: the job's pods reach each other on any port.
 
-    Trainer and engines form collectives on ports that the system chooses.
+    Trainer and engines form collectives on ports that the system chooses. The workers' probes can be reached
+    from anywhere.
     """
     ours = [{"podSelector": {"matchLabels": selector(job)}}]
     rules: dict[str, list[Json]] = {

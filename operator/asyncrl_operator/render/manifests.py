@@ -1,6 +1,6 @@
-"""From an AsyncRLJob to the Kubernetes objects that it is made of. Pure.
+"""Renders an AsyncRLJob as the Kubernetes objects that it is made of. Pure.
 
-Names follow from the job's name alone, so that a pass that runs twice makes nothing twice. The Job of an
+Names are derived from the job's name alone, so that a pass that runs twice makes nothing twice. The Job of an
 attempt and the configurations never change once made; the rest is applied again whenever it differs.
 """
 
@@ -62,12 +62,12 @@ def render_shared(job: AsyncRLJob, defaults: Defaults) -> list[Json]:
     objects += [_service(job, suffix, port) for suffix, port in ports.items()]
     live = json.dumps(live_values(job.spec), sort_keys=True)
     objects.append(_object(job, "v1", "ConfigMap", f"{name}-live", {"data": {"live.json": live}}))
-    objects.append(_object(job, "v1", "ConfigMap", f"{name}-report", {}))  # its data is the trainer's
+    objects.append(_object(job, "v1", "ConfigMap", f"{name}-report", {}))  # the trainer writes its data
     return objects
 
 
 def render_credentials(job: AsyncRLJob, new_secret: Callable[[], str]) -> Json:
-    """Return the Secret of an embedded server: its configuration and the passwords of each role.
+    """Return the Secret of an embedded server: its configuration and the password of each role.
 
     Args:
         new_secret: returns a random password.
@@ -109,13 +109,13 @@ def render_messaging(job: AsyncRLJob, defaults: Defaults, replicas: int) -> list
 
 
 def render_trainer(job: AsyncRLJob, defaults: Defaults, attempt: DesiredTrainer) -> list[Json]:
-    """Return configuration and Job of one attempt of the trainer.
+    """Return the configuration and the Job of one attempt of the trainer.
 
-    It is never retried by the Job itself: collectives need the whole group, on a clean start. The rules of
-    its podFailurePolicy are for whoever reads its condition.
+    The Job itself never retries: collectives need the whole group and a clean start. The rules of its
+    podFailurePolicy serve whoever reads its condition.
 
     Raises:
-        SpecError: `spec.trainer.podTemplate` sets what is the operator's.
+        SpecError: `spec.trainer.podTemplate` sets a field that the operator owns.
     """
     name, nodes = job.metadata.name, num_trainer_pods(job.spec, attempt.gpus)
     own = {ATTEMPT_LABEL: str(attempt.number)}
@@ -136,13 +136,13 @@ def render_trainer(job: AsyncRLJob, defaults: Defaults, attempt: DesiredTrainer)
 
 
 def render_rollout(job: AsyncRLJob, defaults: Defaults, replicas: int, gpus_per_replica: int) -> list[Json]:
-    """Return configuration and StatefulSet of the rollout group.
+    """Return the configuration and the StatefulSet of the rollout group.
 
-    Pods are replaced by the operator, wave by wave (OnDelete), and never more than one for an ordinal, so
-    that the budget is never exceeded.
+    The operator replaces pods, wave by wave (OnDelete), and there is never more than one pod for an ordinal,
+    so that the budget is never exceeded.
 
     Raises:
-        SpecError: `spec.rollout.podTemplate` sets what is the operator's.
+        SpecError: `spec.rollout.podTemplate` sets a field that the operator owns.
     """
     name, template = job.metadata.name, rollout_hash(job.spec)
     own = {TEMPLATE_LABEL: template}
@@ -162,7 +162,7 @@ def render_rollout(job: AsyncRLJob, defaults: Defaults, replicas: int, gpus_per_
 
 
 def _failure_rules(spec: Spec) -> list[Json]:
-    """Return what ends a Job at once, and is named in its condition: final exit codes, then disruption."""
+    """Return the rules that end a Job at once and that its condition names: final exit codes, disruption."""
     disrupted = {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
     codes = sorted(set(spec.failure_policy.trainer.fatal_exit_codes))
     if not codes:

@@ -8,7 +8,7 @@ from typing import Any
 from asyncrl_api.names import ASK_CONSUMER, PROMPT_CONSUMER, JobNames
 
 MAX_PAYLOAD_BYTES = 8 * 2**20
-"""A prompt group above 7 MB goes in parts; the server warns above 8 MB."""
+"""The largest message: a prompt group above 7 MB is sent in parts, and the server warns above 8 MB."""
 MAX_PENDING_BYTES = 256 * 2**20
 
 
@@ -19,16 +19,16 @@ class User:
     name: str
     password: str
     permissions: dict[str, Any] | None = None
-    """Subjects in the server's terms; None: all."""
+    """The subjects that the role may use, in the server's terms; None: all."""
 
 
 def worker_permissions(names: JobNames) -> dict[str, Any]:
-    """Return what a worker may do: it runs user code and generated programs, and is kept to its part.
+    """Return what a worker may do: it runs user code and generated programs, so it gets only what it needs.
 
-    It takes tickets and questions, stores results and the parts of those it hands back, tells that it lives,
-    and takes part in weight epochs. It cannot issue or remove tickets, take the lease, or change streams. One
-    right is wider than its use: a purge names its subject in the message, so it may empty the state bucket,
-    which the trainer fills again.
+    It takes tickets and evaluation prompts, stores results and what is finished of tickets that it hands
+    back, sends heartbeats, and takes part in weight epochs. It cannot issue or remove tickets, take the
+    lease, or change streams. One right is wider than its use: a purge names its subject in the message, so it
+    may empty the state bucket, which the trainer fills again.
     """
     bucket = f"KV_{names.state_bucket}"
     publish = [
@@ -63,10 +63,10 @@ def render_nats_config(
     """Return the configuration file of an embedded server with JetStream.
 
     Args:
-        is_persistent: the files outlive a power cut, so each message is synced to disk before it is
-            acknowledged. By default a server syncs every two minutes, and a power cut loses up to that and
+        is_persistent: the files must survive a power cut, so each message is synced to disk before it is
+            acknowledged. By default a server syncs every two minutes, and a power cut loses what came since,
             even a whole stream made since; kill -9 loses nothing either way.
-        users: who may connect; none: anybody may (loopback).
+        users: the users who may connect; none: anybody may (loopback).
     """
     config: dict[str, object] = {
         "host": host,

@@ -1,4 +1,4 @@
-"""A user's `podTemplate` laid over ours: a strategic merge, but for the fields that are ours. Pure."""
+"""Lays a user's `podTemplate` over ours: a strategic merge, except for the fields that we own. Pure."""
 
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
@@ -20,13 +20,13 @@ MERGE_KEYS = {
 }
 """Lists whose entries are merged by a key, as in a strategic merge patch; others are replaced."""
 APPENDED = {"tolerations", "envFrom"}
-"""Lists to which entries are only added: pods must keep leaving dead nodes, and the Secrets of the spec."""
+"""Lists to which entries are only added: pods must still leave dead nodes and get the spec's Secrets."""
 OWNED = (
     "metadata.name",
     "metadata.namespace",
     "metadata.labels.asyncrl.dev/*",
     "metadata.labels.app.kubernetes.io/*",
-    "metadata.labels.kueue.x-k8s.io/*",  # each pod would be admitted apart
+    "metadata.labels.kueue.x-k8s.io/*",  # each pod would be admitted separately
     "metadata.annotations.asyncrl.dev/*",
     "spec.restartPolicy",
     "spec.subdomain",
@@ -39,26 +39,26 @@ OWNED = (
     "spec.containers[*].command*",
     "spec.containers[*].args*",
 )
-"""What is the operator's; `image` and some others have a field of their own in the spec."""
+"""The fields that the operator owns; `image` and some others have their own fields in the spec."""
 
 
 def lay_over(template: Json, patch: Json, path: str, gpu_resource: str) -> Json:
     """Return a pod template with a user's overlay, as the API server stores it.
 
     Args:
-        template: ours; its containers, volumes and environment are owned.
-        patch: PodTemplateSpec of the user, as far as it goes.
-        path: where the patch stands in the manifest, for errors.
-        gpu_resource: name of the resource that the budget is about.
+        template: our template; we own its containers, volumes and environment.
+        patch: the user's PodTemplateSpec, which may be partial.
+        path: the place of the patch in the manifest, for errors.
+        gpu_resource: the name of the resource that the budget counts.
 
     Raises:
-        SpecError: the overlay sets a field that is the operator's, or a list of it cannot be merged; names
-            the field.
+        SpecError: the overlay sets a field that the operator owns, or has a list that cannot be merged;
+            names the field.
     """
     if errors := [FieldError(f"{path}.{name}", rule) for name, rule in _unmergeable(patch)]:
         raise SpecError(errors)
     if errors := [
-        FieldError(f"{path}.{name}", "is set by the operator: leave it out, or use the field of the spec")
+        FieldError(f"{path}.{name}", "is set by the operator: leave it out, or use its field in the spec")
         for name in touched(patch)
         if _is_owned(name, template, gpu_resource)
     ]:
@@ -68,7 +68,7 @@ def lay_over(template: Json, patch: Json, path: str, gpu_resource: str) -> Json:
 
 
 def _unmergeable(patch: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """Yield path and rule of every list that must be merged by a key and has entries without, or twice."""
+    """Yield path and rule of every list that is merged by a key and has entries without it, or twice."""
     if isinstance(patch, Mapping):
         for name, value in patch.items():
             yield from _unmergeable(value, f"{path}.{name}" if path else str(name))
@@ -79,7 +79,7 @@ def _unmergeable(patch: Any, path: str = "") -> Iterator[tuple[str, str]]:
             if not isinstance(found, str | int):
                 yield f"{path}[{number}]", f"must be a map with {key}: entries are merged by it"
             elif found in seen:
-                yield f"{path}[{number}].{key}", f"{found} stands there twice: put the two entries together"
+                yield f"{path}[{number}].{key}", f"{found} appears twice: merge the two entries"
             else:
                 seen.add(found)
                 yield from _unmergeable(entry, f"{path}[{found}]")
@@ -118,7 +118,7 @@ def _is_owned(path: str, template: Json, gpu_resource: str) -> bool:
 
 
 def _container(path: str) -> str | None:
-    """Return the container that a path is in; None outside of all."""
+    """Return the container that a path is in; None if it is in none."""
     if not path.startswith("spec.containers["):
         return None
     return path.removeprefix("spec.containers[").partition("]")[0]

@@ -18,12 +18,12 @@ NATS_PORT = 4222
 NATS_STORE = "/data"
 USER = 10001
 LEAVE_NODE_SECONDS = 30
-"""How long pods bear a node that is not ready or not reached."""
+"""The time after which pods leave a node that is not ready or not reachable."""
 ROLLOUT_GRACE_SECONDS = 60
 ENGINE_LINGERS_SECONDS = 5
-"""The engine stays a little, so that its worker can put away what is unfinished."""
+"""The time that the engine stays up at its end, so that its worker can save unfinished samples."""
 STARTUP_SECONDS = 1800
-"""For a model to be loaded, or fetched first."""
+"""The time that a model has to be loaded, and fetched before that."""
 NOT_EVICTABLE = {
     "cluster-autoscaler.kubernetes.io/safe-to-evict": "false",
     "karpenter.sh/do-not-disrupt": "true",
@@ -32,7 +32,7 @@ NOT_EVICTABLE = {
 
 @dataclass(frozen=True)
 class Defaults:
-    """What the operator was installed with."""
+    """The settings that the operator was installed with."""
 
     runtime_image: str
     nats_image: str
@@ -41,7 +41,7 @@ class Defaults:
 
 @dataclass(frozen=True)
 class PodPlaces:
-    """Implements layout.Places: engine and worker meet on their pod's loopback, the trainer is in DNS."""
+    """Implements layout.Places: engine and worker meet on their pod's loopback, and DNS has the trainer."""
 
     host: str = "127.0.0.1"
     config: str = f"{CONFIG}/config.json"
@@ -58,7 +58,7 @@ class PodPlaces:
 
 
 def labels(job: AsyncRLJob, group: str = "", **more: str) -> dict[str, str]:
-    """Return the labels of an object; nothing is taken over from the AsyncRLJob's own."""
+    """Return the labels of an object; those of the AsyncRLJob itself are not copied."""
     found = {
         "app.kubernetes.io/name": "asyncrl",
         "app.kubernetes.io/managed-by": "asyncrl-operator",
@@ -72,7 +72,7 @@ def labels(job: AsyncRLJob, group: str = "", **more: str) -> dict[str, str]:
 
 
 def selector(job: AsyncRLJob, group: str = "") -> dict[str, str]:
-    """Return what the pods of a job, or of one of its groups, are selected by."""
+    """Return the labels that select the pods of a job, or of one of its groups."""
     found = {JOB_UID_LABEL: job.metadata.uid or ""}
     return found | ({GROUP_LABEL: group} if group else {})
 
@@ -84,12 +84,12 @@ def job_folder(job: AsyncRLJob) -> PurePosixPath:
 
 
 def credentials_name(job: AsyncRLJob) -> str:
-    """Return the name of the Secret; with the UID in it, so that one that exists is this job's."""
+    """Return the name of the Secret, which contains the UID, so that an existing one is this job's."""
     return f"{job.metadata.name}-nats-{(job.metadata.uid or '')[:8]}"
 
 
 def render_pod(job: AsyncRLJob, defaults: Defaults, group: str, containers: list[Json]) -> Json:
-    """Return what a pod of any group is, at the restricted security level; its own fields come on top."""
+    """Return what pods of all groups have in common, at the restricted security level."""
     scheduling = job.spec.scheduling
     secrets = [*(each.name for each in scheduling.image_pull_secrets), *defaults.image_pull_secrets]
     pod: Json = {
@@ -130,7 +130,7 @@ def render_pod(job: AsyncRLJob, defaults: Defaults, group: str, containers: list
 
 
 def _affinity(job: AsyncRLJob, group: str) -> Json:
-    """Return the user's affinity; with a topology key, pods of a group prefer to be near each other."""
+    """Return the user's affinity; with a topology key, the pods of a group prefer to be near each other."""
     affinity: Json = dict(job.spec.scheduling.affinity)
     if (key := job.spec.scheduling.topology_key) and group != "messaging":
         term = {"labelSelector": {"matchLabels": selector(job, group)}, "topologyKey": key}
@@ -142,7 +142,7 @@ def _affinity(job: AsyncRLJob, group: str) -> Json:
 
 
 def resources(spec: Spec, gpus: int) -> Json:
-    """Return what a container needs of the budget's resource and of RDMA; nothing where there is neither."""
+    """Return a container's share of the budget's resource and of RDMA; nothing if it needs neither."""
     counts = {}
     if spec.gpu_budget.allocation == "ExtendedResource":
         counts[spec.gpu_budget.resource_name] = str(gpus)
@@ -152,12 +152,12 @@ def resources(spec: Spec, gpus: int) -> Json:
 
 
 def environment(spec: Spec) -> list[Json]:
-    """Return the variables of every process of ours. Only /tmp and the cache can be written to."""
+    """Return the environment variables of all our processes. Only /tmp and the cache are writable."""
     values = {
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "HOME": "/tmp",
-        "USER": "asyncrl",  # the image knows no name for our number, and torch asks for one
+        "USER": "asyncrl",  # the image has no name for our user id, and torch asks for one
         "HF_HOME": f"{CACHE}/hf",
     }
     if spec.gpu_budget.allocation == "None":
@@ -167,16 +167,16 @@ def environment(spec: Spec) -> list[Json]:
 
 
 def secrets_as_variables(*references: SecretReference | None) -> Json:
-    """Return Secrets whose keys become variables; of a key that several have, the last one's value.
+    """Return the Secrets whose keys become variables; if several have a key, the last one's value counts.
 
-    By environment and not as a volume: one that is missing then shows in the pod's status.
+    They are not mounted as a volume, because a missing Secret then shows in the pod's status.
     """
     names = dict.fromkeys(each.name for each in references if each is not None)
     return {"envFrom": [{"secretRef": {"name": name}} for name in names]} if names else {}
 
 
 def mounts(*names: str) -> list[Json]:
-    """Return where the volumes of these names are."""
+    """Return the mounts of the volumes with these names."""
     paths = {
         "config": CONFIG,
         "live": LIVE,
@@ -204,7 +204,7 @@ def common_volumes(job: AsyncRLJob) -> list[Json]:
 
 
 def credentials_mount(spec: Spec) -> list[Json]:
-    """Return where a process finds who it is to NATS; nothing where nobody asks for that."""
+    """Return the mount of a process's NATS credentials; nothing if the server asks for none."""
     is_shared = spec.messaging.mode == "Shared"
     if is_shared and spec.messaging.shared.credentials_secret_ref is None:
         return []
@@ -212,7 +212,7 @@ def credentials_mount(spec: Spec) -> list[Json]:
 
 
 def credentials_volume(job: AsyncRLJob, key: str) -> list[Json]:
-    """Return what a role may see of the credentials: its own."""
+    """Return the volume with a role's credentials, and only those of that role."""
     messaging = job.spec.messaging
     if messaging.mode == "Shared":
         reference = messaging.shared.credentials_secret_ref
@@ -236,7 +236,7 @@ def probe(path: str) -> Json:
 
 
 def probes(path: str, *, failures: int) -> Json:
-    """Return the probes of a container for whom the worker answers, itself or its engine."""
+    """Return the probes of a container; the worker answers them, for itself or for its engine."""
     startup = probe(path) | {"periodSeconds": 5, "failureThreshold": STARTUP_SECONDS // 5}
     return {
         "startupProbe": startup,

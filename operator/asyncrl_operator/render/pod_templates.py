@@ -1,6 +1,7 @@
-"""Pod templates of trainer, rollout and messaging. Pure.
+"""The pod templates of trainer, rollout and messaging. Pure.
 
-Container names (`trainer`, `engine`, `worker`, `nats`) are API: overlays and `kubectl logs -c` use them.
+Container names (`trainer`, `engine`, `worker`, `nats`) are part of the API, since overlays and `kubectl logs
+-c` use them.
 """
 
 from asyncrl_api.job import AsyncRLJob, Spec
@@ -43,14 +44,14 @@ from asyncrl_operator.render.quantities import canonical
 from asyncrl_operator.resources import ATTEMPT_LABEL, GPUS_ANNOTATION, TEMPLATE_LABEL, Json
 
 READY_FAILURES = 3
-"""In a row: at each step an engine takes in weights, and is not ready for a moment."""
+"""Failures in a row: in each step an engine takes in weights and is not ready for a moment."""
 
 
 def trainer_template(job: AsyncRLJob, defaults: Defaults, attempt: DesiredTrainer) -> Json:
     """Return the template of one attempt's pods.
 
     Raises:
-        SpecError: the overlay sets what is the operator's.
+        SpecError: the overlay sets a field that the operator owns.
     """
     spec, name = job.spec, job.metadata.name
     nodes = num_trainer_pods(spec, attempt.gpus)
@@ -101,10 +102,10 @@ def trainer_template(job: AsyncRLJob, defaults: Defaults, attempt: DesiredTraine
 
 
 def rollout_template(job: AsyncRLJob, defaults: Defaults, gpus: int, template_hash: str) -> Json:
-    """Return the template of a rollout pod: one engine of `gpus` GPUs, and its worker.
+    """Return the template of a rollout pod: one engine with `gpus` GPUs, and its worker.
 
     Raises:
-        SpecError: the overlay sets what is the operator's.
+        SpecError: the overlay sets a field that the operator owns.
     """
     spec, name = job.spec, job.metadata.name
     image = spec.rollout.engine.image or defaults.runtime_image
@@ -191,7 +192,7 @@ def messaging_template(job: AsyncRLJob, defaults: Defaults) -> Json:
 
 
 def code_volumes(spec: Spec) -> dict[str, str]:
-    """Return the ConfigMaps with user code, by volume."""
+    """Return the names of the ConfigMaps with user code, by volume."""
     found = {}
     if spec.workflow.config_map_ref is not None:
         found["workflow-code"] = spec.workflow.config_map_ref.name

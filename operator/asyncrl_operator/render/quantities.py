@@ -1,6 +1,6 @@
-"""Manifests as the API server writes them back, so that what was applied equals what is there. Pure.
+"""Writes manifests the way the API server stores them, so that what was applied equals what is there. Pure.
 
-A quantity has many spellings (`1024Mi`, `1Gi`) and one that is stored; some fields are not stored when they
+A quantity has many spellings (`1024Mi`, `1Gi`), one of which is stored; some fields are not stored if they
 say nothing. Without this, such an overlay would look edited by hand in every pass.
 """
 
@@ -15,17 +15,17 @@ BINARY = ("", "Ki", "Mi", "Gi", "Ti", "Pi", "Ei")
 SMALLEST, SMALLEST_EXPONENT = Decimal("1e-3"), -3
 
 COUNTS = {"requests", "limits", "overhead"}
-"""Maps whose values are quantities."""
+"""The maps whose values are quantities."""
 SIZES = {"sizeLimit", "divisor"}
 UNSAID = {"readOnly", "hostNetwork", "hostPID", "hostIPC", "tty", "stdin", "stdinOnce"}
-"""Not stored when false."""
+"""Fields that are not stored if they are false."""
 
 
 def canonical(value: Any, name: str = "") -> Any:
-    """Return a part of a pod template, or of a claim's, as it is stored.
+    """Return a part of a pod template, or of a claim template, as the API server stores it.
 
     Args:
-        name: of the field that holds it.
+        name: the name of the field that holds it.
     """
     if isinstance(value, Mapping):
         if name in COUNTS:
@@ -37,10 +37,10 @@ def canonical(value: Any, name: str = "") -> Any:
 
 
 def canonical_quantity(value: Any) -> Any:
-    """Return a quantity in the spelling in which it is stored; what is none is left for the API server.
+    """Return a quantity in the spelling that is stored; anything else is left for the API server to refuse.
 
-    The number is the least that a unit of its kind leaves whole: thousands, or 1024s for `Ki` and above. What
-    is finer than a thousandth is rounded up.
+    The stored number is the smallest whole number that a unit of its kind allows: powers of 1000, or of 1024
+    for `Ki` and above. What is finer than a thousandth is rounded up.
     """
     match = None if isinstance(value, bool) else QUANTITY.fullmatch(str(value))
     if match is None:
