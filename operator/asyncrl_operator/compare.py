@@ -1,14 +1,14 @@
-"""Whether a live object is what was rendered: a subset, since the API server and others add to it. Pure."""
+"""Checks whether a live object contains what was rendered; the API server and others add to it. Pure."""
 
 from collections.abc import Mapping
 from typing import Any
 
 
 def first_difference(wanted: Any, live: Any, path: str = "") -> str:
-    """Return the path of a field that is not as wanted; empty where there is none.
+    """Return the path of a field that is not as wanted; empty if there is none.
 
-    What `live` has besides is left alone: defaults, and what other managers own. Lists are as long as wanted,
-    but for owner references, to which anybody may add theirs.
+    Whatever else `live` has is ignored: defaults, and fields of other managers. Lists must be as long as
+    wanted, except owner references, to which anybody may add.
     """
     if isinstance(wanted, Mapping):
         if not isinstance(live, Mapping):
@@ -35,7 +35,7 @@ def first_difference(wanted: Any, live: Any, path: str = "") -> str:
 
 
 def merge_patch(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the JSON merge patch (RFC 7386) that turns `old` into `new`; empty where they are equal."""
+    """Return the JSON merge patch (RFC 7386) that turns `old` into `new`; empty if they are equal."""
     patch: dict[str, Any] = {name: None for name in old if name not in new}
     for name, value in new.items():
         before = old.get(name)

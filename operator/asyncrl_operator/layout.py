@@ -1,4 +1,4 @@
-"""From a GPU budget to groups and processes. Pure; local runner and operator execute the same plan."""
+"""Turns a GPU budget into groups and processes. Pure; local runner and operator execute the same plan."""
 
 import math
 from collections.abc import Sequence
@@ -12,18 +12,18 @@ from asyncrl_api.parsing import FieldError, SpecError
 Role = Literal["messaging", "trainer", "rollout"]
 
 ENGINE_PORT, HEALTH_PORT, TRAINER_PORT = 30000, 30001, 29500
-"""In a pod, which has an address of its own."""
+"""The ports in a pod, which has its own address."""
 ENGINE_MEMORY_SHARE = 0.6
-"""Of a GPU's memory for the weights of an engine; the rest is KV cache and activations."""
+"""The share of a GPU's memory for an engine's weights; the rest is KV cache and activations."""
 TRAINER_BYTES_PER_PARAMETER = 18
-"""bf16 weights and gradients, fp32 master weights and two moments, sharded over the trainer's GPUs."""
+"""The bytes for bf16 weights and gradients, fp32 master weights and two moments, sharded over the GPUs."""
 TRAINER_MEMORY_SHARE = 0.7
-"""Of a GPU's memory for these; the rest is activations and buckets."""
+"""The share of a GPU's memory for these; the rest is activations and buckets."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """Who gets how many GPUs (process slots, where `allocation` is None)."""
+    """How many GPUs each group gets (process slots if `allocation` is None)."""
 
     trainer: int
     rollout: int
@@ -38,7 +38,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Probe:
-    """An HTTP liveness probe: `failures` bad answers in a row have the process restarted."""
+    """An HTTP liveness probe: after `failures` bad answers in a row the process is restarted."""
 
     url: str
     period_seconds: float = 5.0
@@ -47,10 +47,10 @@ class Probe:
 
 @dataclass(frozen=True)
 class Process:
-    """One process, hence one container."""
+    """One process, which is one container in a cluster."""
 
     name: str
-    """`rollout-0-engine`; also the name of its log."""
+    """The name, such as `rollout-0-engine`; the log has it too."""
     role: Role
     gpus: int
     command: tuple[str, ...]
@@ -78,16 +78,16 @@ class Plan:
 
 
 class Places(Protocol):
-    """Where things are; the executor knows."""
+    """The places of files and processes, which the executor knows."""
 
     @property
     def config(self) -> str:
-        """Path of the run configuration."""
+        """The path of the run configuration."""
         ...
 
     @property
     def nats_config(self) -> str | None:
-        """Path of the embedded server's configuration; None for a shared server."""
+        """The path of the embedded server's configuration; None for a shared server."""
         ...
 
     def trainer_host(self) -> str: ...
@@ -99,7 +99,7 @@ def plan(job: AsyncRLJob, places: Places, attempt: int = 1) -> Plan:
     """Return every process of a job with its command.
 
     Raises:
-        SpecError: the budget holds no trainer and no engine of the sizes that the model needs.
+        SpecError: the budget is too small for a trainer and the engines that the model needs.
     """
     split = plan_split(job.spec)
     groups = [_rollout_group(job.spec, split, places), _trainer_group(split, places, attempt)]
@@ -113,10 +113,10 @@ def plan(job: AsyncRLJob, places: Places, attempt: int = 1) -> Plan:
 def plan_split(spec: Spec) -> Split:
     """Divide the budget between trainer and rollout.
 
-    In mode Auto it begins near `initialRolloutPercent`, in whole replicas, leaving the least idle.
+    In mode Auto the split begins near `initialRolloutPercent`, in whole replicas, with the fewest idle GPUs.
 
     Raises:
-        SpecError: nothing fits.
+        SpecError: no split fits.
     """
     budget, size = spec.gpu_budget, gpus_per_replica(spec)
     if size > spec.trainer.gpus_per_node:
@@ -141,15 +141,17 @@ def plan_split(spec: Spec) -> Split:
             splits.append(Split(trainer, rollout, budget.total - trainer - rollout, size, "InitialRatio"))
     if not splits:
         needed = smallest_trainer(spec) + spec.rollout.min_replicas * size
-        rule = f"holds no trainer and {spec.rollout.min_replicas} engine(s) of {size}: {needed} are needed"
+        rule = (
+            f"cannot hold a trainer and {spec.rollout.min_replicas} engine(s) of {size}: {needed} are needed"
+        )
         raise _too_small("spec.gpuBudget.total", rule, budget.total)
     return min(splits, key=distance)
 
 
 def _manual_split(spec: Spec, size: int) -> Split:
-    """Return the user's split; engines that it has no whole replica for, or beyond `maxReplicas`, are idle.
+    """Return the user's split; GPUs that do not make a whole replica, or are beyond `maxReplicas`, are idle.
 
-    What the manifest tells has been checked by its rules; what is derived from the model's size is here.
+    The manifest's rules have checked what it says; what is derived from the model's size is checked here.
     """
     split, total = spec.gpu_budget.split, spec.gpu_budget.total
     assert split is not None
@@ -184,9 +186,9 @@ def gpus_per_replica(spec: Spec) -> int:
 
 
 def smallest_trainer(spec: Spec) -> int:
-    """Return the least of the sizes that a trainer may have which holds weights, gradients and optimizer.
+    """Return the smallest size of a trainer that holds weights, gradients and optimizer state.
 
-    Where the sizes are not told, the least of all.
+    If the sizes of model and GPU are unknown, it is the smallest size that a trainer may have.
     """
     needed = 1
     if spec.model.parameter_count and spec.gpu_budget.gpu_memory:
@@ -199,14 +201,14 @@ def smallest_trainer(spec: Spec) -> int:
 
 
 def trainer_sizes(spec: Spec) -> list[int]:
-    """Return the sizes that a trainer may have: its pods are equal, so whole nodes or one part of one."""
+    """Return the sizes that a trainer may have: its pods are equal, so whole nodes, or a part of one node."""
     per_node, granularity = spec.trainer.gpus_per_node, spec.trainer.gpu_granularity
     sizes = range(granularity, spec.gpu_budget.total + 1, granularity)
     return [size for size in sizes if size <= per_node or size % per_node == 0]
 
 
 def num_trainer_pods(spec: Spec, gpus: int) -> int:
-    """Return how many equal pods a trainer of that size has: one, or one on each of its nodes."""
+    """Return how many equal pods a trainer of this size has: one, or one on each of its nodes."""
     return max(1, gpus // spec.trainer.gpus_per_node)
 
 
@@ -228,7 +230,7 @@ def rollout_commands(
     """Return the commands of an engine and of its worker.
 
     Args:
-        name: of the worker, the same for its successors.
+        name: the name of the worker; a worker that replaces it has the same.
     """
     engine_host, engine_port = places.engine_address(replica)
     health_host, health_port = places.health_address(replica)
@@ -259,8 +261,9 @@ def trainer_command(
     """Return the command of one attempt of the trainer, on each of its nodes.
 
     Args:
-        ranks: on one node.
-        nodes: more than one: pods of an Indexed Job, which tells each its index by environment.
+        ranks: the number of ranks on one node.
+        nodes: the number of nodes; more than one are pods of an Indexed Job, each of which has its index in
+            its environment.
     """
     command = ("asyncrl-runtime", "trainer", "--config", places.config, "--attempt", str(attempt))
     group = ("--node", "$(JOB_COMPLETION_INDEX)", "--nodes", str(nodes)) if nodes > 1 else ()

@@ -1,4 +1,4 @@
-"""The kinds that the operator deals with: where they are in the API, and in which order they are made."""
+"""The kinds of objects that the operator handles: their place in the API, and the order of their creation."""
 
 from dataclasses import dataclass
 from typing import Any, Final
@@ -6,7 +6,7 @@ from typing import Any, Final
 from asyncrl_api.job import API_VERSION, KIND
 
 Json = dict[str, Any]
-"""An object, or a part of one, as the API takes and gives it."""
+"""An object, or a part of one, in the API's form."""
 
 JOB_LABEL: Final = "asyncrl.dev/job"
 JOB_UID_LABEL: Final = "asyncrl.dev/job-uid"
@@ -15,7 +15,7 @@ ATTEMPT_LABEL: Final = "asyncrl.dev/attempt"
 TEMPLATE_LABEL: Final = "asyncrl.dev/template"
 GPUS_ANNOTATION: Final = "asyncrl.dev/gpus"
 SELECTOR: Final = JOB_UID_LABEL
-"""Of all that belongs to a job. A label of our own: tools that adopt objects set `managed-by` as well."""
+"""The label that selects all objects of a job. It is our own: tools that adopt objects set `managed-by`."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Resource:
     plural: str
 
     def path(self, namespace: str | None, name: str = "", subresource: str = "") -> str:
-        """Return the path of an object or of a collection; of all namespaces, or of none, for None."""
+        """Return the path of an object or a collection; None: all namespaces, or a kind that has none."""
         root = "/api/v1" if self.api_version == "v1" else f"/apis/{self.api_version}"
         parts = [root, *(["namespaces", namespace] if namespace else []), self.plural, name, subresource]
         return "/".join(filter(None, parts))
@@ -59,13 +59,13 @@ CHILDREN: Final = (
     STATEFUL_SETS,
     JOBS,
 )
-"""What is applied, compared and deleted, but for the Secret, which the operator may make and not read."""
+"""The kinds that are applied, compared and deleted. Secrets are not: the operator may only create them."""
 
 _BY_KIND: Final = {each.kind: each for each in (*CHILDREN, SECRETS)}
 
 
 def resource_in(path: str) -> tuple[str, bool]:
-    """Return what a path of the API is about (`jobs`, `asyncrljobs/status`), and whether it is one object."""
+    """Return the resource of an API path (`jobs`, `asyncrljobs/status`), and whether it names one object."""
     parts = path.strip("/").split("/")
     if parts[0] not in ("api", "apis"):
         return parts[0], False
@@ -81,5 +81,5 @@ def resource_of(manifest: dict[str, Any]) -> Resource:
 
 
 def is_made_once(manifest: dict[str, Any]) -> bool:
-    """Whether an object stays as it was made, be it by an earlier version of the operator."""
+    """Return whether an object stays as it was made, even by an earlier version of the operator."""
     return resource_of(manifest) is JOBS or bool(manifest.get("immutable"))

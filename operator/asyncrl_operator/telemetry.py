@@ -1,4 +1,4 @@
-"""What the operator tells Prometheus. All series of a job go with it."""
+"""The metrics that the operator exports to Prometheus. All series of a job vanish with it."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -19,27 +19,29 @@ Labels = tuple[str, ...]
 
 
 class Telemetry:
-    """The operator's metrics, in a registry of their own."""
+    """The operator's metrics, in their own registry."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self._info = self._gauge("asyncrl_job_info", "An AsyncRLJob; always 1.", "uid")
+        self._info = self._gauge("asyncrl_job_info", "An AsyncRLJob that exists; always 1.", "uid")
         self._phase = self._gauge("asyncrl_job_phase", "1 for the phase that a job is in.", "phase")
         self._condition = self._gauge("asyncrl_job_condition", "1 while a condition is True.", "condition")
         self._pods = self._gauge("asyncrl_group_pods", "Pods of a job.", "group", "state")
         self._gpus = self._gauge("asyncrl_gpus", "GPUs: budget, allocated or idle.", "group", "kind")
         self._restarts = self._gauge(
-            "asyncrl_trainer_restarts_total", "Ends of the trainer, by what they count against.", "reason"
+            "asyncrl_trainer_restarts_total",
+            "Ended attempts of the trainer, by what they count as.",
+            "reason",
         )
         self._to_running = self._gauge(
-            "asyncrl_job_time_to_running_seconds", "From the start of a job until it ran first."
+            "asyncrl_job_time_to_running_seconds", "Time from the start of a job until it first ran."
         )
         self._reported = self._gauge(
-            "asyncrl_job_report_timestamp_seconds", "When the trainer reported last, as far as shown."
+            "asyncrl_job_report_timestamp_seconds", "When the trainer last reported, as the status shows it."
         )
         self._durations = Histogram(
             "asyncrl_reconcile_duration_seconds",
-            "Time of a pass.",
+            "Duration of a pass.",
             buckets=TIME_BUCKETS,
             registry=self.registry,
         )
@@ -53,11 +55,11 @@ class Telemetry:
             registry=self.registry,
         )
         self._depth = Gauge(
-            "asyncrl_queue_depth", "Jobs that wait for a pass, later ones included.", registry=self.registry
+            "asyncrl_queue_depth", "Jobs that wait for a pass, including later ones.", registry=self.registry
         )
         self._signs = Gauge(
             "asyncrl_watch_last_event_timestamp_seconds",
-            "When a watch gave its last sign of life, a bookmark say.",
+            "When a watch last gave a sign of life, such as a bookmark.",
             ("resource",),
             registry=self.registry,
         )
@@ -65,7 +67,7 @@ class Telemetry:
         self._ran: dict[Key, tuple[str, float]] = {}
 
     def show(self, key: Key, uid: str, status: Status, seen: Observed) -> None:
-        """Show how a job stands after a pass."""
+        """Show the state of a job after a pass."""
         values: dict[tuple[Gauge, Labels], float] = {(self._info, (uid,)): 1.0}
         for phase in get_args(Phase):
             values[self._phase, (phase,)] = float(phase == status.phase)
@@ -110,7 +112,7 @@ class Telemetry:
         self._depth.set(depth)
 
     def watches(self, signs: Iterable[tuple[str, float]]) -> None:
-        """Show for each watch when it gave a sign of life, Unix time."""
+        """Show for each watch when it last gave a sign of life, in Unix time."""
         for resource, at in signs:
             self._signs.labels(resource).set(at)
 
@@ -118,7 +120,7 @@ class Telemetry:
         return Gauge(name, text, (*JOB, *labels), registry=self.registry)
 
     def _time_to_running(self, key: Key, uid: str, status: Status) -> float | None:
-        """Return how long the job took to run first; the condition tells when, while it still is so."""
+        """Return how long the job took to run first; the condition tells when, as long as it still holds."""
         known = self._ran.get(key)
         if known is None or known[0] != uid:
             running = status.condition("Running")
@@ -131,5 +133,5 @@ class Telemetry:
 
 
 def _pod_states(pods: Iterable[Pod]) -> Counter[tuple[str, str]]:
-    """Count pods by group and state: Ready, or else the phase."""
+    """Count pods by group and state; the state is Ready, or else the phase."""
     return Counter((pod.group, "Ready" if pod.is_ready else pod.phase) for pod in pods if pod.is_ours)

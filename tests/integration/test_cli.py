@@ -124,7 +124,7 @@ def test_a_budget_that_is_too_small_for_the_model_is_named(smallest: Path) -> No
     ended = asyncrl("plan", smallest, "--set", sizes[0], "--set", sizes[1])
     assert ended.returncode == ExitCode.REFUSED and ended.stdout == ""
     assert ended.stderr.startswith(
-        "asyncrl: spec.gpuBudget.total: 8: holds no trainer and 1 engine(s) of 4: "
+        "asyncrl: spec.gpuBudget.total: 8: cannot hold a trainer and 1 engine(s) of 4: "
     )
     assert ended.stderr.endswith("are needed (BudgetTooSmall)\n")
 

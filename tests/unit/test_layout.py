@@ -230,7 +230,7 @@ def test_the_budget_that_a_refusal_names_is_the_least(granularity: int, size: in
 def test_what_does_not_fit_is_refused_with_what_would() -> None:
     large = ["model.parameterCount=70000000000", "gpuBudget.gpuMemory=80Gi"]
     assert refusal(*large, "gpuBudget.total=16") == (
-        "spec.gpuBudget.total: 16: holds no trainer and 1 engine(s) of 4: 28 are needed (BudgetTooSmall)"
+        "spec.gpuBudget.total: 16: cannot hold a trainer and 1 engine(s) of 4: 28 are needed (BudgetTooSmall)"
     )
     assert refusal(*large, "gpuBudget.total=16", "trainer.gpusPerNode=2") == (
         "spec.model.parameterCount: 70000000000: makes an engine take 4 GPUs, but a node has 2 "
