@@ -135,10 +135,7 @@ class WeightLoader:
             if parameter.shape != tensor.shape:
                 raise ValueError(f"{name} has shape {list(parameter.shape)}, not {list(tensor.shape)}")
             if parameter.dim() == 2 and not parameter.is_contiguous():  # stored transposed
-                parameter, tensor = (
-                    parameter.t(),
-                    tensor.t(),
-                )  # the orientation in which torch copies by blocks
+                parameter, tensor = parameter.t(), tensor.t()  # the way in which torch copies by blocks
             parameter.copy_(tensor)
 
     def load_folder(self, folder: Path) -> str:

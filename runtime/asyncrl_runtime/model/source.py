@@ -214,9 +214,7 @@ def load_tokenizer(folder: Path) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (
-        Exception
-    ) as error:  # a broken file may raise anything; the tokenizer's Rust core raises plain Exceptions
+    except Exception as error:  # a broken file may raise anything; the Rust core raises plain Exceptions
         raise ExitError(
             ExitCode.REFUSED,
             f"spec.model.source: no tokenizer loads from {folder}: {type(error).__name__}: "
