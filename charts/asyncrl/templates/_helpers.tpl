@@ -1,4 +1,4 @@
-{{/* Release names are unique in a namespace, so the names made of them are too. */}}
+{{/* Release names are unique in a namespace, so names that are made from them are unique too. */}}
 {{- define "asyncrl.name" -}}
 {{- if contains "asyncrl" .Release.Name -}}
 {{- printf "%s-operator" .Release.Name | trunc 63 | trimSuffix "-" -}}
@@ -7,7 +7,7 @@
 {{- end -}}
 {{- end -}}
 
-{{/* Of objects that belong to no namespace: two releases of one name may be in two namespaces. */}}
+{{/* The name of objects outside of all namespaces: two namespaces may each have a release of one name. */}}
 {{- define "asyncrl.clusterName" -}}
 {{- printf "%s:%s" .Release.Namespace (include "asyncrl.name" .) -}}
 {{- end -}}
@@ -17,7 +17,7 @@ app.kubernetes.io/name: asyncrl-operator
 app.kubernetes.io/instance: {{ .Release.Name }}
 {{- end -}}
 
-{{/* Not managed-by=asyncrl-operator: that is how the operator tells its own children. */}}
+{{/* managed-by is not asyncrl-operator, which is the mark of the operator's own children. */}}
 {{- define "asyncrl.labels" -}}
 {{ include "asyncrl.selector" . }}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
@@ -26,8 +26,8 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- end -}}
 
 {{/*
-Rights of the operator in a namespace. It must hold what it grants to a trainer (get and patch its report),
-and finalizers/update is what clusters ask for where an owner reference blocks the owner's deletion.
+The rights of the operator in a namespace. It must hold what it grants to a trainer (get and patch its report), and
+some clusters ask for update on finalizers if an owner reference blocks the deletion of the owner.
 */}}
 {{- define "asyncrl.rules" -}}
 - apiGroups: [asyncrl.dev]
