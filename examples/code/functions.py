@@ -1,4 +1,4 @@
-"""A data set of one's own: functions to be written, each with the tests that its program must pass."""
+"""Your own data set: functions that the policy must write, each with the tests that its program must pass."""
 
 import random
 from collections.abc import Iterable
@@ -8,7 +8,7 @@ from asyncrl_examples.quickstart import is_held_out
 
 
 def rows(*, split: str, seed: int) -> Iterable[dict[str, Any]]:
-    """Return `f(x) = a * x + b` for all digits a and b, a tenth of them held out."""
+    """Return `f(x) = a * x + b` for all digits a and b; a tenth of them is held out."""
     chosen = [(a, b) for a in range(10) for b in range(10) if is_held_out(a, b) == (split != "train")]
     random.Random(seed).shuffle(chosen)
     return [{"question": f"f(x) = {a} * x + {b}", "tests": _tests(a, b)} for a, b in chosen]

@@ -1,10 +1,10 @@
-"""A workflow of one's own: how one sample comes about, turn by turn. See asyncrl_api.protocols.Workflow."""
+"""Your own workflow: how one sample is made, turn by turn. See asyncrl_api.protocols.Workflow."""
 
 from asyncrl_api.protocols import Session
 
 
 class SecondTry:
-    """Two tries: the second one is worth half."""
+    """Gives the policy two tries; the second one is worth half."""
 
     async def run(self, session: Session) -> float:
         turn = await session.generate()
