@@ -1,5 +1,5 @@
--- How Argo CD shows an AsyncRLJob: from its conditions alone, never from its phase, which is for people.
--- An object that is being deleted does not come here: Argo CD shows it as Progressing by itself.
+-- How Argo CD shows an AsyncRLJob: by its conditions alone, never by its phase, which is for people.
+-- An object that is being deleted never gets here: Argo CD shows it as Progressing by itself.
 
 local function condition(kind)
   for _, each in ipairs(obj.status.conditions or {}) do
@@ -37,6 +37,6 @@ if ready ~= nil and ready.status == "Unknown" and ready.reason == "Queued" then
   return health("Suspended", ready.message)
 end
 if is_true(ready) then
-  return health("Healthy", ready.message) -- reason Degraded too: it trains, and the message says what is wrong
+  return health("Healthy", ready.message) -- also with reason Degraded: the job trains, and the message says what is wrong
 end
 return health("Progressing", ready and ready.message)

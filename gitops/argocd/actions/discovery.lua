@@ -1,4 +1,4 @@
--- What may be done to an AsyncRLJob from Argo CD's menu: suspend or resume, and nothing once it has finished.
+-- What Argo CD's menu offers for an AsyncRLJob: suspend or resume, and nothing once it has finished.
 
 for _, each in ipairs(obj.status and obj.status.conditions or {}) do
   if each.type == "Finished" and each.status == "True" then
