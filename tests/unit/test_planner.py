@@ -42,6 +42,8 @@ def test_a_job_is_brought_up_trainer_first() -> None:
         "trainer": "1/1",
         "rollout": "6/6",
     }
+    kinds = {group.name: group.kind for group in cluster.status.groups}
+    assert kinds == {"messaging": "StatefulSet", "trainer": "Job", "rollout": "StatefulSet"}
     assert reasons(cluster) == ["Started", "Running"]
 
 
