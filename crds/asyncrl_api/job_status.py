@@ -56,7 +56,9 @@ class AttemptStatus(StatusType):
 
     number: Number = _of("Number of the attempt: counts the starts of the trainer, from 1.", ...)
     job_name: Word = _of("Name of this attempt's Job.", ...)
-    config_hash: Word = _of("Hash of the fields whose edits restart the trainer.", ...)
+    config_hash: Word = _of(
+        "Hash of the fields whose edits restart the trainer; used where its configuration is gone.", ...
+    )
     gpus: Number = _of("GPUs of this attempt.", ...)
     start_time: Time | None = _of("When the attempt's Job was created; absent until then.")
     next_retry_time: Time | None = _of("Earliest time of the next attempt; set when this one ends.")
@@ -103,7 +105,7 @@ class GroupStatus(StatusType):
     resource: Word = _of("Name of that object.", ...)
     desired: Number = _of("Number of pods that there should be.", ...)
     ready: Number = _of("Number of pods that are ready.", ...)
-    updated: Number = _of("Number of pods that have the newest template.", 0)
+    updated: Number = _of("Number of pods that need not be replaced.", 0)
     gpus: Number = _of("GPUs that the group's pods hold.", 0)
     summary: Word = _of("Ready and desired pods: ready/desired.", "")
 

@@ -27,6 +27,7 @@ def field(
     default: Any = PydanticUndefined,
     list_type: ListType | None = None,
     free_while_suspended: bool = False,
+    is_size: bool = False,
     **constraints: Any,
 ) -> Any:
     """Declare a field of the API.
@@ -38,9 +39,16 @@ def field(
         list_type: who wins when two managers apply the list; `x-kubernetes-list-type` of the CRD.
         free_while_suspended: an exception to mark I: the field may change while the job is suspended, and
             in the update that sets or clears `suspend`.
+        is_size: whether it is how much the job has, and no setting: the operator decides on it and keeps it in
+            the status, so that whatever runs is resized for it and never started anew.
         constraints: constraints that pydantic's `Field` takes.
     """
-    extra = {"mark": mark, "listType": list_type, "freeWhileSuspended": free_while_suspended}
+    extra = {
+        "mark": mark,
+        "listType": list_type,
+        "freeWhileSuspended": free_while_suspended,
+        "isSize": is_size,
+    }
     return Field(
         default,
         description=description,
@@ -77,6 +85,10 @@ class FieldNode:
     @property
     def is_free_while_suspended(self) -> bool:
         return _extra(self.info, "freeWhileSuspended") is True
+
+    @property
+    def is_size(self) -> bool:
+        return _extra(self.info, "isSize") is True
 
     @property
     def description(self) -> str:

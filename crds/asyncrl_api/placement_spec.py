@@ -78,7 +78,9 @@ class GPUBudgetSpec(ApiType):
         mark="L",
         default="Auto",
     )
-    split: SplitSpec | None = field("The split; required in mode Manual, ignored in mode Auto.", default=None)
+    split: SplitSpec | None = field(
+        "The split; required in mode Manual, ignored in mode Auto.", default=None, is_size=True
+    )
     auto: AutoSplitSpec = field("Settings of mode Auto.", mark="L", default=AutoSplitSpec())
 
 

@@ -27,8 +27,8 @@ from asyncrl_operator.decide.desired import (
     DesiredTrainer,
     Event,
 )
+from asyncrl_operator.decide.edits import rollout_hash, trainer_hash
 from asyncrl_operator.decide.observed import Observed, Problem
-from asyncrl_operator.hashes import rollout_hash, trainer_hash
 from asyncrl_operator.layout import plan_split
 from asyncrl_operator.render.manifests import (
     Defaults,

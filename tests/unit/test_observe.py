@@ -3,12 +3,18 @@
 import json
 from typing import Any
 
+import pytest
+
 from asyncrl_operator.api_server.informer import Entry
 from asyncrl_operator.api_server.kept_fields import KeptPod
 from asyncrl_operator.api_server.observe import Child, observe, outlived_configs
+from asyncrl_operator.decide.desired import DesiredTrainer
+from asyncrl_operator.decide.edits import current_templates, rollout_hash, trainer_edit
 from asyncrl_operator.decide.observed import Observed, Pod, StatefulSet, TrainerJob
+from asyncrl_operator.render.manifests import render_rollout, render_trainer
 from asyncrl_operator.resources import CONFIG_MAPS, JOBS, STATEFUL_SETS, Resource
 from asyncrl_operator.workqueue import Key
+from support.manifests.rendered_jobs import DEFAULTS, job_of
 
 KEY, UID = Key("ns", "gsm8k"), "u1"
 
@@ -48,6 +54,34 @@ def test_a_report_that_is_not_understood_is_as_good_as_none() -> None:
     assert observe(KEY, UID, [bad], [], None).report is None
     foreign = child(CONFIG_MAPS, "gsm8k-report", owner="u0", data={"report": text})
     assert observe(KEY, UID, [foreign], [], None).report is None
+
+
+def test_a_pass_knows_with_which_spec_each_attempt_and_template_began(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    job = job_of("everything")
+    manifests = render_trainer(job, DEFAULTS, DesiredTrainer(3, 2)) + render_rollout(job, DEFAULTS, 2, 1)
+    children = [
+        child(CONFIG_MAPS, each["metadata"]["name"], data=each["data"])
+        for each in manifests
+        if each["kind"] == "ConfigMap"
+    ]
+    earlier = {"config.json": '{"spec": {"fieldOfAnotherVersion": 1}, "broker": "x"}'}
+    children += [
+        child(CONFIG_MAPS, "gsm8k-config-2", data=earlier),
+        child(CONFIG_MAPS, "gsm8k-config-1", owner="u0", data=earlier),
+        child(CONFIG_MAPS, "gsm8k-live", data={"live.json": "{}"}),
+    ]
+    seen = observe(KEY, UID, children, [], None)
+    assert seen.attempts_began[2] == {"fieldOfAnotherVersion": 1} and set(seen.attempts_began) == {2, 3}
+    assert trainer_edit(job.spec, seen.attempts_began[3], "") == ""
+    assert list(seen.templates_began) == [rollout_hash(job.spec)]
+    assert current_templates(job.spec, {"x": seen.templates_began[rollout_hash(job.spec)]}) > {"x"}
+    assert not caplog.records
+    for data in ({}, {"config.json": "["}, {"config.json": "[]"}, {"config.json": '{"spec": null}'}):
+        broken = [child(CONFIG_MAPS, "gsm8k-config-3", data=data), child(CONFIG_MAPS, "gsm8k-config-x")]
+        assert observe(KEY, UID, broken, [], None).attempts_began == {}
+    assert "ConfigMap gsm8k-config-3 is not understood" in caplog.text
 
 
 def test_a_configuration_goes_when_nothing_will_read_it() -> None:

@@ -283,9 +283,39 @@ def test_a_changed_field_marked_l_touches_no_pod() -> None:
     assert {pod.uid for pod in cluster.pods.values()} == uids and cluster.status.observed_generation == 2
 
 
+def engines(cluster: ModelCluster) -> set[str]:
+    """Return the UIDs of the engines' pods."""
+    return {pod.uid for pod in cluster.pods.values() if pod.group == "rollout"}
+
+
+@pytest.mark.parametrize(
+    ("block", "restarts", "rolls"),
+    [
+        ({"evaluation": {"source": "file:///held-out"}}, False, False),
+        ({"algorithm": {"overlongPenalty": {}}}, True, False),
+        ({"algorithm": {"clip": {"dual": 3.0}}}, True, False),
+        ({"workflow": {"configMapRef": {"name": "code"}}}, False, True),
+        ({"reward": {"configMapRef": {"name": "code"}}}, False, True),
+        ({"gpuBudget": {"split": {"trainer": 4, "rollout": 4}}}, False, False),
+    ],
+    ids=["evaluation", "overlong-penalty", "dual-clip", "workflow-code", "reward-code", "unused-split"],
+)
+def test_a_block_that_comes_or_goes_does_what_its_mark_says(
+    block: dict[str, Any], restarts: bool, rolls: bool
+) -> None:
+    bare, cluster = make_spec(), running()
+    for number, spec in enumerate((make_spec(**block), bare), start=1):
+        before = engines(cluster)
+        cluster.replace(spec)
+        cluster.run_until_still()
+        assert cluster.phase == "Running" and cluster.status.attempt is not None
+        assert cluster.status.attempt.number == (1 + number if restarts else 1)
+        assert (before & engines(cluster) == set()) if rolls else (before == engines(cluster))
+
+
 def test_a_new_engine_rolls_the_engines_in_waves() -> None:
     cluster = running(rollout={"update": {"maxUnavailablePercent": 34}})
-    old = {pod.uid for pod in cluster.pods.values() if pod.group == "rollout"}
+    old = engines(cluster)
     cluster.edit(rollout={"engine": {"args": ["--x"]}})
     fewest = 6
     for _ in range(20):
@@ -307,9 +337,11 @@ def test_an_engine_that_is_not_ready_for_a_moment_is_not_replaced_before_its_tur
     fresh = pod("j-rollout-1", "new", created_at=95.0)
     for since, gone in ((95.0, ()), (80.0, ("j-rollout-0",))):
         old = pod("j-rollout-0", "old", ready_changed_at=since)
-        wave = next_wave([old, fresh], "new", 2, 25, 100.0)
+        wave = next_wave([old, fresh], {"new"}, 2, 25, 100.0)
         assert tuple(each.name for each in wave.deletions) == gone
-    assert next_wave([pod("j-rollout-0", "old", ready_changed_at=95.0)], "new", 1, 25, 100.0).wake_at == 105.0
+    assert (
+        next_wave([pod("j-rollout-0", "old", ready_changed_at=95.0)], {"new"}, 1, 25, 100.0).wake_at == 105.0
+    )
 
 
 def test_a_bad_image_stops_the_update_and_the_next_edit_goes_through() -> None:

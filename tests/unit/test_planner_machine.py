@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from asyncrl_api.parsing import parse_spec
 from support.cluster.model_cluster import ModelCluster, make_spec
 
 CODES = st.sampled_from([0, 1, 65, 75, 137, 143])
@@ -38,7 +39,7 @@ class PlannerMachine(RuleBasedStateMachine):
 
     # -- the operator and the cluster
 
-    @rule(dies_after=st.none() | st.integers(0, 6))
+    @rule(dies_after=st.none() | st.integers(0, 9))
     def operator_passes(self, dies_after: int | None) -> None:
         cluster = self.cluster
         claimed, total = cluster.claimed, cluster.spec.gpu_budget.total
@@ -107,6 +108,21 @@ class PlannerMachine(RuleBasedStateMachine):
     @rule(rate=st.sampled_from([1e-6, 2e-6]), args=st.sampled_from([[], ["--x"]]))
     def fields_change(self, rate: float, args: list[str]) -> None:
         self.cluster.edit(training={"learningRate": rate}, rollout={"engine": {"args": args}})
+
+    @rule(held_out=st.booleans(), is_penalized=st.booleans())
+    def blocks_come_and_go(self, held_out: bool, is_penalized: bool) -> None:
+        values = {**self.cluster.values, "algorithm": {**self.cluster.values["algorithm"]}}
+        for below, name, block, is_there in (
+            (values, "evaluation", {"source": "file:///e"}, held_out),
+            (values["algorithm"], "overlongPenalty", {}, is_penalized),
+        ):
+            below.pop(name, None)
+            below |= {name: block} if is_there else {}
+        self.cluster.replace(parse_spec(values))
+
+    @rule(what=st.sampled_from(["attempts", "templates"]))
+    def configurations_are_deleted_by_hand(self, what: str) -> None:
+        (self.cluster.attempts_began if what == "attempts" else self.cluster.templates_began).clear()
 
     @rule(wait=st.sampled_from([0.0, 0.1, 0.5]), depth=st.sampled_from([0, 99]), step=st.integers(0, 9))
     def trainer_reports(self, wait: float, depth: int, step: int) -> None:

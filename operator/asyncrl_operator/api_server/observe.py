@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,15 @@ from pydantic import ValidationError
 from asyncrl_api.report import Report
 from asyncrl_operator.api_server.informer import Entry
 from asyncrl_operator.api_server.kept_fields import KeptPod
-from asyncrl_operator.decide.observed import Node, Observed, Pod, Problem, StatefulSet, TrainerJob
+from asyncrl_operator.decide.observed import (
+    Node,
+    Observed,
+    Pod,
+    Problem,
+    StatefulSet,
+    TrainerJob,
+    Values,
+)
 from asyncrl_operator.resources import (
     ATTEMPT_LABEL,
     CONFIG_MAPS,
@@ -25,8 +33,14 @@ from asyncrl_operator.workqueue import Key
 
 logger = logging.getLogger(__name__)
 
-REPORT_KEY = "report"
+REPORT_KEY, CONFIG_KEY = "report", "config.json"
 _MISSING = re.compile(r'(secret|configmap|persistentvolumeclaim|serviceaccount) "([^"]+)" not found', re.I)
+
+
+class Remembered(msgspec.Struct):
+    """What is read of a run configuration."""
+
+    spec: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -63,6 +77,8 @@ def observe(
         pods=seen_pods,
         nodes=nodes,
         report=_report(key, ours),
+        attempts_began={int(n): spec for n, spec in _began(ours, f"{key.name}-config-") if n.isdigit()},
+        templates_began=dict(_began(ours, f"{key.name}-rollout-")),
         has_children=bool(ours) or any(pod.is_ours for pod in seen_pods),
     )
 
@@ -150,6 +166,21 @@ def _report(key: Key, children: Iterable[Child]) -> Report | None:
                 logger.warning("%s: ConfigMap %s holds no valid report: %s", key, name, error)
                 return None
     return None
+
+
+def _began(children: Iterable[Child], prefix: str) -> Iterator[tuple[str, Values]]:
+    """Yield the rest of the name of each run configuration, and the spec in it.
+
+    Read as it was written, perhaps by an earlier version, whose fields are not all ours.
+    """
+    for child in children:
+        if child.resource is not CONFIG_MAPS or not child.entry.name.startswith(prefix):
+            continue
+        text = child.decode().get("data", {}).get(CONFIG_KEY, "")
+        try:
+            yield child.entry.name.removeprefix(prefix), msgspec.json.decode(text, type=Remembered).spec
+        except msgspec.DecodeError as error:  # not ours any more; the job goes on without
+            logger.warning("ConfigMap %s is not understood: %s", child.entry.name, error)
 
 
 def report_name(key: Key) -> str:

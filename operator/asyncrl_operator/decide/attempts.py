@@ -14,10 +14,10 @@ from asyncrl_api.job import Spec
 from asyncrl_api.job_status import AttemptStatus
 from asyncrl_api.report import Report
 from asyncrl_api.times import to_seconds, to_text
+from asyncrl_operator.decide.edits import trainer_edit, trainer_hash
 from asyncrl_operator.decide.observed import Observed, Pod, TrainerJob
 from asyncrl_operator.decide.restart_policy import GiveUp, TrainerBudget
 from asyncrl_operator.decide.rolling import is_on_dead_node
-from asyncrl_operator.hashes import trainer_hash
 
 TRAINER_CONTAINER = "trainer"
 UNSCHEDULABLE_SECONDS = 300.0
@@ -71,7 +71,7 @@ def judge(
         _disrupted(job, pods, seen, now)
         or _failed(spec, pods)
         or _vanished(job, pods)
-        or _changed(spec, attempt, trainer_gpus)
+        or _changed(spec, attempt, seen, trainer_gpus)
         or _hung(spec, attempt, pods, seen.report, now)
         or _partly_scheduled(attempt, pods, uid, now)
         or Running(_next_look(spec, attempt, pods, seen.report))
@@ -185,10 +185,10 @@ def _failed(spec: Spec, pods: Sequence[Pod]) -> Ended | None:
     return Ended("TrainerFailed", text, "restart", worst.exit_code)
 
 
-def _changed(spec: Spec, attempt: AttemptStatus, trainer_gpus: int) -> Ended | None:
+def _changed(spec: Spec, attempt: AttemptStatus, seen: Observed, trainer_gpus: int) -> Ended | None:
     """A field marked R was edited, or the split gives the trainer another size: no fault, no charge."""
-    if attempt.config_hash != trainer_hash(spec):
-        return Ended("ConfigChanged", "a field marked R was changed")
+    if edit := trainer_edit(spec, seen.attempts_began.get(attempt.number), attempt.config_hash):
+        return Ended("ConfigChanged", edit)
     if attempt.gpus != trainer_gpus:
         return Ended("Resized", f"the trainer goes from {attempt.gpus} to {trainer_gpus} GPUs")
     return None

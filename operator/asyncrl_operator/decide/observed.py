@@ -1,14 +1,16 @@
 """What one pass sees of a job: plain values that `api_server/observe.py` makes from the caches."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from asyncrl_api.report import Report
 from asyncrl_operator.layout import Role
 
 Seconds = float
 """Of Unix time."""
+Values = Mapping[str, Any]
+"""A spec as in a manifest, perhaps of another version of the types."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Pod:
     attempt: int = 0
     """Of the trainer; 0 in other groups."""
     template: str = ""
-    """Of a rollout pod: the hash that its template had, label `asyncrl.dev/template`."""
+    """Of a rollout pod: the name of its template, label `asyncrl.dev/template`."""
     gpus: int = 0
     """Annotation `asyncrl.dev/gpus`: what it counts against the budget."""
     phase: Literal["Pending", "Running", "Succeeded", "Failed", "Unknown"] = "Pending"
@@ -111,6 +113,10 @@ class Observed:
     nodes: Mapping[str, Node] | None = None
     """The nodes of these pods; one that is missing is gone. None: the operator may not see nodes."""
     report: Report | None = None
+    attempts_began: Mapping[int, Values] = field(default_factory=dict)
+    """The spec with which an attempt began, by its number, as far as its configuration is there."""
+    templates_began: Mapping[str, Values] = field(default_factory=dict)
+    """The spec with which a rollout template began, by the template's name."""
     problem: Problem | None = None
     blocked: Problem | None = None
     """A write that the API server refused in the last pass (QuotaExceeded, say): told, and tried again."""

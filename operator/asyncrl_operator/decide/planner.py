@@ -20,6 +20,7 @@ from asyncrl_operator.decide.desired import (
     DesiredTrainer,
     Outcome,
 )
+from asyncrl_operator.decide.edits import current_templates, rollout_hash
 from asyncrl_operator.decide.health import assess, overdue
 from asyncrl_operator.decide.observed import Observed, Problem, TrainerJob
 from asyncrl_operator.decide.pass_state import PassState
@@ -27,7 +28,6 @@ from asyncrl_operator.decide.rebalance import decide_split, next_move
 from asyncrl_operator.decide.restart_policy import GiveUp
 from asyncrl_operator.decide.rolling import Wave, is_on_dead_node, lost_pods, next_wave
 from asyncrl_operator.decide.status import JobObject, Memory, Standing, after_the_end, describe, next_show
-from asyncrl_operator.hashes import rollout_hash
 
 
 @dataclass(frozen=True)
@@ -197,12 +197,13 @@ def _rollout_replicas(state: PassState, split: SplitStatus, attempt: AttemptStat
 
 
 def _wave(state: PassState, replicas: int) -> Wave:
-    """Return the next step of a rolling update, once the StatefulSet holds the new template."""
-    rollout, template = state.seen.rollout, rollout_hash(state.spec)
-    if rollout is None or rollout.template != template or rollout.replicas != replicas:
+    """Return the next step of a rolling update, once the StatefulSet holds the newest template."""
+    rollout = state.seen.rollout
+    if rollout is None or rollout.template != rollout_hash(state.spec) or rollout.replicas != replicas:
         return Wave()
     percent = state.spec.rollout.update.max_unavailable_percent
-    return next_wave(state.alive_in("rollout"), template, replicas, percent, state.now)
+    current = current_templates(state.spec, state.seen.templates_began)
+    return next_wave(state.alive_in("rollout"), current, replicas, percent, state.now)
 
 
 def _outlived_jobs(state: PassState, attempt: AttemptStatus | None, is_between: bool) -> Sequence[Deletion]:

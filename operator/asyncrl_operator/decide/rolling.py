@@ -1,6 +1,6 @@
 """Which rollout pods are replaced now, and which pods nobody answers for any more. Pure."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 
 from asyncrl_operator.decide.desired import DeletePod
@@ -26,20 +26,20 @@ class Wave:
 
 
 def next_wave(
-    pods: Iterable[Pod], template: str, replicas: int, max_unavailable_percent: int, now: float
+    pods: Iterable[Pod], current: Set[str], replicas: int, max_unavailable_percent: int, now: float
 ) -> Wave:
-    """Return which pods of an older template go now: at most so many may be down at a time.
+    """Return which pods of an outdated template go now: at most so many may be down at a time.
 
     Those that have not been ready for a while go first and cost nothing, so that an update that follows a
     broken one gets through (kubernetes#67250). While updated pods fail, they use up what may be down, and no
     more go.
 
     Args:
-        template: the hash that pods should have; pods of the StatefulSet get it when they are made again.
+        current: names of the templates whose pods may stay; pods that are made again have the newest of them.
         replicas: of the StatefulSet; at least one pod may always be down.
     """
     alive = [pod for pod in pods if pod.is_alive and pod.deleted_at is None]
-    outdated = [pod for pod in alive if pod.template != template]
+    outdated = [pod for pod in alive if pod.template not in current]
     if not outdated:
         return Wave()
     unready = [pod for pod in outdated if not pod.is_ready]
@@ -48,7 +48,7 @@ def next_wave(
     budget = max(1, replicas * max_unavailable_percent // 100) - (replicas - len(ready))
     serving = sorted((pod for pod in outdated if pod.is_ready), key=_ordinal, reverse=True)
     chosen = failing + serving[: max(0, budget)]
-    waiting = [pod for pod in alive if pod.template == template and not pod.is_ready]
+    waiting = [pod for pod in alive if pod.template in current and not pod.is_ready]
     late = [pod for pod in waiting if now >= pod.created_at + STUCK_SECONDS]
     wakes = [pod.created_at + STUCK_SECONDS for pod in waiting if pod not in late]
     wakes += [pod.ready_changed_at + PATIENCE_SECONDS for pod in unready if pod not in failing]

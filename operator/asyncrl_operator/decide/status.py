@@ -29,6 +29,7 @@ from asyncrl_api.job_status import (
 from asyncrl_api.report import Report
 from asyncrl_api.times import to_seconds, to_text
 from asyncrl_operator.decide.attempts import pods_of
+from asyncrl_operator.decide.edits import current_templates
 from asyncrl_operator.decide.observed import Observed, Pod, Problem
 from asyncrl_operator.layout import num_trainer_pods
 from asyncrl_operator.resources import JOB_LABEL
@@ -162,7 +163,8 @@ def _groups(job: JobObject, seen: Observed, memory: Memory) -> tuple[GroupStatus
     if (rollout := seen.rollout) is not None:
         pods = [pod for pod in ours if pod.group == "rollout"]
         group = _group("rollout", "StatefulSet", rollout.name, rollout.replicas, pods)
-        updated = sum(pod.template == rollout.template for pod in pods)
+        current = current_templates(job.spec, seen.templates_began)
+        updated = sum(pod.template in current for pod in pods)
         groups.append(group.model_copy(update={"updated": updated}))
     return tuple(groups)
 

@@ -13,7 +13,7 @@ from asyncrl_api.job import AsyncRLJob, Spec
 from asyncrl_api.names import JobNames, NatsAddress
 from asyncrl_api.run_config import RunConfig, live_values
 from asyncrl_operator.decide.desired import DesiredTrainer
-from asyncrl_operator.hashes import rollout_hash
+from asyncrl_operator.decide.edits import rollout_hash
 from asyncrl_operator.layout import HEALTH_PORT, TRAINER_PORT, num_trainer_pods
 from asyncrl_operator.render.access import render_access
 from asyncrl_operator.render.messaging import User, render_nats_config, worker_permissions

@@ -16,6 +16,7 @@ from asyncrl_api.parsing import parse_spec
 from asyncrl_api.report import Report
 from asyncrl_api.times import to_text
 from asyncrl_operator.decide.desired import DeleteChildren, DeletePod, DeleteTrainerJob, Event, Outcome
+from asyncrl_operator.decide.edits import rollout_hash
 from asyncrl_operator.decide.observed import (
     ContainerEnd,
     Node,
@@ -24,10 +25,10 @@ from asyncrl_operator.decide.observed import (
     Problem,
     StatefulSet,
     TrainerJob,
+    Values,
 )
 from asyncrl_operator.decide.planner import plan
 from asyncrl_operator.decide.status import JobObject
-from asyncrl_operator.hashes import rollout_hash
 from asyncrl_operator.layout import gpus_per_replica, num_trainer_pods
 
 NAME, UID = "gsm8k", "0b5e"
@@ -63,6 +64,9 @@ class ModelCluster:
     pods: dict[str, Pod] = field(default_factory=dict)
     nodes: dict[str, Node] = field(default_factory=lambda: {f"n{i}": Node(True, 0.0) for i in range(4)})
     report: Report | None = None
+    attempts_began: dict[int, Values] = field(default_factory=dict)
+    templates_began: dict[str, Values] = field(default_factory=dict)
+    """What the run configurations hold, which are made once."""
     problem: Problem | None = None
     has_children: bool = False
     events: list[Event] = field(default_factory=list)
@@ -78,6 +82,8 @@ class ModelCluster:
             pods=tuple(self.pods.values()),
             nodes=self.nodes,
             report=self.report,
+            attempts_began=dict(self.attempts_began),
+            templates_began=dict(self.templates_began),
             problem=self.problem,
             has_children=self.has_children,
         )
@@ -99,25 +105,41 @@ class ModelCluster:
             self.events += outcome.events
         return outcome
 
-    def _writes(self, outcome: Outcome) -> list[Callable[[], None]]:
+    def _writes(self, outcome: Outcome) -> list[Callable[[], object]]:
         def store() -> None:
             self.status = outcome.status
 
-        writes: list[Callable[[], None]] = [store] if outcome.write_status_first else []
-        desired = outcome.desired
+        writes: list[Callable[[], object]] = [store] if outcome.write_status_first else []
+        desired, values = outcome.desired, self.values
         if desired is not None:
             if desired.shared:
                 writes.append(lambda: setattr(self, "has_children", True))
             if (broker := desired.messaging_replicas) is not None:
                 writes.append(lambda: setattr(self, "messaging", StatefulSet(f"{NAME}-nats", broker)))
             if (attempt := desired.trainer) is not None:
+                writes.append(lambda: self.attempts_began.setdefault(attempt.number, values))
                 writes.append(lambda: self._make_job(attempt.number, attempt.gpus))
             if (replicas := desired.rollout_replicas) is not None:
                 template = rollout_hash(self.spec)
+                if desired.shared:
+                    writes.append(lambda: self.templates_began.setdefault(template, values))
+                elif self.rollout is not None:  # at rest it is scaled alone
+                    template = self.rollout.template
                 rollout = StatefulSet(f"{NAME}-rollout", replicas, template)
                 writes.append(lambda: setattr(self, "rollout", rollout))
         writes += [partial(self._delete, each) for each in outcome.deletions]
+        if desired is not None and desired.shared:
+            number = desired.trainer.number if desired.trainer is not None else 0
+            writes.append(partial(self._drop_outlived, number, rollout_hash(self.spec)))
         return [*writes, store]
+
+    def _drop_outlived(self, attempt: int, template: str) -> None:
+        """Delete the configurations that no pod will read any more."""
+        attempts = {attempt, *(job.attempt for job in self.jobs.values())}
+        templates = {template, *(pod.template for pod in self.pods.values() if pod.is_alive)}
+        templates |= {self.rollout.template} if self.rollout is not None else set()
+        self.attempts_began = {n: began for n, began in self.attempts_began.items() if n in attempts}
+        self.templates_began = {n: began for n, began in self.templates_began.items() if n in templates}
 
     def _make_job(self, attempt: int, gpus: int) -> None:
         name = f"{NAME}-trainer-{attempt}"
@@ -128,6 +150,7 @@ class ModelCluster:
     def _delete(self, deletion: DeletePod | DeleteTrainerJob | DeleteChildren) -> None:
         if isinstance(deletion, DeleteChildren):
             self.jobs, self.rollout, self.messaging, self.has_children = {}, None, None, False
+            self.attempts_began, self.templates_began = {}, {}
             for name in list(self.pods):
                 self.delete_pod(name)
         elif isinstance(deletion, DeleteTrainerJob):
@@ -212,8 +235,11 @@ class ModelCluster:
 
     def edit(self, **overrides: Any) -> None:
         """Change the spec, as `kubectl apply` would."""
-        values = self.spec.model_dump(by_alias=True, exclude_none=True)
-        self.spec = parse_spec(merge(values, overrides))
+        self.replace(parse_spec(merge(self.values, overrides)))
+
+    def replace(self, spec: Spec) -> None:
+        """Have another spec in place of the one there is, as `kubectl replace` would."""
+        self.spec = spec
         self.generation += 1
 
     def delete_pod(self, name: str) -> None:
@@ -281,10 +307,16 @@ class ModelCluster:
         return is_settled and not any(pod.deleted_at for pod in self.pods.values())
 
     def snapshot(self) -> Mapping[str, Any]:
-        names = ("status", "jobs", "rollout", "messaging", "pods", "has_children")
+        children = ("jobs", "rollout", "messaging", "pods", "attempts_began", "templates_began")
+        names = ("status", *children, "has_children")
         return {name: dict(v) if isinstance(v := getattr(self, name), dict) else v for name in names}
 
     # -- what is seen
+
+    @property
+    def values(self) -> Values:
+        """The spec as the API server holds it: with all defaults."""
+        return self.spec.model_dump(by_alias=True, exclude_none=True)
 
     @property
     def held(self) -> int:
