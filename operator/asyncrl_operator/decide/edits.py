@@ -10,11 +10,11 @@ After an upgrade of the types:
 - A field that is gone from the types counts as unchanged.
 - A field with another mark is compared under the new one, with the value of the beginning. If it was L, was
   edited meanwhile and is R now, the trainer is restarted once: it may still run with the value it began with.
-- A default that has changed acts on new objects alone. The API server writes defaults into an object as
-  values, at the latest with the first status; so spec and remembered values both keep the old one, and what a
-  user wrote cannot be told from it. Hence an attempt that is older than a field, and still runs when a second
-  upgrade changes the default of that field, is restarted once: the value that was stored for it meanwhile is
-  neither what it began with nor the default. Rollout pods likewise.
+- A default that has changed acts on new objects alone. The API server stores defaults as values whenever it
+  writes an object, and be it the status alone; so spec and remembered values both keep the old one, and what
+  a user wrote cannot be told from it. Hence an attempt that is older than a field, and still runs when a
+  second upgrade changes the default of that field, is restarted once: the value that was stored for it
+  meanwhile is neither what it began with nor the default. Rollout pods likewise.
 
 A rollout template is named after a hash of its fields. When a newer operator gives it another name, pods that
 are made from then on get a configuration in its words, and those that run stay.
