@@ -1,4 +1,4 @@
-"""Scores a checkpoint on held-out prompts, without the job: the command `asyncrl eval`."""
+"""Scores a checkpoint on the held-out prompts, without the job: the command `asyncrl eval`."""
 
 import asyncio
 import contextlib
@@ -36,7 +36,7 @@ from asyncrl_runtime.trainer.update.policy import Policy, merge_adapter
 log = logging.getLogger(__name__)
 
 START_SECONDS = 300.0
-"""For an engine to load the model."""
+"""The time that an engine has to load the model."""
 TICKETS_AT_ONCE = 4
 
 
@@ -44,14 +44,14 @@ def evaluate_checkpoint(config: RunConfig, step: int | None) -> str:
     """Answer every held-out prompt greedily with a checkpoint's policy and return the result as text.
 
     Args:
-        step: of the checkpoint; None for the newest.
+        step: the step of the checkpoint; None: the newest one.
 
     Raises:
-        ExitError: nothing is held out, or there is no such checkpoint.
+        ExitError: no prompts are held out, or there is no such checkpoint.
     """
     rows = load_rows(config.spec).held_out
     if not rows:
-        raise ExitError(ExitCode.USAGE, "spec.evaluation is absent: nothing is held out to score on")
+        raise ExitError(ExitCode.USAGE, "spec.evaluation is absent: there are no held-out prompts to score")
     checkpoint = _find(config, step)
     with tempfile.TemporaryDirectory(prefix="asyncrl-eval-") as scratch:
         folder = _export(config, checkpoint, Path(scratch))
@@ -72,12 +72,12 @@ def _find(config: RunConfig, step: int | None) -> Checkpoint:
         if step in (None, checkpoint.position.version):
             return checkpoint
     there = ", ".join(str(c.position.version) for c in checkpoints) or "none"
-    wanted = "a checkpoint" if step is None else f"a checkpoint of step {step}"
-    raise ExitError(ExitCode.USAGE, f"{config.job_folder} has not {wanted}; there are: {there}")
+    wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
+    raise ExitError(ExitCode.USAGE, f"{config.job_folder} has no {wanted}; there are: {there}")
 
 
 def _export(config: RunConfig, checkpoint: Checkpoint, scratch: Path) -> Path:
-    """Return a Hugging Face folder of the checkpoint's policy."""
+    """Return a Hugging Face folder with the policy of a checkpoint."""
     spec = config.spec
     source = ensure_model(spec.model, config.model_cache, spec.training.seed)
     if not checkpoint.has_policy:
@@ -137,7 +137,7 @@ async def _answer(
 
 @contextlib.asynccontextmanager
 async def _engine(config: RunConfig, folder: Path, version: PolicyVersion) -> AsyncIterator[Engine]:
-    """Start a CPU engine on `folder`, labeled with `version`, for as long as it is needed."""
+    """Run a CPU engine on `folder`, labeled with `version`, for as long as the context lasts."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -1,4 +1,4 @@
-"""What keeps an untrusted program from the rest of the machine, as far as the machine allows it."""
+"""Keeps an untrusted program away from the rest of the machine, as far as the machine allows."""
 
 import contextlib
 import os
@@ -14,7 +14,7 @@ MAX_SCRATCH_BYTES = 64 << 20
 
 NOBODY = 65534
 FREE_USERS = range(61184, 65520)
-"""Users without account or files: systemd's for services, which come and go as our programs do."""
+"""Users without accounts or files: systemd's for services, which come and go as our programs do."""
 
 INTERPRETER = {sys.prefix, sys.base_prefix, str(Path(sys.executable).resolve().parents[1])}
 SCRATCH_FOLDERS = [
@@ -22,17 +22,17 @@ SCRATCH_FOLDERS = [
     for folder in ("/tmp", "/var/tmp", "/dev/shm")
     if Path(folder).is_dir() and not any(Path(prefix).is_relative_to(folder) for prefix in INTERPRETER)
 ]
-"""Where anyone may write. Each run gets empty ones, so that runs can neither fill the disk nor meet."""
+"""The folders where anyone may write. Each run gets empty ones: it cannot fill the disk or meet others."""
 
 
 @dataclass(frozen=True)
 class Containment:
-    """Which protections are in force, besides resource limits and a clean environment."""
+    """The protections in force, besides resource limits and a clean environment."""
 
     namespaces: bool
-    """No network, no other processes, and read-only files but for scratch folders of the run's own."""
+    """Whether there is no network, no other process and no writable file outside the scratch folders."""
     own_user: bool
-    """A user to whom nothing else belongs."""
+    """Whether programs run as a user to whom nothing else belongs."""
 
     def __str__(self) -> str:
         reach = (
@@ -51,9 +51,9 @@ class Containment:
         """Put this process where its programs will run; there is no way back.
 
         Args:
-            user: whom to become if this process, being root of a container only, has to do so first.
+            user: the user to become first if this process is only the root of a container.
         """
-        with contextlib.suppress(OSError):  # if memory runs out, the worker must not be the one to go
+        with contextlib.suppress(OSError):  # if memory runs out, the worker must not be the victim
             Path("/proc/self/oom_score_adj").write_text("1000")
         if self.namespaces:
             is_mighty = self.own_user and linux.has_capabilities(linux.CAP_SYS_ADMIN)
@@ -66,7 +66,7 @@ class Containment:
             if is_mighty:
                 uncover(INTERPRETER)
             linux.make_mounts_read_only()
-        linux.set_inspectable(False)  # tests and answers of later runs are in this memory
+        linux.set_inspectable(False)  # the memory holds tests and answers of later runs
         linux.set_death_signal(signal.SIGKILL)  # again: a change of user undoes it
 
 
@@ -78,7 +78,7 @@ def become_user(user: int) -> None:
 
 
 def enter_user_namespace() -> None:
-    """Enter a namespace in which this process may do everything, and a program that it starts nothing."""
+    """Enter a namespace in which this process may do everything, and the programs that it starts nothing."""
     user, group = os.geteuid(), os.getegid()
     linux.set_inspectable(True)  # after a change of user, /proc/self would belong to root
     linux.unshare(linux.CLONE_NEWUSER)
@@ -88,10 +88,10 @@ def enter_user_namespace() -> None:
 
 
 def uncover(folders: set[str]) -> None:
-    """Let every user reach `folders` through folders above them that are closed to others.
+    """Let every user reach `folders` that lie below folders that are closed to others.
 
-    An interpreter below root's home, say: the home is covered by an empty folder, in which the path to
-    the interpreter is made anew.
+    For example, if the interpreter is below root's home, the home is covered by an empty folder, in which the
+    path to the interpreter is made anew.
     """
     closed = {f: [p for p in Path(f).parents if not p.stat().st_mode & stat.S_IXOTH] for f in folders}
     kept = {folder: os.open(folder, os.O_PATH) for folder in folders if closed[folder]}
@@ -104,11 +104,11 @@ def uncover(folders: set[str]) -> None:
 
 
 def give_scratch_folders() -> None:
-    """Cover the scratch folders by empty ones."""
+    """Cover the scratch folders with empty ones."""
     for folder in SCRATCH_FOLDERS:
         cover(folder, f"mode=1777,size={MAX_SCRATCH_BYTES},nr_inodes=10000")
 
 
 def cover(folder: str, options: str) -> None:
-    """Cover `folder` by an empty one in memory."""
+    """Cover `folder` with an empty one in memory."""
     linux.mount("tmpfs", folder, "tmpfs", linux.MS_NOSUID | linux.MS_NODEV, options)

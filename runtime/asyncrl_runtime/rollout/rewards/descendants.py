@@ -1,4 +1,4 @@
-"""Ending a process together with everything it started, whatever that did to get away."""
+"""Ends a process together with everything it started, whatever those processes did to get away."""
 
 import contextlib
 import os
@@ -15,9 +15,9 @@ def num_descendants() -> int:
 def kill_descendants() -> None:
     """Kill all processes below this one, which must be a subreaper, and wait until they are gone.
 
-    They are stopped before any is killed: a process that forks faster than we look would otherwise
-    always have a child that we have not seen. Stopped ones keep their place in the limit on processes,
-    so the new ones run out.
+    They are stopped before any is killed: a process that forks faster than we look would otherwise always
+    have a child that we have not seen. Stopped processes still count toward the limit on processes, so no new
+    ones can be made in the end.
     """
     stopped: set[psutil.Process] = set()
     while _has_children():
@@ -28,7 +28,7 @@ def kill_descendants() -> None:
                 process.suspend() if running else process.kill()
         stopped |= running
         if not running:
-            time.sleep(0.001)  # until the kernel has ended them
+            time.sleep(0.001)  # give the kernel time to end them
 
 
 def _has_children() -> bool:
@@ -42,7 +42,7 @@ def _has_children() -> bool:
 
 
 def wait_for(child: int) -> int:
-    """Wait until `child` ends, collecting orphans meanwhile; return its exit status, or minus its signal."""
+    """Wait until `child` ends, and collect orphans meanwhile; return its exit status, or minus its signal."""
     while True:
         pid, status = os.waitpid(-1, 0)
         if pid == child:

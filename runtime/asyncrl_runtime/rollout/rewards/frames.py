@@ -1,7 +1,8 @@
-"""What the worker and a reward process tell each other: msgpack frames over a socket pair.
+"""The messages between the worker and a reward process: msgpack frames over a socket pair.
 
-Worker: `Setup`, then lists of `ScoreRequest`. Process: `Ready` or `Refused`, then, for each request of
-a list and in its order, `Scored` or `Failed`. A frame is its length in 4 bytes, then the message.
+The worker sends `Setup`, then lists of `ScoreRequest`. The process answers `Ready` or `Refused`, then
+`Scored` or `Failed` for each request of a list, in its order. A frame is the length in 4 bytes, then the
+message.
 """
 
 import asyncio
@@ -14,7 +15,7 @@ M = TypeVar("M")
 
 
 class ScoreRequest(msgspec.Struct, frozen=True, array_like=True):
-    """A response to be scored; the arguments of `asyncrl_api.protocols.Reward`."""
+    """A response that must be scored: the arguments of `asyncrl_api.protocols.Reward`."""
 
     prompt: str
     response: str
@@ -22,7 +23,7 @@ class ScoreRequest(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Setup(msgspec.Struct, frozen=True, kw_only=True):
-    """Which reward a process holds: members of `spec.reward`, and where to import the user's code from."""
+    """The reward that a process holds: fields of `spec.reward`, and where to import the user's code from."""
 
     type: str
     function: str
@@ -35,9 +36,9 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     """The reward is loaded and warm."""
 
     note: str = ""
-    """For the log: which protections are in force."""
+    """A note for the log: the protections that are in force."""
     is_worker_exposed: bool = False
-    """Untrusted programs run as the worker's own user, so the worker has to hide its memory itself."""
+    """Whether untrusted programs run as the worker's own user, so that the worker must hide its memory."""
 
 
 class Refused(msgspec.Struct, frozen=True, tag="refused"):
@@ -56,7 +57,7 @@ class Scored(msgspec.Struct, frozen=True, array_like=True, tag="scored"):
 
 
 class Failed(msgspec.Struct, frozen=True, array_like=True, tag="failed"):
-    """The reward raised, or returned no finite number."""
+    """The reward raised, or did not return a finite number."""
 
     message: str
 
@@ -82,7 +83,7 @@ async def receive(reader: asyncio.StreamReader, decoder: msgspec.msgpack.Decoder
 
 
 def read(stream: BinaryIO, decoder: msgspec.msgpack.Decoder[M]) -> M | None:
-    """Wait for the next message; None when the worker is gone."""
+    """Wait for the next message and return it; None if the worker is gone."""
     length = int.from_bytes(stream.read(4), "little")
     body = stream.read(length)
     return decoder.decode(body) if body else None

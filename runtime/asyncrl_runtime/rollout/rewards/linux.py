@@ -1,4 +1,4 @@
-"""System calls that Python 3.11 lacks. Each raises OSError where the kernel refuses."""
+"""System calls that Python 3.11 lacks. Each raises OSError if the kernel refuses it."""
 
 import ctypes
 import os
@@ -36,10 +36,10 @@ def _prctl(option: int, value: int, what: str) -> None:
 
 
 def set_death_signal(signum: int) -> None:
-    """Have `signum` sent to this process when its parent dies; a change of user and exec undo it.
+    """Have the kernel send `signum` to this process when its parent dies; a change of user and exec undo it.
 
-    To be exact, when the thread that started this process ends. A parent that was dead before the call
-    goes unnoticed: look at `os.getppid()` afterwards.
+    To be exact, the signal comes when the thread that started this process ends. A parent that died before
+    the call goes unnoticed, so look at `os.getppid()` afterwards.
     """
     _prctl(_PR_SET_PDEATHSIG, signum, "set death signal")
 
@@ -55,7 +55,7 @@ def set_inspectable(inspectable: bool) -> None:
 
 
 def forbid_new_privileges() -> None:
-    """Make set-user-id programs run without their privilege, here and in everything started from here."""
+    """Make set-user-id programs run without their privileges, here and in everything started from here."""
     _prctl(_PR_SET_NO_NEW_PRIVS, 1, "forbid new privileges")
 
 
@@ -73,7 +73,7 @@ def mount(source: str, target: str, kind: str, flags: int, data: str = "") -> No
 
 
 def make_mounts_private() -> None:
-    """Keep what is mounted in this mount namespace from showing in others."""
+    """Keep what is mounted in this mount namespace from showing up in others."""
     mount("none", "/", "", _MS_REC | _MS_PRIVATE)
 
 

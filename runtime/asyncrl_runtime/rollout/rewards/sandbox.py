@@ -1,9 +1,9 @@
 """Runs Python programs that nobody vouches for, one at a time, and leaves nothing of them behind.
 
 A run is a chain of processes: this one, the isolator, init, the program. This process is in namespaces
-without network and with read-only files; the isolator adds namespaces for the processes and scratch files
-of one run. Init is their first process: when it ends, the kernel ends all others in there. Where
-namespaces are not allowed, descendants are searched for and killed.
+without network and with read-only files; the isolator adds namespaces for the processes and scratch files of
+one run. Init is the first process in them: when it ends, the kernel ends all others there. If namespaces are
+not allowed, the descendants are searched for and killed instead.
 """
 
 import contextlib
@@ -32,9 +32,9 @@ from asyncrl_runtime.rollout.rewards.containment import (
 from asyncrl_runtime.rollout.rewards.descendants import kill_descendants, num_descendants, wait_for
 
 MAX_MEMORY_BYTES = 1 << 30
-"""Address space of one process."""
+"""The largest address space of one process."""
 MAX_FILE_BYTES = 16 << 20
-"""Size of one file, and of what a program prints."""
+"""The largest size of one file, and of what a program prints."""
 MAX_PROCESSES = 32
 MAX_OPEN_FILES = 64
 
@@ -45,25 +45,25 @@ class Run(NamedTuple):
     """How a program ended."""
 
     failure: str
-    """Empty if it exited with status 0."""
+    """The reason why it failed; empty if it exited with status 0."""
     output: str
 
 
 class Sandbox:
-    """Turns this process into one in which programs can be run; it is of little other use then."""
+    """Turns this process into one in which programs can be run; it can do little else afterwards."""
 
     def __init__(self, containment: Containment) -> None:
         self.containment = containment
-        self._user = FREE_USERS[os.getpid() % len(FREE_USERS)]  # unlike that of other sandboxes nearby
+        self._user = FREE_USERS[os.getpid() % len(FREE_USERS)]  # not the user of other sandboxes nearby
         linux.become_subreaper()
         containment.enter(self._user)
 
     @classmethod
     def strongest(cls) -> Self:
-        """Enter the strongest containment in which a program runs on this machine.
+        """Enter the strongest containment in which programs run on this machine.
 
         Raises:
-            OSError: a program does not run in any.
+            OSError: programs run in none of them.
         """
         may_switch = linux.has_capabilities(linux.CAP_KILL, linux.CAP_SETGID, linux.CAP_SETUID)
         users = (True, False) if may_switch else (False,)
@@ -75,7 +75,7 @@ class Sandbox:
         raise OSError("programs cannot be run here, not even without a sandbox")
 
     def run(self, program: str, stdin: str, *, timeout_seconds: float) -> Run:
-        """Run `program` to its end, which comes after `timeout_seconds` at the latest.
+        """Run `program` to its end, which comes within `timeout_seconds`.
 
         Raises:
             OSError: the program could not be started.
@@ -106,20 +106,22 @@ class Sandbox:
             return Run(explain(int(message), errors), output)
 
     def _watch(self, report: int, timeout_seconds: float) -> str:
-        """Wait until there is a report; return what the program has used too much of if there is none."""
+        """Wait for a report; return what the program has used too much of, empty if the report came."""
         deadline = time.monotonic() + timeout_seconds
         while not select.select([report], [], [], min(WATCH_SECONDS, max(deadline - time.monotonic(), 0)))[0]:
             if time.monotonic() >= deadline:
                 return f"still running after {timeout_seconds:.3g} s"
             if not self.containment.own_user and num_descendants() > MAX_PROCESSES:
-                return f"more than {MAX_PROCESSES} processes"  # the kernel does not limit those of root
+                return (
+                    f"more than {MAX_PROCESSES} processes"  # the kernel does not limit the processes of root
+                )
         return ""
 
     @contextlib.contextmanager
     def _scratch_folder(self) -> Iterator[str]:
-        """The program's working directory."""
+        """Provide the program's working directory."""
         if self.containment.namespaces:
-            yield SCRATCH_FOLDERS[0]  # empty in each run, and gone after it
+            yield SCRATCH_FOLDERS[0]  # it is empty in each run, and gone after it
             return
         folder = tempfile.mkdtemp(prefix="asyncrl-program-")
         try:
@@ -138,11 +140,11 @@ class _Launch:
     user: int
     program: str
     files: list[int]
-    """Standard input, output and error."""
+    """The descriptors for standard input, output and error."""
     folder: str
     timeout_seconds: float
     report: int
-    """The write end of a pipe: init writes the program's exit code, others what went wrong around it."""
+    """The write end of a pipe: init writes the program's exit code, the others what went wrong around it."""
 
     def isolate(self) -> None:
         linux.set_death_signal(signal.SIGKILL)
@@ -156,7 +158,9 @@ class _Launch:
     def initialize(self) -> None:
         linux.set_death_signal(signal.SIGKILL)
         if self.containment.namespaces:
-            with contextlib.suppress(OSError):  # in most containers; other processes stay out of reach anyway
+            with contextlib.suppress(
+                OSError
+            ):  # fails in most containers; other processes stay out of reach anyway
                 linux.mount("proc", "/proc", "proc", linux.MS_NOSUID | linux.MS_NODEV | linux.MS_NOEXEC)
             give_scratch_folders()
         Path(self.folder, "program.py").write_text(self.program, "utf-8")
@@ -183,20 +187,22 @@ class _Launch:
 
     def _set_limits(self) -> None:
         limits = {
-            resource.RLIMIT_CPU: math.ceil(self.timeout_seconds) + 1,  # reached with threads only
+            resource.RLIMIT_CPU: math.ceil(self.timeout_seconds) + 1,  # only threads can reach this
             resource.RLIMIT_AS: MAX_MEMORY_BYTES,
             resource.RLIMIT_FSIZE: MAX_FILE_BYTES,
             resource.RLIMIT_NOFILE: MAX_OPEN_FILES,
             resource.RLIMIT_CORE: 0,
         }
         if self.containment.is_apart:
-            limits[resource.RLIMIT_NPROC] = MAX_PROCESSES  # else it would count the worker's as well
+            limits[resource.RLIMIT_NPROC] = (
+                MAX_PROCESSES  # otherwise it would count the worker's processes too
+            )
         for limit, value in limits.items():
             resource.setrlimit(limit, (value, value))
 
 
 def why_not(containment: Containment) -> str:
-    """Return what keeps programs from running in `containment`, if something does."""
+    """Return what keeps programs from running in `containment`; empty if nothing does."""
 
     def attempt() -> None:
         run = Sandbox(containment).run("print('works')", "", timeout_seconds=30)
@@ -204,7 +210,7 @@ def why_not(containment: Containment) -> str:
             raise OSError(run.failure or f"unexpected output {run.output!r}")
 
     report, report_end = os.pipe()
-    trial = fork_into(attempt, report_end)  # what a process gives up on entering, it cannot have back
+    trial = fork_into(attempt, report_end)  # a process cannot get back what it gives up on entering
     os.close(report_end)
     with os.fdopen(report) as messages:
         message = messages.read()
@@ -213,7 +219,7 @@ def why_not(containment: Containment) -> str:
 
 
 def fork_into(life: Callable[[], None], report: int) -> int:
-    """Start a process that lives `life` and then ends, writing to `report` what kept it from doing so."""
+    """Start a process that runs `life` and then ends; it writes to `report` what kept it from finishing."""
     child = os.fork()
     if child:
         return child
@@ -227,7 +233,7 @@ def fork_into(life: Callable[[], None], report: int) -> int:
 
 @contextlib.contextmanager
 def memory_file(text: str) -> Iterator[int]:
-    """The descriptor of a file without a name, which holds `text` and stands at its start."""
+    """Provide the descriptor of a nameless file that holds `text`, positioned at its start."""
     with os.fdopen(os.memfd_create("standard"), "w+b") as file:
         file.write(text.encode())
         file.seek(0)
@@ -235,7 +241,7 @@ def memory_file(text: str) -> Iterator[int]:
 
 
 def explain(code: int, errors: str) -> str:
-    """Return how a program failed: its signal, or its exit status and last words; empty if it did not."""
+    """Return how a program failed: its signal, or its exit status and last line; empty if it did not fail."""
     if code <= 0:
         return f"killed by signal {-code} ({signal.strsignal(-code)})" if code else ""
     last_line = errors.rstrip().rpartition("\n")[2]

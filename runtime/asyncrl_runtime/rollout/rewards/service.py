@@ -16,7 +16,7 @@ MAX_CONCURRENT_REQUESTS = 64
 
 
 class ServiceAnswer(msgspec.Struct, frozen=True):
-    """What a service sends back, as JSON."""
+    """The JSON that a service sends back."""
 
     reward: float
     feedback: str = ""
@@ -28,7 +28,7 @@ class RewardService:
     def __init__(self, url: str, *, timeout_seconds: float) -> None:
         self._url = url
         self._timeout_seconds = timeout_seconds
-        # Waiting for one's turn is not the service's time.
+        # The time that a request waits for its turn is not the service's time.
         self._turns = asyncio.Semaphore(MAX_CONCURRENT_REQUESTS)
         limits = httpx.Limits(max_connections=MAX_CONCURRENT_REQUESTS)
         self._client = httpx.AsyncClient(timeout=None, limits=limits)
