@@ -1,4 +1,4 @@
-"""The types against manifest.md: defaults, marks, descriptions, bounds."""
+"""The types of the manifest: defaults, marks, descriptions, bounds."""
 
 import json
 import re
@@ -17,7 +17,7 @@ from asyncrl_api.parsing import SpecError, apply_overrides, parse_job, parse_spe
 from asyncrl_api.run_config import live_values, with_live_values
 from support.manifests.smallest import SMALLEST
 
-# "All of it" of manifest.md, but for what has no default.
+# Every field that has a default, as docs/reference.md shows it.
 DEFAULTS: dict[str, Any] = {
     "apiVersion": "asyncrl.dev/v1alpha1",
     "kind": "AsyncRLJob",
@@ -146,7 +146,7 @@ DEFAULTS: dict[str, Any] = {
     },
 }
 
-# What manifest.md shows and leaves absent by default, set.
+# The blocks that are absent by default, set.
 OPTIONAL: dict[str, Any] = {
     "model": {"secretRef": {"name": "hub"}, "cache": {"claimName": "models"}},
     "dataset": {"secretRef": {"name": "hub"}},

@@ -1,6 +1,6 @@
 """An engine behind SGLang's native HTTP API, which SGLang speaks and our CPU engine.
 
-Learned the hard way (facts, engines A.4-A.7): request ids must not be prefixes of one another, since an
+Learned by running SGLang (docs/decisions/0008-cpu-engine.md): request ids must not be prefixes of one another, since an
 abort matches by prefix; a token id outside the vocabulary kills the server; `/model_info` alone answers at
 once also while paused; an aborted request is a 200 with what it has so far.
 """

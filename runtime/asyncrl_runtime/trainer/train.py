@@ -1,4 +1,4 @@
-"""The training loop of rank 0, top to bottom (design.md section 6). What each line does is in attempt.py."""
+"""The training loop of rank 0, top to bottom. What each line does is in attempt.py."""
 
 from asyncrl_runtime.trainer.attempt import Attempt
 

@@ -1,4 +1,6 @@
-"""The controller's part in weight epochs: who is in the group, and the four phases (design.md section 7).
+"""The controller's part in weight epochs: who is in the group, and the four phases.
+
+Why a group lasts for one membership: docs/decisions/0004-weight-epochs.md.
 
 Outcomes are asymmetric: rank 0's broadcast may fail where engines have received everything, and the other
 way round. So an engine has a version only when every one of its own answers said so, and a group in which
