@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from asyncrl_api import __version__
 from asyncrl_api.parsing import load_documents
 from support.chart.rendered_chart import NAME, NAMESPACE, RELEASE, sets
 from support.cluster.control_plane import Cluster, why_not
@@ -110,7 +111,7 @@ def next_version(folder: Path) -> Path:
     chart = folder / "asyncrl"
     shutil.copytree(CHART, chart)
     about = chart / "Chart.yaml"
-    about.write_text(about.read_text().replace("0.1.0", "0.2.0"))
+    about.write_text(about.read_text().replace(__version__, "0.2.0"))
     crd = chart / "files" / "asyncrl.dev_asyncrljobs.yaml"
     before = crd.read_text()
     after = before.replace("    - arl\n", "    - arl\n    - arlj\n", 1)

@@ -1,4 +1,4 @@
-"""README names one page or file to open first for each question of a newcomer, and it answers that question."""
+"""README names one page or file to open first for each question of a newcomer, and the answer is there."""
 
 import re
 
@@ -8,9 +8,15 @@ from support.paths import ROOT
 
 ANSWERS = {
     "staleness": ["def assess", "max_versions"],
-    "a reward": ["### A reward", "### A loss", "### An engine", "### A data source", "### A field of the spec"],
+    "a reward": [
+        "### A reward",
+        "### A loss",
+        "### An engine",
+        "### A data source",
+        "### A field of the spec",
+    ],
     "an engine dies": ["rollout/engine_monitor.py", "transport/resume_points.py"],
-    "the trainer dies": ["decide/attempts.py", "history/ledger.py"],
+    "the trainer dies": ["decide/attempts.py", "history/ledger_writer.py"],
     "a node dies": ["decide/rolling.py"],
     "field of the spec reach": ["run_config.py", "render/manifests.py", "trainer/assemble.py"],
 }

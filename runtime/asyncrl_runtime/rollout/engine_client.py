@@ -1,8 +1,8 @@
 """An engine behind SGLang's native HTTP API, which SGLang speaks and our CPU engine.
 
-Learned by running SGLang (docs/decisions/0008-cpu-engine.md): request ids must not be prefixes of one another, since an
-abort matches by prefix; a token id outside the vocabulary kills the server; `/model_info` alone answers at
-once also while paused; an aborted request is a 200 with what it has so far.
+Learned by running SGLang (docs/decisions/0008-cpu-engine.md): request ids must not be prefixes of one
+another, since an abort matches by prefix; a token id outside the vocabulary kills the server; `/model_info`
+alone answers at once also while paused; an aborted request is a 200 with what it has so far.
 """
 
 import asyncio

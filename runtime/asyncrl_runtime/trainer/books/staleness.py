@@ -1,7 +1,7 @@
 """What of a prompt group may be trained at a version, and which groups form the next batch. Pure.
 
-The gate (tickets.py) bounds what is started; this is where it is checked what is trained. Both are in journey 1
-of docs/architecture.md.
+The gate (tickets.py) bounds what is started; this is where it is checked what is trained. Both are in
+journey 1 of docs/architecture.md.
 """
 
 from collections.abc import Iterable, Mapping
