@@ -42,6 +42,12 @@ def test_every_page_is_in_the_index_and_every_decision_in_theirs() -> None:
         assert f"]({name})" in (decisions if folder else index), page
 
 
+def test_a_decision_says_why_and_what_it_costs() -> None:
+    for path in (DOCS / "decisions").glob("0*.md"):
+        headings = re.findall(r"^## (.+)$", path.read_text(), re.MULTILINE)
+        assert headings == ["Context", "Decision", "What decided", "Consequences"], path.name
+
+
 def test_yaml_in_the_docs_is_yaml() -> None:
     blocks = [
         (path.name, block)
