@@ -1,8 +1,8 @@
 """A worker's part in weight epochs: the controller asks over NATS, the worker calls its own engine.
 
-The four phases are those of design.md section 7. An engine is at a version only when every call answered
-200. Whatever fails, the engine ends in one of two known states: sampling at its old version (nothing of
-the update had arrived), or `dirty`: paused until it has everything again.
+The four phases are those of docs/decisions/0004-weight-epochs.md. An engine is at a version only when every
+call answered 200. Whatever fails, the engine ends in one of two known states: sampling at its old version
+(nothing of the update had arrived), or `dirty`: paused until it has everything again.
 """
 
 import asyncio
