@@ -25,7 +25,11 @@ COMING: set[str] = {
 NAMED = re.compile(r"(?<![\w/])(?:[\w.-]+/)*[\w-]+\.(?:py|md)\b")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 PAGES = [path for path in FILES if path.endswith(".md")]
-SOURCES = [path for path in FILES if path.endswith((".py", "Makefile", "Dockerfile", "pyproject.toml"))]
+SOURCES = [
+    path
+    for path in FILES
+    if path.endswith((".py", ".yaml", ".lua", ".tpl", "Makefile", "Dockerfile", "pyproject.toml", ".ci/run"))
+]
 
 
 ENDS = {
