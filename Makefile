@@ -23,7 +23,7 @@ quickstart: $(STAMP) ## Run examples/quickstart.yaml: a tiny transformer learns 
 	$(BIN)/asyncrl run examples/quickstart.yaml --out $(RUN)
 
 # In order, since the quick ones stand last. Then, alone on the machine, a few tests whose pods run.
-test: lint $(STAMP) ## Run linters, types and every test that this machine can run (about 25 minutes on two cores).
+test: lint docs $(STAMP) ## Run linters, types, docs and every test that this machine can run (about 25 minutes on two cores).
 	$(BIN)/pytest $(WORKERS) --no-loadscope-reorder --durations 10 --ignore tests/e2e
 	$(BIN)/pytest tests/e2e -m 'not slow'
 
@@ -65,17 +65,19 @@ crd: $(STAMP) ## Write the CRD, the chart's copy of it and docs/reference.md fro
 docs: $(STAMP) ## Build the documentation as a site, strictly: a broken link is an error.
 	$(BIN)/mkdocs build --strict --site-dir $(VENV)/site
 
-constraints: $(STAMP) ## Write constraints.txt from the newest versions that pyproject.toml allows.
+constraints: | $(BIN)/python ## Write constraints.txt from the newest versions that pyproject.toml allows.
 	$(BIN)/pip install --dry-run --ignore-installed --quiet --report $(VENV)/report.json torch==2.13.0 \
 		--editable '.[local,dev,docs,hub]'
 	$(BIN)/python scripts/write_constraints.py $(VENV)/report.json > constraints.txt
 
 # torch first and pinned: any other spec may pull gigabytes of CUDA.
-$(STAMP): pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
+$(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) torch==2.13.0
 	$(PIP) --editable '.[local,dev,docs]'
 	touch $(STAMP)
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
 
 clean: ## Remove the virtual environments.
 	rm -rf $(VENV) $(SGLANG) $(SGLANG)-0.5.20
