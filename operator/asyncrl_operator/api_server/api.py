@@ -7,12 +7,11 @@ ten times the memory and four times the time of plain JSON.
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
-from typing import Final, Literal
+from typing import Any, Final, Literal, Protocol
 from urllib.parse import urlencode
 
 import aiohttp
 import msgspec
-from kubernetes.aio.client.api_client import ApiClient
 
 from asyncrl_operator.resources import Json, resource_in
 
@@ -28,6 +27,33 @@ WATCH_SILENCE_SECONDS: Final = 90.0
 
 Propagation = Literal["Foreground", "Background"]
 OnCall = Callable[[str, str, int], None]
+
+
+class Client(Protocol):
+    """What is asked of the official client: where the API server is, credentials, and a request sent.
+
+    A test may put its own in this place; `response` below is read as aiohttp's ClientResponse is.
+    """
+
+    @property
+    def configuration(self) -> Any: ...
+
+    async def update_params_for_auth(
+        self,
+        headers: dict[str, str],
+        queries: list[Any],
+        auth_settings: list[str],
+        resource_path: str,
+        method: str,
+        body: Any,
+        /,
+    ) -> None:
+        """Put the credentials into the headers."""
+
+    async def call_api(
+        self, method: str, url: str, header_params: dict[str, str], body: Any, /, *, _request_timeout: Any
+    ) -> Any:
+        """Send a request, and return an object with its `response`."""
 
 
 class ApiError(Exception):
@@ -102,7 +128,7 @@ class Api:
             metrics.
     """
 
-    def __init__(self, client: ApiClient, on_call: OnCall = lambda verb, resource, status: None):
+    def __init__(self, client: Client, on_call: OnCall = lambda verb, resource, status: None):
         self._client = client
         self._on_call = on_call
         self._slots = asyncio.Semaphore(MAX_CALLS)
@@ -122,8 +148,9 @@ class Api:
     async def apply(self, path: str, body: Json, *, is_dry_run: bool = False) -> Json:
         """Apply server-side, with force: fields that we own get our values, and those of others stay.
 
-        With `metadata.uid` in the body, an object that has been replaced since is a Conflict; with a
-        `metadata.resourceVersion` of 1, which no object has, every object that exists is a Conflict.
+        With `metadata.uid` in the body, an object that has been replaced since is refused: Invalid where
+        another has its name, a Conflict where none has. With a `metadata.resourceVersion` of 1, which no
+        object has, every object that exists is a Conflict.
         """
         query = {"fieldManager": FIELD_MANAGER, "force": "true"} | ({"dryRun": "All"} if is_dry_run else {})
         return await self._call("PATCH", path, query, body, "application/apply-patch+yaml")

@@ -1,0 +1,184 @@
+"""Server-side apply: who set which field, and what an object is once one of them has applied. Pure.
+
+Enough for the objects that the operator renders: a list whose kind of merge is not in the tables is an error.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+Json = dict[str, Any]
+Path = tuple[object, ...]
+"""Names of fields; an entry of a list that is merged by keys is a tuple of their values."""
+Manager = tuple[str, str]
+"""Name and operation, Apply or Update: the same client is two managers if it does both."""
+Owners = dict[Manager, frozenset[Path]]
+
+KEYS: Mapping[tuple[str, str], tuple[str, ...]] = {
+    ("metadata", "ownerReferences"): ("uid",),
+    ("spec", "containers"): ("name",),
+    ("spec", "initContainers"): ("name",),
+    ("spec", "volumes"): ("name",),
+    ("spec", "imagePullSecrets"): ("name",),
+    ("spec", "ports"): ("port", "protocol"),
+    ("containers", "env"): ("name",),
+    ("containers", "ports"): ("containerPort", "protocol"),
+    ("containers", "volumeMounts"): ("mountPath",),
+}
+"""Lists that are merged, by the field that they are in: their entries are known by these fields."""
+KEY_DEFAULTS = {"protocol": "TCP"}
+ATOMIC = {
+    *("accessModes", "envFrom", "from", "ingress", "items", "onPodConditions", "rules", "subjects"),
+    *("preferredDuringSchedulingIgnoredDuringExecution", "tolerations", "volumeClaimTemplates"),
+}
+"""Lists of maps that are replaced as a whole, as all lists of numbers and strings are taken to be."""
+SERVERS_OWN = {
+    ("apiVersion",),
+    ("kind",),
+    *(("metadata", name) for name in ("name", "namespace", "uid", "resourceVersion", "generation")),
+    *(("metadata", name) for name in ("creationTimestamp", "deletionTimestamp", "managedFields")),
+}
+"""Fields that nobody owns."""
+
+
+class LackingError(NotImplementedError):
+    """The API server in memory does not know how Kubernetes does this: it is to be taught, or left alone."""
+
+
+def applied(live: Json, owners: Owners, wanted: Json, name: str) -> tuple[Json, Owners]:
+    """Return an object once a manager has applied `wanted` by force, and who owns what then.
+
+    What the manager applied before and leaves out now goes, unless somebody else owns it too.
+    """
+    manager = (name, "Apply")
+    fields = frozenset(paths_of(wanted))
+    others = {each: held for each, held in owners.items() if each != manager}
+    kept = frozenset().union(*others.values())
+    result = live
+    for path in sorted(owners.get(manager, frozenset()) - fields, key=len):  # entries before what is in them
+        if not any(other[: len(path)] == path for other in kept):
+            result = _without(result, path)
+    result = _merged(result, wanted)
+    taken = {path for path in fields if not _is_entry(path) and _at(live, path) != _at(result, path)}
+    after = {each: held - taken for each, held in others.items()}
+    return result, {each: held for each, held in (after | {manager: fields}).items() if held}
+
+
+def updated(live: Json, owners: Owners, result: Json, name: str) -> Owners:
+    """Return who owns what once a manager has changed an object without applying: what it has changed."""
+    before, after = frozenset(paths_of(live)), frozenset(paths_of(result))
+    changed = {
+        path for path in after & before if not _is_entry(path) and _at(live, path) != _at(result, path)
+    }
+    changed |= after - before
+    gone = before - after
+    found = {each: held - changed - gone for each, held in owners.items()}
+    manager = (name, "Update")
+    found[manager] = found.get(manager, frozenset()) | changed
+    return {each: held for each, held in found.items() if held}
+
+
+def merge_patched(target: Any, patch: Any) -> Any:
+    """Return a document with a JSON merge patch applied (RFC 7386)."""
+    if not isinstance(patch, dict):
+        return patch
+    result = dict(target) if isinstance(target, dict) else {}
+    for name, value in patch.items():
+        if value is None:
+            result.pop(name, None)
+        else:
+            result[name] = merge_patched(result.get(name), value)
+    return result
+
+
+def paths_of(value: Any, path: Path = ()) -> Iterator[Path]:
+    """Yield the path of every leaf that somebody may own, and of every entry of a merged list."""
+    if path in SERVERS_OWN:
+        return
+    if isinstance(value, dict) and value:
+        for name, below in value.items():
+            yield from paths_of(below, (*path, name))
+    elif isinstance(value, list) and (keys := _keys(path, value)):
+        for entry in value:
+            place = (*path, _key(entry, keys))
+            yield place
+            yield from paths_of(entry, place)
+    elif path:
+        yield path
+
+
+def _keys(path: Path, value: Iterable[Any]) -> tuple[str, ...]:
+    """Return what the entries of a list are known by; empty for a list that is one value.
+
+    Raises:
+        LackingError: of a list that is in neither table.
+    """
+    names = [each for each in path if isinstance(each, str)]
+    name, parent = names[-1], names[-2] if len(names) > 1 else ""
+    if keys := KEYS.get((parent, name)):
+        return keys
+    is_plain = not any(isinstance(each, dict) for each in value)
+    if is_plain or name in ATOMIC or (parent, name) == ("ingress", "ports"):
+        return ()
+    raise LackingError(
+        f"list {'.'.join(names)}: whether it is merged, and by which keys, is not in KEYS or ATOMIC"
+    )
+
+
+def _key(entry: Json, keys: tuple[str, ...]) -> tuple[object, ...]:
+    return tuple(entry.get(each, KEY_DEFAULTS.get(each)) for each in keys)
+
+
+def _is_entry(path: Path) -> bool:
+    """Whether a path is that of an entry of a list, which several may own, whatever stands in it."""
+    return isinstance(path[-1], tuple)
+
+
+def _merged(under: Any, over: Any, path: Path = ()) -> Any:
+    if isinstance(under, dict) and isinstance(over, dict):
+        result = dict(under)
+        for name, value in over.items():
+            place = (*path, name)
+            result[name] = _merged(result[name], value, place) if name in result else value
+        return result
+    if isinstance(under, list) and isinstance(over, list) and (keys := _keys(path, over)):
+        entries = {_key(each, keys): each for each in under}
+        for each in over:
+            key = _key(each, keys)
+            entries[key] = _merged(entries.get(key, {}), each, path)
+        return list(entries.values())
+    return over
+
+
+def _at(value: Any, path: Path) -> Any:
+    """Return what stands at a path; None for nothing."""
+    for number, step in enumerate(path):
+        if isinstance(value, dict):
+            value = value.get(step)
+        elif isinstance(value, list) and isinstance(step, tuple):
+            keys = _keys(path[:number], value)
+            value = next((each for each in value if _key(each, keys) == step), None)
+        else:
+            return None
+    return value
+
+
+def _without(value: Any, path: Path, done: Path = ()) -> Any:
+    """Return a document without what stands at a path, and without the maps and lists that this empties."""
+    step, rest = path[0], path[1:]
+    if isinstance(value, list) and isinstance(step, tuple):
+        keys = _keys(done, value)
+        entries = []
+        for each in value:
+            if _key(each, keys) != step:
+                entries.append(each)
+            elif rest:
+                entries.append(_without(each, rest, (*done, step)))
+        return entries
+    if not isinstance(value, dict) or step not in value:
+        return value
+    result = dict(value)
+    if rest:
+        result[step] = _without(result[step], rest, (*done, step))
+    if not rest or result[step] in ({}, []):
+        del result[step]
+    return result
