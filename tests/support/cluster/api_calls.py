@@ -1,10 +1,10 @@
 """What a call of the API in memory is about, what its answer says, and what a watch tells. Pure."""
 
-import copy
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+
+import msgspec
 
 from asyncrl_operator.resources import Json, Resource
 from support.cluster.field_managers import LackingError
@@ -100,7 +100,7 @@ def event_of(change: Change, target: Target, matches: Callable[[Json], bool]) ->
     if not (was_in or is_in):
         return None
     kind = "MODIFIED" if was_in and is_in else "ADDED" if is_in else "DELETED"
-    return {"type": kind, "object": copy.deepcopy(change.after or change.before)}
+    return {"type": kind, "object": copied(change.after or change.before)}
 
 
 def selection(query: dict[str, str]) -> Callable[[Json], bool]:
@@ -141,12 +141,17 @@ def stored_by(schema: Json, value: Any) -> Any:
     for name, inner in properties.items():
         given = value.get(name)
         if given is None and "default" in inner:
-            given = copy.deepcopy(inner["default"])
+            given = copied(inner["default"])
         if given is not None:
             result[name] = stored_by(inner, given)
     return result
 
 
-def encoded(body: Json) -> bytes:
+def copied(body: Any) -> Any:
+    """Return an object of its own with the same in it, as one that has been sent and read."""
+    return msgspec.json.decode(encoded(body))
+
+
+def encoded(body: Any) -> bytes:
     """Return an answer, or an event, as it is sent."""
-    return json.dumps(body).encode()
+    return msgspec.json.encode(body)

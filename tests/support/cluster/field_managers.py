@@ -31,13 +31,12 @@ ATOMIC = {
     *("preferredDuringSchedulingIgnoredDuringExecution", "tolerations", "volumeClaimTemplates"),
 }
 """Lists of maps that are replaced as a whole, as all lists of numbers and strings are taken to be."""
-SERVERS_OWN = {
-    ("apiVersion",),
-    ("kind",),
+NOT_OWNED = {
+    *(("apiVersion",), ("kind",), ("status",)),
     *(("metadata", name) for name in ("name", "namespace", "uid", "resourceVersion", "generation")),
     *(("metadata", name) for name in ("creationTimestamp", "deletionTimestamp", "managedFields")),
 }
-"""Fields that nobody owns."""
+"""Fields that are the server's; and the status, which nobody applies here."""
 
 
 class LackingError(NotImplementedError):
@@ -92,7 +91,7 @@ def merge_patched(target: Any, patch: Any) -> Any:
 
 def paths_of(value: Any, path: Path = ()) -> Iterator[Path]:
     """Yield the path of every leaf that somebody may own, and of every entry of a merged list."""
-    if path in SERVERS_OWN:
+    if path in NOT_OWNED:
         return
     if isinstance(value, dict) and value:
         for name, below in value.items():

@@ -1,6 +1,5 @@
 """What stands below `Api` in a test: a client that asks the API server in memory, and can fail on the way."""
 
-import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 import aiohttp
 
-from support.cluster.api_calls import Request, encoded
+from support.cluster.api_calls import RefusalError, Request, copied, encoded
 from support.cluster.memory_api_server import MemoryApiServer
 
 HOST = "https://api.memory"
@@ -36,6 +35,10 @@ class MemoryResponse:
         self.headers: Mapping[str, str] = {}
         self._body = body
         self.content = content
+
+    @classmethod
+    def of(cls, refusal: RefusalError) -> "MemoryResponse":
+        return cls(refusal.status, encoded(refusal.body))
 
     async def read(self) -> bytes:
         return self._body
@@ -89,7 +92,7 @@ class MemoryApiClient:
         """
         parts = urlsplit(url)
         query = dict(parse_qsl(parts.query, keep_blank_values=True))
-        sent = None if body is None else json.loads(json.dumps(body))
+        sent = None if body is None else copied(body)
         request = Request(verb, parts.path, query, sent, headers["Content-Type"])
         return Answer(await self._on_the_way(request, self._send))
 

@@ -8,7 +8,6 @@ asks may do anything (RBAC is for tests/cluster).
 """
 
 import asyncio
-import copy
 import uuid
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
@@ -39,6 +38,7 @@ from support.cluster.api_calls import (
     Request,
     Target,
     conflict,
+    copied,
     event_of,
     invalid,
     is_within,
@@ -80,7 +80,7 @@ class MemoryApiServer:
     """
 
     def __init__(self, crd: Json, clock: Callable[[], float]) -> None:
-        self.crd = copy.deepcopy(crd)
+        self.crd = copied(crd)
         self.lacked: list[LackingError] = []
         """What was asked for and is not there."""
         self._clock = clock
@@ -100,16 +100,21 @@ class MemoryApiServer:
             self.lacked.append(error)
             raise
 
+    @property
+    def version(self) -> int:
+        """Of the last change."""
+        return self._version
+
     def all(self, resource: Resource) -> list[Json]:
         """Return copies of all objects of a kind, in the order of their names."""
         found = sorted(place for place in self._objects if place[0] == resource.plural)
-        return [copy.deepcopy(self._objects[place].body) for place in found]
+        return [copied(self._objects[place].body) for place in found]
 
     def store(self, resource: Resource, body: Json) -> None:
         """Put an object as it is over the one of its name, as one that an earlier version has written."""
         place = (resource.plural, body["metadata"].get("namespace", ""), body["metadata"]["name"])
         owners = self._objects[place].owners if place in self._objects else {}
-        self._commit(resource, place, Stored(copy.deepcopy(body), owners))
+        self._commit(resource, place, Stored(copied(body), owners))
 
     def forget(self) -> None:
         """Drop what has happened so far, as etcd does in time: watches and pages from then are expired."""
@@ -160,7 +165,8 @@ class MemoryApiServer:
         ends_at = now() + float(request.query["timeoutSeconds"])
         while True:
             try:
-                change = await asyncio.wait_for(queue.get(), min(BOOKMARK_SECONDS, ends_at - now()))
+                async with asyncio.timeout(min(BOOKMARK_SECONDS, ends_at - now())):
+                    change = await queue.get()
             except TimeoutError:
                 if request.query.get("allowWatchBookmarks") == "true":
                     yield None
@@ -180,13 +186,13 @@ class MemoryApiServer:
     def _answer(self, request: Request) -> tuple[int, Json]:
         if request.path == OPENAPI_PATH and request.verb == "GET":
             schema = self._version_of_crd()["schema"]["openAPIV3Schema"]
-            return 200, {"components": {"schemas": {SCHEMA: copy.deepcopy(schema)}}}
+            return 200, {"components": {"schemas": {SCHEMA: copied(schema)}}}
         target = self._target(request.path)
         if request.query.get("dryRun") and request.content_type != "application/apply-patch+yaml":
             raise LackingError(f"dryRun of {request.verb} {request.content_type}")
         match request.verb, request.content_type, bool(target.name):
             case "GET", _, True:
-                return 200, copy.deepcopy(self._find(target).body)
+                return 200, copied(self._find(target).body)
             case "GET", _, False:
                 return 200, self._page(request, target)
             case "POST", _, False:
@@ -260,7 +266,7 @@ class MemoryApiServer:
             finalizers.append(FOREGROUND)
         grace = self._grace(target.resource, live.body, options)
         if target.resource is NAMESPACES or finalizers or grace:
-            body = copy.deepcopy(live.body)
+            body = copied(live.body)
             if finalizers:
                 body["metadata"]["finalizers"] = finalizers
             body["metadata"].setdefault("deletionTimestamp", to_text(self._clock() + grace))
@@ -285,7 +291,7 @@ class MemoryApiServer:
     def _make(self, target: Target, made: Stored, *, is_dry_run: bool) -> Json:
         self._check_namespace(target)
         self._check_quota(target)
-        body = copy.deepcopy(made.body)
+        body = copied(made.body)
         if target.resource in WITH_STATUS and target.resource not in (NODES, QUOTAS):
             body.pop("status", None)
         metadata = body["metadata"]
@@ -312,11 +318,11 @@ class MemoryApiServer:
             raise conflict(target, what)
         if target.subresource != "status" and (uid := given.get("uid", old["uid"])) != old["uid"]:
             raise invalid(target, f'metadata.uid: Invalid value: "{uid}": field is immutable')
-        body = copy.deepcopy(changed.body if target.subresource != "status" else live.body)
+        body = copied(changed.body if target.subresource != "status" else live.body)
         status = (live if target.subresource != "status" else changed).body.get("status")
         if target.resource in WITH_STATUS:
             body.pop("status", None)
-            body |= {"status": copy.deepcopy(status)} if status is not None else {}
+            body |= {"status": copied(status)} if status is not None else {}
         fixed = ("uid", "resourceVersion", "generation", "creationTimestamp", "deletionTimestamp")
         body["metadata"] = {k: v for k, v in body["metadata"].items() if k not in fixed}
         body["metadata"] |= {k: old[k] for k in (*fixed, "name", "namespace") if k in old}
@@ -324,7 +330,7 @@ class MemoryApiServer:
         if "generation" in old and body.get("spec") != live.body.get("spec"):
             body["metadata"]["generation"] = old["generation"] + 1
         if is_dry_run or (body, changed.owners) == (live.body, live.owners):
-            return copy.deepcopy(body)
+            return copied(body)
         if "deletionTimestamp" in old and not body["metadata"].get("finalizers"):
             return self._commit(target.resource, target.place, None)
         return self._commit(target.resource, target.place, Stored(body, changed.owners))
@@ -336,7 +342,7 @@ class MemoryApiServer:
         if stored is None:
             assert before is not None
             del self._objects[place]
-            last = copy.deepcopy(before)
+            last = copied(before)
         else:
             last = stored.body
             self._objects[place] = stored
@@ -346,7 +352,7 @@ class MemoryApiServer:
         self._changes.append(change)
         for queue in self._watches:
             queue.put_nowait(change)
-        return copy.deepcopy(last)
+        return copied(last)
 
     # -- rules
 
