@@ -4,6 +4,7 @@ Everything but kopf is the product's; time is virtual. What a real control plane
 """
 
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -53,8 +54,8 @@ def replicas(world: World) -> int:
     return int(world.get(STATEFUL_SETS, ROLLOUT)["spec"]["replicas"])
 
 
-def labels(world: World, resource: Resource, name: str) -> Json:
-    return dict(world.get(resource, name).get("metadata", {}).get("labels", {}))
+def has_label(world: World, resource: Resource, name: str, label: str) -> bool:
+    return label in world.get(resource, name).get("metadata", {}).get("labels", {})
 
 
 # -- what a user does
@@ -197,7 +198,7 @@ def test_a_child_that_is_deleted_or_edited_comes_back_as_it_was() -> None:
         world.edit(STATEFUL_SETS, ROLLOUT, {"spec": {"replicas": 5}})
         await world.until(lambda: replicas(world) == 2)
         world.edit(CONFIG_MAPS, f"{NAME}-live", {"metadata": {"labels": {JOB_LABEL: None}}})
-        await world.until(lambda: JOB_LABEL in labels(world, CONFIG_MAPS, f"{NAME}-live"))
+        await world.until(lambda: has_label(world, CONFIG_MAPS, f"{NAME}-live", JOB_LABEL))
         await world.until_quiet()
         assert world.events()["ChildRecreated"] == 1 and world.events()["DriftCorrected"] >= 2
         assert world.is_up and world.names(JOBS) == [f"{NAME}-trainer-1"], "nothing was restarted for it"
@@ -211,7 +212,7 @@ def test_a_child_that_has_lost_the_label_it_is_watched_by_is_found_by_its_name()
         for resource, name in ((SERVICES, ROLLOUT), (CONFIG_MAPS, f"{NAME}-config-1")):
             uid = world.get(resource, name)["metadata"]["uid"]
             world.edit(resource, name, {"metadata": {"labels": {JOB_UID_LABEL: None}}})
-            await world.until(lambda r=resource, n=name: JOB_UID_LABEL in labels(world, r, n))
+            await world.until(partial(has_label, world, resource, name, JOB_UID_LABEL))
             assert world.get(resource, name)["metadata"]["uid"] == uid, "it is the same"
 
     in_world(scenario)
@@ -253,7 +254,7 @@ def test_an_object_that_is_replaced_under_a_pass_is_no_matter_of_the_spec() -> N
 
         world.on_the_way = on_the_way
         world.edit(SERVICES, ROLLOUT, {"spec": {"ports": []}})
-        await world.until(lambda: replaced and JOB_UID_LABEL in labels(world, SERVICES, ROLLOUT))
+        await world.until(lambda: replaced and has_label(world, SERVICES, ROLLOUT, JOB_UID_LABEL))
         assert "InvalidSpec" not in world.events()
 
     in_world(scenario)

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
 from asyncrl_operator.resources import Json, Resource
 from support.cluster.field_managers import LackingError
 
+T = TypeVar("T")
 Place = tuple[str, str, str]
 """Plural, namespace, name."""
 
@@ -147,9 +148,10 @@ def stored_by(schema: Json, value: Any) -> Any:
     return result
 
 
-def copied(body: Any) -> Any:
+def copied(body: T) -> T:
     """Return an object of its own with the same in it, as one that has been sent and read."""
-    return msgspec.json.decode(encoded(body))
+    copy: T = msgspec.json.decode(encoded(body))
+    return copy
 
 
 def encoded(body: Any) -> bytes:

@@ -49,7 +49,7 @@ def applied(live: Json, owners: Owners, wanted: Json, name: str) -> tuple[Json, 
     What the manager applied before and leaves out now goes, unless somebody else owns it too.
     """
     manager = (name, "Apply")
-    fields = frozenset(paths_of(wanted))
+    fields = frozenset(leaves_of(wanted))
     others = {each: held for each, held in owners.items() if each != manager}
     kept = frozenset().union(*others.values())
     result = live
@@ -57,23 +57,26 @@ def applied(live: Json, owners: Owners, wanted: Json, name: str) -> tuple[Json, 
         if not any(other[: len(path)] == path for other in kept):
             result = _without(result, path)
     result = _merged(result, wanted)
-    taken = {path for path in fields if not _is_entry(path) and _at(live, path) != _at(result, path)}
+    taken = fields & _differences(leaves_of(live), leaves_of(result))
     after = {each: held - taken for each, held in others.items()}
     return result, {each: held for each, held in (after | {manager: fields}).items() if held}
 
 
 def updated(live: Json, owners: Owners, result: Json, name: str) -> Owners:
     """Return who owns what once a manager has changed an object without applying: what it has changed."""
-    before, after = frozenset(paths_of(live)), frozenset(paths_of(result))
-    changed = {
-        path for path in after & before if not _is_entry(path) and _at(live, path) != _at(result, path)
-    }
-    changed |= after - before
-    gone = before - after
-    found = {each: held - changed - gone for each, held in owners.items()}
+    before, after = leaves_of(live), leaves_of(result)
+    changed = (after.keys() - before.keys()) | _differences(before, after)
+    found = {each: held - changed - (before.keys() - after.keys()) for each, held in owners.items()}
     manager = (name, "Update")
     found[manager] = found.get(manager, frozenset()) | changed
     return {each: held for each, held in found.items() if held}
+
+
+def _differences(before: Mapping[Path, Any], after: Mapping[Path, Any]) -> set[Path]:
+    """Return the leaves that have another value; entries of a list several may own, whatever is in them."""
+    return {path for path, value in after.items() if path not in before or value != before[path]} - {
+        path for path in after if isinstance(path[-1], tuple)
+    }
 
 
 def merge_patched(target: Any, patch: Any) -> Any:
@@ -89,20 +92,24 @@ def merge_patched(target: Any, patch: Any) -> Any:
     return result
 
 
-def paths_of(value: Any, path: Path = ()) -> Iterator[Path]:
-    """Yield the path of every leaf that somebody may own, and of every entry of a merged list."""
+def leaves_of(value: Any) -> dict[Path, Any]:
+    """Return the value of every leaf that somebody may own, and None for every entry of a merged list."""
+    return dict(_leaves(value, ()))
+
+
+def _leaves(value: Any, path: Path) -> Iterator[tuple[Path, Any]]:
     if path in NOT_OWNED:
         return
     if isinstance(value, dict) and value:
         for name, below in value.items():
-            yield from paths_of(below, (*path, name))
+            yield from _leaves(below, (*path, name))
     elif isinstance(value, list) and (keys := _keys(path, value)):
         for entry in value:
             place = (*path, _key(entry, keys))
-            yield place
-            yield from paths_of(entry, place)
+            yield place, None
+            yield from _leaves(entry, place)
     elif path:
-        yield path
+        yield path, value
 
 
 def _keys(path: Path, value: Iterable[Any]) -> tuple[str, ...]:
@@ -127,11 +134,6 @@ def _key(entry: Json, keys: tuple[str, ...]) -> tuple[object, ...]:
     return tuple(entry.get(each, KEY_DEFAULTS.get(each)) for each in keys)
 
 
-def _is_entry(path: Path) -> bool:
-    """Whether a path is that of an entry of a list, which several may own, whatever stands in it."""
-    return isinstance(path[-1], tuple)
-
-
 def _merged(under: Any, over: Any, path: Path = ()) -> Any:
     if isinstance(under, dict) and isinstance(over, dict):
         result = dict(under)
@@ -146,19 +148,6 @@ def _merged(under: Any, over: Any, path: Path = ()) -> Any:
             entries[key] = _merged(entries.get(key, {}), each, path)
         return list(entries.values())
     return over
-
-
-def _at(value: Any, path: Path) -> Any:
-    """Return what stands at a path; None for nothing."""
-    for number, step in enumerate(path):
-        if isinstance(value, dict):
-            value = value.get(step)
-        elif isinstance(value, list) and isinstance(step, tuple):
-            keys = _keys(path[:number], value)
-            value = next((each for each in value if _key(each, keys) == step), None)
-        else:
-            return None
-    return value
 
 
 def _without(value: Any, path: Path, done: Path = ()) -> Any:

@@ -11,6 +11,7 @@ import asyncio
 import uuid
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from itertools import count
 from typing import Final
 
 from asyncrl_api.parsing import SpecError, parse_spec
@@ -87,6 +88,7 @@ class MemoryApiServer:
         self._objects: dict[Place, Stored] = {}
         self._changes: list[Change] = []
         self._version = self._forgotten = FIRST_VERSION
+        self._uids = count(1)
         self._pages: dict[str, tuple[str, list[Json]]] = {}
         self._watches: list[asyncio.Queue[Change | None]] = []
 
@@ -147,10 +149,10 @@ class MemoryApiServer:
                 queue.put_nowait(change)
         self._watches.append(queue)
         try:
-            async for change in self._told(request, queue):
-                if change is None:
+            async for told in self._told(request, queue):
+                if told is None:
                     yield {"type": "BOOKMARK", "object": self._bookmark(target.resource)}
-                elif event := event_of(change, target, matches):
+                elif event := event_of(told, target, matches):
                     yield event
         finally:
             self._watches.remove(queue)
@@ -231,12 +233,15 @@ class MemoryApiServer:
         target = Target(target.resource, target.namespace, name, "")
         if target.place in self._objects:
             raise RefusalError(409, "AlreadyExists", f"{target.quoted} already exists")
-        owners = updated({}, {}, body, request.query.get("fieldManager", "unknown"))
+        owners: Owners = {}
+        if target.resource in CHILDREN:
+            owners = updated({}, {}, body, request.query.get("fieldManager", "unknown"))
         return self._make(target, Stored(body, owners), is_dry_run=False)
 
     def _apply(self, request: Request, target: Target) -> tuple[int, Json]:
-        if request.query.get("force") != "true" or target.subresource:
-            raise LackingError("an apply without force, or of a subresource")
+        is_known = target.resource in CHILDREN and not target.subresource
+        if request.query.get("force") != "true" or not is_known:
+            raise LackingError("an apply without force, of a subresource, or of what is no child of a job")
         is_dry_run = request.query.get("dryRun") == "All"
         wanted, name = request.body or {}, request.query["fieldManager"]
         live = self._objects.get(target.place)
@@ -252,7 +257,9 @@ class MemoryApiServer:
     def _merge(self, request: Request, target: Target) -> Json:
         live, patch = self._find(target), request.body or {}
         body = merge_patched(live.body, patch)
-        owners = updated(live.body, live.owners, body, request.query.get("fieldManager", "unknown"))
+        owners = live.owners
+        if target.resource in CHILDREN and not target.subresource:
+            owners = updated(live.body, owners, body, request.query.get("fieldManager", "unknown"))
         return self._change(target, live, Stored(body, owners), patch, is_dry_run=False)
 
     def _delete(self, request: Request, target: Target) -> Json:
@@ -296,7 +303,10 @@ class MemoryApiServer:
             body.pop("status", None)
         metadata = body["metadata"]
         metadata.pop("resourceVersion", None)
-        metadata |= {"uid": str(uuid.uuid4()), "creationTimestamp": to_text(self._clock())}
+        metadata |= {
+            "uid": str(uuid.UUID(int=next(self._uids), version=4)),
+            "creationTimestamp": to_text(self._clock()),
+        }
         metadata["name"] = target.name
         if target.namespace:
             metadata["namespace"] = target.namespace

@@ -5,6 +5,7 @@ that lists and watches AsyncRLJobs stands for kopf.
 """
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -23,7 +24,16 @@ from asyncrl_operator.obstacles import Obstacles
 from asyncrl_operator.passes import Passes
 from asyncrl_operator.reconcile import Reconciler
 from asyncrl_operator.render.manifests import Defaults
-from asyncrl_operator.resources import ASYNCRL_JOBS, CONFIG_MAPS, EVENTS, PODS, Json, Resource
+from asyncrl_operator.resources import (
+    ASYNCRL_JOBS,
+    CHILDREN,
+    CONFIG_MAPS,
+    EVENTS,
+    PODS,
+    SECRETS,
+    Json,
+    Resource,
+)
 from asyncrl_operator.telemetry import Telemetry
 from asyncrl_operator.workqueue import WorkQueue
 from support.cluster.api_calls import Request
@@ -73,6 +83,8 @@ class World:
         """What becomes of the operator's calls."""
         self.writes: list[str] = []
         """All calls of the operator that change something: verb and path, and status of the answer."""
+        self.num_lists = 0
+        """Pages that the operator has asked for."""
         self.server = MemoryApiServer(CRD, self.now)
         self.server.store(NAMESPACES, {"metadata": {"name": NAMESPACE, "uid": "n1"}})
         self.controllers = Controllers(self.server, self.now)
@@ -118,6 +130,7 @@ class World:
 
     async def _call(self, request: Request, send: Send) -> MemoryResponse:
         await asyncio.sleep(0)  # others go on meanwhile
+        self.num_lists += "limit" in request.query
         response = await self.on_the_way(request, send)
         if request.verb != "GET":
             self.writes.append(f"{request.verb} {request.path} {response.status}")
@@ -231,6 +244,19 @@ class World:
     @property
     def is_up(self) -> bool:
         return self.groups() == {"messaging": "1/1", "trainer": "1/1", "rollout": "2/2"}
+
+    def outcome(self) -> Json:
+        """Return what the job has come to; pods of a Job without what it makes up."""
+        attempt = self.status()["attempt"]
+        return {
+            "children": {kind.plural: self.names(kind) for kind in (*CHILDREN, SECRETS)},
+            "attempt": {name: attempt[name] for name in ("number", "restarts", "disruptions")},
+            "phase": self.status()["phase"],
+            "groups": self.groups(),
+            "pods that were ever started": sorted(
+                re.sub(r"(-trainer-\d+-\d+)-\d+$", r"\1", name) for name in self.controllers.made
+            ),
+        }
 
     def pods(self) -> Iterator[str]:
         """Yield the names of all pods."""
