@@ -18,6 +18,7 @@ from asyncrl_operator.compare import first_difference, merge_patch
         ({"data": {}}, {}, ""),
         ({"a": {"b": 1}}, {"a": 1}, ".a"),
         ({"args": ["a", "b"]}, {"args": ["a"]}, ".args"),
+        ({"args": ["a"]}, {"args": ["a", "b"]}, ".args"),
         ({"args": ["a"]}, {"args": ["b"]}, ".args[]"),
         ({"ports": [{"port": 1}]}, {"ports": [{"port": 1, "protocol": "TCP"}]}, ""),
         ({"ports": [{"port": 1}]}, {"ports": [{"port": 2, "protocol": "TCP"}]}, ".ports[].port"),

@@ -112,6 +112,17 @@ def overlaid(**template: Any) -> list[dict[str, Any]]:
         ({"spec": {"restartPolicy": "Never"}}, "spec.restartPolicy"),
         ({"metadata": {"labels": {"asyncrl.dev/job": "other"}}}, "metadata.labels.asyncrl.dev/job"),
         ({"metadata": {"labels": {"kueue.x-k8s.io/queue-name": "q"}}}, "kueue.x-k8s.io/queue-name"),
+        ({"metadata": {"labels": {"app.kubernetes.io/name": "q"}}}, "app.kubernetes.io/name"),
+        ({"metadata": {"annotations": {"asyncrl.dev/gpus": "0"}}}, "metadata.annotations.asyncrl.dev/gpus"),
+        ({"metadata": {"name": "other"}}, "metadata.name"),
+        ({"metadata": {"namespace": "other"}}, "metadata.namespace"),
+        ({"spec": {"subdomain": "other"}}, "spec.subdomain"),
+        ({"spec": {"hostname": "other"}}, "spec.hostname"),
+        ({"spec": {"setHostnameAsFQDN": True}}, "spec.setHostnameAsFQDN"),
+        ({"spec": {"terminationGracePeriodSeconds": 1}}, "spec.terminationGracePeriodSeconds"),
+        ({"spec": {"serviceAccountName": "other"}}, "spec.serviceAccountName"),
+        ({"spec": {"automountServiceAccountToken": True}}, "spec.automountServiceAccountToken"),
+        ({"spec": {"containers": [{"name": "engine", "args": ["x"]}]}}, "spec.containers[engine].args"),
     ],
 )
 def test_what_is_the_operators_cannot_be_overlaid(template: dict[str, Any], path: str) -> None:

@@ -72,6 +72,17 @@ def test_a_trainer_that_fails_is_restarted_from_its_checkpoint(code: int, reason
     assert "gsm8k-trainer-1" in cluster.jobs, "the failed Job stays for its logs"
 
 
+@pytest.mark.parametrize("code", [137, 143])
+def test_a_trainer_that_a_signal_has_ended_was_disrupted_and_costs_no_restart(code: int) -> None:
+    cluster = running(failurePolicy={"trainer": {"maxRestarts": 0}})
+    cluster.trainer_exits(code)
+    cluster.run_until_still()
+    attempt = cluster.status.attempt
+    assert cluster.phase == "Running" and attempt is not None and attempt.number == 2
+    assert (attempt.restarts, attempt.disruptions, attempt.last_reason) == (0, 1, "Killed")
+    assert "Disrupted" in reasons(cluster)
+
+
 def test_a_job_whose_pod_has_failed_is_left_to_fail_by_itself() -> None:
     """The news of the pod come first; a Job deleted then would take its logs with it."""
     for max_restarts in (0, 3):
@@ -225,6 +236,27 @@ def test_budget_down_takes_engines_first_then_the_trainer() -> None:
     cluster.run_until_still()
     assert cluster.held == 2 and cluster.status.attempt.number == 2
     assert cluster.status.attempt.restarts == 0
+
+
+def test_a_larger_trainer_waits_until_the_engines_have_given_back_the_last_gpu() -> None:
+    def budget(trainer: int) -> dict[str, Any]:
+        return {"total": 8, "mode": "Manual", "split": {"trainer": trainer, "rollout": 8 - trainer}}
+
+    cluster, last = running(gpuBudget=budget(2)), "gsm8k-rollout-5"
+    for name, pod in cluster.pods.items():
+        cluster.pods[name] = replace(pod, node="n3" if name == last else "n0")
+    cluster.node_dies("n3")  # and never confirms that its engine is gone
+    cluster.edit(gpuBudget=budget(3))
+    for _ in range(6):
+        cluster.pass_once()
+        cluster.settle()
+        assert cluster.claimed <= 8
+    attempt = cluster.status.attempt
+    assert attempt is not None and (attempt.number, cluster.phase) == (1, "Resizing")
+    del cluster.pods[last]
+    cluster.run_until_still()
+    attempt = cluster.status.attempt
+    assert attempt is not None and (attempt.number, attempt.gpus, cluster.held) == (2, 3, 8)
 
 
 def test_a_starved_trainer_gives_gpus_to_rollout_after_half_a_cooldown() -> None:
@@ -404,6 +436,19 @@ def test_too_few_engines_for_too_long_fail_the_job_unless_told_to_go_on() -> Non
         cluster.now += 31
         cluster.run_until_still()
         assert cluster.phase == expected
+
+
+@pytest.mark.parametrize(("ready", "degraded"), [(3, "False/AsExpected"), (2, "True/RolloutBelowMinimum")])
+def test_as_many_engines_as_the_minimum_are_enough(ready: int, degraded: str) -> None:
+    """Half of six; their time to become ready has not passed."""
+    cluster = running(failurePolicy={"rollout": {"minAvailablePercent": 50}})
+    for index in range(ready, 6):
+        name = f"gsm8k-rollout-{index}"
+        cluster.pods[name] = replace(cluster.pods[name], is_ready=False)
+    cluster.pass_once()
+    assert cluster.condition("Degraded") == degraded
+    clocks = cluster.status.clocks
+    assert (clocks is not None and clocks.below_minimum_since is not None) == (ready < 3)
 
 
 def test_a_silent_trainer_is_told_of_and_restarted_where_that_is_asked_for() -> None:
