@@ -1,5 +1,6 @@
-"""What an executor takes for settled: only what nothing has changed while it looked."""
+"""What an executor takes for settled, and what it leaves as it was made."""
 
+from dataclasses import replace
 from typing import Any, cast
 
 from asyncrl_operator.api_server.cluster import Cluster
@@ -9,9 +10,11 @@ from asyncrl_operator.api_server.observe import Child
 from asyncrl_operator.decide.desired import Desired
 from asyncrl_operator.decide.observed import Observed
 from asyncrl_operator.executor import Executor, Target
-from asyncrl_operator.resources import CHILDREN, Resource, resource_of
+from asyncrl_operator.resources import CHILDREN, CONFIG_MAPS, JOBS, STATEFUL_SETS, Resource, resource_of
 from asyncrl_operator.workqueue import Key
+from support.cluster.whole_operator import NAME, World, running_world
 from support.manifests.rendered_jobs import DEFAULTS, job_of
+from support.virtual_time import run_virtually
 
 JOB = job_of("cpu")
 UID = JOB.metadata.uid or ""
@@ -68,3 +71,46 @@ async def test_a_child_that_goes_during_a_pass_is_made_again_by_the_next() -> No
     assert children.made == [last, first]
     await passes(executor, 1)
     assert children.made == [last, first], "nothing is left to do"
+
+
+def image_of(world: World, resource: Resource, name: str) -> str:
+    return str(world.get(resource, name)["spec"]["template"]["spec"]["containers"][0]["image"])
+
+
+def test_an_upgraded_operator_leaves_what_is_made_once_as_it_was_made() -> None:
+    """A Job cannot be changed: an apply over it would be refused for ever."""
+
+    async def play() -> None:
+        async with running_world() as world:
+            world.create_job()
+            await world.until(lambda: world.is_up)
+            await world.until_quiet()
+            config = world.get(CONFIG_MAPS, f"{NAME}-config-1")
+            assert config["immutable"]
+            world.defaults = replace(world.defaults, runtime_image="asyncrl/runtime:next")
+            await world.operator.end()
+            writes = len(world.writes)
+            await world.start()
+            await world.until_quiet()
+            assert not any("/jobs/" in write for write in world.writes[writes:])
+            assert image_of(world, JOBS, f"{NAME}-trainer-1") == "asyncrl/runtime:test"
+            assert world.get(CONFIG_MAPS, f"{NAME}-config-1") == config
+            assert image_of(world, STATEFUL_SETS, f"{NAME}-rollout") == "asyncrl/runtime:next"
+            assert world.condition("Ready") == "True/Running" and world.condition("Stalled") == "absent"
+
+    run_virtually(play())
+
+
+def test_what_is_made_once_and_edited_by_hand_is_left_alone() -> None:
+    async def play() -> None:
+        async with running_world() as world:
+            world.create_job()
+            await world.until(lambda: world.is_up)
+            await world.until_quiet()
+            writes = len(world.writes)
+            world.edit(JOBS, f"{NAME}-trainer-1", {"spec": {"activeDeadlineSeconds": 7}})
+            world.edit(JOBS, f"{NAME}-trainer-1", {"metadata": {"labels": {"app.kubernetes.io/name": "x"}}})
+            await world.until_quiet()
+            assert world.writes[writes:] == []
+
+    run_virtually(play())

@@ -83,6 +83,8 @@ class World:
         """What becomes of the operator's calls."""
         self.writes: list[str] = []
         """All calls of the operator that change something: verb and path, and status of the answer."""
+        self.defaults = DEFAULTS
+        """Of the operator that is started next."""
         self.num_lists = 0
         """Pages that the operator has asked for."""
         self.server = MemoryApiServer(CRD, self.now)
@@ -109,7 +111,7 @@ class World:
         cluster = Cluster(api, (), passes.wake, loop.time)
         reconciler = Reconciler(
             cluster,
-            Executor(cluster, DEFAULTS, lambda: "secret"),
+            Executor(cluster, self.defaults, lambda: "secret"),
             Obstacles(cluster, self.now),
             Recorder(api, self.now),
             telemetry,
