@@ -95,7 +95,8 @@ async def test_what_is_not_watched_is_not_kept() -> None:
 @pytest.mark.parametrize("immutable", [False, True])
 async def test_one_of_ours_that_has_lost_its_labels_gets_them_back(immutable: bool) -> None:
     scene = Scene()
-    wanted = scene.manifest(CONFIG_MAPS, data={"a": "1"}, **({"immutable": True} if immutable else {}))
+    fields: dict[str, Any] = {"immutable": True} if immutable else {}
+    wanted = scene.manifest(CONFIG_MAPS, data={"a": "1"}, **fields)
     older = wanted | {"data": {"a": "0"}, "metadata": {**wanted["metadata"], "labels": {}}}
     made = scene.ask("POST", CONFIG_MAPS.path("team"), older)
     assert not await scene.cluster.make(wanted, scene.uid), "it was there"

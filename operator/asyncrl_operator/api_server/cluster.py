@@ -210,7 +210,7 @@ class Cluster:
         """Apply a manifest over the object that has this UID.
 
         Raises:
-            ApiError: as for all calls; also if another object has replaced it since (422), or it is gone (409).
+            ApiError: also if another object has replaced it since (422), or it is gone (409).
         """
         resource, metadata = resource_of(manifest), manifest["metadata"]
         body = {**manifest, "metadata": {**metadata, "uid": uid}}
