@@ -43,8 +43,8 @@ class StatusType(BaseModel):
 class Condition(StatusType):
     """One fact about the job (Kubernetes API conventions)."""
 
-    type: Word = _of("Name of the fact.", ...)
-    status: Literal["True", "False", "Unknown"] = _of("Whether it holds.", ...)
+    type: Word = _of("Type of the condition, such as Ready.", ...)
+    status: Literal["True", "False", "Unknown"] = _of("Whether the condition holds.", ...)
     reason: Word = _of("Why, in one CamelCase word.", ...)
     message: Text = _of("Why, in a sentence.", "")
     last_transition_time: Time = _of("When `status` last changed.", ...)
@@ -80,8 +80,8 @@ class SplitStatus(StatusType):
     decided_by: Literal["Auto", "Manual"] = _of(
         "Who decided the split: the operator (Auto) or the user (Manual).", ...
     )
-    reason: Word = _of("Why it was decided, in one CamelCase word.", ...)
-    last_change_time: Time = _of("When it was decided.", ...)
+    reason: Word = _of("Why the split was decided so, in one CamelCase word.", ...)
+    last_change_time: Time = _of("When the split was decided.", ...)
     pressure: Literal["", "Rollout", "Trainer"] = _of(
         "The group that is short of GPUs, by the last report; empty: neither.", ""
     )
@@ -124,8 +124,8 @@ class ProgressStatus(StatusType):
 class StalenessStatus(StatusType):
     """Age of the tokens that were trained last, in whole policy versions."""
 
-    p50: Number | None = _of("Median.")
-    p95: Number | None = _of("95th percentile.")
+    p50: Number | None = _of("Median age.")
+    p95: Number | None = _of("95th percentile of the age.")
     max: Number | None = _of("Age of the oldest token.")
 
 
@@ -157,7 +157,7 @@ class CheckpointStatus(StatusType):
 
     step: Number = _of("Step that the checkpoint holds.", ...)
     path: Text = _of("Folder of the checkpoint on the claim.", ...)
-    time: Time = _of("When it was complete.", ...)
+    time: Time = _of("When the checkpoint was complete.", ...)
 
 
 class PodSetStatus(StatusType):

@@ -94,9 +94,12 @@ class CheckpointSpec(ApiType):
 class TrainerFailureSpec(ApiType):
     """When a failed trainer is restarted, and when the job has failed instead."""
 
-    max_restarts: CountOrZero = field("Most restarts after failures of the trainer itself.", default=3)
+    max_restarts: CountOrZero = field(
+        "Maximum number of restarts after failures of the trainer itself.", default=3
+    )
     max_disruptions: CountOrZero = field(
-        "Most restarts after lost nodes, preemptions and evictions, which are nobody's fault.", default=50
+        "Maximum number of restarts after lost nodes, preemptions and evictions, which are nobody's fault.",
+        default=50,
     )
     backoff_seconds: CountOrZero = field(
         "Wait before the first restart, in seconds; it doubles with each further one.", default=10

@@ -112,12 +112,14 @@ class RolloutSpec(ApiType):
         mark="I",
         default=0,
     )
-    min_replicas: Annotated[int, Field(ge=1, le=10_000)] = field("Fewest engines.", mark="L", default=1)
+    min_replicas: Annotated[int, Field(ge=1, le=10_000)] = field(
+        "Minimum number of engines.", mark="L", default=1
+    )
     max_replicas: Annotated[int, Field(ge=1, le=10_000)] = field(
-        "Most engines, however large the budget.", mark="L", default=64
+        "Maximum number of engines, however large the budget is.", mark="L", default=64
     )
     max_concurrency: CountOrZero = field(
-        "Most samples that one engine works on at a time; 0: adapted to the engine's KV cache use and queue.",
+        "Maximum number of samples of one engine at a time; 0: adapted to the engine's KV cache use and queue.",
         mark="L",
         default=0,
     )

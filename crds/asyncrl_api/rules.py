@@ -63,9 +63,9 @@ _NAME = _rule(
 
 
 MODEL_SOURCES = {"hf": "hf://org/name", "file": "file:///path", "package": "package://package/folder"}
-"""Where a model may come from: an example by scheme; `module:factory` beside them."""
+"""An example of a model's source for each scheme; `module:factory` is possible besides."""
 ROW_SOURCES = {"hf": "hf://org/set", "file": "file://rows.jsonl", "reasoning-gym": "reasoning-gym://name"}
-"""Where rows to train on and held-out rows may come from, likewise."""
+"""An example of a source of rows, for training and for evaluation, for each scheme; likewise."""
 
 
 def _source(path: str, forms: Mapping[str, str]) -> Rule:

@@ -32,7 +32,8 @@ class ModelSpec(ApiType):
         "Number format of the weights, in the trainer and in the engines.", default="BFloat16"
     )
     context_length: Count = field(
-        "Most tokens of prompt and response together; at most training.tokensPerMicroBatch.", default=8192
+        "Maximum number of tokens of prompt and response together; at most training.tokensPerMicroBatch.",
+        default=8192,
     )
     parameter_count: Annotated[int, Field(ge=0, le=10**14)] = field(
         "Number of weights, for example 1700000000; together with gpuBudget.gpuMemory it lets the operator "
@@ -84,7 +85,7 @@ class WorkflowSpec(ApiType):
         "System message of the chat template, before each prompt; empty: none.", default=""
     )
     max_turns: Annotated[int, Field(ge=1, le=1000)] = field(
-        "Most answers within a sample of type MultiTurn, which needs at least 2.", default=1
+        "Maximum number of answers within a sample of type MultiTurn, which needs at least 2.", default=1
     )
     class_name: Text | None = field(
         "The workflow of type Custom, as pkg.module:Class.", default=None, alias="class"
@@ -126,7 +127,7 @@ class SamplingSpec(ApiType):
         default=8,
     )
     max_new_tokens: Count = field(
-        "Most tokens of a response; less than model.contextLength, which includes the prompt.",
+        "Maximum number of tokens of a response; less than model.contextLength, which includes the prompt.",
         mark="L",
         default=1024,
     )

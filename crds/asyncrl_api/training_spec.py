@@ -46,7 +46,7 @@ class TrainingSpec(ApiType):
         default=4,
     )
     tokens_per_micro_batch: Count = field(
-        "Most tokens in one forward and backward pass of one data-parallel rank; at least "
+        "Maximum number of tokens in one forward and backward pass of one data-parallel rank; at least "
         "model.contextLength. Lower it if the trainer runs out of memory.",
         mark="R",
         default=16384,
@@ -131,9 +131,10 @@ class AlgorithmSpec(ApiType):
         "Weight of an entropy bonus per token, in nats; 0: off.", default=0.0
     )
     reward_scale: Positive = field(
-        "Advantages are computed from (reward + rewardShift) * rewardScale.", default=1.0
+        "Factor of the rewards: advantages are computed from (reward + rewardShift) * rewardScale.",
+        default=1.0,
     )
-    reward_shift: float = field("Added to each reward before it is scaled.", default=0.0)
+    reward_shift: float = field("Number that is added to each reward before it is scaled.", default=0.0)
     overlong_penalty: OverlongPenaltySpec | None = field(
         "Penalty for responses near the length limit. Absent: there is none.", default=None
     )
@@ -143,8 +144,8 @@ class StalenessSpec(ApiType):
     """How far sampling may run ahead of training (AReaL, arXiv 2505.24298, section 4.1)."""
 
     max_versions: Annotated[int, Field(ge=0, le=1000)] = field(
-        "Most policy versions between the one that sampled a token and the one that trains on it. 0: "
-        "synchronous; sampling and training take turns.",
+        "Maximum number of policy versions between the one that sampled a token and the one that trains on "
+        "it. 0: synchronous; sampling and training take turns.",
         default=4,
     )
     on_exceed: Literal["Mask", "Drop", "Keep"] = field(

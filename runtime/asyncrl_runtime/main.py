@@ -27,10 +27,11 @@ def engine(
     host: Host = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port of the HTTP API.")] = 30000,
     max_running_requests: Annotated[
-        int, typer.Option(help="Most sequences sampled at a time; 0: spec.rollout.maxConcurrency.")
+        int,
+        typer.Option(help="Maximum number of sequences sampled at a time; 0: spec.rollout.maxConcurrency."),
     ] = 0,
     max_total_tokens: Annotated[
-        int, typer.Option(help="Most tokens of all sequences in the cache together.")
+        int, typer.Option(help="Maximum number of tokens of all sequences in the cache.")
     ] = 65536,
 ) -> None:
     """Serve the job's model with the CPU engine, over SGLang's native HTTP API."""

@@ -186,8 +186,8 @@ SOURCES: Mapping[str, Callable[[str, ModelSpec, Path], Path]] = {
     "hf": _from_hub,
     "package": _from_package,
 }
-"""By the scheme of `source`, called with what stands behind it, the model and the cache; without a scheme it
-names a factory."""
+"""The functions by the scheme of `source`; each gets what follows the scheme, the model and the cache. A
+source without a scheme names a factory."""
 
 
 def _checked(folder: Path, source: str) -> Path:
