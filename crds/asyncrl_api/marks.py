@@ -39,8 +39,8 @@ def field(
         list_type: who wins when two managers apply the list; `x-kubernetes-list-type` of the CRD.
         free_while_suspended: an exception to mark I: the field may change while the job is suspended, and
             in the update that sets or clears `suspend`.
-        is_size: whether it is how much the job has, and no setting: the operator decides on it and keeps it
-            in the status, so that whatever runs is resized for it and never started anew.
+        is_size: whether the field is an amount that the job has, not a setting: the operator decides on it
+            and keeps it in the status, so that an edit resizes what runs and never restarts it.
         constraints: constraints that pydantic's `Field` takes.
     """
     extra = {

@@ -119,7 +119,7 @@ class RolloutSpec(ApiType):
         "Maximum number of engines, however large the budget is.", mark="L", default=64
     )
     max_concurrency: CountOrZero = field(
-        "Maximum number of samples of one engine at a time; 0: adapted to the engine's KV cache use and queue.",
+        "Maximum number of samples of one engine at a time; 0: adapted to its KV cache use and queue.",
         mark="L",
         default=0,
     )
