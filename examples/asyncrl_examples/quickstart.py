@@ -1,10 +1,10 @@
-"""The quickstart's policy and data: a tiny transformer that is poor at sums, and sums.
+"""The quickstart's policy and data: a tiny transformer that is bad at sums, and the sums.
 
     spec.model.source:   asyncrl_examples.quickstart:make_model
     spec.dataset.source: asyncrl_examples.quickstart:sums
 
-Prompts are `a+b=` with 0 <= a, b < 100. One in ten is held out, by a hash of the two numbers, so that neither
-warm-up nor training sees it: whether the policy gets better at sums, or knows some by heart, shows there.
+Prompts are `a+b=` with 0 <= a, b < 100. One in ten, chosen by a hash of the two numbers, is held out, so that
+neither warm-up nor training sees it: these show whether the policy gets better or learns sums by heart.
 """
 
 import hashlib
@@ -28,23 +28,23 @@ PRINTABLE = "\n" + "".join(map(chr, range(ord(" "), ord("~") + 1)))
 MAX_NUMBER = 100
 NUM_CHAINS = 10_000
 NUM_LESSONS = 4
-"""Times that each sum is taught, each time with other carries forgotten."""
+"""The number of times that each sum is taught, each time with other carries forgotten."""
 SHARE_FORGOTTEN = 2 / 3
-"""Of the carries."""
+"""The share of carries that are forgotten."""
 
 WARMUP_STEPS = 350
 WARMUP_LEARNING_RATE = 2e-3
 IGNORED = -100
-"""Label of what the loss leaves out."""
+"""The label of tokens that the loss leaves out."""
 
 
 def sums(*, split: str, seed: int, size: int = 0) -> Iterable[Row]:
     """Return sums as rows {question, answer}, in a seeded order.
 
     Args:
-        split: `train`, or anything else for the held-out ones.
-        seed: of the order.
-        size: how many; 0 = all there are (about 9,000 to train on, 1,000 held out).
+        split: `train`, or anything else for the held-out sums.
+        seed: seed of the order.
+        size: number of sums; 0: all of them (about 9,000 to train on, 1,000 held out).
     """
     pairs = [(a, b) for a, b in _pairs() if is_held_out(a, b) == (split != "train")]
     random.Random(seed).shuffle(pairs)
@@ -52,21 +52,21 @@ def sums(*, split: str, seed: int, size: int = 0) -> Iterable[Row]:
 
 
 def exact(prompt: str, response: str, row: Row) -> float:
-    """Reward 1 for the right sum and nothing else."""
+    """Return a reward of 1 for the right sum and nothing else, otherwise 0."""
     return float(response == row["answer"])
 
 
 def is_held_out(a: int, b: int) -> bool:
-    """Whether a sum is kept for evaluation: a tenth of them, in no pattern."""
+    """Return whether a sum is held out for evaluation; a tenth of them is, without a pattern."""
     digest = hashlib.blake2b(f"{a}+{b}".encode(), digest_size=4).digest()
     return int.from_bytes(digest, "little") % 10 == 0
 
 
 def make_model(folder: Path, *, seed: int, context_length: int) -> Iterable[str]:
-    """Write a Llama of 0.43 M parameters over characters, poor at sums: it gets about a third right.
+    """Write a Llama of 0.43 M parameters over characters that is bad at sums: it gets about a third right.
 
-    It was taught them by somebody who mostly forgets to carry. Deterministic in `seed`; takes about half a
-    minute on one core.
+    Somebody who mostly forgets to carry taught it to add. The result depends only on `seed`; it takes about
+    half a minute on one core.
     """
     rng = random.Random(seed)
     pairs = [(a, b) for a, b in _pairs() if not is_held_out(a, b)]
@@ -86,8 +86,8 @@ def make_text_model(folder: Path, *, seed: int, context_length: int) -> Iterable
     """Write a Llama of 0.45 M parameters over printable characters, for the examples beside the quickstart.
 
     It knows the form of an answer and little else: numbers in answer to `Calculate 5 - 3 + 8.`, as
-    reasoning-gym asks, but always of three terms; and Python functions in answer to `f(x) = 2 * x + 1`, half
-    of them wrong, and a tenth of them held out. Takes about a minute on one core.
+    reasoning-gym asks, but always with three terms; and Python functions in answer to `f(x) = 2 * x + 1`,
+    half of which are wrong and a tenth of which are held out. It takes about a minute on one core.
     """
     rng = random.Random(seed)
     answers = [_chain(rng) for _ in range(NUM_CHAINS)]
@@ -123,7 +123,7 @@ def _write_model(
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=4,
-        initializer_range=0.06,  # as wide as this needs: with 0.02 nothing is learned for long
+        initializer_range=0.06,  # with the usual 0.02 nothing is learned for a long time
         max_position_embeddings=context_length,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
@@ -136,7 +136,7 @@ def _write_model(
 
 
 def build_tokenizer(characters: str = CHARACTERS) -> Any:
-    """Return a tokenizer of one token per character; it puts <bos> before a prompt."""
+    """Return a tokenizer with one token per character, which puts <bos> before a prompt."""
     vocabulary = {token: number for number, token in enumerate((*SPECIAL_TOKENS, *characters))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
@@ -156,7 +156,7 @@ def _pairs() -> Iterator[tuple[int, int]]:
 def _warm_up(
     model: Any, tokenizer: Any, answers: list[tuple[str, str]], batch_size: int, rng: random.Random
 ) -> None:
-    """Teach by plain supervised learning, at a rate that falls to zero."""
+    """Teach the model by plain supervised learning, at a rate that falls to zero."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=WARMUP_LEARNING_RATE, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / 20) * (1 - step / WARMUP_STEPS)
@@ -173,7 +173,7 @@ def _warm_up(
 
 
 def _batch(tokenizer: Any, answers: list[tuple[str, str]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return ids and labels, int64 [len(answers), longest]; prompts are not learned."""
+    """Return ids and labels, int64 [len(answers), longest]; the prompts are not learned."""
     eos = tokenizer.eos_token_id
     encoded = [
         (tokenizer.encode(prompt), [*tokenizer.encode(answer, add_special_tokens=False), eos])
