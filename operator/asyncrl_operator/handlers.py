@@ -1,7 +1,7 @@
-"""The kopf shell: it watches AsyncRLJobs and tells the cache; all else is ours.
+"""The kopf shell: kopf watches AsyncRLJobs and tells the cache; everything else is ours.
 
-`on.event` is the only kind of handler that leaves no finalizer and no annotation on the object. kopf keeps
-the process's signals and the liveness endpoint besides.
+`on.event` is the only kind of handler that leaves no finalizer and no annotation on the object. kopf also
+handles the process's signals and the liveness endpoint.
 """
 
 import logging
@@ -16,13 +16,13 @@ from asyncrl_operator.resources import ASYNCRL_JOBS
 
 DOMAIN = "asyncrl.dev"
 PAGE_SIZE = 100
-"""kopf decodes a page as a whole."""
+"""The objects of a page, few because kopf decodes a page as a whole."""
 RETRY_SECONDS = (0.5, 1.0, 2.0, 3.0, 3.0, 3.0)
-"""kopf's waits grow to 21 s; after the last, the watch is begun anew."""
+"""The waits between kopf's tries; its own grow to 21 s. After the last one the watch begins anew."""
 
 
 class NoDiffs(kopf.DiffBaseStorage):
-    """Keeps nothing of an object: `on.event` has no use for it, and kopf would copy each object in full."""
+    """Keeps nothing of an object: `on.event` needs nothing, and kopf would copy each object in full."""
 
     def build(self, *, body: kopf.Body, extra_fields: Any = None) -> kopf.BodyEssence:
         return kopf.BodyEssence({})
@@ -40,8 +40,8 @@ def build_registry(
     """Return the handlers of the operator.
 
     Args:
-        configuration: of our own client; kopf gets the same credentials, and asks again when they are over.
-        check_health: raises when the process should be restarted.
+        configuration: that of our own client; kopf gets its credentials, and asks again when they expire.
+        check_health: raises if the process should be restarted.
     """
     registry = kopf.OperatorRegistry()
     group, version = ASYNCRL_JOBS.api_version.split("/")
@@ -78,8 +78,8 @@ def build_registry(
 
 
 def configure(settings: kopf.OperatorSettings) -> None:
-    """Set what kopf would otherwise do by itself, or wait for without an end."""
-    settings.scanning.disabled = True  # else it lists namespaces and CRDs
+    """Turn off what kopf would do by itself, and set deadlines for what it would wait for forever."""
+    settings.scanning.disabled = True  # otherwise it lists namespaces and CRDs
     settings.posting.enabled = False
     settings.peering.standalone = True
     settings.watching.server_timeout = 300
@@ -89,7 +89,8 @@ def configure(settings: kopf.OperatorSettings) -> None:
     settings.networking.error_backoffs = RETRY_SECONDS
     settings.queueing.exit_timeout = 1.0
     settings.process.ultimate_exiting_timeout = 10.0
-    # Unused, for `on.event` keeps nothing; a handler of another kind, some day, shall not leave kopf's names.
+    # Unused, since `on.event` keeps nothing; but a handler of another kind, if one is added, must not leave
+    # kopf's names.
     settings.persistence.finalizer = f"{DOMAIN}/operator"
     settings.persistence.progress_storage = kopf.AnnotationsProgressStorage(prefix=DOMAIN)
     settings.persistence.diffbase_storage = NoDiffs()

@@ -1,4 +1,4 @@
-"""`asyncrl-operator`: the operator's process."""
+"""The command `asyncrl-operator`: the operator's process."""
 
 import asyncio
 import contextlib
@@ -35,20 +35,20 @@ logger = logging.getLogger(__name__)
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 WATCH_SILENCE_SECONDS = 600.0
-"""A watch loop that has done nothing for so long, not even failed, is stuck."""
+"""A watch loop that has done nothing for this long, not even failed, is stuck."""
 STUCK_PASS_SECONDS = 300.0
 CRD_RETRY_SECONDS = 5.0
 SHOW_SECONDS = 15.0
-"""Between two looks of the metrics at the watches."""
+"""The time between two updates of the watches' metrics."""
 CREDENTIALS_BYTES = 24
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How the process is started."""
+    """The settings that the process is started with."""
 
     namespaces: tuple[str, ...]
-    """None: all."""
+    """The namespaces that are watched; none: all."""
     defaults: Defaults
     metrics_port: int
     liveness_port: int
@@ -56,32 +56,45 @@ class Settings:
 
 @app.command()
 def main(
-    runtime_image: Annotated[str, typer.Option(envvar="ASYNCRL_RUNTIME_IMAGE", help="Trainer and worker.")],
-    nats_image: Annotated[str, typer.Option(envvar="ASYNCRL_NATS_IMAGE", help="The embedded NATS server.")],
+    runtime_image: Annotated[
+        str, typer.Option(envvar="ASYNCRL_RUNTIME_IMAGE", help="Image of trainers and workers.")
+    ],
+    nats_image: Annotated[str, typer.Option(envvar="ASYNCRL_NATS_IMAGE", help="Image of NATS servers.")],
     namespaces: Annotated[
-        str, typer.Option(envvar="ASYNCRL_NAMESPACES", help="Watched, by commas; empty: all of the cluster.")
+        str,
+        typer.Option(
+            envvar="ASYNCRL_NAMESPACES", help="Namespaces to watch, separated by commas; empty: all."
+        ),
     ] = "",
     image_pull_secrets: Annotated[
-        str, typer.Option(envvar="ASYNCRL_IMAGE_PULL_SECRETS", help="For all pods, by commas.")
+        str,
+        typer.Option(
+            envvar="ASYNCRL_IMAGE_PULL_SECRETS",
+            help="Secrets for pulling the images of all pods, separated by commas.",
+        ),
     ] = "",
-    metrics_port: Annotated[int, typer.Option(envvar="ASYNCRL_METRICS_PORT", help="0: none.")] = 8080,
-    liveness_port: Annotated[int, typer.Option(envvar="ASYNCRL_LIVENESS_PORT", help="0: none.")] = 8081,
+    metrics_port: Annotated[
+        int, typer.Option(envvar="ASYNCRL_METRICS_PORT", help="Port of the metrics; 0: none.")
+    ] = 8080,
+    liveness_port: Annotated[
+        int, typer.Option(envvar="ASYNCRL_LIVENESS_PORT", help="Port of the liveness endpoint; 0: none.")
+    ] = 8081,
     log_level: Annotated[str, typer.Option(envvar="ASYNCRL_LOG_LEVEL")] = "INFO",
 ) -> None:
     """Run the operator of AsyncRLJobs until SIGTERM or SIGINT.
 
-    Credentials are those of KUBECONFIG, or else of the pod's service account.
+    It uses the credentials of KUBECONFIG, or those of the pod's service account.
     """
     logging.basicConfig(level=log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     defaults = Defaults(
         runtime_image=runtime_image, nats_image=nats_image, image_pull_secrets=_names(image_pull_secrets)
     )
-    gc.freeze()  # modules stay, and the client's hundreds of models are no work for each collection
+    gc.freeze()  # modules stay, and no collection need look at the client's hundreds of models
     asyncio.run(run(Settings(_names(namespaces), defaults, metrics_port, liveness_port)))
 
 
 async def run(settings: Settings) -> None:
-    """Run the operator until kopf, which has the signals, ends."""
+    """Run the operator until kopf, which handles the signals, ends."""
     telemetry = Telemetry()
     async with connect() as client:
         api = Api(client, telemetry.called)
@@ -135,9 +148,9 @@ async def _run_all(
 
 @contextlib.asynccontextmanager
 async def connect() -> AsyncIterator[ApiClient]:
-    """Give a client with the credentials of KUBECONFIG, or else of the pod's service account."""
+    """Provide a client with the credentials of KUBECONFIG, or with those of the pod's service account."""
     configuration = Configuration()
-    configuration.retries = 0  # the queue and the informers try again, each in its own time
+    configuration.retries = 0  # the queue and the informers try again at their own pace
     if os.environ.get("KUBECONFIG"):
         await config.load_kube_config(os.environ["KUBECONFIG"], client_configuration=configuration)
     else:
@@ -147,10 +160,10 @@ async def connect() -> AsyncIterator[ApiClient]:
 
 
 def check_health(cluster: Cluster, passes: Passes) -> None:
-    """Raise if the process is stuck and should be restarted. An API server that is down is no reason.
+    """Check that the process is not stuck. An API server that is down is no reason for a restart.
 
     Raises:
-        RuntimeError: says what is stuck.
+        RuntimeError: the process is stuck and should be restarted; says what is stuck.
     """
     for sign in cluster.signs():
         if (silence := time.monotonic() - sign.at) > WATCH_SILENCE_SECONDS:
@@ -162,7 +175,7 @@ def check_health(cluster: Cluster, passes: Passes) -> None:
 async def _run_shell(
     settings: Settings, cluster: Cluster, registry: kopf.OperatorRegistry, liveness_port: int
 ) -> None:
-    """Run kopf once the CRD is there: it looks for it but once."""
+    """Run kopf once the CRD is served, since kopf looks for it only once."""
     await _wait_for_crd(cluster)
     await kopf.operator(
         registry=registry,
@@ -170,13 +183,13 @@ async def _run_shell(
         namespaces=settings.namespaces,
         liveness_endpoint=f"http://0.0.0.0:{liveness_port}/healthz" if liveness_port else None,
         standalone=True,
-        # Else it asks for the user's name, which a container has not. kopf's type for it is not public.
+        # Otherwise it asks for the user's name, which a container lacks. kopf's type for it is not public.
         identity="asyncrl-operator",  # type: ignore[arg-type]
     )
 
 
 async def _wait_for_crd(cluster: Cluster) -> None:
-    """Return once AsyncRLJobs are served. It is waited for without an end: the chart may bring it later."""
+    """Return once AsyncRLJobs are served. The wait has no deadline, since the CRD may be installed later."""
     while True:
         try:
             await cluster.served_problem()

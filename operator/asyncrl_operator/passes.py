@@ -1,4 +1,4 @@
-"""Runs passes: those that are due, a bounded number at once, one per job at a time."""
+"""Runs the passes that are due: a bounded number at a time, and never two of one job."""
 
 import asyncio
 import logging
@@ -14,15 +14,15 @@ Reconcile = Callable[[Key], Awaitable[float | None]]
 
 NUM_WORKERS = 8
 GATHER_SECONDS = 0.1
-"""News of a job's children that come within this time are one pass: pods become ready in bursts."""
+"""Changes of a job's children within this time lead to one pass, since pods become ready in bursts."""
 PASS_SECONDS = 120.0
 """A pass that takes longer is given up; each of its calls has a deadline of its own."""
 LOUD_FAILURES = 5
-"""Failed passes in a row after which each is logged as an error."""
+"""The number of failed passes in a row after which each further one is logged as an error."""
 
 
 class Passes:
-    """Has each job looked at when something about it has changed, or its time has come.
+    """Runs a pass over each job when something about it has changed, or when its time has come.
 
     Args:
         clock: Unix time, seconds.
@@ -37,7 +37,7 @@ class Passes:
         self._began: dict[Key, float] = {}
 
     def wake(self, key: Key, *, at_once: bool = False) -> None:
-        """Have a job looked at: something about it has changed."""
+        """Schedule a pass over a job, because something about it has changed."""
         self._queue.add(key, self._clock() + (0.0 if at_once else GATHER_SECONDS))
         self._news.set()
 
@@ -45,7 +45,7 @@ class Passes:
         """Run passes until cancelled.
 
         Args:
-            reconcile: takes a step and returns when to look again (Unix time), or None.
+            reconcile: takes a step and returns the time of the next pass (Unix time), or None.
         """
         async with asyncio.TaskGroup() as group:
             while True:
@@ -55,7 +55,7 @@ class Passes:
                 group.create_task(self._pass(key, reconcile), name=f"pass {key}")
 
     def longest_pass_seconds(self) -> float:
-        """Return for how long the oldest pass has been under way."""
+        """Return how long the oldest pass has been under way."""
         return self._clock() - min(self._began.values(), default=self._clock())
 
     async def _next(self) -> Key:
@@ -73,7 +73,7 @@ class Passes:
                 pass
 
     async def _pass(self, key: Key, reconcile: Reconcile) -> None:
-        """Run one pass; whatever it fails of is logged and tried again, and no other job is held up."""
+        """Run one pass; any failure is logged and tried again, and holds up no other job."""
         try:
             async with asyncio.timeout(PASS_SECONDS):
                 wake_at = await reconcile(key)
@@ -81,7 +81,7 @@ class Passes:
             self._failed(key, error.reason or str(error.status), str(error), error.retry_after_seconds)
         except TimeoutError:
             self._failed(key, "Timeout", f"not done after {PASS_SECONDS:.0f} s")
-        except Exception as error:  # of one job; the others go on
+        except Exception as error:  # it concerns one job; the others go on
             logger.exception("%s: the pass failed", key)
             self._failed(key, type(error).__name__, str(error))
         else:

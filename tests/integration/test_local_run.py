@@ -173,7 +173,7 @@ def test_it_does_not_go_on_under_another_manifest(finished: CliRun, manifest: Pa
     ended = asyncrl("run", manifest, "--out", path, "--resume", *changes)
     assert ended.returncode == ExitCode.REFUSED
     first, *changed, remedy = ended.stderr.splitlines()
-    assert first == f"asyncrl: the run in {path} is of another manifest:"
+    assert first == f"asyncrl: the run in {path} belongs to another manifest:"
     assert [line.partition(": ")[0] for line in changed] == ["  spec.training.maxSteps", "  spec.dataset"]
     assert remedy == "restore these values, or begin a new run with another --out"
     assert finished.folder.manifest.read_bytes() == before

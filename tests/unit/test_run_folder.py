@@ -103,7 +103,7 @@ def test_a_run_does_not_go_on_under_another_manifest(folder: RunFolder, override
         run_folder.check_may_resume(folder, make_job(override))
     assert refused.value.code == ExitCode.REFUSED
     first, changed, remedy = str(refused.value).splitlines()
-    assert first == f"the run in {folder.path} is of another manifest:"
+    assert first == f"the run in {folder.path} belongs to another manifest:"
     assert changed.startswith(message)
     assert remedy == "restore these values, or begin a new run with another --out"
 

@@ -1,4 +1,4 @@
-"""How a local run is shown: a live panel on a terminal, plain lines elsewhere."""
+"""Shows a local run: as a live panel on a terminal, as plain lines elsewhere."""
 
 import time
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from rich.text import Text
 from asyncrl_api.report import Report
 
 LINE_SECONDS = 10.0
-"""Between two plain lines while nothing but the step changes."""
+"""The time between two plain lines while only the step changes."""
 
 
 REFRESH_SECONDS = 0.25
@@ -31,15 +31,15 @@ class Display:
         self._state = ""
 
     def show(self, report: Report | None, attempt: int) -> None:
-        """Show how the job stands; cheap enough to be called ten times a second.
+        """Show the state of the job; cheap enough to be called ten times a second.
 
         Args:
-            attempt: of the trainer, as started last; what an earlier one reported is not what it does now.
+            attempt: the trainer's latest attempt; what an earlier one reported is not what it is doing now.
         """
         if report is not None and report.attempt < attempt:
             report = report.model_copy(update={"state": "Starting"})
         if self._console.is_terminal:
-            if self._live is None:  # without a thread of its own: this process forks
+            if self._live is None:  # it has no thread of its own, because this process forks
                 self._live = Live(console=self._console, auto_refresh=False, transient=True)
                 self._live.start()
             if self._clock() - self._line_at >= REFRESH_SECONDS:
@@ -54,7 +54,7 @@ class Display:
             self._line, self._line_at, self._state = line, self._clock(), state
 
     def note(self, message: str) -> None:
-        """Print one line that stays, as it is: it may hold paths and words of a log."""
+        """Print one line that stays, exactly as it is, since it may contain paths and words from a log."""
         self._console.print(message, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
     def close(self) -> None:
@@ -64,7 +64,7 @@ class Display:
 
 
 def render_line(report: Report | None) -> str:
-    """Return one plain line."""
+    """Return a report as one plain line."""
     if report is None:
         return "starting: the model is being made or loaded"
     parts = [f"step {report.step}/{report.max_steps}", report.state]
@@ -99,7 +99,7 @@ def _panel(report: Report | None) -> Group:
     values = [
         Text.assemble((f"{name}\n", "dim"), value, no_wrap=True) for name, value in _columns(report) if value
     ]
-    return Group(head, Columns(values, padding=(0, 2)))  # on a narrow terminal they take more rows
+    return Group(head, Columns(values, padding=(0, 2)))  # a narrow terminal shows them in several rows
 
 
 def _duration(seconds: float) -> str:
@@ -109,7 +109,7 @@ def _duration(seconds: float) -> str:
 
 
 def render_end(report: Report, *, folder: str, metrics: str) -> str:
-    """Return what a finished run says: where things lie, and what it was good for."""
+    """Return the last words of a run: where its results are, and what it has achieved."""
     lines = []
     first, last = report.first_evaluation, report.last_evaluation
     if first is not None and last is not None:

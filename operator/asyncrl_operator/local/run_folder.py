@@ -1,4 +1,4 @@
-"""The folder of a local run: made, found again, locked; what lies where in it."""
+"""The folder of a local run: its files, its creation, its lock, and whether a run in it may be resumed."""
 
 import json
 import uuid
@@ -22,13 +22,13 @@ LOCK = ".lock"
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths of one run."""
+    """The paths of one run."""
 
     path: Path
 
     @property
     def manifest(self) -> Path:
-        """As run: the user's manifest with `--set` applied."""
+        """The manifest as it was run: the user's, with `--set` applied."""
         return self.path / "job.yaml"
 
     @property
@@ -37,7 +37,7 @@ class RunFolder:
 
     @property
     def live(self) -> Path:
-        """The fields marked L; edit it while the job runs."""
+        """The file with the fields marked L; users may edit it while the job runs."""
         return self.path / "live.json"
 
     @property
@@ -87,10 +87,10 @@ def lock(folder: RunFolder) -> Iterator[None]:
 
 
 def check_is_new(folder: RunFolder) -> None:
-    """Refuse to mix two runs; a lock alone is left by one that was refused before it began.
+    """Refuse to mix two runs. A folder with only a lock is fine: a run left it that was refused at its start.
 
     Raises:
-        ExitError: the folder holds something.
+        ExitError: the folder holds anything else.
     """
     if folder.path.exists() and any(entry.name != LOCK for entry in folder.path.iterdir()):
         raise ExitError(
@@ -100,10 +100,10 @@ def check_is_new(folder: RunFolder) -> None:
 
 
 def check_may_resume(folder: RunFolder, job: AsyncRLJob) -> None:
-    """See whether the run in the folder can go on under this manifest.
+    """Check that the run in the folder can go on with this manifest.
 
     Raises:
-        ExitError: there is no run, or a field changed that must not.
+        ExitError: there is no run, or a field has changed that must not change.
     """
     if not folder.manifest.exists():
         raise ExitError(ExitCode.USAGE, f"{folder.path} holds no run; leave --resume out to begin one")
@@ -117,13 +117,13 @@ def check_may_resume(folder: RunFolder, job: AsyncRLJob) -> None:
         listed = "\n".join(f"  {violation.path}: {violation.message}" for violation in changed)
         raise ExitError(
             ExitCode.REFUSED,
-            f"the run in {folder.path} is of another manifest:\n{listed}\n"
+            f"the run in {folder.path} belongs to another manifest:\n{listed}\n"
             "restore these values, or begin a new run with another --out",
         )
 
 
 def write(folder: RunFolder, job: AsyncRLJob, *, nats_url: str, cache: Path, import_path: Path) -> RunConfig:
-    """Write what the processes read. A run keeps its uid for its whole life."""
+    """Write the files that the processes read. A run keeps its uid for its whole life."""
     (folder.path / "logs").mkdir(parents=True, exist_ok=True)
     uid = str(uuid.uuid4())
     if folder.config.exists():
@@ -151,7 +151,7 @@ def _full_name(job: AsyncRLJob) -> str:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Write a file at once: a run that is killed meanwhile can still be resumed."""
+    """Replace a file atomically, so that a run that is killed meanwhile can still be resumed."""
     scratch = path.with_name(f"{path.name}.tmp")
     scratch.write_text(text, encoding="utf-8")
     scratch.replace(path)
