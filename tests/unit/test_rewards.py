@@ -103,7 +103,7 @@ def test_a_reward_that_limits_its_programs_itself_gets_time_around_them() -> Non
 
 def test_a_reward_that_no_process_holds_is_refused_by_its_name() -> None:
     for name in ("Service", "Maths"):
-        with pytest.raises(ValueError, match=f"reward.type {name} is none"):
+        with pytest.raises(ValueError, match=f"reward.type {name} is not one"):
             process_reward(name)
 
 

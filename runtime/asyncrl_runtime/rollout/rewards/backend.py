@@ -1,4 +1,4 @@
-"""What every kind of reward offers to the scorer: one attempt at each response."""
+"""The interface of every kind of reward to the scorer: one attempt at each response."""
 
 from collections.abc import Sequence
 from types import TracebackType
@@ -16,7 +16,7 @@ class RewardFailure(NamedTuple):
 
 
 class Backend(Protocol):
-    """Entering it makes it ready to score; leaving it ends all that it has started."""
+    """Something that scores: entering it makes it ready, leaving it ends everything that it has started."""
 
     async def attempt(self, requests: Sequence[ScoreRequest]) -> list[Score | RewardFailure]:
         """Score each response once, in order."""

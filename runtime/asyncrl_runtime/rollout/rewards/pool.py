@@ -1,4 +1,4 @@
-"""Rewards in processes of their own: one that hangs, crashes or forks costs a process, not the worker."""
+"""Rewards in their own processes: one that hangs, crashes or forks costs a process, not the worker."""
 
 import asyncio
 import contextlib
@@ -29,9 +29,9 @@ from asyncrl_runtime.rollout.rewards.frames import (
 from asyncrl_runtime.rollout.rewards.reward_types import process_reward
 
 MAX_START_SECONDS = 120.0
-"""For loading a reward; reasoning-gym takes 8 s on an idle machine."""
+"""The time for loading a reward; reasoning-gym takes 8 s on an idle machine."""
 MAX_STOP_SECONDS = 10.0
-"""For killing what a reward has started."""
+"""The time for killing what a reward has started."""
 
 _greetings: msgspec.msgpack.Decoder[Ready | Refused] = msgspec.msgpack.Decoder(Ready | Refused)
 _answers: msgspec.msgpack.Decoder[Scored | Failed] = msgspec.msgpack.Decoder(Scored | Failed)
@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 
 class RewardNotLoaded(Exception):
-    """The reward cannot be had at all: its name is wrong, say, or its import fails."""
+    """The reward cannot be loaded at all: its name is wrong, for example, or its import fails."""
 
 
 class RewardPool:
@@ -57,7 +57,7 @@ class RewardPool:
         """Start all processes and wait until they have loaded the reward.
 
         Raises:
-            RewardNotLoaded: one of them could not.
+            RewardNotLoaded: a process could not load it.
         """
         try:
             async with asyncio.TaskGroup() as starting:
@@ -96,13 +96,13 @@ class RewardProcess:
         self._max_seconds = setup.timeout_seconds + process_reward(setup.type).spare_seconds
         self._link: _Link | None = None
         self._end: asyncio.Task[int | None] | None = None
-        """Of the process before; a task, for it has to be waited for even if the one who ended it is not."""
+        """The end of the previous process: a task, which is awaited even if its caller is cancelled."""
 
     async def start(self) -> str:
         """Start the process, wait until it has loaded the reward, and return its note for the log.
 
         Raises:
-            RewardNotLoaded: it could not; the process has ended.
+            RewardNotLoaded: the process could not load it, and has ended.
         """
         self._link = link = await _Link.to_new_process(self._setup)
         try:
@@ -126,7 +126,7 @@ class RewardProcess:
         return greeting.note
 
     async def score(self, requests: Sequence[ScoreRequest]) -> list[Score | RewardFailure]:
-        """Score each response once; one that the process does not survive costs only its own attempt."""
+        """Score each response once; one that kills the process costs only its own attempt."""
         outcomes: list[Score | RewardFailure] = []
         try:
             while rest := requests[len(outcomes) :]:
@@ -137,15 +137,15 @@ class RewardProcess:
         except RewardNotLoaded as error:
             outcomes += [RewardFailure("reward_error", f"no process for it: {error}")] * len(rest)
         except BaseException:
-            await self.stop()  # nobody waits for what it is still working on
+            await self.stop()  # nobody waits for what the process is still working on
             raise
         return outcomes
 
     async def stop(self, patience_seconds: float = 0) -> int | None:
-        """Wait until the process has ended with all that it has started; return its exit status.
+        """Wait until the process and everything that it has started have ended; return its exit status.
 
         Args:
-            patience_seconds: how long it may take to end by itself.
+            patience_seconds: the time that it has to end by itself.
         """
         if self._link is not None:
             self._end = asyncio.create_task(self._link.close(patience_seconds))
@@ -155,7 +155,7 @@ class RewardProcess:
     async def _score_up_to_a_fault(
         self, requests: Sequence[ScoreRequest], outcomes: list[Score | RewardFailure]
     ) -> None:
-        """Add outcomes until all are there or the process had to be ended; the last one says why."""
+        """Add outcomes until all are there or the process had to be ended; the last outcome then says why."""
         link = self._link
         assert link is not None
         for number in range(len(requests)):
@@ -214,7 +214,7 @@ class _Link(NamedTuple):
         await self.writer.drain()
 
     async def close(self, patience_seconds: float) -> int | None:
-        """Hang up, end the process with all that it has started, and return its exit status if it has one."""
+        """Hang up, end the process and all that it has started, and return its exit status, if any."""
         self.writer.close()
         try:
             async with asyncio.timeout(patience_seconds):
@@ -233,7 +233,7 @@ class _Link(NamedTuple):
 
 
 def describe_end(status: int | None) -> str:
-    """Return in words how a process ended, from its exit status as a shell would report it."""
+    """Return in words how a process ended, given its exit status as a shell would report it."""
     if status is not None and 128 < status < 128 + signal.NSIG:
         return f"was killed by signal {status - 128} ({signal.strsignal(status - 128)})"
     return f"ended with status {status}"

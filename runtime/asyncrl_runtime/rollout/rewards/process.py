@@ -1,8 +1,8 @@
 """A reward process: `python -m asyncrl_runtime.rollout.rewards.process FD WORKER_PID`, started by the pool.
 
-It is two processes. The outer one only waits: when the inner one ends, or the worker dies or sends
-SIGTERM, it kills whatever is left below and ends too, with the inner one's status. The inner one loads
-the reward and scores, one response after the other, over the socket FD. Nothing here may import torch.
+It consists of two processes. The outer one only waits: when the inner one ends, or the worker dies or sends
+SIGTERM, it kills whatever is left below it and ends too, with the inner one's status. The inner one loads the
+reward and scores one response after the other over the socket FD. Nothing here may import torch.
 """
 
 import asyncio
@@ -37,12 +37,12 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: end(128 + signal.SIGTERM))
     linux.set_death_signal(signal.SIGTERM)
     linux.become_subreaper()
-    if os.getppid() != worker:  # it died before we asked to be told
+    if os.getppid() != worker:  # the worker died before we asked for the signal
         sys.exit()
 
     outer, inner = os.getpid(), os.fork()
     if inner:
-        linux.set_inspectable(False)  # it is of the user whose programs the inner one may run
+        linux.set_inspectable(False)  # it has the same user as programs that the inner one may run
         os.close(descriptor)  # the worker sees the end of the inner process as the end of the stream
         status = wait_for(inner)
         end(status if status >= 0 else 128 - status)  # as a shell reports a signal
@@ -51,7 +51,7 @@ def main() -> None:
     os.setsid()  # out of reach for a reward that signals its own process group
     if os.getppid() == outer:
         serve(socket.socket(fileno=descriptor))
-    os._exit(0)  # without waiting for threads and exit handlers of the user's
+    os._exit(0)  # without waiting for the user's threads and exit handlers
 
 
 def end(status: int) -> NoReturn:
@@ -61,7 +61,7 @@ def end(status: int) -> NoReturn:
 
 
 def serve(channel: socket.socket) -> None:
-    """Load the reward that the worker names first, then score what it sends until it hangs up."""
+    """Load the reward that the worker names first, then score what the worker sends until it hangs up."""
     channel.set_inheritable(False)
     stream = channel.makefile("rb")
     setup = read(stream, msgspec.msgpack.Decoder(Setup))
@@ -69,7 +69,7 @@ def serve(channel: socket.socket) -> None:
         return
     try:
         reward, ready = process_reward(setup.type).load(setup)
-    except BaseException as error:  # user code may raise anything, and the worker is waiting to hear of it
+    except BaseException as error:  # user code may raise anything, and the worker waits for an answer
         channel.sendall(pack(Refused(describe(error))))
         return
     channel.sendall(pack(ready))
@@ -97,10 +97,10 @@ def score(reward: Reward, request: ScoreRequest, runner: asyncio.Runner) -> byte
 
 
 def parse_result(result: object) -> Score:
-    """Return what a reward returned as a `Score`, finite or not.
+    """Return a reward's result as a `Score`, finite or not.
 
     Raises:
-        TypeError: neither a number nor a pair of a number and a text.
+        TypeError: the result is neither a number nor a pair of a number and a text.
     """
     reward, feedback = result if isinstance(result, tuple) and len(result) == 2 else (result, "")
     if not isinstance(reward, Real) or not isinstance(feedback, str):

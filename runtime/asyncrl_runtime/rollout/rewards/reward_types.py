@@ -1,8 +1,8 @@
-"""The types of `spec.reward`: how each is had, and what it needs.
+"""The types of `spec.reward`: how each is loaded, and what it needs.
 
-A new one is an entry in `REWARD_TYPES`, here, and a name in `RewardSpec.type`. Reward processes import this
-module, so what an entry needs of libraries it imports when it is made: they take seconds, and a process holds
-one reward.
+A new type is an entry in `REWARD_TYPES`, here, and a name in `RewardSpec.type`. Reward processes import this
+module, so an entry imports the libraries that it needs only when it is loaded: they take seconds, and a
+process holds one reward.
 """
 
 import os
@@ -18,25 +18,25 @@ from asyncrl_runtime.rollout.rewards.frames import Ready, Setup
 from asyncrl_runtime.rollout.rewards.verifiers import MathAnswer, ReasoningGymAnswer
 
 SANDBOX_SECONDS = 10.0
-"""What a sandbox may spend around its programs, whose time it limits itself."""
+"""The time that a sandbox may spend in addition to its programs' time, which it limits itself."""
 
 _KEPT_VARIABLES = ("PATH", "HOME", "LANG", "TMPDIR", "LD_LIBRARY_PATH", "PYTHONPATH")
 
 
 @dataclass(frozen=True)
 class ProcessReward:
-    """A callable in reward processes of this machine."""
+    """A reward that is a callable in reward processes of this machine."""
 
     load: Callable[[Setup], tuple[Reward, Ready]]
-    """Makes it ready to score; runs in the process, and may raise anything."""
+    """The function that makes the reward ready to score; it runs in the process, and may raise anything."""
     spare_seconds: float = 0.0
-    """Time that its process gets beyond `timeoutSeconds`, for a reward that keeps that limit itself."""
+    """The time that a process gets beyond `timeoutSeconds`, for a reward that keeps that limit itself."""
     is_user_code: bool = False
-    """Whether it is the user's own, which may need any of the worker's variables. The others handle text of
-    the policy, and reasoning-gym evaluates some of it as Python, so they get no secrets."""
+    """Whether the reward is the user's own, which may need any of the worker's variables. The others handle
+    text of the policy, and reasoning-gym evaluates some of it as Python, so they get no secrets."""
 
     def environment(self) -> dict[str, str]:
-        """Return the variables of a process that holds it."""
+        """Return the environment variables of a process that holds this reward."""
         if self.is_user_code:
             return dict(os.environ)
         return {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
@@ -44,7 +44,7 @@ class ProcessReward:
 
 @dataclass(frozen=True)
 class RemoteReward:
-    """Something outside of this machine that scores; nothing of it is loaded."""
+    """A reward that something outside of this machine computes; nothing of it is loaded here."""
 
     connect: Callable[[RewardSpec], Backend]
 
@@ -90,12 +90,12 @@ REWARD_TYPES: Mapping[str, ProcessReward | RemoteReward] = {
 
 
 def process_reward(name: str) -> ProcessReward:
-    """Return the entry of a type whose reward lives in a process.
+    """Return the entry of a type whose reward runs in a process.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: there is no such type of that name.
     """
     entry = REWARD_TYPES.get(name)
     if not isinstance(entry, ProcessReward):
-        raise ValueError(f"reward.type {name} is none that a reward process can hold")
+        raise ValueError(f"reward.type {name} is not one that a reward process can hold")
     return entry

@@ -1,6 +1,6 @@
-"""Scores responses with the manifest's reward; the one place that repeats what failed.
+"""Scores responses with the manifest's reward; this is the only place that repeats what failed.
 
-To be used as
+It is used like this:
 
     async with make_scorer(spec, answer_field="answer", import_paths=[], num_processes=4) as scorer:
         outcomes = await scorer.score([ScoreRequest(prompt, response, row), ...])
@@ -26,9 +26,10 @@ logger = logging.getLogger(__name__)
 
 
 class Scorer:
-    """Scores lists of responses, several lists at a time. Leaving it ends all that it has started.
+    """Scores lists of responses, several lists at a time. Leaving it ends everything that it has started.
 
-    What fails is tried again with the other failures of its list, after a pause that doubles each time.
+    What fails is tried again, together with the other failures of its list, after a pause that doubles each
+    time.
     """
 
     def __init__(self, backend: Backend, *, max_attempts: int, backoff_seconds: float = 0.5) -> None:
@@ -37,10 +38,10 @@ class Scorer:
         self._backoff_seconds = backoff_seconds
 
     async def __aenter__(self) -> Self:
-        """Make ready to score.
+        """Get ready to score.
 
         Raises:
-            RewardNotLoaded: the reward cannot be had, so there is nothing to wait for.
+            RewardNotLoaded: the reward cannot be loaded at all, so there is nothing to wait for.
         """
         await self._backend.__aenter__()
         return self
@@ -51,7 +52,7 @@ class Scorer:
         await self._backend.__aexit__(kind, error, trace)
 
     async def score(self, requests: Sequence[ScoreRequest]) -> list[Score | RewardFailure]:
-        """Return what each response is worth, in order, or why its last attempt failed."""
+        """Return the score of each response, in order, or the reason why its last attempt failed."""
         outcomes: dict[int, Score | RewardFailure] = {}
         pending = list(range(len(requests)))
         for attempt in range(1, self._max_attempts + 1):
@@ -71,12 +72,12 @@ class Scorer:
 def make_scorer(
     spec: RewardSpec, *, answer_field: str, import_paths: Sequence[Path], num_processes: int
 ) -> Scorer:
-    """Return the scorer of `spec`, to be entered.
+    """Return the scorer of `spec`, which must be entered.
 
     Args:
-        answer_field: where a row has its reference answer, `spec.dataset.answerField`.
-        import_paths: folders with the user's code, mounted config maps say.
-        num_processes: how many responses are scored at a time by a reward in processes of this machine.
+        answer_field: the field of a row that holds the reference answer, `spec.dataset.answerField`.
+        import_paths: folders with the user's code, such as mounted ConfigMaps.
+        num_processes: the number of responses that a reward in processes of this machine scores at a time.
     """
     match REWARD_TYPES[spec.type]:
         case RemoteReward(connect):

@@ -1,4 +1,4 @@
-"""`Math` and `ReasoningGym`, each as a callable like the user's own.
+"""The rewards `Math` and `ReasoningGym`, each as a callable like the user's own.
 
 Their libraries are imported when a reward is made: reasoning-gym takes seconds.
 """
@@ -14,16 +14,16 @@ from asyncrl_api.protocols import Row, Score
 
 
 class MathAnswer:
-    """`Math`: 1 if math-verify finds the response's final answer equal to the row's, else 0.
+    """The reward `Math`: 1 if math-verify finds the response's final answer equal to the row's, else 0.
 
-    Its own time limits are off: they need SIGALRM, and they count a comparison that was too slow as a
-    wrong answer. The pool's limit makes it an error.
+    math-verify's own time limits are off: they need SIGALRM, and they count a comparison that was too slow as
+    a wrong answer. The pool's limit makes it an error.
     """
 
     def __init__(self, answer_field: str) -> None:
         import math_verify
 
-        logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limits are off
+        logging.getLogger("math_verify").setLevel(logging.ERROR)  # it would warn that its time limits are off
         self._parse = partial(math_verify.parse, parsing_timeout=None)
         self._verify = partial(math_verify.verify, timeout_seconds=None)
         self._answer_field = answer_field
@@ -40,10 +40,10 @@ class MathAnswer:
 
 
 def as_latex(answer: object) -> str:
-    r"""Return a row's reference answer in the form in which math-verify takes it as a whole.
+    r"""Return a row's reference answer in a form that math-verify takes as a whole.
 
-    Only what stands behind `####` counts, as in GSM8K. A bare answer is put between dollars: as running
-    text, `2\sqrt{3}` would be searched for a number and found to hold 2.
+    Only what follows `####` counts, as in GSM8K. A bare answer is put between dollar signs: in running text,
+    `2\sqrt{3}` would be searched for a number, and 2 would be found.
     """
     text = str(answer).rpartition("####")[2].strip()
     if re.fullmatch(r"[-+]?[\d,]*\.?\d+(e[-+]?\d+)?", text, re.IGNORECASE):
@@ -52,11 +52,11 @@ def as_latex(answer: object) -> str:
 
 
 class ReasoningGymAnswer:
-    """`ReasoningGym`: the score of the data set that made the row, as its `metadata` names it.
+    """The reward `ReasoningGym`: the score of the data set that made the row and that its `metadata` names.
 
-    The answer is what stands in the last `<answer>` of the response, or the whole response. Some data
-    sets give parts of a point, and a few look at their parameters when they score: those that differ
-    from the defaults stand in the row as `metadata.dataset_parameters`.
+    The answer is the content of the last `<answer>` of the response, or the whole response. Some data sets
+    give parts of a point, and a few look at their parameters when they score: those that differ from the
+    defaults are in the row as `metadata.dataset_parameters`.
     """
 
     def __init__(self) -> None:
