@@ -1,8 +1,8 @@
-"""A worker's part where adapters are trained: each version is one more adapter of an engine whose base stays.
+"""A worker's part if adapters are trained: each version is one more adapter of an engine whose base stays.
 
-The adapter comes in pieces over NATS and goes to the engine by the folder that both see. It is called like
-its version, and requests name it, so that nobody has to pause: what was under way is broken off, and goes on
-under the new name (`EngineClient`).
+An adapter comes in chunks over NATS and goes to the engine through a folder that both see. It is named after
+its version, and requests name it, so that nobody has to pause: what was under way is broken off and goes on
+with the new name (`EngineClient`).
 """
 
 import shutil
@@ -21,7 +21,7 @@ from asyncrl_runtime.rollout.engine_api import Engine
 from asyncrl_runtime.rollout.engine_updates import CountRunning, EngineUpdates, UpdateFailed
 
 KEPT_ADAPTERS = 2
-"""The one before the newest stays: a request may have named it and be on its way."""
+"""The adapters that stay loaded: a request that names the one before the newest may be on its way."""
 
 
 class AdapterUpdates(EngineUpdates):
@@ -52,7 +52,7 @@ class AdapterUpdates(EngineUpdates):
         return ControlReply(ok=True)
 
     async def _retreat(self) -> None:
-        """Nothing is to be undone: the engine samples with the adapter that it had."""
+        """Do nothing: the engine goes on sampling with the adapter that it had."""
 
     def _take(self, part: AdapterChunk) -> None:
         if part.offset == 0:
@@ -67,11 +67,11 @@ class AdapterUpdates(EngineUpdates):
         weights += part.data
 
     async def _load(self, request: LoadAdapter) -> None:
-        """Load the adapter, sample with it from now on, and drop those that nobody asks for any more."""
+        """Load the adapter, sample with it from now on, and drop those that nobody asks for anymore."""
         arrived, self._arriving = self._arriving, None
         if arrived is None or (arrived[0], len(arrived[1])) != (request.version, request.num_bytes):
             raise UpdateFailed(f"adapter {request.version} of {request.num_bytes} bytes has not come whole")
-        if request.version not in self._loaded:  # else a reply was lost
+        if request.version not in self._loaded:  # otherwise a reply was lost
             await self._hand_over(arrived[1], request)
             self._loaded.append(request.version)
         await self._switch(request)
@@ -80,7 +80,7 @@ class AdapterUpdates(EngineUpdates):
 
     async def _hand_over(self, weights: bytearray, request: LoadAdapter) -> None:
         version = request.version
-        await self._try(partial(self._engine.unload_adapter, version))  # of an earlier worker
+        await self._try(partial(self._engine.unload_adapter, version))  # an earlier worker's
         folder = Path(tempfile.mkdtemp(prefix=f"adapter-{version}-"))
         try:
             (folder / "adapter_config.json").write_text(request.config)
@@ -90,7 +90,7 @@ class AdapterUpdates(EngineUpdates):
             shutil.rmtree(folder, ignore_errors=True)
 
     async def _switch(self, request: LoadAdapter) -> None:
-        """Name the new adapter in every request from now on, and break off those that named another."""
+        """Name the new adapter in every request from now on, and break off those that named another one."""
         self._is_switching = True  # until the engine's label, by which it is known, is that of the version
         self._seen.version = request.version
         self._is_draining = False

@@ -1,4 +1,4 @@
-"""Calls that are made side by side go out as one."""
+"""Merges calls that are made at the same moment into one."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
@@ -9,11 +9,11 @@ Result = TypeVar("Result")
 
 
 class Coalescer(Generic[Item, Result]):
-    """Collects what is asked within one turn of the event loop and asks it in one call.
+    """Collects the items of one turn of the event loop and hands them to one call.
 
-    The samples of a group ask for tokens, and then for scores, at the same moment: so short answers cost
-    one HTTP request and one trip to the reward process per group, though every sample is written as if it
-    were alone.
+    The samples of a group ask for tokens, and then for scores, at the same moment. So short answers cost one
+    HTTP request and one trip to the reward process per group, although each sample is written as if it were
+    alone.
     """
 
     def __init__(self, call: Callable[[Sequence[Item]], Awaitable[Sequence[Result]]]) -> None:
@@ -39,9 +39,9 @@ class Coalescer(Generic[Item, Result]):
     async def _run(self, waiting: list[tuple[Item, asyncio.Future[Result]]]) -> None:
         try:
             results = await self._call([item for item, _ in waiting])
-            if len(results) != len(waiting):  # whoever got none would wait for good
+            if len(results) != len(waiting):  # whoever got none would wait forever
                 raise ValueError(f"{len(waiting)} were asked together, but {len(results)} answers came")
-        except Exception as error:  # whoever asked gets it, whatever it is
+        except Exception as error:  # all who asked get the error, whatever it is
             for _, future in waiting:
                 if not future.done():
                     future.set_exception(error)

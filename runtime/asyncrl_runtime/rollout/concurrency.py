@@ -1,4 +1,4 @@
-"""How many samples an engine is given: grown while it has room, cut when it thrashes. Pure."""
+"""How many samples an engine is given: more while it has room, fewer when it thrashes. Pure."""
 
 import math
 
@@ -6,11 +6,11 @@ from asyncrl_runtime.rollout.engine_api import EngineLoad
 
 
 class ConcurrencyLimit:
-    """Additive increase is slow and KV use is a good signal, so growth is multiplicative while it is low.
+    """The limit on an engine's samples. It grows by a factor while KV use is low: adding would be too slow.
 
     Args:
-        group_size: samples come in groups, so the limit never goes below one.
-        ceiling: `spec.rollout.maxConcurrency`; 0 = adaptive, up to HIGHEST.
+        group_size: samples of a group; the limit never falls below one group.
+        ceiling: `spec.rollout.maxConcurrency`; 0: adaptive, up to HIGHEST.
     """
 
     HIGHEST = 1024
@@ -23,14 +23,14 @@ class ConcurrencyLimit:
         self._num_retracted: int | None = None
 
     def observe(self, load: EngineLoad, num_running: int) -> None:
-        """Adapt to the engine's load; called every few seconds with fresh numbers only.
+        """Adapt the limit to the engine's load; called every few seconds, and only with fresh numbers.
 
-        Grows by a quarter when the cache is under 60 % and the limit binds, trims by a tenth above 80 %
-        or while requests queue, and cuts by a fifth when the engine had to retract.
+        The limit grows by a quarter if less than 60 % of the cache is used and the limit binds, shrinks by a
+        tenth above 80 % or while requests queue, and by a fifth if the engine had to retract requests.
         """
         retracted = load.num_retracted - (self._num_retracted or 0)
         is_first, self._num_retracted = self._num_retracted is None, load.num_retracted
-        if is_first or retracted < 0:  # it restarted: its counters began again
+        if is_first or retracted < 0:  # the engine restarted, so its counters began again
             return
         if self.ceiling:
             self.limit = max(self.group_size, self.ceiling)
@@ -42,7 +42,7 @@ class ConcurrencyLimit:
             self._set(math.ceil(self.limit * 1.25))  # away from where it was: rounding would stick at 2
 
     def has_room(self, num_running: int) -> bool:
-        """Whether one more group may start."""
+        """Return whether one more group may start."""
         return num_running + self.group_size <= self.limit
 
     def _set(self, limit: int) -> None:
@@ -50,7 +50,7 @@ class ConcurrencyLimit:
 
 
 class Slots:
-    """Counts what is taken. The limit is ConcurrencyLimit's."""
+    """Counts the slots that are taken; their limit is ConcurrencyLimit's."""
 
     def __init__(self) -> None:
         self.num_taken = 0
@@ -61,7 +61,7 @@ class Slots:
 
 
 class Taken:
-    """Some slots of one ticket; `close` frees what is left of them."""
+    """The slots of one ticket; `close` frees those that are still taken."""
 
     def __init__(self, slots: Slots, count: int) -> None:
         self._slots = slots

@@ -1,8 +1,8 @@
-"""What the worker and the weight updates ask of an engine, and what they are answered.
+"""What the worker and the weight updates ask of an engine, and the answers that they get.
 
-Who adds an engine writes one class that has what `Engine` says (`EngineClient` is the one for SGLang's HTTP,
-which our CPU engine speaks too), chooses it in `assemble.py`, and runs `tests/contract/` against a server of
-it: the tests there say in HTTP what is relied on beyond the signatures here.
+To add an engine, write one class that has the methods of `Engine` (`EngineClient` is the one for SGLang's
+HTTP, which our CPU engine speaks too), choose it in `assemble.py`, and run `tests/contract/` against a server
+of it: the tests there say in HTTP what is relied on beyond the signatures here.
 
 Each control call ends within its deadline; a request for tokens takes as long as it takes, or until the
 worker gives the engine up. An engine that was restarted knows nothing of what the process before it was told.
@@ -16,62 +16,62 @@ from typing import Protocol
 from asyncrl_runtime.contract.messages import JoinGroup, PolicyVersion, ReceiveBucket, VersionSpan
 
 PROBE_SECONDS = 5.0
-"""Deadline of what an engine answers at once, paused or not."""
+"""The deadline of calls that an engine answers at once, paused or not."""
 CONTROL_SECONDS = 10.0
-"""Deadline of a control call that moves no data: an engine answers between two decoding steps."""
+"""The deadline of a control call that moves no data: an engine answers between two decoding steps."""
 CHECKSUM_SECONDS = 60.0
-"""Deadline of the checksum over all weights."""
+"""The deadline of the checksum over all weights."""
 
 
 class EngineLost(Exception):
-    """The engine died, hangs, or was told to stop: nothing wrong with the request. Try elsewhere."""
+    """The engine died, hangs, or was told to stop; nothing is wrong with the request. Try elsewhere."""
 
     is_reported = False
-    """Whether this uses up the ticket's retry budget: a kill does not."""
+    """Whether this counts against the ticket's retry budget; a kill does not."""
 
 
 class EngineFailed(EngineLost):
-    """The engine lives and answered with an error of its own (5xx)."""
+    """The engine is alive and answered with an error of its own (5xx)."""
 
     is_reported = True
 
 
 class EngineTimeout(EngineLost):
-    """The engine did not answer a control call in time: it hangs."""
+    """The engine did not answer a control call in time, so it hangs."""
 
 
 class EngineAbsent(EngineLost):
-    """Nobody listens there: the engine is dead, or has yet to start."""
+    """Nobody listens at the engine's address: it is dead, or has yet to start."""
 
 
 class EngineRefused(Exception):
-    """The engine answered that this request can never work, or that the state it is in forbids it."""
+    """The engine answered that this request can never work, or that its state forbids it."""
 
 
 @dataclass(frozen=True)
 class SamplingRequest:
-    """One sequence to be continued."""
+    """One sequence that must be continued."""
 
     input_ids: Sequence[int]
     max_new_tokens: int
     temperature: float
-    """0 is greedy."""
+    """The divisor of the logits; 0 is greedy."""
     seed: int
-    """Of this turn; the engine derives the noise of a token from it and the token's absolute position."""
+    """The seed of this turn; the engine derives a token's noise from it and the token's absolute position."""
 
 
 @dataclass(frozen=True)
 class Generation:
-    """What an engine sampled, and what it attests of it."""
+    """What an engine sampled, and the versions that it attests."""
 
     output_ids: list[int]
     logprobs: list[float]
     spans: tuple[VersionSpan, ...]
     finish_reason: str
-    """`stop`, `length`, or `abort` for one that was broken off by request."""
+    """`stop`, `length`, or `abort` if it was broken off by request."""
 
     def followed_by(self, more: "Generation") -> "Generation":
-        """Return both as one."""
+        """Return this generation and its continuation as one."""
         shift = len(self.output_ids)
         later = (VersionSpan(s.attempt, s.version, s.end + shift) for s in more.spans)
         return Generation(
@@ -83,7 +83,7 @@ class Generation:
 
 
 def merge_spans(spans: Sequence[VersionSpan]) -> tuple[VersionSpan, ...]:
-    """Join neighbors of one version and drop empty spans."""
+    """Join neighboring spans of one version and drop empty ones."""
     merged: list[VersionSpan] = []
     for span in spans:
         if span.end <= (merged[-1].end if merged else 0):
@@ -95,7 +95,7 @@ def merge_spans(spans: Sequence[VersionSpan]) -> tuple[VersionSpan, ...]:
 
 
 class BrokenStream(EngineLost):
-    """The engine went away in mid answer; `earned` is what can be kept of it, finish reason `abort`."""
+    """The engine went away in mid-answer; `earned` is what can be kept of it, with finish reason `abort`."""
 
     def __init__(self, cause: EngineLost, earned: Generation) -> None:
         super().__init__(str(cause))
@@ -105,7 +105,7 @@ class BrokenStream(EngineLost):
 
 @dataclass
 class WeightsSeen:
-    """What the worker itself saw of its engine's weights; whoever drives the updates keeps it."""
+    """What the worker itself has seen of its engine's weights; whoever drives the updates maintains it."""
 
     version: PolicyVersion | None = None
     num_updates_begun: int = 0
@@ -114,21 +114,21 @@ class WeightsSeen:
 
 @dataclass(frozen=True)
 class EngineLoad:
-    """What an engine says of itself at one moment."""
+    """What an engine reports about itself at one moment."""
 
     kv_usage: float
-    """Share of its KV cache in use, 0 to 1."""
+    """The share of its KV cache that is in use, 0 to 1."""
     num_queued: int
     num_retracted: int
-    """Since it started: running requests thrown out of the cache because it was full."""
+    """The running requests that were thrown out of a full cache since the engine started."""
     num_generated_tokens: int
-    """Since it started, of requests that have ended."""
+    """The tokens of requests that have ended since the engine started."""
     num_used_tokens: int = 0
-    """In the cache, of requests that run: grows with each token."""
+    """The tokens of running requests in the cache, which grow with each token sampled."""
 
 
 class SamplingEngine(Protocol):
-    """What is asked by those who only sample."""
+    """The part of an engine that is used by those who only sample."""
 
     async def generate(
         self, requests: Sequence[SamplingRequest], *, cache_salt: str | None = None
@@ -136,7 +136,7 @@ class SamplingEngine(Protocol):
         """Sample continuations of several sequences at once, and answer when all have ended, in order.
 
         Args:
-            cache_salt: keeps KV of requests with another salt from being used.
+            cache_salt: keeps the KV cache of requests with another salt from being used.
 
         Raises:
             EngineLost: no complete answer came.
@@ -148,40 +148,39 @@ class SamplingEngine(Protocol):
         """Sample one continuation, receiving it in pieces, so that little is lost with the engine.
 
         Raises:
-            BrokenStream: the engine went away in mid answer.
-            EngineLost: the engine failed at it, or attests weights that are not this job's: nothing is kept.
+            BrokenStream: the engine went away in mid-answer.
+            EngineLost: the engine failed, or attests weights that are not this job's; nothing is kept.
             EngineRefused: the request can never work.
         """
         ...
 
 
 class Engine(SamplingEngine, Protocol):
-    """One engine, as its worker has it.
+    """One engine, as its worker uses it.
 
-    Where nothing else is said, a call raises EngineLost where no answer came or the engine failed
-    (EngineTimeout after its deadline, EngineAbsent where nobody listens), and EngineRefused where the engine
-    says no.
+    Unless stated otherwise, a call raises EngineLost if no answer came or the engine failed (EngineTimeout
+    after its deadline, EngineAbsent if nobody listens), and EngineRefused if the engine says no.
     """
 
     weights: WeightsSeen
 
     @property
     def name(self) -> str:
-        """What the log calls it: its address, say."""
+        """The engine's name in the log, such as its address."""
         ...
 
     @property
     def num_requests(self) -> int:
-        """Requests in flight: asked for tokens and not answered yet."""
+        """The number of requests for tokens that are not answered yet."""
         ...
 
     @property
     def is_in_doubt(self) -> bool:
-        """Whether a request has failed, and `label` was not answered since: the engine may be gone."""
+        """Whether a request has failed and `label` has not been answered since: the engine may be gone."""
         ...
 
     async def close(self) -> None:
-        """Let go of it, at the worker's end."""
+        """Release what belongs to the engine, when the worker ends."""
         ...
 
     def give_up(self) -> None:
@@ -189,78 +188,78 @@ class Engine(SamplingEngine, Protocol):
         ...
 
     async def abort_all(self) -> None:
-        """Break off every request: each is answered with what it has, finish reason `abort`."""
+        """Break off every request; each is answered with what it has, with finish reason `abort`."""
         ...
 
     # -- health
 
     async def label(self) -> str:
-        """Return which version the engine itself says that it has; answered while paused too."""
+        """Return the version that the engine itself reports; it is answered in a pause too."""
         ...
 
     async def num_ranks(self) -> int:
-        """Return how many members the engine is in a weight group: its tensor-parallel size."""
+        """Return the number of the engine's members in a weight group: its tensor-parallel size."""
         ...
 
     async def load(self) -> EngineLoad:
-        """Return how busy it is."""
+        """Return how busy the engine is."""
         ...
 
     async def take_over(self) -> None:
         """Begin with an engine process that this worker does not know: end what was asked of it before.
 
-        That is requests in flight, and an update that was open. It stays paused if it was.
+        That means requests in flight, and an open update. An engine that was paused stays paused.
         """
         ...
 
-    # -- updates of all weights, in this order: a group is joined, then for each update the engine is paused,
-    # the update begun, buckets received, the update ended, and sampling resumed
+    # -- updates of all weights, in this order: a group is joined; then, in each update, the engine is paused,
+    # the update is begun, buckets are received, the update is ended, and sampling is resumed
 
     async def join_group(self, request: JoinGroup) -> None:
-        """Become members `rank` and following of the weight group, within the request's deadline."""
+        """Join the weight group as member `rank` (and those after it), within the request's deadline."""
         ...
 
     async def leave_group(self, group: str) -> None:
-        """Leave the weight group, whatever became of the other members."""
+        """Leave the weight group, whatever has become of the other members."""
         ...
 
     async def pause(self, interrupt: str) -> None:
         """Stop sampling between two tokens.
 
         Args:
-            interrupt: `spec.rollout.interrupt`. With InPlace running requests keep their KV cache; otherwise
-                they are computed anew, or broken off by an engine that cannot do that.
+            interrupt: `spec.rollout.interrupt`. With InPlace, running requests keep their KV cache; otherwise
+                it is computed anew, or they are broken off by an engine that cannot do that.
         """
         ...
 
     async def begin_update(self) -> None:
-        """Be ready for buckets."""
+        """Get ready to receive buckets."""
         ...
 
     async def receive_bucket(self, request: ReceiveBucket, *, keeps_cache: bool) -> None:
         """Receive a bucket from rank 0 of the group, within the request's deadline.
 
-        With the last one the engine has the update's version for its label, and its cache is flushed unless
-        `keeps_cache`.
+        With the last bucket the engine takes the update's version as its label, and flushes its cache unless
+        `keeps_cache` is set.
         """
         ...
 
     async def end_update(self) -> None:
-        """Put the weights into force, or what has come of them if the update is given up."""
+        """Put the weights into force, or those that have come if the update is given up."""
         ...
 
     async def checksum(self) -> str:
-        """Return a digest of all weights, the same for engines that hold the same."""
+        """Return a digest of all weights; engines with equal weights have equal digests."""
         ...
 
     async def resume(self) -> None:
         """Go on sampling."""
         ...
 
-    # -- adapters, of an engine that samples with them
+    # -- adapters, for an engine that samples with them
 
     async def load_adapter(self, version: PolicyVersion, folder: Path, timeout_seconds: float) -> None:
-        """Load an adapter in PEFT's form from a folder that the engine sees, and name it by its version."""
+        """Load an adapter in PEFT's format from a folder that the engine sees; its name is its version."""
         ...
 
     async def unload_adapter(self, version: PolicyVersion) -> None:
@@ -268,5 +267,5 @@ class Engine(SamplingEngine, Protocol):
         ...
 
     async def set_label(self, version: PolicyVersion, *, aborts: bool) -> None:
-        """Have the engine say that it has `version`; with `aborts` break off every request."""
+        """Make the engine report `version`; with `aborts`, break off every request."""
         ...

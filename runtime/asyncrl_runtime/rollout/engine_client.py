@@ -1,8 +1,8 @@
-"""An engine behind SGLang's native HTTP API, which SGLang speaks and our CPU engine.
+"""An engine behind SGLang's native HTTP API, which SGLang and our CPU engine speak.
 
 Learned by running SGLang (docs/decisions/0008-cpu-engine.md): request ids must not be prefixes of one
-another, since an abort matches by prefix; a token id outside the vocabulary kills the server; `/model_info`
-alone answers at once also while paused; an aborted request is a 200 with what it has so far.
+another, since an abort matches by prefix; a token id outside the vocabulary kills the server; only
+`/model_info` answers at once even in a pause; an aborted request is a 200 with what it has so far.
 """
 
 import asyncio
@@ -43,14 +43,15 @@ PAUSE_MODES = {"Retract": "retract", "InPlace": "in_place", "Drain": "retract"}
 
 
 class EngineLacks(EngineRefused):
-    """The engine does not know this endpoint (404): it is of another line."""
+    """The engine does not have this endpoint (404), so it is of another version."""
 
 
 class EngineClient:
     """Talks to one engine over loopback; see `engine_api.Engine` for what its calls mean.
 
     Args:
-        samples_with_adapters: each version is an adapter that is called like it, so every request names one.
+        samples_with_adapters: whether each version is an adapter named after it, so that every request names
+            one.
     """
 
     def __init__(self, base_url: str, vocab_size: int, *, samples_with_adapters: bool = False) -> None:
@@ -60,7 +61,8 @@ class EngineClient:
         self.is_in_doubt = False
         self.num_requests = 0
         self._has_sessions = True
-        """SGLang up to 0.5.20 has no endpoints around an update, and takes buckets at any time."""
+        """Whether the engine has endpoints around an update; SGLang up to 0.5.20 has none and takes
+        buckets at any time."""
         self._vocab_size = vocab_size
         # No read timeout: a long answer takes as long as it takes, and the worker's monitor ends requests
         # to an engine that hangs. No connection limit: the ticket gate bounds what is in flight.
@@ -91,7 +93,7 @@ class EngineClient:
         pairs = zip(requests, earned, strict=True)
         try:
             return list(await asyncio.gather(*(self._go_on(request, each) for request, each in pairs)))
-        except BrokenStream as error:  # what one has earned is not for the others
+        except BrokenStream as error:  # what one request has earned is not the others'
             raise (EngineFailed if error.is_reported else EngineLost)(str(error)) from error
 
     async def stream(self, request: SamplingRequest, *, cache_salt: str | None = None) -> Generation:
@@ -102,17 +104,19 @@ class EngineClient:
             if not answer.is_whole:
                 raise EngineLost(f"{self.name}: the stream ended without an end")
         except EngineLost as error:
-            if not answer.is_whole:  # else nothing was lost: going on would sample behind the answer's end
+            if (
+                not answer.is_whole
+            ):  # otherwise nothing was lost, and going on would sample beyond the answer's end
                 raise BrokenStream(error, answer.earned()) from error
         earned = _generation(answer.last, adapter)
         return await self._go_on(request, earned) if self._has_moved_on(adapter) else earned
 
     @property
     def _adapter(self) -> PolicyVersion | None:
-        """Whose tokens an answer to a request of now has; None where the engine itself attests that.
+        """The adapter that a request made now is answered with; None if the engine itself attests versions.
 
         Raises:
-            EngineLost: adapters are sampled with, and the engine has none.
+            EngineLost: the job samples with adapters, and the engine has none yet.
         """
         if self._samples_with_adapters and self.weights.version is None:
             raise EngineLost(f"{self.name}: the engine has no adapter yet")
@@ -122,7 +126,7 @@ class EngineClient:
         return adapter is not None and adapter != self.weights.version
 
     async def _go_on(self, request: SamplingRequest, earned: Generation) -> Generation:
-        """Finish under a newer adapter what was broken off for its sake."""
+        """Finish with a newer adapter what was broken off for its sake."""
         room = request.max_new_tokens - len(earned.output_ids)
         if earned.finish_reason != "abort":
             return earned
@@ -192,8 +196,8 @@ class EngineClient:
     async def pause(self, interrupt: str) -> None:
         """See the protocol.
 
-        SGLang without sessions dies when it flushes its cache over a queue, where retracting puts what runs:
-        there it is broken off, and goes on as after an engine's loss.
+        SGLang without sessions dies if it flushes its cache while requests are queued, and retracting puts
+        running requests into the queue. There they are broken off, and go on as after the loss of an engine.
         """
         mode = PAUSE_MODES[interrupt]
         is_fragile = mode == "retract" and not self._has_sessions
@@ -213,7 +217,7 @@ class EngineClient:
             "shapes": request.shapes,
             "group_name": request.group,
             "load_format": "flattened_bucket",
-            # Where running requests hold the cache a flush would be refused.
+            # If running requests hold the cache, a flush would be refused.
             "flush_cache": request.is_last and not keeps_cache,
             **({"weight_version": str(request.version)} if request.is_last else {}),
         }
@@ -256,10 +260,10 @@ class EngineClient:
         """Post a control request.
 
         Raises:
-            EngineTimeout: no answer in time.
-            EngineLost: no connection, or a server error.
-            EngineRefused: answered with a 4xx, or that it had no success; the message is the engine's.
-                EngineLacks for a 404.
+            EngineTimeout: there was no answer in time.
+            EngineLost: there was no connection, or a server error.
+            EngineRefused: the engine answered with a 4xx, or reported no success; the message is the
+                engine's. A 404 is EngineLacks.
         """
         response = await self._control(self._http.post(path, json=body), path, timeout_seconds)
         result: dict[str, Any] = json.loads(response.text) if response.text.startswith("{") else {}
@@ -349,9 +353,9 @@ class EngineClient:
 class _StreamedAnswer:
     """A streamed answer so far: chunks are cumulative, and only the last one attests versions.
 
-    Of a broken one, what came before the first update since the request began is of the version that the
-    engine had then; what came later may be of that version or of a newer one, so it is dropped. Of an adapter
-    that was named all of it is.
+    In a broken answer, what came before the first update since the request began is from the version that the
+    engine had then; what came later may be from that version or a newer one, so it is dropped. If the request
+    named an adapter, all of it is from that adapter.
     """
 
     def __init__(self, weights: WeightsSeen, adapter: PolicyVersion | None) -> None:
@@ -383,7 +387,7 @@ class _StreamedAnswer:
         )
 
     def _updates_now(self) -> tuple[int, int]:
-        """Both counts: an update that was under way when the request began has been begun already."""
+        """Return both counts, since an update may have been under way already when the request began."""
         return self._weights.num_updates_begun, self._weights.num_updates_completed
 
 
@@ -394,7 +398,7 @@ def _logprobs(answer: dict[str, Any]) -> list[float]:
 def _generation(answer: dict[str, Any], adapter: PolicyVersion | None) -> Generation:
     meta = answer["meta_info"]
     reason = meta["finish_reason"]
-    if status := reason.get("status_code"):  # failed after its stream had begun as a 200
+    if status := reason.get("status_code"):  # it failed after its stream had begun as a 200
         raise (EngineRefused if status < 500 else EngineFailed)(f"{status}: {reason['message']}")
     if adapter is not None:
         span = VersionSpan(adapter.attempt, adapter.version, len(answer["output_ids"]))
@@ -409,7 +413,7 @@ def _generation(answer: dict[str, Any], adapter: PolicyVersion | None) -> Genera
 
 
 def parse_load(text: str) -> EngineLoad:
-    """Read what is needed of SGLang's metrics; label sets (ranks) are summed, usage is the largest."""
+    """Return the load from SGLang's metrics; label sets (ranks) are summed, and the largest usage counts."""
     values: dict[str, list[float]] = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:

@@ -1,4 +1,4 @@
-"""Watches one engine: is it there, is it the one we know, does it get on."""
+"""Watches one engine: whether it is there, whether it is the process we know, whether it makes progress."""
 
 import asyncio
 import logging
@@ -18,15 +18,15 @@ log = logging.getLogger(__name__)
 
 PROBE_INTERVAL_SECONDS = 1.0
 DOWN_SECONDS = 15.0
-"""An engine that answered before and does not for so long is restarted."""
+"""An engine that answered before and has not answered for this long is restarted."""
 STUCK_SECONDS = 60.0
-"""An engine that samples without producing a token for so long is restarted."""
+"""An engine that should sample and has produced no token for this long is restarted."""
 DIRTY_SECONDS = 120.0
-"""An engine that waits for a full set of weights for so long is restarted."""
+"""An engine that has waited for a full set of weights for this long is restarted."""
 
 
 class EngineMonitor:
-    """Polls the engine. `state` and `fault` are what others read of it."""
+    """Polls the engine; others read `state` and `fault`."""
 
     def __init__(
         self,
@@ -48,14 +48,14 @@ class EngineMonitor:
         self._num_tokens = (-1, -1)
         self._dirty_since: float | None = None
         self.incarnation = 0
-        """Counts the engine processes seen; weights and groups belong to one of them."""
+        """The number of engine processes seen so far; weights and groups belong to one of them."""
         self.load = EngineLoad(0.0, 0, 0, 0)
 
     @property
     def state(self) -> str:
-        """One of messages.ENGINE_STATES. Down at a request's failure already, or its ticket came right back.
+        """One of messages.ENGINE_STATES. A failed request makes it down, or its ticket would come right back.
 
-        One that has missed a deadline is down until it is restarted: nobody knows what it will still do.
+        An engine that has missed a deadline is down until it is restarted: nobody knows what it will do.
         """
         is_known = not self._engine.is_in_doubt and not self._updates.has_missed_deadline
         return self._updates.state if self._is_up and is_known else "down"
@@ -64,7 +64,7 @@ class EngineMonitor:
         """Return why the engine must be restarted, or None."""
         now = self._clock()
         if self._is_absent:
-            return None  # it is being started already, and killing it meanwhile would never end
+            return None  # it is being started already; killing it now could go on forever
         if self._updates.has_missed_deadline:
             return "it did not answer a control call within its deadline"
         if self._answered_at is not None and not self._is_up and now - self._answered_at > DOWN_SECONDS:
@@ -76,11 +76,11 @@ class EngineMonitor:
         return None
 
     def _is_sampling(self) -> bool:
-        """Whether tokens must come: not in an update, and not while rewards alone are waited for."""
+        """Return whether tokens must come: not in an update, and not while only rewards are awaited."""
         return self.state in ("ready", "draining") and self._engine.num_requests > 0
 
     async def run(self) -> None:
-        """Poll for ever. A poll that fails ends every request in flight, which then goes elsewhere."""
+        """Poll forever. A poll that fails ends every request in flight, which then goes elsewhere."""
         while True:
             try:
                 await self._poll()
@@ -102,10 +102,10 @@ class EngineMonitor:
         self._dirty_since = (self._dirty_since or self._clock()) if self._updates.state == "dirty" else None
 
     async def _adopt(self) -> None:
-        """Begin with an engine process that this worker does not know: nothing of before counts.
+        """Begin with an engine process that this worker does not know: nothing from before counts.
 
-        It may have been left by an earlier worker in the middle of an update; it stays as it is until the
-        first update of ours, but what was asked of it then is dropped.
+        An earlier worker may have left it in the middle of an update; it stays as it is until our first
+        update, but what was asked of it before is dropped.
         """
         self.incarnation += 1
         log.info("engine %s: process %d of it", self._engine.name, self.incarnation)
@@ -124,10 +124,10 @@ class EngineMonitor:
 
     def _gone(self, error: Exception) -> None:
         self._is_absent = isinstance(error, EngineAbsent)
-        if self._is_absent:  # the next process has all its time
+        if self._is_absent:  # the next process gets all its time
             self._answered_at = self._dirty_since = None
         elif self._answered_at is None and isinstance(error, EngineTimeout):
-            self._answered_at = self._clock()  # it listens, so it has started: it hung before we came
+            self._answered_at = self._clock()  # it listens, so it has started, and hung before we came
         if self._is_up:
             log.warning("engine is gone: %s", error)
             self._engine.give_up()

@@ -1,4 +1,4 @@
-"""What updates of weights and of adapters share: the trainer asks over NATS, the worker its own engine."""
+"""What updates of weights and of adapters share: the trainer asks over NATS, the worker calls its engine."""
 
 import asyncio
 import logging
@@ -14,15 +14,15 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 CountRunning = Callable[[], int]
-"""Says how many samples are in flight, for draining."""
+"""Returns how many samples are in flight, for draining."""
 
 
 class UpdateFailed(Exception):
-    """A phase failed; the engine is in a known state."""
+    """A phase failed, and the engine is in a known state."""
 
 
 class EngineUpdates(ABC):
-    """Drives one engine through updates. One phase at a time; `state` is what the heartbeat says."""
+    """Drives one engine through updates, one phase at a time; the heartbeat reports `state`."""
 
     def __init__(self, engine: Engine, num_running: CountRunning) -> None:
         self._engine = engine
@@ -32,11 +32,11 @@ class EngineUpdates(ABC):
         self._is_draining = False
         self._lock = asyncio.Lock()
         self.has_missed_deadline = False
-        """The engine did not answer a call in time: it hangs and must be restarted."""
+        """Whether the engine did not answer a call in time: it hangs and must be restarted."""
 
     @property
     def state(self) -> str:
-        """One of messages.ENGINE_STATES but for `down`, which the monitor knows."""
+        """One of messages.ENGINE_STATES except `down`, which the monitor knows."""
         if self._is_draining:
             return "drained" if self._num_running() == 0 else "draining"
         return "empty" if self._seen.version is None else "ready"
@@ -48,7 +48,7 @@ class EngineUpdates(ABC):
         self._seen.version = None
 
     async def handle(self, request: ControlRequest) -> ControlReply:
-        """Carry out one phase and say how it went; never raises for what the engine does."""
+        """Carry out one phase and return how it went; never raises for anything that the engine does."""
         if isinstance(request, DrainEngine):
             self._is_draining = True
             return ControlReply(ok=self._num_running() == 0)
@@ -63,7 +63,7 @@ class EngineUpdates(ABC):
                 return ControlReply(ok=False, message=str(error))
 
     async def leave(self) -> None:
-        """Leave the engine to itself, on the way out."""
+        """Leave the engine to itself when the worker ends."""
         async with self._lock:
             await self._retreat()
 
@@ -72,13 +72,13 @@ class EngineUpdates(ABC):
         """Carry out a phase.
 
         Raises:
-            UpdateFailed: it is not its turn, or of another kind of weights.
-            EngineLost, EngineRefused: as the engine has it.
+            UpdateFailed: it is not this phase's turn, or it is one for another kind of weights.
+            EngineLost, EngineRefused: a call of the engine raised it.
         """
 
     @abstractmethod
     async def _retreat(self) -> None:
-        """Give up what is under way, such that the engine is in a known state."""
+        """Give up what is under way, so that the engine is in a known state."""
 
     async def _probe(self) -> ControlReply:
         if self.has_missed_deadline:
@@ -92,7 +92,7 @@ class EngineUpdates(ABC):
         return ControlReply(ok=True, num_ranks=self._num_ranks)
 
     async def _try(self, call: Callable[[], Awaitable[None]]) -> None:
-        """Call for cleaning up, unless the engine hangs: it is restarted, and each call costs a deadline."""
+        """Make a call that cleans up, unless the engine hangs: it is restarted, and a call costs time."""
         if self.has_missed_deadline:
             return
         try:
@@ -101,7 +101,7 @@ class EngineUpdates(ABC):
             log.info("while cleaning up: %s", error)
 
     async def _in_time(self, answer: Awaitable[T]) -> T:
-        """Remember that the engine hangs if this does not come within its deadline."""
+        """Await an answer; if it does not come within its deadline, remember that the engine hangs."""
         try:
             return await answer
         except EngineTimeout:
@@ -110,4 +110,4 @@ class EngineUpdates(ABC):
 
 
 UpdatesOf = Callable[[Engine, CountRunning], EngineUpdates]
-"""Makes the updates of an engine, of the kind of weights that is trained."""
+"""Makes the updates of an engine, for the kind of weights that is trained."""

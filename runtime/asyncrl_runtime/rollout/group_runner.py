@@ -1,4 +1,4 @@
-"""From a ticket to its samples: runs the workflow once per sample and says what became of each."""
+"""Turns a ticket into samples: runs the workflow once per sample and returns the outcome of each."""
 
 import asyncio
 import logging
@@ -27,16 +27,17 @@ from asyncrl_runtime.rollout.session import PromptTooLong, SampleLimits, SampleS
 log = logging.getLogger(__name__)
 
 MAX_TOKENS_TOGETHER = 128
-"""Of one answer. Longer ones are streamed one by one, so that little is lost with their engine."""
+"""The longest answer that is asked for together with others. Longer ones are streamed one by one, so that
+little is lost with their engine."""
 MAX_WORKFLOW_ATTEMPTS = 3
 WORKFLOW_IDLE_SECONDS = 600.0
-"""How long user code may neither ask the engine nor a reward before its sample fails."""
+"""The time for which user code may ask neither the engine nor a reward before its sample fails."""
 
 SampleOutcome = Sample | SampleFailure
 
 
 class HandedBack(Exception):
-    """The engine went away: the ticket goes to another worker, with what was earned."""
+    """The engine went away: the ticket goes to another worker, with what was sampled so far."""
 
     def __init__(self, cause: str, resume: ResumePoint) -> None:
         super().__init__(cause)
@@ -45,14 +46,14 @@ class HandedBack(Exception):
 
 @dataclass(frozen=True)
 class GroupTask:
-    """What is to be sampled."""
+    """The samples that a ticket asks for."""
 
     ticket: int
     rows: Mapping[int, Row]
-    """index -> row; for training the same one for each sample."""
+    """The row of each sample (index -> row); in training all samples have the same one."""
     limits: SampleLimits
     seeds: Callable[[int, int], int]
-    """(sample, turn) -> seed of the turn's noise."""
+    """Returns the seed of a turn's noise: (sample, turn) -> seed."""
     resume: ResumePoint | None = None
 
 
@@ -60,7 +61,7 @@ Opener = Callable[[int, Sequence[TurnRecord]], SampleSession]
 
 
 class GroupRunner:
-    """Runs groups on one engine. Groups run beside each other; samples of a group too."""
+    """Runs groups on one engine. Groups run concurrently, and so do the samples of a group."""
 
     def __init__(
         self,
@@ -78,14 +79,14 @@ class GroupRunner:
         self._cache_salt = cache_salt
         self._clock = clock
         self.num_sampled_tokens = 0
-        """Since the start, for metrics."""
+        """The tokens sampled since the start, for metrics."""
 
     async def run(self, task: GroupTask, slots: Taken) -> list[SampleOutcome]:
-        """Return the outcome of every sample, in order of their index; each frees a slot as it ends.
+        """Return the outcome of every sample, in the order of their index; each frees a slot as it ends.
 
         Raises:
             HandedBack: the engine is gone; finished samples are kept in the resume point.
-            PromptTooLong, PromptError: none of the rows can ever be sampled. Where some can, as in an
+            PromptTooLong, PromptError: none of the rows can ever be sampled. If some can, as in an
                 evaluation, the others are failures among the outcomes.
         """
         resume = task.resume or ResumePoint(ticket=task.ticket)
@@ -121,7 +122,7 @@ class GroupRunner:
         return everything
 
     def _opener(self, task: GroupTask) -> Opener:
-        """Return what opens the sessions of one group: they ask the engine and the reward together."""
+        """Return the function that opens sessions of one group, which ask engine and reward together."""
         generate: Coalescer[SamplingRequest, Generation] = Coalescer(self._generate_together)
         score: Coalescer[ScoreRequest, Score | RewardFailure] = Coalescer(self._scorer.score)
 
@@ -152,7 +153,7 @@ class GroupRunner:
         return open_session
 
     async def _run_sample(self, session: SampleSession, reopen: Opener) -> "SampleOutcome | _Unfinished":
-        """Run the workflow, again if user code fails: with the turns that were sampled already."""
+        """Run the workflow; if user code fails, run it again with the turns that were already sampled."""
         cause = ""
         for attempt in range(1, MAX_WORKFLOW_ATTEMPTS + 1):
             try:
@@ -192,7 +193,7 @@ class GroupRunner:
 
 @dataclass(frozen=True)
 class _Unfinished:
-    """A sample whose engine went away."""
+    """A sample that is unfinished because its engine went away."""
 
     session: SampleSession
     cause: EngineLost

@@ -1,8 +1,8 @@
-"""The worker answers for itself and for its engine on a port of its own.
+"""The port on which the worker answers health checks for itself and for its engine.
 
-kubelet, or the local runner, asks `/worker` and `/engine`; a 503 has the process in question restarted. The
+kubelet, or the local runner, asks `/worker` and `/engine`; after 503s the process concerned is restarted. The
 engine is not asked directly: only the worker knows that it hangs in a collective, or cannot be made clean.
-`/ready` says whether the two can take a ticket.
+`/ready` tells whether the two can take a ticket.
 """
 
 import contextlib
@@ -29,9 +29,9 @@ async def serve_health(
     """Answer probes until cancelled.
 
     Args:
-        listener: as bound by `processes.bind`.
-        engine_fault: why the engine must be restarted; None while it need not be.
-        is_fit: whether the engine has weights that are new enough to sample with.
+        listener: the socket that `processes.bind` returned.
+        engine_fault: returns why the engine must be restarted; None while it need not be.
+        is_fit: returns whether the engine has weights that are new enough to sample with.
     """
 
     async def worker(request: Request) -> PlainTextResponse:

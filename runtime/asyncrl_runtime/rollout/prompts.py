@@ -1,4 +1,4 @@
-"""From a row to token ids, and back: the chat template where there is one, plain text where there is none."""
+"""Turns rows into token ids, and ids into text: by the chat template if there is one, else as plain text."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,11 +20,11 @@ class PromptRenderer:
         return len(self.tokenizer)
 
     def text(self, row: Mapping[str, Any]) -> str:
-        """Return a row's prompt; raises as prompt_text."""
+        """Return a row's prompt; raises what `prompt_text` raises."""
         return prompt_text(row, self._field)
 
     def prompt_ids(self, row: Mapping[str, Any]) -> list[int]:
-        """Return the token ids of a row's prompt, up to where the policy goes on.
+        """Return the token ids of a row's prompt, up to the point from which the policy continues.
 
         Raises:
             PromptError: the row has no prompt, or one without any token.
@@ -42,13 +42,14 @@ class PromptRenderer:
         return [int(token) for token in ids]
 
     def next_turn_ids(self, message: str, last_token: int) -> list[int]:
-        """Return the ids of a user message after an answer, up to where the policy goes on.
+        """Return the ids of a user message after an answer, up to the point from which the policy continues.
 
-        What stands between an answer's text and the next one is found by rendering a conversation with
-        and without the message: so the answer itself is never tokenized.
+        What comes between the text of an answer and the next one is found by rendering a conversation with a
+        marker for the answer, so that the answer itself is never tokenized.
 
         Args:
-            last_token: of the answer; an end-of-sequence token that the policy sampled is not repeated.
+            last_token: last token of the answer; an end-of-sequence token that the policy sampled is not
+                repeated.
         """
         if self.tokenizer.chat_template is None:
             return [int(token) for token in self.tokenizer.encode(message, add_special_tokens=False)]

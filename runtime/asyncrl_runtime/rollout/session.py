@@ -1,4 +1,4 @@
-"""One sample of a prompt group: its tokens, who sampled them, and what can be handed on of it."""
+"""One sample of a prompt group: its tokens, the versions that sampled them, and what can be handed on."""
 
 import asyncio
 import contextlib
@@ -35,25 +35,25 @@ ScoreResponse = Callable[[str, str, Row], Awaitable[Score]]
 
 
 class PromptTooLong(ValueError):
-    """The prompt leaves no room for an answer. No retry helps: the ticket is given up."""
+    """The prompt leaves no room for an answer. No retry helps, so the ticket is given up."""
 
 
 @dataclass(frozen=True)
 class SampleLimits:
-    """What a sample may use."""
+    """The limits of a sample."""
 
     max_new_tokens: int
-    """Of each turn."""
+    """The most tokens of each turn."""
     context_length: int
-    """Prompt and response together."""
+    """The most tokens of prompt and response together."""
     temperature: float
 
 
 def sampling_seed(seed: int, ticket: int, sample: int, turn: int) -> int:
     """Return the seed of one turn's noise, 63 bits; the engine adds the token's absolute position.
 
-    So the same ticket and sample give the same tokens whatever else is in the batch, and a sample that
-    goes on elsewhere goes on as it would have.
+    So the same ticket and sample give the same tokens whatever else is in the batch, and a sample that is
+    continued elsewhere goes on as it would have here.
     """
     digest = hashlib.blake2b(f"{seed}/{ticket}/{sample}/{turn}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
@@ -61,7 +61,7 @@ def sampling_seed(seed: int, ticket: int, sample: int, turn: int) -> int:
 
 @dataclass
 class _Response:
-    """What follows the prompt, token by token."""
+    """The tokens after the prompt, with what is known about each."""
 
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -87,9 +87,9 @@ class SampleSession:
     """Implements asyncrl_api.protocols.Session.
 
     Args:
-        seeds: turn number -> seed of its noise.
-        replay: turns that were sampled before, here or on another worker; each is handed out again where
-            what precedes it is the same, and forgotten with all that follow where it is not.
+        seeds: returns the seed of the noise for a turn number.
+        replay: turns that were sampled before, here or on another worker; each is handed out again if what
+            precedes it is the same, and otherwise forgotten together with all that follow.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class SampleSession:
         self._prompt_ids = renderer.prompt_ids(row)
         self._finish_reason = "length"
         self.engine_error: EngineLost | EngineRefused | None = None
-        """Why this sample cannot be finished here, whatever the workflow makes of it."""
+        """The reason why this sample cannot be finished here, whatever the workflow does with the error."""
         self._clock = clock
         self._num_waiting = 0
         self._idle_since = clock()
@@ -129,10 +129,10 @@ class SampleSession:
             )
 
     async def generate(self, max_new_tokens: int | None = None) -> Turn:
-        """See the protocol. Where the context is full the turn is empty and its finish reason `length`.
+        """See the protocol. If the context is full, the turn is empty and its finish reason is `length`.
 
         Raises:
-            EngineLost: the engine is gone; `progress` has what this sample had earned.
+            EngineLost: the engine is gone; `progress` has the turns of this sample so far.
         """
         if self.engine_error is not None:
             raise self.engine_error
@@ -163,7 +163,7 @@ class SampleSession:
             return await self._scorer(self.prompt, response, self.row)
 
     def idle_seconds(self, now: float) -> float:
-        """How long the workflow has been waiting neither for the engine nor for a reward."""
+        """Return how long the workflow has waited neither for the engine nor for a reward."""
         return 0.0 if self._num_waiting else now - self._idle_since
 
     @contextlib.contextmanager
@@ -177,15 +177,15 @@ class SampleSession:
 
     @property
     def progress(self) -> SampleProgress:
-        """What this sample has earned so far, for whoever goes on with it."""
+        """The turns of this sample so far, for whoever continues it."""
         return SampleProgress(index=self.index, turns=(*self._turns, *self._replay))
 
     def sample(self, reward: float) -> Sample:
-        """Return the finished sample. Tokens told after the last answer are left out.
+        """Return the finished sample. Tokens that were told after the last answer are left out.
 
         Raises:
-            EngineLost, EngineRefused: as `generate` did; a workflow that hides it has not made a sample.
-            ValueError: nothing was sampled, or the reward is no finite number.
+            EngineLost, EngineRefused: `generate` raised it; a workflow that hides that has made no sample.
+            ValueError: nothing was sampled, or the reward is not a finite number.
         """
         if self.engine_error is not None:
             raise self.engine_error
@@ -210,7 +210,7 @@ class SampleSession:
         )
 
     def _recorded(self, before: list[int]) -> Generation:
-        """Return what was sampled before of the turn that follows `before`; empty if nothing."""
+        """Return what was already sampled of the turn that follows `before`; empty if nothing was."""
         if self._replay:
             record = self._replay.pop(0)
             if ids_from_bytes(record.input_ids).tolist() == before:

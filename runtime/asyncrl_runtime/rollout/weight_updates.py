@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 class WeightUpdates(EngineUpdates):
-    """Drives one engine through epochs in which it gets all weights by a process group."""
+    """Drives one engine through epochs in which it gets all weights through a process group."""
 
     def __init__(self, engine: Engine, num_running: CountRunning) -> None:
         super().__init__(engine, num_running)
@@ -67,10 +67,10 @@ class WeightUpdates(EngineUpdates):
         self._group = request.group
 
     async def _prepare(self, request: PrepareUpdate) -> None:
-        """Pause and open the update."""
+        """Pause the engine and open the update."""
         self._require_group(request.group)
         if self._num_buckets is not None:
-            await self._end_update()  # of an epoch that was given up after this engine was ready
+            await self._end_update()  # its epoch was given up after this engine was ready
         self._interrupt = request.interrupt
         self._seen.num_updates_begun += 1
         self._num_buckets = 0
@@ -101,7 +101,7 @@ class WeightUpdates(EngineUpdates):
         return checksum
 
     async def _retreat(self) -> None:
-        """End the update and leave the group; go on at the old version unless some of the new arrived."""
+        """End the update and leave the group; go on with the old version if nothing of the new one came."""
         self._stop_watchdog()
         received, self._num_buckets = self._num_buckets, None
         self.is_dirty = self.is_dirty or bool(received)
@@ -112,7 +112,7 @@ class WeightUpdates(EngineUpdates):
             await self._try(self._engine.resume)
 
     async def _end_update(self) -> None:
-        """Close an update that was given up, to open another one; stay paused."""
+        """Close an update that was given up, so that another can be opened; the engine stays paused."""
         received, self._num_buckets = self._num_buckets, None
         self.is_dirty = self.is_dirty or bool(received)
         await self._in_time(self._engine.end_update())
@@ -128,7 +128,7 @@ class WeightUpdates(EngineUpdates):
             raise UpdateFailed(f"asked for group {group}, but this engine is in {self._group}")
 
     def _start_watchdog(self, seconds: float) -> None:
-        """A controller that says nothing for a phase's deadline is gone: retreat alone."""
+        """Start the watchdog: a controller that is silent for a phase's deadline is gone; retreat alone."""
         self._stop_watchdog()
         loop = asyncio.get_running_loop()
         self._watchdog = loop.call_later(seconds, lambda: loop.create_task(self._give_up_waiting()))

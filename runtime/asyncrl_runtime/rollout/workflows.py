@@ -1,4 +1,4 @@
-"""How a sample comes about: the built-in workflows, and the user's own by name. See protocols.Workflow."""
+"""How a sample is made: the built-in workflows, and the user's own by name. See protocols.Workflow."""
 
 from asyncrl_api.job import WorkflowSpec
 from asyncrl_api.protocols import Session, Workflow
@@ -8,7 +8,7 @@ RETRY_MESSAGE = "That is not correct. Try again."
 
 
 class SingleTurn:
-    """One answer, scored."""
+    """Takes one answer and scores it."""
 
     async def run(self, session: Session) -> float:
         turn = await session.generate()
@@ -16,7 +16,7 @@ class SingleTurn:
 
 
 class MultiTurn:
-    """Answers until the reward is full or the turns are used up; the verifier's feedback goes in between.
+    """Lets the policy answer until the reward is full or the turns are used up, with the verifier's feedback.
 
     The reward of the sample is that of its last answer.
     """
@@ -43,7 +43,7 @@ def make_workflow(spec: WorkflowSpec) -> Workflow:
     """Return the workflow that a manifest names.
 
     Raises:
-        ImportFailed: the class cannot be imported, made, or has no `run`.
+        ImportFailed: the class cannot be imported or instantiated, or has no `run`.
     """
     if spec.type == "SingleTurn":
         return SingleTurn()
