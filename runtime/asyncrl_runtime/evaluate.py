@@ -31,7 +31,7 @@ from asyncrl_runtime.rollout.session import PromptTooLong, SampleLimits
 from asyncrl_runtime.rollout.workflows import make_workflow
 from asyncrl_runtime.trainer.books.checkpoints import Checkpoint, Checkpoints
 from asyncrl_runtime.trainer.dataset import load_rows
-from asyncrl_runtime.trainer.update.policy import Policy, merge_adapter
+from asyncrl_runtime.trainer.update.policy import Policy
 
 log = logging.getLogger(__name__)
 
@@ -94,13 +94,7 @@ def _export(config: RunConfig, checkpoint: Checkpoint, scratch: Path) -> Path:
         policy.load(checkpoint.policy_folder, scratch.with_suffix(".resized"))
     except ValueError as error:
         raise ExitError(ExitCode.REFUSED, str(error)) from error
-    tokenizer = load_tokenizer(source)
-    if not spec.training.trains_adapters:
-        policy.export(scratch, tokenizer)
-        return scratch
-    policy.export(scratch / "adapter", None)
-    merge_adapter(source, scratch / "adapter", scratch)
-    tokenizer.save_pretrained(scratch)
+    policy.export_whole(source, scratch, load_tokenizer(source))
     return scratch
 
 

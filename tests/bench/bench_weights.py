@@ -29,6 +29,7 @@ import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import httpx
 import torch
@@ -36,7 +37,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from asyncrl_runtime.weights.group import host_group, join_group, open_store
+from asyncrl_runtime.weights.group import TorchGroup, host_group, join_group, open_store
 from asyncrl_runtime.weights.publisher import WeightPublisher
 from support.engines.policy_and_engines import (
     LOOPBACK,
@@ -125,13 +126,15 @@ class Stopwatch:
     """Takes the time that engines need after each broadcast of a publisher."""
 
     def __init__(self, publisher: WeightPublisher) -> None:
-        self._broadcast, self._expect = publisher._broadcast, publisher._expect
-        vars(publisher).update(_broadcast=self._run_broadcast, _expect=self._run_expect)
+        self._expect, broadcast = publisher._expect, TorchGroup.broadcast
+        vars(publisher).update(_expect=self._run_expect)
         self._ended = self.loading = 0.0
 
-    def _run_broadcast(self, data: Tensor) -> None:
-        self._broadcast(data)
-        self._ended = time.perf_counter()
+        async def timed(group: TorchGroup, data: Tensor) -> None:
+            await broadcast(group, data)
+            self._ended = time.perf_counter()
+
+        patch.object(TorchGroup, "broadcast", timed).start()
 
     def _run_expect(self, replies: Any, phase: str) -> None:
         if phase == "transfer":

@@ -46,8 +46,9 @@ async def test_a_policy_reaches_all_engines_to_the_bit(scene: Scene, process_gro
         assert bucket is not None
         return bucket
 
-    loads = [partial(load, names) for names in buckets]
-    published = await scene.publisher(verify=True).publish(V0, loads, "Retract")
+    publisher = scene.publisher(verify=True)
+    publisher.buckets = [partial(load, names) for names in buckets]
+    published = await publisher.publish(V0, "Retract")
     assert published.engines == ("a", "b") and published.num_epochs == 1
     assert len(set(published.checksums.values())) == 1 and all(published.checksums.values())
     sent = checksums_of(weights)

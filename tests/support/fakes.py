@@ -29,6 +29,7 @@ from asyncrl_runtime.rollout.engine_api import (
 )
 from asyncrl_runtime.rollout.rewards.backend import RewardFailure
 from asyncrl_runtime.rollout.rewards.frames import ScoreRequest
+from asyncrl_runtime.weights.engines import Published
 
 T = TypeVar("T")
 
@@ -402,16 +403,6 @@ class FakeRanks:
         self._answer = answer
         self.commands: list[Any] = []
 
-    @property
-    def policy(self) -> Self:
-        return self
-
-    def buckets(self, max_bytes: int) -> list[tuple[str, ...]]:
-        return [("w",)]
-
-    async def bucket(self, names: tuple[str, ...]) -> Any:
-        raise AssertionError("FakeWeights asks for none")
-
     async def run(self, command: Any) -> Any:
         self.commands.append(command)
         return self._answer(command)
@@ -427,9 +418,13 @@ class FakeWeights:
     def behind(self, version: PolicyVersion) -> list[tuple[str, str]]:
         return [("w", "e")] if self.are_behind else []
 
-    async def publish(self, version: PolicyVersion, buckets: Any, interrupt: str) -> None:
+    def num_engines(self, version: PolicyVersion) -> int:
+        return 0 if self.are_behind else 1
+
+    async def publish(self, version: PolicyVersion, interrupt: str) -> Published:
         self.published.append(version)
         self.are_behind = False
+        return Published(("w",), num_epochs=1)
 
     async def leave(self) -> None:
         pass

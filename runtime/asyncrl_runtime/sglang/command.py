@@ -6,7 +6,8 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from types import MappingProxyType
+from typing import NamedTuple, NoReturn
 
 from asyncrl_api.exits import ExitCode, ExitError
 from asyncrl_api.job import Spec
@@ -61,12 +62,23 @@ def server_arguments(spec: Spec, folder: Path, host: str, port: int, gpus: int) 
     arguments += ["--random-seed", str(spec.training.seed), "--enable-metrics", "--skip-server-warmup"]
     if spec.rollout.max_concurrency:
         arguments += ["--max-running-requests", str(spec.rollout.max_concurrency)]
-    if spec.training.trains_adapters:
-        lora = spec.training.lora
-        arguments += ["--enable-lora", "--max-lora-rank", str(lora.rank)]
-        arguments += ["--lora-target-modules", *lora.target_modules]
-        arguments += ["--lora-backend", "torch_native"] if is_on_cpu(spec) else []
-    return [*arguments, *(CPU_OPTIONS if is_on_cpu(spec) else ())]
+    return [*arguments, *adapter_options(spec).arguments, *(CPU_OPTIONS if is_on_cpu(spec) else ())]
+
+
+class AdapterOptions(NamedTuple):
+    """What a server gets beside its other options where adapters are trained, and nothing where not."""
+
+    arguments: tuple[str, ...] = ()
+    variables_on_cpu: Mapping[str, str] = MappingProxyType({})
+
+
+def adapter_options(spec: Spec) -> AdapterOptions:
+    if not spec.training.trains_adapters:
+        return AdapterOptions()
+    lora = spec.training.lora
+    backend = ("--lora-backend", "torch_native") if is_on_cpu(spec) else ()
+    arguments = ("--enable-lora", "--max-lora-rank", str(lora.rank), "--lora-target-modules")
+    return AdapterOptions((*arguments, *lora.target_modules, *backend), {"ASYNCRL_SGLANG_UNPINNED": "1"})
 
 
 def environment(spec: Spec, inherited: Mapping[str, str], gpus: int) -> dict[str, str]:
@@ -75,8 +87,7 @@ def environment(spec: Spec, inherited: Mapping[str, str], gpus: int) -> dict[str
     if is_on_cpu(spec):
         paths = [str(CPU_SHIM), *filter(None, [inherited.get("PYTHONPATH", "")])]
         ours |= {"SGLANG_USE_CPU_ENGINE": "1", "PYTHONPATH": os.pathsep.join(paths)}
-        if spec.training.trains_adapters:
-            ours["ASYNCRL_SGLANG_UNPINNED"] = "1"
+        ours |= adapter_options(spec).variables_on_cpu
         if gpus > 1:  # by default each rank has a NUMA node to itself, and there may be only one
             cores = sorted(os.sched_getaffinity(0))
             ours["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(str(cores[i % len(cores)]) for i in range(gpus))

@@ -11,6 +11,7 @@ import time
 from collections.abc import Coroutine
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,9 @@ from asyncrl_runtime.transport.fleet import Fleet
 from asyncrl_runtime.transport.lease import Holder, Lease
 from asyncrl_runtime.transport.streams import delete_streams, make_lease_bucket
 from asyncrl_runtime.weights.adapter_publisher import AdapterPublisher
-from asyncrl_runtime.weights.publisher import ChecksumMismatch, WeightPublisher
+from asyncrl_runtime.weights.engines import Publisher
+from asyncrl_runtime.weights.group import TorchGroups
+from asyncrl_runtime.weights.publisher import ChecksumMismatch, LoadBucket, WeightPublisher
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +95,7 @@ def run_rank(config: RunConfig, options: Options) -> None:
             algorithm=spec.algorithm,
             deepspeed=spec.trainer.deepspeed,
         )
-        if spec.rollout.engine.type == "SGLang" and not spec.training.trains_adapters:
+        if spec.rollout.engine.type == "SGLang" and not policy.trains_adapters:
             check_names(policy, folder)
         ranks = Ranks(policy, spec.algorithm, make_commands_group(), load_tokenizer(folder))
         if dist.get_rank() == 0:
@@ -302,21 +305,30 @@ async def _load_policy(config: RunConfig, ranks: Ranks, checkpoint: Checkpoint |
 
 def _make_publisher(
     config: RunConfig, options: Options, broker: Broker, fleet: Fleet, ranks: Ranks
-) -> WeightPublisher | AdapterPublisher:
+) -> Publisher:
+    """Return the publisher of the kind of weights that is trained; whoever publishes does not ask."""
     spec = config.spec.weight_sync
-    if config.spec.training.trains_adapters:
+    if ranks.policy.trains_adapters:
         return AdapterPublisher(
             broker,
             config.names,
             fleet,
+            ranks.adapter,
             attempt=options.attempt,
             num_bytes=ranks.policy.num_bytes,
             timeout_seconds=spec.timeout_seconds,
         )
+
+    def buckets() -> list[LoadBucket]:
+        found = ranks.policy.buckets(spec.bucket_megabytes * 2**20)
+        return [partial(ranks.bucket, names) for names in found]
+
     return WeightPublisher(
         broker,
         config.names,
         fleet,
+        buckets,
+        TorchGroups(),
         attempt=options.attempt,
         host=options.host,
         backend=choose_backend(config.spec, has_gpu=torch.cuda.is_available()),

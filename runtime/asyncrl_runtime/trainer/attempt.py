@@ -8,7 +8,6 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +33,7 @@ from asyncrl_runtime.trainer.update.packing import TrainingSample
 from asyncrl_runtime.trainer.update.ranks import Export, Logprobs, Ranks, Save, Stop, Train
 from asyncrl_runtime.trainer.update.step import learning_rate, plan_step
 from asyncrl_runtime.transport.fleet import Fleet
-from asyncrl_runtime.weights.adapter_publisher import AdapterPublisher
-from asyncrl_runtime.weights.publisher import LoadBucket, WeightPublisher
+from asyncrl_runtime.weights.engines import Publisher
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +66,7 @@ class AttemptParts:
     ledger: Ledger
     ranks: Ranks
     fleet: Fleet
-    weights: WeightPublisher | AdapterPublisher
+    weights: Publisher
     checkpoints: Checkpoints
     evaluator: Evaluator | None
     metrics: Metrics
@@ -126,17 +124,9 @@ class Attempt:
         began = self._parts.clock()
         label = PolicyVersion(self._parts.attempt, version)
         interrupt = self._books.spec.rollout.interrupt
-        match self._parts.weights:
-            case AdapterPublisher() as adapters:
-                await adapters.publish(label, self._parts.ranks.adapter, interrupt)
-            case weights:
-                await weights.publish(label, self._buckets(), interrupt)
+        await self._parts.weights.publish(label, interrupt)
         await self._side_tasks.announce(label)
         self._publish_seconds = self._parts.clock() - began
-
-    def _buckets(self) -> list[LoadBucket]:
-        ranks, megabytes = self._parts.ranks, self._parts.spec.weight_sync.bucket_megabytes
-        return [partial(ranks.bucket, names) for names in ranks.policy.buckets(megabytes * 2**20)]
 
     async def _boundary(self) -> None:
         """What is done wherever the trainer waits: mend lost streams, give late engines their weights.

@@ -5,7 +5,10 @@ import logging
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 
+from asyncrl_api.names import JobNames
 from asyncrl_runtime.contract.messages import AdapterChunk, ControlReply, LoadAdapter, PolicyVersion
+from asyncrl_runtime.transport.broker import Broker
+from asyncrl_runtime.transport.fleet import Fleet
 from asyncrl_runtime.weights.engines import Engines, Member, Published
 
 log = logging.getLogger(__name__)
@@ -28,21 +31,39 @@ AdapterSource = Callable[[], Awaitable[Adapter]]
 
 
 class AdapterPublisher(Engines):
-    """Brings engines to a version, one beside the other: no engine waits for another."""
+    """Brings engines to a version, one beside the other: no engine waits for another.
 
-    async def publish(self, version: PolicyVersion, load: AdapterSource, interrupt: str) -> Published:
-        """Send `version` to every engine that lives, is willing, and has another one.
+    Args:
+        attempt: of the trainer.
+        num_bytes: of the adapters.
+        load: gives them; asked if there is anybody to send them to.
+        timeout_seconds: of a phase; 0 scales it by the bytes.
+    """
 
-        Args:
-            load: gives the adapter if there is anybody to send it to.
-            interrupt: `spec.rollout.interrupt`.
-        """
+    def __init__(
+        self,
+        broker: Broker,
+        names: JobNames,
+        fleet: Fleet,
+        load: AdapterSource,
+        *,
+        attempt: int,
+        num_bytes: int,
+        timeout_seconds: float = 0,
+    ) -> None:
+        super().__init__(
+            broker, names, fleet, attempt=attempt, num_bytes=num_bytes, timeout_seconds=timeout_seconds
+        )
+        self._load = load
+
+    async def publish(self, version: PolicyVersion, interrupt: str) -> Published:
+        """See `Publisher`."""
         members = self.behind(version)
         if interrupt == "Drain":
             members = await self._drained(members)
         if not members:
             return Published()
-        adapter = await load()
+        adapter = await self._load()
         sent = await asyncio.gather(*(self._send(each, version, adapter, interrupt) for each in members))
         failed = []
         for member, reply in zip(members, sent, strict=True):

@@ -1,8 +1,9 @@
 """The engines as trainer rank 0 knows them: who lives, who has which version, and how they are asked."""
 
 import asyncio
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from asyncrl_api.names import JobNames
 from asyncrl_runtime.contract.messages import (
@@ -33,6 +34,33 @@ class Published:
     failed: tuple[str, ...] = ()
     num_epochs: int = 0
     checksums: Mapping[str, str] = field(default_factory=dict)
+
+
+class Publisher(Protocol):
+    """Brings engines to a version, whatever kind of weights is trained. One publication at a time."""
+
+    def behind(self, version: PolicyVersion) -> Sequence[Member]:
+        """Return the engines that live and are not known to have `version`."""
+        ...
+
+    def num_engines(self, version: PolicyVersion) -> int:
+        """Return how many living engines sample with `version`."""
+        ...
+
+    async def publish(self, version: PolicyVersion, interrupt: str) -> Published:
+        """Send `version` to every engine that lives, is willing, and has another one.
+
+        Who is missing gets the weights at the next boundary: the trainer goes on with whoever is left, even
+        nobody.
+
+        Args:
+            interrupt: `spec.rollout.interrupt`.
+        """
+        ...
+
+    async def leave(self) -> None:
+        """Let go of the engines; never waits for anybody."""
+        ...
 
 
 class Engines:

@@ -10,10 +10,16 @@ Everyone enters through `join_group`, rank 0 included, and so counts itself in t
 member needs no deadline of its own: when rank 0 drops the store, whoever waits in the join fails at once.
 """
 
+import asyncio
 import socket
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from typing import Protocol, TypeVar
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch._C._distributed_c10d import HashStore, Store, TCPStore
 from torch.distributed.distributed_c10d import (
     Backend,
@@ -26,6 +32,62 @@ from torch.distributed.distributed_c10d import (
 
 JOIN_SECONDS = 1800.0
 """How long a member waits for the others when it is given no limit: torch's own default for gloo."""
+
+
+ABANDON_SECONDS = 10.0
+"""How much longer than its own deadline a collective is waited for."""
+
+T = TypeVar("T")
+
+
+class WeightGroup(Protocol):
+    """A weight group that has formed, as rank 0 has it."""
+
+    async def broadcast(self, data: Tensor) -> None:
+        """Send `data` to all members.
+
+        Raises:
+            RuntimeError: a member is gone.
+            TimeoutError: it hangs, and was abandoned.
+        """
+        ...
+
+    async def leave(self) -> None:
+        """Close this process's end, whatever became of the others; never waits for them."""
+        ...
+
+
+class MeetingPlace(Protocol):
+    """Where the members of a weight group meet, served by rank 0 as long as the group lives."""
+
+    @property
+    def port(self) -> int: ...
+
+    async def form(self, world_size: int, name: str, backend: str, timeout_seconds: float) -> WeightGroup:
+        """Be rank 0 of a group, and wait until all members have joined.
+
+        Args:
+            world_size: rank 0 and all members.
+            name: new for every group.
+            timeout_seconds: for the join, and from then on for every broadcast.
+
+        Raises:
+            RuntimeError: someone did not join in time; close the place to set the others free.
+            TimeoutError: it hangs, and was abandoned.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free everyone who still waits to join."""
+        ...
+
+
+class WeightGroups(Protocol):
+    """Makes the weight groups of one trainer, one after the other."""
+
+    def open_place(self, host: str) -> MeetingPlace:
+        """Serve a meeting place on `host`, an address of this machine that the members can reach."""
+        ...
 
 
 class GroupStore:
@@ -49,6 +111,76 @@ class GroupStore:
 
     def close(self) -> None:
         self._server = None
+
+
+class TorchGroups:
+    """Weight groups over gloo or NCCL. Their collectives block, so they run in a thread beside the loop."""
+
+    def __init__(self) -> None:
+        self._side = ThreadPoolExecutor(1, thread_name_prefix="weights")
+
+    def open_place(self, host: str) -> "TorchMeetingPlace":
+        return TorchMeetingPlace(open_store(host), self)
+
+    async def run(self, function: Callable[..., T], *arguments: object, timeout_seconds: float) -> T:
+        """Run a collective where it can be abandoned: what hangs keeps its thread, and a new one is made."""
+        future = asyncio.get_running_loop().run_in_executor(self._side, function, *arguments)
+        done, _ = await asyncio.wait({future}, timeout=timeout_seconds + ABANDON_SECONDS)
+        if not done:
+            self._side.shutdown(wait=False)
+            self._side = ThreadPoolExecutor(1, thread_name_prefix="weights")
+            raise TimeoutError("a collective outlasted its own deadline and was abandoned")
+        return future.result()
+
+
+class TorchMeetingPlace:
+    """A meeting place at a TCP store."""
+
+    def __init__(self, store: GroupStore, groups: TorchGroups) -> None:
+        self.port = store.port
+        self._store = store
+        self._groups = groups
+
+    async def form(self, world_size: int, name: str, backend: str, timeout_seconds: float) -> "TorchGroup":
+        group = await self._groups.run(
+            *(host_group, self._store, world_size, name, backend, timeout_seconds),
+            timeout_seconds=timeout_seconds,
+        )
+        return TorchGroup(group, self._groups, timeout_seconds)
+
+    def close(self) -> None:
+        self._store.close()
+
+
+class TorchGroup:
+    """A weight group over gloo or NCCL that has formed."""
+
+    def __init__(self, group: dist.ProcessGroup, groups: TorchGroups, timeout_seconds: float) -> None:
+        self._group: dist.ProcessGroup | None = group
+        self._groups = groups
+        self._timeout = timeout_seconds
+
+    async def broadcast(self, data: Tensor) -> None:
+        assert self._group is not None
+        failure = await self._groups.run(_broadcast, self._group, data, timeout_seconds=self._timeout)
+        if failure:
+            raise RuntimeError(failure)
+
+    async def leave(self) -> None:
+        group, self._group = self._group, None
+        if group is not None:
+            await asyncio.to_thread(leave_group, group)
+
+
+def _broadcast(group: dist.ProcessGroup, data: Tensor) -> str:
+    """Return what went wrong: an error's own traceback would keep the group, and its connections, alive."""
+    try:
+        dist.broadcast(data, src=0, group=group)
+        if data.is_cuda:  # there it has only been begun
+            torch.cuda.synchronize(data.device)
+    except RuntimeError as error:
+        return str(error) or type(error).__name__
+    return ""
 
 
 def open_store(host: str) -> GroupStore:

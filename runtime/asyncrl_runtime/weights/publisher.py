@@ -10,12 +10,6 @@ anything went wrong is given up: the next epoch has a new name, fewer members, a
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
-
-import torch
-import torch.distributed as dist
-from torch import Tensor
 
 from asyncrl_api.names import JobNames
 from asyncrl_runtime.contract.messages import (
@@ -31,15 +25,15 @@ from asyncrl_runtime.transport.broker import Broker
 from asyncrl_runtime.transport.fleet import Fleet
 from asyncrl_runtime.weights.bucket import Bucket
 from asyncrl_runtime.weights.engines import Engines, Member, Published
-from asyncrl_runtime.weights.group import GroupStore, host_group, leave_group, open_store
+from asyncrl_runtime.weights.group import MeetingPlace, WeightGroup, WeightGroups
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 LoadBucket = Callable[[], Awaitable[Bucket]]
 """Gives a bucket when it is its turn: there is memory for one, and under ZeRO 3 its weights lie in pieces on
 all ranks until then."""
+ListBuckets = Callable[[], Sequence[LoadBucket]]
+"""Gives the weights as they are, always in the same order, at least one bucket."""
 MAX_EPOCHS = 4
 """Tries of one publication; each leaves out who failed in the one before."""
 PROBE_SECONDS = 6.0
@@ -56,10 +50,12 @@ class WeightPublisher(Engines):
     """Brings engines to a version. One publication at a time.
 
     Args:
+        buckets: what is published.
         attempt: of the trainer; with the epoch's number it names the group.
         host: where engines reach this process.
         timeout_seconds: of a phase; 0 scales it by the model's bytes.
         verify: compare the checksums of all engines that were brought to the same version.
+        groups: makes the groups of its epochs.
     """
 
     def __init__(
@@ -67,6 +63,8 @@ class WeightPublisher(Engines):
         broker: Broker,
         names: JobNames,
         fleet: Fleet,
+        buckets: ListBuckets,
+        groups: WeightGroups,
         *,
         attempt: int,
         host: str,
@@ -78,28 +76,20 @@ class WeightPublisher(Engines):
         super().__init__(
             broker, names, fleet, attempt=attempt, num_bytes=model_bytes, timeout_seconds=timeout_seconds
         )
+        self._buckets = buckets
+        self._groups = groups
         self._host = host
         self._backend = backend
         self._verify = verify
         self._epoch = 0
-        self._store: GroupStore | None = None  # as long as the group: NCCL meets there at its first broadcast
-        self._group: dist.ProcessGroup | None = None
+        self._place: MeetingPlace | None = None  # as long as the group: NCCL meets there to broadcast first
+        self._group: WeightGroup | None = None
         self._members: tuple[Member, ...] = ()
         self._published: PolicyVersion | None = None
         self._checksums: dict[str, str] = {}  # of that version, by worker
-        self._side = ThreadPoolExecutor(1, thread_name_prefix="weights")
 
-    async def publish(
-        self, version: PolicyVersion, buckets: Sequence[LoadBucket], interrupt: str
-    ) -> Published:
-        """Send `version` to every engine that lives, is willing, and has another one.
-
-        The trainer goes on with whoever is left, even nobody: who is missing gets the weights at the next
-        boundary. Returns after MAX_EPOCHS at the latest, each within the phases' deadlines.
-
-        Args:
-            buckets: the weights, always in the same order, at least one.
-            interrupt: `spec.rollout.interrupt`.
+    async def publish(self, version: PolicyVersion, interrupt: str) -> Published:
+        """See `Publisher`. Returns after MAX_EPOCHS at the latest, each within the phases' deadlines.
 
         Raises:
             ChecksumMismatch: with `verify`.
@@ -116,7 +106,7 @@ class WeightPublisher(Engines):
                 break
             num_epochs += 1
             try:
-                await self._run_epoch(members, version, buckets, interrupt, checksums)
+                await self._run_epoch(members, version, interrupt, checksums)
             except _EpochFailed as error:
                 log.warning("weights %s, epoch %d: %s", version, self._epoch, error)
                 failed |= error.culprits | (error.suspects & suspected)
@@ -133,16 +123,15 @@ class WeightPublisher(Engines):
         """Give up the group, if there is one; never waits for anybody."""
         group, self._group, self._members = self._group, None, ()
         if group is not None:
-            await asyncio.to_thread(leave_group, group)
-        if self._store is not None:
-            self._store.close()
-            self._store = None
+            await group.leave()
+        if self._place is not None:
+            self._place.close()
+            self._place = None
 
     async def _run_epoch(
         self,
         members: list[Member],
         version: PolicyVersion,
-        buckets: Sequence[LoadBucket],
         interrupt: str,
         checksums: dict[str, str],
     ) -> None:
@@ -159,7 +148,7 @@ class WeightPublisher(Engines):
             group=name, version=version, interrupt=interrupt, timeout_seconds=self._timeout
         )
         self._expect(await self._ask(members, prepare, self._timeout), "prepare")
-        await self._transfer(members, version, buckets)
+        await self._transfer(members, version)
         commit = CommitUpdate(group=name, version=version, checksum=self._verify)
         replies = await self._ask(members, commit, self._timeout + 60 * self._verify)
         for member, reply in replies.items():
@@ -176,20 +165,20 @@ class WeightPublisher(Engines):
         """Form a group of this process and `members`.
 
         All engines block in the join until everyone is there, so who is gone is left out before. It cannot be
-        broken off as soon as one says no: an engine that comes to a dropped store hangs. If time runs out the
-        store is dropped, which frees them; who had answered before that, or does not answer after it, is to
+        broken off as soon as one says no: an engine that comes to a closed place hangs. If time runs out the
+        place is closed, which frees them; who had answered before that, or does not answer after it, is to
         blame.
         """
         self._epoch += 1
         probed = await self._ask(members, ProbeEngine(), PROBE_SECONDS)
         self._expect(probed, "probe")
-        first_ranks, world_size = place({m: reply.num_ranks for m, reply in probed.items() if reply})
-        store = open_store(self._host)
+        first_ranks, world_size = assign_ranks({m: reply.num_ranks for m, reply in probed.items() if reply})
+        place = self._groups.open_place(self._host)
         requests = {
             member: JoinGroup(
                 group=self._group_name,
                 host=self._host,
-                port=store.port,
+                port=place.port,
                 rank=rank,
                 world_size=world_size,
                 backend=self._backend,
@@ -202,23 +191,20 @@ class WeightPublisher(Engines):
             for member, request in requests.items()
         }
         try:
-            self._group = await self._in_side_thread(self._host_group, store, world_size)
+            self._group = await place.form(world_size, self._group_name, self._backend, self._timeout)
         except (RuntimeError, TimeoutError) as error:
-            store.close()
+            place.close()
             early = {member for member, task in asked.items() if task.done()}
             replies = {member: await task for member, task in asked.items()}
             silent = {member for member, reply in replies.items() if reply is None}
             # Where all were freed alike nobody is to blame, and all are tried again in a new epoch.
             raise _EpochFailed(f"join: {_first_line(error)}", early | silent) from error
-        self._store, self._members = store, tuple(members)
+        self._place, self._members = place, tuple(members)
         self._expect({member: await task for member, task in asked.items()}, "join")
 
-    def _host_group(self, store: GroupStore, world_size: int) -> dist.ProcessGroup:
-        return host_group(store, world_size, self._group_name, self._backend, self._timeout)
-
-    async def _transfer(
-        self, members: list[Member], version: PolicyVersion, buckets: Sequence[LoadBucket]
-    ) -> None:
+    async def _transfer(self, members: list[Member], version: PolicyVersion) -> None:
+        assert self._group is not None  # it was joined
+        buckets = self._buckets()
         for number, load in enumerate(buckets, start=1):
             bucket = await load()
             request = ReceiveBucket(
@@ -235,7 +221,7 @@ class WeightPublisher(Engines):
                 for member in members
             }
             try:
-                await self._in_side_thread(self._broadcast, bucket.data)
+                await self._group.broadcast(bucket.data)
             except (RuntimeError, TimeoutError) as error:
                 raise await self._broken_broadcast(asked, error) from error
             self._expect({member: await task for member, task in asked.items()}, "transfer")
@@ -255,29 +241,6 @@ class WeightPublisher(Engines):
         suspects = {member for member in early if (reply := replies[member]) and not reply.ok}
         return _EpochFailed(f"broadcast: {_first_line(error)}", silent, suspects)
 
-    def _broadcast(self, data: Tensor) -> None:
-        failure = ""
-        try:
-            dist.broadcast(data, src=0, group=self._group)
-            if data.is_cuda:  # there it has only been begun
-                torch.cuda.synchronize(data.device)
-        except RuntimeError as error:
-            failure = str(error)
-        if failure:
-            # Not from the error itself: its traceback would keep the group, and so its connections, alive.
-            raise RuntimeError(failure)
-
-    async def _in_side_thread(self, function: Callable[..., T], *arguments: object) -> T:
-        """Run a collective where it can be abandoned: what hangs keeps its thread, and a new one is made."""
-        loop = asyncio.get_running_loop()
-        future = loop.run_in_executor(self._side, function, *arguments)
-        done, _ = await asyncio.wait({future}, timeout=self._timeout + 10)
-        if not done:
-            self._side.shutdown(wait=False)
-            self._side = ThreadPoolExecutor(1, thread_name_prefix="weights")
-            raise TimeoutError("a collective outlasted its own deadline and was abandoned")
-        return future.result()
-
     def _expect(self, replies: Mapping[Member, ControlReply | None], phase: str) -> None:
         """Raise unless all said yes."""
         culprits = {member for member, reply in replies.items() if reply is None or not reply.ok}
@@ -288,7 +251,7 @@ class WeightPublisher(Engines):
             raise _EpochFailed(f"{phase}: {'; '.join(said)}", culprits)
 
 
-def place(num_ranks: Mapping[Member, int]) -> tuple[dict[Member, int], int]:
+def assign_ranks(num_ranks: Mapping[Member, int]) -> tuple[dict[Member, int], int]:
     """Return the first rank of each engine, one behind the other, and the size of the group.
 
     Rank 0 is the trainer's. An engine over several GPUs takes as many ranks, the first and those after it.

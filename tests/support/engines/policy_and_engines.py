@@ -21,6 +21,7 @@ from asyncrl_runtime.transport.broker import Broker
 from asyncrl_runtime.transport.fleet import Fleet
 from asyncrl_runtime.transport.streams import make_streams
 from asyncrl_runtime.weights.bucket import Bucket
+from asyncrl_runtime.weights.group import TorchGroups
 from asyncrl_runtime.weights.publisher import LoadBucket, WeightPublisher
 from support.jobs.job_harness import JobHarness, until
 from support.jobs.nats_server import NatsServer
@@ -55,7 +56,6 @@ class PolicyAndEngines:
         publisher: WeightPublisher,
         fleet: Fleet,
         urls: list[str],
-        bucket_megabytes: int,
     ) -> None:
         self.policy = policy
         self.publisher = publisher
@@ -64,7 +64,6 @@ class PolicyAndEngines:
         """The one that was published last."""
         self.urls = urls
         """Of the engines."""
-        self._bucket_bytes = bucket_megabytes * 2**20
 
     @property
     def num_bytes(self) -> int:
@@ -75,7 +74,7 @@ class PolicyAndEngines:
         self.version = PolicyVersion(1, self.version.version + 1)
         await until(lambda: len(self._fleet.living) == len(self.urls))  # a busy machine lets them fall silent
         began = time.perf_counter()
-        published = await self.publisher.publish(self.version, self._buckets(), "Retract")
+        published = await self.publisher.publish(self.version, "Retract")
         seconds = time.perf_counter() - began
         assert (len(published.engines), published.num_epochs) == (len(self.urls), 1), published
         async with httpx.AsyncClient() as http:
@@ -84,13 +83,14 @@ class PolicyAndEngines:
                 assert label == str(self.version), f"{url} is at {label}, not at {self.version}"
         return seconds
 
-    def _buckets(self) -> list[LoadBucket]:
-        async def load(names: tuple[str, ...]) -> Bucket:
-            bucket = await asyncio.to_thread(self.policy.bucket, names)
-            assert bucket is not None
-            return bucket
 
-        return [partial(load, names) for names in self.policy.buckets(self._bucket_bytes)]
+def buckets_of(policy: Policy, bucket_megabytes: int) -> list[LoadBucket]:
+    async def load(names: tuple[str, ...]) -> Bucket:
+        bucket = await asyncio.to_thread(policy.bucket, names)
+        assert bucket is not None
+        return bucket
+
+    return [partial(load, names) for names in policy.buckets(bucket_megabytes * 2**20)]
 
 
 @contextlib.asynccontextmanager
@@ -113,6 +113,8 @@ async def open_engines(
                 broker,
                 names,
                 fleet,
+                partial(buckets_of, policy, job.spec.weight_sync.bucket_megabytes),
+                TorchGroups(),
                 attempt=1,
                 host=LOOPBACK,
                 backend="gloo",
@@ -125,7 +127,7 @@ async def open_engines(
                 180,
             )
             urls = [f"http://{LOOPBACK}:{harness.engine_port(replica)}" for replica in range(num_engines)]
-            yield PolicyAndEngines(policy, publisher, fleet, urls, job.spec.weight_sync.bucket_megabytes)
+            yield PolicyAndEngines(policy, publisher, fleet, urls)
             await publisher.leave()
             await broker.close()
     finally:

@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import itertools
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,8 @@ from asyncrl_runtime.transport.reader import OrderedReader
 from asyncrl_runtime.transport.streams import delete_streams, make_streams
 from asyncrl_runtime.weights.bucket import Bucket, BucketBuffer
 from asyncrl_runtime.weights.engines import Published
-from asyncrl_runtime.weights.publisher import WeightPublisher
+from asyncrl_runtime.weights.group import TorchGroups
+from asyncrl_runtime.weights.publisher import LoadBucket, WeightPublisher
 from support.engines.forked_engines import ForkedEngine
 from support.engines.tiny_models import tiny_model
 from support.fakes import FakeBackend
@@ -134,6 +135,12 @@ class Replica:
         await self.engine.close()
 
 
+class ScenePublisher(WeightPublisher):
+    """A publisher of what it is told to publish."""
+
+    buckets: Sequence[LoadBucket] = ()
+
+
 class Scene:
     """What the trainer's rank 0 has of the workers; to be made by `open_scene`."""
 
@@ -147,15 +154,17 @@ class Scene:
         """What became of the tickets."""
         self.replicas: dict[str, Replica] = {}
         self._address = address
-        self.publishers: list[WeightPublisher] = []
+        self.publishers: list[ScenePublisher] = []
         self._num_tickets = 0
 
-    def publisher(self, *, verify: bool = False) -> WeightPublisher:
+    def publisher(self, *, verify: bool = False) -> ScenePublisher:
         """Return the publisher of another attempt of the trainer."""
-        publisher = WeightPublisher(
+        publisher = ScenePublisher(
             self.broker,
             self.names,
             self.fleet,
+            lambda: publisher.buckets,
+            TorchGroups(),
             attempt=next(attempts),
             host="127.0.0.1",
             backend="gloo",
@@ -280,7 +289,7 @@ def checksums_of(weights: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 async def publish(
-    publisher: WeightPublisher, version: PolicyVersion, seed: int, interrupt: str = "Retract"
+    publisher: ScenePublisher, version: PolicyVersion, seed: int, interrupt: str = "Retract"
 ) -> Published:
     """Publish the weights of the tiny model made with `seed`, a few tensors at a time."""
     tensors = list(weights_of(seed).items())
@@ -291,7 +300,8 @@ async def publish(
         return buffer.fill(chosen, sum(tensor.nbytes for _, tensor in chosen), torch.device("cpu"))
 
     starts = range(0, len(tensors), TENSORS_PER_BUCKET)
-    return await publisher.publish(version, [partial(load, start) for start in starts], interrupt)
+    publisher.buckets = [partial(load, start) for start in starts]
+    return await publisher.publish(version, interrupt)
 
 
 async def holds(replica: Replica, version: PolicyVersion, seed: int) -> bool:

@@ -37,7 +37,7 @@ def make_attempt_parts(
         ledger=ledger,
         ranks=cast(Any, ranks),
         fleet=Fleet(clock),
-        weights=cast(Any, weights),
+        weights=weights,
         checkpoints=Checkpoints(folder, "uid"),
         evaluator=cast(Any, evaluator),
         metrics=Metrics(folder, folder / "report.json", report),

@@ -105,6 +105,8 @@ class Policy:
         self._zero_stage = deepspeed.zero_stage
         self._dtype: Dtype = dtype
         self._lora = training.lora
+        self.trains_adapters = training.trains_adapters
+        """Whether adapters are trained, and the model stays; asked of the policy by whoever must know."""
         derive = partial(
             derive_config,
             zero_stage=deepspeed.zero_stage,
@@ -115,7 +117,7 @@ class Policy:
         config = derive(num_parameters=count_parameters(folder))
         with _without_prints():
             model = load_model(folder, dtype, sharded_by=config if self.is_sharded else None)
-        if training.trains_adapters:
+        if self.trains_adapters:
             config = derive(num_parameters=add_adapters(model, training.lora, training.seed))
         if self.device.type == "cuda" if recompute_activations is None else recompute_activations:
             model.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
@@ -295,6 +297,19 @@ class Policy:
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
 
+    def export_whole(self, base: Path, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Write a folder that an engine samples from as it is: with adapters worked into the model.
+
+        Args:
+            base: folder of the model that training started from.
+        """
+        if not self.trains_adapters:
+            self.export(folder, tokenizer)
+            return
+        self.export(folder / "adapter", None)
+        merge_adapter(base, folder / "adapter", folder)
+        tokenizer.save_pretrained(folder)
+
     def save(self, folder: Path) -> None:
         """Write weights, optimizer and random state into `folder`; collective, and complete on return."""
         folder.mkdir(parents=True, exist_ok=True)
@@ -346,7 +361,7 @@ class Policy:
     @property
     def _layout(self) -> dict[str, int | str]:
         layout = {"world_size": self.world_size, "zero_stage": self._zero_stage, "dtype": self._dtype}
-        return layout | ({"lora": self._lora.model_dump_json()} if self._lora.rank else {})
+        return layout | ({"lora": self._lora.model_dump_json()} if self.trains_adapters else {})
 
 
 def _mend_optimizer(optimizer: torch.optim.Optimizer, decays: Sequence[float]) -> None:
