@@ -28,7 +28,8 @@ from asyncrl_api.job import AlgorithmSpec, DeepSpeedSpec, LoRASpec, TrainingSpec
 from asyncrl_runtime.trainer.update.deepspeed_config import BETAS, deep_merge
 from asyncrl_runtime.trainer.update.diagnostics import report_tokens
 from asyncrl_runtime.trainer.update.packing import TrainingSample, distribute, pack, split_minibatches
-from asyncrl_runtime.trainer.update.policy import Policy, Update
+from asyncrl_runtime.trainer.update.policy import Policy
+from asyncrl_runtime.trainer.update.policy_api import Update
 from asyncrl_runtime.weights.bucket import Bucket
 from support.jobs.naive_rl import NaiveTrainer
 

@@ -259,13 +259,14 @@ class UpdatableEngine:
         """What a call fails with."""
         self.hangs = False
         self.tp_size = 1
+        self.digest = "c0ffee"
         self._lost = asyncio.Event()
         self.start()
 
     def start(self) -> None:
         """As a new process, which knows nothing of what was before."""
         self.own_label = "default"
-        self.is_paused = self.has_session = False
+        self.is_paused = self.has_session = self.has_all = False
         self.groups: set[str] = set()
         self.num_tokens = 0
 
@@ -324,12 +325,14 @@ class UpdatableEngine:
     async def begin_update(self) -> None:
         await self._told("begin_update", None)
         self._refuse_unless(not self.has_session, "a session is open")
-        self.has_session = True
+        self.has_session, self.has_all = True, False
 
     async def receive_bucket(self, request: ReceiveBucket, *, keeps_cache: bool) -> None:
         await self._told("receive_bucket", keeps_cache, request.timeout_seconds)
         self._refuse_unless(self.has_session, "no session")
         self._refuse_unless(request.group in self.groups, "no such group")
+        self._refuse_unless(not self.has_all, "the last bucket has come before")
+        self.has_all = request.is_last
         self.own_label = str(request.version) if request.is_last else self.own_label
 
     async def end_update(self) -> None:
@@ -339,7 +342,7 @@ class UpdatableEngine:
 
     async def checksum(self) -> str:
         await self._told("checksum", None, CHECKSUM_SECONDS)
-        return "c0ffee"
+        return self.digest
 
     async def resume(self) -> None:
         await self._told("resume", None)

@@ -45,6 +45,7 @@ from asyncrl_runtime.trainer.metrics import Metrics
 from asyncrl_runtime.trainer.side_tasks import SideTasks
 from asyncrl_runtime.trainer.train import train
 from asyncrl_runtime.trainer.update.policy import Policy
+from asyncrl_runtime.trainer.update.policy_api import TrainedPolicy
 from asyncrl_runtime.trainer.update.ranks import COMMAND_SECONDS, Load, PeerLost, Ranks, make_commands_group
 from asyncrl_runtime.trainer.update.step import NumbersUnusable
 from asyncrl_runtime.transport.broker import Broker, TransportError
@@ -113,7 +114,7 @@ def run_rank(config: RunConfig, options: Options) -> None:
             dist.destroy_process_group()
 
 
-def check_names(policy: Policy, folder: Path) -> None:
+def check_names(policy: TrainedPolicy, folder: Path) -> None:
     """Refuse a model whose weights have other names in transformers than in the files that SGLang loads.
 
     SGLang takes an update by the names of the files, and passes over in silence what it does not know: its

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 from asyncrl_api.names import JobNames
 from asyncrl_runtime.contract.messages import AdapterChunk, ControlReply, LoadAdapter, PolicyVersion
-from asyncrl_runtime.transport.broker import Broker
 from asyncrl_runtime.transport.fleet import Fleet
-from asyncrl_runtime.weights.engines import Engines, Member, Published
+from asyncrl_runtime.weights.engines import Engines, Member, Published, Requests
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +41,7 @@ class AdapterPublisher(Engines):
 
     def __init__(
         self,
-        broker: Broker,
+        broker: Requests,
         names: JobNames,
         fleet: Fleet,
         load: AdapterSource,

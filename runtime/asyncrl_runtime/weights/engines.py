@@ -15,7 +15,6 @@ from asyncrl_runtime.contract.messages import (
     decode,
     encode,
 )
-from asyncrl_runtime.transport.broker import Broker
 from asyncrl_runtime.transport.fleet import Fleet
 
 Member = tuple[str, str]
@@ -34,6 +33,14 @@ class Published:
     failed: tuple[str, ...] = ()
     num_epochs: int = 0
     checksums: Mapping[str, str] = field(default_factory=dict)
+
+
+class Requests(Protocol):
+    """Questions to one process."""
+
+    async def request(self, subject: str, payload: bytes, timeout_seconds: float) -> bytes | None:
+        """Ask one process for an answer; None if it does not come in time or nobody listens."""
+        ...
 
 
 class Publisher(Protocol):
@@ -74,7 +81,7 @@ class Engines:
 
     def __init__(
         self,
-        broker: Broker,
+        broker: Requests,
         names: JobNames,
         fleet: Fleet,
         *,

@@ -21,10 +21,9 @@ from asyncrl_runtime.contract.messages import (
     ProbeEngine,
     ReceiveBucket,
 )
-from asyncrl_runtime.transport.broker import Broker
 from asyncrl_runtime.transport.fleet import Fleet
 from asyncrl_runtime.weights.bucket import Bucket
-from asyncrl_runtime.weights.engines import Engines, Member, Published
+from asyncrl_runtime.weights.engines import Engines, Member, Published, Requests
 from asyncrl_runtime.weights.group import MeetingPlace, WeightGroup, WeightGroups
 
 log = logging.getLogger(__name__)
@@ -60,7 +59,7 @@ class WeightPublisher(Engines):
 
     def __init__(
         self,
-        broker: Broker,
+        broker: Requests,
         names: JobNames,
         fleet: Fleet,
         buckets: ListBuckets,

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from asyncrl_runtime.model import attention
 from asyncrl_runtime.trainer.update.deepspeed_config import Dtype, derive_config
 from asyncrl_runtime.trainer.update.loss import compute_loss
 from asyncrl_runtime.trainer.update.packing import MicroBatch
+from asyncrl_runtime.trainer.update.policy_api import Update
 from asyncrl_runtime.trainer.update.token_logprobs import token_logprobs
 from asyncrl_runtime.weights.adapter_publisher import Adapter
 from asyncrl_runtime.weights.bucket import Bucket, BucketBuffer
@@ -42,18 +42,6 @@ _TAG = "policy"
 CONVERSION_SECONDS = 540
 """Less than the other ranks wait for rank 0."""
 _TORCH_DTYPES = {"BFloat16": torch.bfloat16, "Float32": torch.float32}
-
-
-@dataclass(frozen=True)
-class Update:
-    """What one optimizer update was like."""
-
-    sums: Tensor
-    """Diagnostics of the minibatch, summed over all ranks (diagnostics.report_tokens)."""
-    gradient_norm: float
-    """Before clipping; not finite if the gradient was not, in which case the weights stayed as they were."""
-    logprobs: list[Tensor]
-    """[R] of each micro-batch of this rank, under the weights before the update; detached."""
 
 
 class ResponseModel(nn.Module):
@@ -79,7 +67,10 @@ class ResponseModel(nn.Module):
 
 
 class Policy:
-    """The model being trained, its optimizer, and the frozen reference if the algorithm has a KL term."""
+    """The model being trained, its optimizer, and the frozen reference if the algorithm has a KL term.
+
+    See `policy_api.TrainedPolicy` for what its calls mean.
+    """
 
     def __init__(
         self,
@@ -106,7 +97,6 @@ class Policy:
         self._dtype: Dtype = dtype
         self._lora = training.lora
         self.trains_adapters = training.trains_adapters
-        """Whether adapters are trained, and the model stays; asked of the policy by whoever must know."""
         derive = partial(
             derive_config,
             zero_stage=deepspeed.zero_stage,
@@ -132,7 +122,6 @@ class Policy:
 
     @torch.no_grad()
     def logprobs(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
-        """Return [R] float32 of each micro-batch under the weights as they are."""
         return [self._engine.module(batch.to(self.device))[0] for batch in micro_batches]
 
     def update(
@@ -143,14 +132,6 @@ class Policy:
         num_tokens: int,
         learning_rate: float,
     ) -> Update:
-        """Make one optimizer update from one minibatch; collective.
-
-        Args:
-            micro_batches: this rank's; every rank has as many.
-            proximal_logprobs: [R] of each, from `logprobs` before the step's first update; None in the first,
-                whose proximal policy is the policy itself, and where the loss needs none (loss.py).
-            num_tokens: sampled tokens of the minibatch over all ranks, at least 1.
-        """
         sums, logprobs = [], []
         for number, batch in enumerate(micro_batches):
             batch = batch.to(self.device)
@@ -174,7 +155,6 @@ class Policy:
         return Update(self.reduce(torch.stack(sums).sum(0)), gradient_norm, logprobs)
 
     def reduce(self, sums: Tensor) -> Tensor:
-        """Return `sums` summed over ranks, on the CPU; collective."""
         total = sums.to(self.device, copy=True)
         dist.all_reduce(total)
         return total.cpu()
@@ -204,20 +184,13 @@ class Policy:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether each rank holds only its share of every weight (ZeRO 3)."""
         return self._zero_stage == 3
 
     @property
     def num_bytes(self) -> int:
-        """Of all weights that are trained, tied ones once."""
         return sum(_num_bytes(each) for each in self._parameters.values() if each.requires_grad)
 
     def buckets(self, max_bytes: int) -> list[tuple[str, ...]]:
-        """Return the names of the weights in buckets, always in the same order; tied ones once.
-
-        Args:
-            max_bytes: of a bucket; a tensor larger than that comes alone.
-        """
         buckets: list[tuple[str, ...]] = []
         room = 0
         for name, parameter in self._parameters.items():
@@ -230,13 +203,7 @@ class Policy:
 
     @torch.no_grad()
     def bucket(self, names: Sequence[str]) -> Bucket | None:
-        """Return weights as engines are sent them, good until the next bucket; collective where sharded.
-
-        No rank holds more than its share and one whole weight beside, rank 0 the bucket too.
-
-        Returns:
-            None on the other ranks.
-        """
+        """See the protocol. A rank holds its share and one whole weight beside, rank 0 the bucket too."""
         weights = self.weights(names)
         if dist.get_rank() != 0:
             for _ in weights:  # this rank's shares are needed
@@ -270,7 +237,6 @@ class Policy:
 
     @torch.no_grad()
     def adapter(self) -> Adapter:
-        """Return the adapters as an engine loads them; of a policy that trains such, on any rank alone."""
         causal_lm = self._engine.module.causal_lm
         with tempfile.TemporaryDirectory() as folder:
             causal_lm.peft_config["default"].save_pretrained(folder)
@@ -281,11 +247,7 @@ class Policy:
         return Adapter(config, safetensors.torch.save(weights))
 
     def export(self, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
-        """Write a folder that `from_pretrained` loads, in the model's dtype. Rank 0 writes, nobody waits.
-
-        Of a policy that trains adapters it holds these alone, as PEFT loads them.
-        Collective where the policy is sharded; rank 0 then has room for all weights on the CPU.
-        """
+        """See the protocol. Where the policy is sharded rank 0 has room for all weights on the CPU."""
         state: dict[str, Tensor] | None = None
         if self.is_sharded:
             state = {}
@@ -311,7 +273,6 @@ class Policy:
         tokenizer.save_pretrained(folder)
 
     def save(self, folder: Path) -> None:
-        """Write weights, optimizer and random state into `folder`; collective, and complete on return."""
         folder.mkdir(parents=True, exist_ok=True)
         torch.save(_random_state(), folder / f"random_{dist.get_rank()}.pt")
         if dist.get_rank() == 0:
@@ -319,15 +280,6 @@ class Policy:
         self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
 
     def load(self, folder: Path, scratch: Path) -> None:
-        """Take up what `save` wrote, to the bit, be it by another number of ranks; collective.
-
-        Args:
-            scratch: folder that all ranks see, made and deleted here where the shares of the optimizer's
-                state have to be cut anew.
-
-        Raises:
-            ValueError: it was written under another ZeRO stage or dtype.
-        """
         layout = json.loads((folder / "layout.json").read_text())
         if layout | {"world_size": self.world_size} != self._layout:
             raise ValueError(f"checkpoint {folder} has layout {layout}, this trainer {self._layout}")

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from asyncrl_api.job import AlgorithmSpec
 from asyncrl_runtime.trainer.update.packing import TrainingSample, pack
-from asyncrl_runtime.trainer.update.policy import Policy
+from asyncrl_runtime.trainer.update.policy_api import TrainedPolicy
 from asyncrl_runtime.trainer.update.step import StepPlan, train_step
 from asyncrl_runtime.weights.adapter_publisher import Adapter
 from asyncrl_runtime.weights.bucket import Bucket
@@ -92,7 +92,11 @@ class Ranks:
     """
 
     def __init__(
-        self, policy: Policy, algorithm: AlgorithmSpec, commands_group: dist.ProcessGroup, tokenizer: Any
+        self,
+        policy: TrainedPolicy,
+        algorithm: AlgorithmSpec,
+        commands_group: dist.ProcessGroup,
+        tokenizer: Any,
     ) -> None:
         self.policy = policy
         self._algorithm = algorithm

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +21,7 @@ from asyncrl_runtime.trainer.update.packing import (
     pack,
     split_minibatches,
 )
-from asyncrl_runtime.trainer.update.policy import Policy, Update
+from asyncrl_runtime.trainer.update.policy_api import StepPolicy, Update
 
 
 class NumbersUnusable(Exception):
@@ -76,7 +76,13 @@ def plan_step(
     return StepPlan(samples, tuple(rewards.tolist()), num_minibatches, tokens_per_micro_batch, learning_rate)
 
 
-def train_step(policy: Policy, plan: StepPlan, algorithm: AlgorithmSpec, rank: int) -> dict[str, float]:
+def train_step(
+    policy: StepPolicy,
+    plan: StepPlan,
+    algorithm: AlgorithmSpec,
+    rank: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, float]:
     """Make all optimizer updates of one step; collective. Returns its diagnostics, the same on all ranks.
 
     The proximal policy is where the step starts. For the first minibatch it is the policy itself, and the
@@ -85,7 +91,7 @@ def train_step(policy: Policy, plan: StepPlan, algorithm: AlgorithmSpec, rank: i
     Raises:
         NumbersUnusable: a gradient is not finite.
     """
-    began = time.perf_counter()
+    began = clock()
     minibatches = [
         [plan.samples[index] for index in members]
         for members in split_minibatches([s.ticket for s in plan.samples], plan.num_minibatches)
@@ -107,7 +113,7 @@ def train_step(policy: Policy, plan: StepPlan, algorithm: AlgorithmSpec, rank: i
                 "training.learningRate, or look for rewards or log-probs that are not finite"
             )
         updates.append(update)
-    return _report(policy, plan, packed[0], updates, time.perf_counter() - began)
+    return _report(policy, plan, packed[0], updates, clock() - began)
 
 
 def _pack_for_rank(
@@ -118,7 +124,7 @@ def _pack_for_rank(
 
 
 def _report(
-    policy: Policy,
+    policy: StepPolicy,
     plan: StepPlan,
     first_minibatch: Sequence[MicroBatch],
     updates: Sequence[Update],

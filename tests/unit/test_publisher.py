@@ -1,0 +1,246 @@
+"""Weight epochs in virtual time: publisher, workers' updates, engines without models, a group that sleeps."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from asyncrl_api.names import JobNames
+from asyncrl_runtime.contract.messages import (
+    ControlRequest,
+    Heartbeat,
+    JoinGroup,
+    PolicyVersion,
+    decode_request,
+    encode,
+)
+from asyncrl_runtime.rollout.engine_api import EngineRefused
+from asyncrl_runtime.rollout.weight_updates import WeightUpdates
+from asyncrl_runtime.transport.fleet import Fleet
+from asyncrl_runtime.weights.bucket import Bucket
+from asyncrl_runtime.weights.publisher import ChecksumMismatch, WeightPublisher
+from support.fakes import UpdatableEngine, run_in_virtual_time
+
+V0, V1 = PolicyVersion(1, 0), PolicyVersion(1, 1)
+NAMES = JobNames(job="team_gsm8k")
+NUM_BUCKETS = 3
+JOIN_SECONDS, BROADCAST_SECONDS, PHASE_SECONDS = 2.0, 5.0, 20.0
+
+
+class Replica:
+    """An engine and what its worker has of it."""
+
+    def __init__(self) -> None:
+        self.engine = UpdatableEngine()
+        self.updates = WeightUpdates(self.engine, lambda: self.num_running)
+        self.num_running = 0
+        self.is_silent = False
+        self.asked: list[ControlRequest] = []
+
+    @property
+    def joins(self) -> list[JoinGroup]:
+        return [request for request in self.asked if isinstance(request, JoinGroup)]
+
+
+class SleepingGroup:
+    """A weight group, and the place where it meets; broadcasts take as long as they are said to."""
+
+    port = 1
+
+    def __init__(self) -> None:
+        self.num_broadcasts = 0
+        self.breaks_at: int | None = None
+        """The number of the broadcast that fails, all epochs counted together."""
+        self.formed: list[tuple[str, int]] = []
+        self.num_left = 0
+        self.on_leave: Callable[[], None] = lambda: None
+
+    def open_place(self, host: str) -> "SleepingGroup":
+        return self
+
+    async def form(self, world_size: int, name: str, backend: str, timeout_seconds: float) -> "SleepingGroup":
+        await asyncio.sleep(JOIN_SECONDS)
+        self.formed.append((name, world_size))
+        return self
+
+    async def broadcast(self, data: Tensor) -> None:
+        self.num_broadcasts += 1
+        await asyncio.sleep(BROADCAST_SECONDS)
+        if self.num_broadcasts == self.breaks_at:
+            raise RuntimeError("connection reset by peer")
+
+    async def leave(self) -> None:
+        self.num_left += 1
+        self.on_leave()
+
+    def close(self) -> None:
+        pass
+
+
+class Rig:
+    """A publisher and three workers in one process."""
+
+    def __init__(self, *, verify: bool = False) -> None:
+        self.clock = asyncio.get_running_loop().time
+        self.replicas = {name: Replica() for name in ("a", "b", "c")}
+        self.fleet = Fleet(self.clock)
+        self.group = SleepingGroup()
+        self.publisher = WeightPublisher(
+            self,
+            NAMES,
+            self.fleet,
+            lambda: [partial(self._load, number) for number in range(NUM_BUCKETS)],
+            self.group,
+            attempt=7,
+            host="trainer",
+            backend="gloo",
+            model_bytes=0,
+            timeout_seconds=PHASE_SECONDS,
+            verify=verify,
+        )
+
+    async def request(self, subject: str, payload: bytes, timeout_seconds: float) -> bytes | None:
+        """As the broker does it."""
+        [replica] = [each for name, each in self.replicas.items() if NAMES.control(name) == subject]
+        request = decode_request(payload)
+        replica.asked.append(request)
+        if replica.is_silent:
+            await asyncio.sleep(timeout_seconds)
+            return None
+        return encode(await replica.updates.handle(request))
+
+    async def publish(self, version: PolicyVersion, interrupt: str = "Retract") -> tuple[set[str], int]:
+        """Return which engines got the version, in how many epochs; workers speak meanwhile."""
+        speaking = asyncio.create_task(self._speak())
+        await asyncio.sleep(0)
+        try:
+            published = await self.publisher.publish(version, interrupt)
+        finally:
+            speaking.cancel()
+        return set(published.engines), published.num_epochs
+
+    async def _speak(self) -> None:
+        while True:
+            for name, replica in self.replicas.items():
+                beat = Heartbeat(
+                    worker=name,
+                    incarnation="i",
+                    engine="e",
+                    engine_state=replica.updates.state,
+                    version=replica.engine.weights.version,
+                )
+                self.fleet.heard(beat)
+            await asyncio.sleep(1)
+
+    def versions(self) -> dict[str, str]:
+        """What each engine says that it has."""
+        return {name: replica.engine.own_label for name, replica in self.replicas.items()}
+
+    async def _load(self, number: int) -> Bucket:
+        return Bucket((f"w{number}",), ("float32",), ((1,),), torch.zeros(4, dtype=torch.uint8))
+
+
+def virtually(check: Callable[[], Awaitable[None]]) -> None:
+    async def run() -> None:
+        await check()
+
+    run_in_virtual_time(run())
+
+
+def test_an_epoch_takes_as_long_as_its_join_and_its_broadcasts() -> None:
+    async def check() -> None:
+        rig = Rig()
+        rig.replicas["b"].engine.tp_size = 4
+        assert await rig.publish(V0) == ({"a", "b", "c"}, 1)
+        assert rig.clock() == pytest.approx(JOIN_SECONDS + NUM_BUCKETS * BROADCAST_SECONDS)
+        assert rig.versions() == {"a": "1.0", "b": "1.0", "c": "1.0"}
+        assert {name: each.joins[0].rank for name, each in rig.replicas.items()} == {"a": 1, "b": 2, "c": 6}
+        assert rig.group.formed == [("wu-7-1", 7)]
+
+    virtually(check)
+
+
+def test_a_group_is_used_again_for_the_same_engines() -> None:
+    async def check() -> None:
+        rig = Rig()
+        await rig.publish(V0)
+        began = rig.clock()
+        assert await rig.publish(V1) == ({"a", "b", "c"}, 1)
+        assert rig.clock() - began == pytest.approx(NUM_BUCKETS * BROADCAST_SECONDS)
+        assert len(rig.group.formed) == 1 and rig.versions()["a"] == "1.1"
+        assert await rig.publish(V1) == (set(), 0), "nobody lacks it"
+
+    virtually(check)
+
+
+def test_who_refuses_a_bucket_is_left_out_of_the_publication_and_tried_in_the_next() -> None:
+    async def check() -> None:
+        rig = Rig()
+        await rig.publish(V0)
+        broken = rig.replicas["b"]
+        broken.engine.faults["receive_bucket"] = EngineRefused("no memory")
+        assert await rig.publish(V1) == ({"a", "c"}, 2)
+        assert rig.group.formed == [("wu-7-1", 4), ("wu-7-2", 3)] and rig.group.num_left == 1
+        assert broken.updates.state == "dirty" and rig.versions() == {"a": "1.1", "b": "1.0", "c": "1.1"}
+        broken.engine.faults.clear()
+        assert await rig.publish(V1) == ({"b"}, 1)
+        assert broken.updates.state == "ready"
+
+    virtually(check)
+
+
+def test_after_a_broken_broadcast_all_who_still_answer_are_tried_again() -> None:
+    async def check() -> None:
+        rig = Rig()
+        rig.group.breaks_at = 2
+        assert await rig.publish(V0) == ({"a", "b", "c"}, 2)
+        assert rig.group.formed == [("wu-7-1", 4), ("wu-7-2", 4)]
+
+    virtually(check)
+
+
+def test_who_refused_a_broadcast_that_broke_is_suspected_alone_and_tried_again() -> None:
+    """It may have had its data from one who is gone."""
+
+    async def check() -> None:
+        rig = Rig()
+        rig.group.breaks_at = 1
+        rig.replicas["b"].engine.faults["receive_bucket"] = EngineRefused("connection reset")
+        rig.group.on_leave = rig.replicas["b"].engine.faults.clear
+        assert await rig.publish(V0) == ({"a", "b", "c"}, 2)
+
+    virtually(check)
+
+
+def test_a_silent_worker_costs_one_probe() -> None:
+    async def check() -> None:
+        rig = Rig()
+        rig.replicas["c"].is_silent = True
+        assert await rig.publish(V0) == ({"a", "b"}, 2)
+        assert [type(request).__name__ for request in rig.replicas["c"].asked] == ["ProbeEngine"]
+
+    virtually(check)
+
+
+def test_only_engines_that_have_let_their_samples_finish_are_updated() -> None:
+    async def check() -> None:
+        rig = Rig()
+        rig.replicas["a"].num_running = 2
+        assert await rig.publish(V0, "Drain") == ({"b", "c"}, 1)
+        rig.replicas["a"].num_running = 0
+        assert await rig.publish(V0, "Drain") == ({"a"}, 1)
+
+    virtually(check)
+
+
+def test_engines_that_were_sent_the_same_and_hold_something_else_are_told() -> None:
+    async def check() -> None:
+        rig = Rig(verify=True)
+        rig.replicas["c"].engine.digest = "decaf"
+        with pytest.raises(ChecksumMismatch, match="decaf"):
+            await rig.publish(V0)
+
+    virtually(check)
