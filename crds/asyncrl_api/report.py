@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Self
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from asyncrl_api.wire import Wire
 
@@ -24,7 +24,12 @@ class EvaluationReport(Wire):
 
 
 class Report(Wire):
-    """How the job stands, as the trainer sees it; the source of status.progress and of the local display."""
+    """How the job stands, as the trainer sees it; the source of status.progress and of the local display.
+
+    A job's images may be newer than the operator that reads this: what it does not know it ignores.
+    """
+
+    model_config = ConfigDict(extra="ignore")
 
     attempt: int
     step: int
@@ -53,6 +58,10 @@ class Report(Wire):
     num_held_out_in_warmup: int | None = None
     """Held-out prompts that also occur among what the model factory trained on."""
     time: str = Field(default="", description="When this was written, ISO 8601, UTC.")
+    seconds_without_progress: float | None = None
+    """How long the trainer had made no progress when this was written, though it was its turn; 0 while it
+    waits for groups, answers or engines. By its own monotonic clock, so nobody has to compare two clocks.
+    None: a runtime from before this field."""
 
     def save(self, path: Path) -> None:
         """Replace the file at once, so that a reader never sees half of it."""

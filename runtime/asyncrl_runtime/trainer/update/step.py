@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,11 +76,20 @@ def plan_step(
     return StepPlan(samples, tuple(rewards.tolist()), num_minibatches, tokens_per_micro_batch, learning_rate)
 
 
-def train_step(policy: Policy, plan: StepPlan, algorithm: AlgorithmSpec, rank: int) -> dict[str, float]:
+def _nothing() -> None:
+    """What nobody asked for."""
+
+
+def train_step(
+    policy: Policy, plan: StepPlan, algorithm: AlgorithmSpec, rank: int, made: Callable[[], None] = _nothing
+) -> dict[str, float]:
     """Make all optimizer updates of one step; collective. Returns its diagnostics, the same on all ranks.
 
     The proximal policy is where the step starts. For the first minibatch it is the policy itself, and the
     others get theirs in one pass before the first update; so a single minibatch costs none.
+
+    Args:
+        made: called whenever a minibatch is done with, for whoever asks whether the step gets on.
 
     Raises:
         NumbersUnusable: a gradient is not finite.
@@ -92,7 +101,10 @@ def train_step(policy: Policy, plan: StepPlan, algorithm: AlgorithmSpec, rank: i
     ]
     packed = [_pack_for_rank(m, plan.tokens_per_micro_batch, policy.world_size, rank) for m in minibatches]
     needs_proximal = uses_proximal(algorithm)
-    proximal = [policy.logprobs(batches) if needs_proximal else None for batches in packed[1:]]
+    proximal = []
+    for batches in packed[1:]:
+        proximal.append(policy.logprobs(batches) if needs_proximal else None)
+        made()
     updates = []
     for samples, batches, proximal_logprobs in zip(minibatches, packed, [None, *proximal], strict=True):
         update = policy.update(
@@ -107,6 +119,7 @@ def train_step(policy: Policy, plan: StepPlan, algorithm: AlgorithmSpec, rank: i
                 "training.learningRate, or look for rewards or log-probs that are not finite"
             )
         updates.append(update)
+        made()
     return _report(policy, plan, packed[0], updates, time.perf_counter() - began)
 
 
