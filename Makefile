@@ -56,6 +56,7 @@ lint: $(STAMP)
 # The CRD, the chart's copy of it and docs/reference.md, from the types.
 crd: $(STAMP)
 	$(BIN)/python -m asyncrl_api.crdgen
+	$(BIN)/python -m asyncrl_operator.docgen
 
 # torch first and pinned: any other spec may pull gigabytes of CUDA.
 $(STAMP): pyproject.toml

@@ -1,6 +1,7 @@
 """What the API server, or an object in the way, refuses, and what that means to the user. Pure."""
 
 from asyncrl_operator.api_server.api import ApiError
+from asyncrl_operator.decide import reasons
 from asyncrl_operator.decide.observed import Problem
 from asyncrl_operator.resources import ASYNCRL_JOBS, Json, Resource
 
@@ -34,22 +35,22 @@ def check_ownership(resource: Resource, metadata: Json, uid: str) -> None:
     what = f"{resource.kind} {metadata['name']}"
     if any(each["kind"] == ASYNCRL_JOBS.kind for each in owners):
         text = f"{what} of an earlier job of this name is still there"
-        raise Obstacle(Problem("WaitingForPredecessor", text), needs_user=False)
+        raise Obstacle(Problem(reasons.WAITING_FOR_PREDECESSOR, text), needs_user=False)
     text = f"{what} exists and was not made for this job: rename or delete one of the two"
-    raise Obstacle(Problem("NameConflict", text), needs_user=True)
+    raise Obstacle(Problem(reasons.NAME_CONFLICT, text), needs_user=True)
 
 
 def obstacle_from(error: ApiError) -> Obstacle | None:
     """Return what a refusal means to the user; None for what is no matter of the spec."""
     message = error.message
     if error.status == 403 and "exceeded quota" in message:
-        return Obstacle(Problem("QuotaExceeded", message), needs_user=False)
+        return Obstacle(Problem(reasons.QUOTA_EXCEEDED, message), needs_user=False)
     if "admission webhook" in message or "ValidatingAdmissionPolicy" in message:
-        return Obstacle(Problem("AdmissionDenied", message), needs_user=False)
+        return Obstacle(Problem(reasons.ADMISSION_DENIED, message), needs_user=False)
     if error.status == 403:
-        return Obstacle(Problem("Forbidden", message), needs_user=False)
+        return Obstacle(Problem(reasons.FORBIDDEN, message), needs_user=False)
     if error.status == 422 or "failed to create typed patch object" in message:
-        return Obstacle(Problem("InvalidSpec", message), needs_user=True)
+        return Obstacle(Problem(reasons.INVALID_SPEC, message), needs_user=True)
     return None
 
 

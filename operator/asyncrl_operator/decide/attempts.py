@@ -14,6 +14,7 @@ from asyncrl_api.job import Spec
 from asyncrl_api.job_status import AttemptStatus
 from asyncrl_api.report import Report
 from asyncrl_api.times import to_seconds, to_text
+from asyncrl_operator.decide import reasons
 from asyncrl_operator.decide.observed import Observed, Pod, TrainerJob
 from asyncrl_operator.decide.restart_policy import GiveUp, TrainerBudget
 from asyncrl_operator.decide.rolling import is_on_dead_node
@@ -138,12 +139,12 @@ def pods_of(attempt: AttemptStatus, seen: Observed) -> list[Pod]:
 def _disrupted(job: TrainerJob | None, pods: Sequence[Pod], seen: Observed, now: float) -> Ended | None:
     """Nobody's fault: preempted, evicted, or its node is lost."""
     if job is None or job.is_deleting:
-        return _disruption("JobDeleted", "the Job of the trainer was deleted")
+        return _disruption(reasons.JOB_DELETED, "the Job of the trainer was deleted")
     for pod in pods:
         if pod.disruption:
-            return _disruption("Disrupted", f"pod {pod.name}: {pod.disruption}")
+            return _disruption(reasons.DISRUPTED, f"pod {pod.name}: {pod.disruption}")
         if pod.is_alive and is_on_dead_node(pod, seen.nodes, now):
-            return _disruption("NodeLost", f"pod {pod.name}: its node {pod.node} is gone or not ready")
+            return _disruption(reasons.NODE_LOST, f"pod {pod.name}: its node {pod.node} is gone or not ready")
     return None
 
 
@@ -151,9 +152,11 @@ def _vanished(job: TrainerJob | None, pods: Sequence[Pod]) -> Ended | None:
     """A pod was deleted by hand; one that its Job deletes, since another failed, is none of these."""
     for pod in pods:
         if pod.deleted_at is not None:
-            return _disruption("PodDeleted", f"pod {pod.name} was deleted")
+            return _disruption(reasons.POD_DELETED, f"pod {pod.name} was deleted")
     if job is not None and job.is_failed:
-        return _disruption("PodsLost", f"the Job of the trainer failed without an exit code: {job.message}")
+        return _disruption(
+            reasons.PODS_LOST, f"the Job of the trainer failed without an exit code: {job.message}"
+        )
     return None
 
 
@@ -165,7 +168,7 @@ def _failed(spec: Spec, pods: Sequence[Pod]) -> Ended | None:
     """A rank ended with an exit code. A fatal one counts more than what its peers died of."""
     fatal = spec.failure_policy.trainer.fatal_exit_codes
     failures = [
-        (each.exit_code in fatal, each.reason == "OOMKilled", each.exit_code not in SIGNAL_CODES, pod, each)
+        (each.exit_code in fatal, each.ran_out_of_memory, each.exit_code not in SIGNAL_CODES, pod, each)
         for pod in pods
         if pod.deleted_at is None
         for each in pod.ends
@@ -174,23 +177,23 @@ def _failed(spec: Spec, pods: Sequence[Pod]) -> Ended | None:
     if not failures:
         return None
     *_, pod, worst = max(failures, key=lambda failure: failure[:3])
-    if worst.reason == "OOMKilled":
+    if worst.ran_out_of_memory:
         text = f"container {worst.container} of pod {pod.name} used more memory than its limit allows"
-        return Ended("OOMKilled", text, "restart", worst.exit_code)
+        return Ended(reasons.OOM_KILLED, text, "restart", worst.exit_code)
     text = f"pod {pod.name}: exit code {worst.exit_code}"
     if worst.exit_code in fatal:
-        return Ended("FatalExit", text, "restart", worst.exit_code)
+        return Ended(reasons.FATAL_EXIT, text, "restart", worst.exit_code)
     if worst.exit_code in SIGNAL_CODES:
-        return Ended("Killed", text, "disruption", 128 - worst.exit_code)
-    return Ended("TrainerFailed", text, "restart", worst.exit_code)
+        return Ended(reasons.KILLED, text, "disruption", 128 - worst.exit_code)
+    return Ended(reasons.TRAINER_FAILED, text, "restart", worst.exit_code)
 
 
 def _changed(spec: Spec, attempt: AttemptStatus, trainer_gpus: int) -> Ended | None:
     """A field marked R was edited, or the split gives the trainer another size: no fault, no charge."""
     if attempt.config_hash != trainer_hash(spec):
-        return Ended("ConfigChanged", "a field marked R was changed")
+        return Ended(reasons.CONFIG_CHANGED, "a field marked R was changed")
     if attempt.gpus != trainer_gpus:
-        return Ended("Resized", f"the trainer goes from {attempt.gpus} to {trainer_gpus} GPUs")
+        return Ended(reasons.RESIZED, f"the trainer goes from {attempt.gpus} to {trainer_gpus} GPUs")
     return None
 
 
@@ -200,7 +203,7 @@ def _hung(
     limit, sign = spec.failure_policy.trainer.hang_seconds, last_sign(attempt, report)
     if not limit or sign is None or now < sign + limit or not any(pod.phase == "Running" for pod in pods):
         return None
-    return Ended("Hung", f"the trainer has not reported for {limit} s", "restart", code=1)
+    return Ended(reasons.HUNG, f"the trainer has not reported for {limit} s", "restart", code=1)
 
 
 def last_sign(attempt: AttemptStatus, report: Report | None) -> float | None:
@@ -222,7 +225,7 @@ def _partly_scheduled(attempt: AttemptStatus, pods: Sequence[Pod], uid: str, now
         return None
     spread = zlib.crc32(f"{uid}/{attempt.number}".encode()) / 2**32
     text = f"{len(without)} of {len(pods)} trainer pods found no node: {without[0].unschedulable}"
-    return Ended("Unschedulable", text, delay_seconds=5 + spread * RETRY_SPREAD_SECONDS)
+    return Ended(reasons.UNSCHEDULABLE, text, delay_seconds=5 + spread * RETRY_SPREAD_SECONDS)
 
 
 def _next_look(

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 from asyncrl_api.job_status import AttemptStatus, ClocksStatus
 from asyncrl_api.times import to_seconds, to_text
-from asyncrl_operator.decide import attempts
+from asyncrl_operator.decide import attempts, reasons
 from asyncrl_operator.decide.observed import Problem
 from asyncrl_operator.decide.pass_state import PassState
 from asyncrl_operator.decide.rolling import Wave
@@ -15,7 +15,7 @@ REPORT_STALE_SECONDS = 300.0
 ENGINE_SECONDS = 180.0
 """For a new engine to become ready before a job counts as short of engines."""
 IMAGE_REASONS = ("ImagePullBackOff", "ErrImagePull", "InvalidImageName", "ErrImageNeverPull")
-NO_FAULT = ("", "Suspended")
+NO_FAULT = ("", reasons.SUSPENDED)
 """Reasons of an attempt's end after which the next is a start, not a restart."""
 
 
@@ -55,7 +55,7 @@ def assess(state: PassState, memory: Memory, wave: Wave) -> Health:
     progress = "no step yet" if report is None else f"step {report.step} of {report.max_steps}"
     message = f"{held}/{state.spec.gpu_budget.total} GPUs in use, {progress}"
     degraded = _degraded(state, wave, below, stale_at)
-    return Health(Standing("Running", "Running", message, degraded=degraded), memory, tuple(wakes))
+    return Health(Standing("Running", reasons.RUNNING, message, degraded=degraded), memory, tuple(wakes))
 
 
 def overdue(state: PassState, memory: Memory) -> Standing | None:
@@ -69,12 +69,12 @@ def clocks_running(state: PassState, memory: Memory) -> list[tuple[float, Standi
     if spec.active_deadline_seconds and memory.start_time:
         at = to_seconds(memory.start_time) + spec.active_deadline_seconds
         text = f"spec.activeDeadlineSeconds: {spec.active_deadline_seconds} have passed"
-        found.append((at, Standing("Failed", "DeadlineExceeded", text)))
+        found.append((at, Standing("Failed", reasons.DEADLINE_EXCEEDED, text)))
     if spec.pending_deadline_seconds and clocks.pending_since:
         at = to_seconds(clocks.pending_since) + spec.pending_deadline_seconds
         text = f"spec.pendingDeadlineSeconds: not running after {spec.pending_deadline_seconds} s"
         last = f"; {state.status.message}" if state.status.message else ""
-        found.append((at, Standing("Failed", "PendingDeadlineExceeded", text + last)))
+        found.append((at, Standing("Failed", reasons.PENDING_DEADLINE_EXCEEDED, text + last)))
     policy = spec.failure_policy.rollout
     if policy.on_below_minimum == "Fail" and clocks.below_minimum_since:
         at = to_seconds(clocks.below_minimum_since) + policy.below_minimum_seconds
@@ -82,13 +82,13 @@ def clocks_running(state: PassState, memory: Memory) -> list[tuple[float, Standi
             f"{state.num_ready_engines}/{state.replicas} engines were ready, below minAvailablePercent "
             f"{policy.min_available_percent}, for {policy.below_minimum_seconds} s"
         )
-        found.append((at, Standing("Failed", "RolloutBelowMinimum", text)))
+        found.append((at, Standing("Failed", reasons.ROLLOUT_BELOW_MINIMUM, text)))
     return found
 
 
 def _not_up(state: PassState, attempt: AttemptStatus | None) -> Standing:
     last = attempt.last_reason if attempt is not None else ""
-    if last == "Resized":
+    if last == reasons.RESIZED:
         return Standing("Resizing", last, "the trainer starts with another size from a checkpoint")
     starts = _what_starts(state, attempt)
     if last in NO_FAULT:
@@ -107,10 +107,10 @@ def _what_starts(state: PassState, attempt: AttemptStatus | None) -> Problem:
     if obstacle := state.seen.blocked or _obstacle(state):
         return obstacle
     if not state.trainer_runs(attempt):
-        return Problem("TrainerStarting", "the trainer starts")
+        return Problem(reasons.TRAINER_STARTING, "the trainer starts")
     if not state.is_messaging_ready:
-        return Problem("MessagingStarting", "the NATS server starts")
-    return Problem("RolloutStarting", "the trainer runs, no engine is ready yet")
+        return Problem(reasons.MESSAGING_STARTING, "the NATS server starts")
+    return Problem(reasons.ROLLOUT_STARTING, "the trainer runs, no engine is ready yet")
 
 
 def _obstacle(state: PassState) -> Problem | None:
@@ -118,12 +118,12 @@ def _obstacle(state: PassState) -> Problem | None:
     pods = sorted(state.alive, key=lambda pod: pod.name)
     for pod in pods:
         if pod.unschedulable:
-            return Problem("Unschedulable", f"pod {pod.name}: {pod.unschedulable}")
+            return Problem(reasons.UNSCHEDULABLE, f"pod {pod.name}: {pod.unschedulable}")
     for pod in pods:
         reason = pod.waiting.partition(":")[0]
         if reason and reason not in ("ContainerCreating", "PodInitializing"):
             return Problem(
-                "ImagePull" if reason in IMAGE_REASONS else reason, f"pod {pod.name}: {pod.waiting}"
+                reasons.IMAGE_PULL if reason in IMAGE_REASONS else reason, f"pod {pod.name}: {pod.waiting}"
             )
     return None
 
@@ -146,21 +146,21 @@ def _degraded(state: PassState, wave: Wave, below: bool, stale_at: float | None)
     if below:
         least = state.spec.failure_policy.rollout.min_available_percent
         text = f"{ready}/{state.replicas} engines are ready, below minAvailablePercent {least}{why}"
-        return Problem("RolloutBelowMinimum", text)
+        return Problem(reasons.ROLLOUT_BELOW_MINIMUM, text)
     if not state.is_messaging_ready:
-        return Problem("MessagingNotReady", f"the NATS server is not ready{why}")
+        return Problem(reasons.MESSAGING_NOT_READY, f"the NATS server is not ready{why}")
     if wave.stuck:
-        return Problem("RolloutUpdateStuck", f"the update of the engines has stopped: {wave.stuck}")
+        return Problem(reasons.ROLLOUT_UPDATE_STUCK, f"the update of the engines has stopped: {wave.stuck}")
     if stale_at is not None and state.now >= stale_at:
         return Problem(
-            "ReportStale", f"the trainer has not reported for {int(REPORT_STALE_SECONDS)} s or more"
+            reasons.REPORT_STALE, f"the trainer has not reported for {int(REPORT_STALE_SECONDS)} s or more"
         )
     if report is not None and report.staleness_p95 is not None and report.staleness_p95 > bound:
         text = f"tokens of {report.staleness_p95} versions ago are trained; staleness.maxVersions is {bound}"
-        return Problem("StalenessExceeded", text)
+        return Problem(reasons.STALENESS_EXCEEDED, text)
     if state.seen.blocked is not None:
         return state.seen.blocked
     is_late = any(at <= state.now for at in _due_ready(state))
     if ready < state.replicas and (is_late or obstacle):
-        return Problem("RolloutShort", f"{ready}/{state.replicas} engines are ready{why}")
+        return Problem(reasons.ROLLOUT_SHORT, f"{ready}/{state.replicas} engines are ready{why}")
     return None

@@ -10,6 +10,9 @@ from asyncrl_operator.layout import Role
 Seconds = float
 """Of Unix time."""
 
+KUBELET_OOM = "OOMKilled"
+"""The kubelet's word; that it is also one of ours means nothing."""
+
 
 @dataclass(frozen=True)
 class ContainerEnd:
@@ -19,6 +22,10 @@ class ContainerEnd:
     exit_code: int
     reason: str = ""
     """OOMKilled, Error, Completed ..."""
+
+    @property
+    def ran_out_of_memory(self) -> bool:
+        return self.reason == KUBELET_OOM
 
 
 @dataclass(frozen=True)

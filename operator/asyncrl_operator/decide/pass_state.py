@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from asyncrl_api.job import Spec
 from asyncrl_api.job_status import AttemptStatus, ClocksStatus, Status
 from asyncrl_api.report import Report
-from asyncrl_operator.decide import attempts
+from asyncrl_operator.decide import attempts, reasons
 from asyncrl_operator.decide.observed import Observed, Pod
 from asyncrl_operator.decide.status import JobObject, Memory
 from asyncrl_operator.layout import num_trainer_pods
@@ -74,7 +74,7 @@ class PassState:
     def is_suspending(self) -> bool:
         """Whether a suspension has begun and is not complete: it must be before the job may go on."""
         condition = self.status.condition("Suspended")
-        return condition is not None and condition.reason == "Suspending"
+        return condition is not None and condition.reason == reasons.SUSPENDING
 
     def trainer_runs(self, attempt: AttemptStatus | None) -> bool:
         """Whether all pods of an attempt have their GPUs and run."""
