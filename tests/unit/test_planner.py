@@ -33,6 +33,11 @@ def test_a_job_is_brought_up_trainer_first() -> None:
     assert list(cluster.jobs) == ["gsm8k-trainer-1"] and cluster.messaging is not None
     assert cluster.rollout is not None and cluster.rollout.replicas == 0
     assert (cluster.phase, cluster.condition("Ready")) == ("Starting", "False/TrainerStarting")
+    assert {(each.name, each.kind) for each in cluster.status.groups} <= {
+        ("messaging", "StatefulSet"),
+        ("trainer", "Job"),
+        ("rollout", "StatefulSet"),
+    }
     assert cluster.condition("Reconciling") == "True/TrainerStarting"
     cluster.run_until_still()
     assert (cluster.phase, cluster.condition("Ready")) == ("Running", "True/Running")

@@ -159,7 +159,7 @@ def _groups(job: JobObject, seen: Observed, memory: Memory) -> tuple[GroupStatus
     if (attempt := memory.attempt) is not None:
         pods = [pod for pod in pods_of(attempt, seen) if pod.is_alive]
         desired = num_trainer_pods(job.spec, attempt.gpus)
-        groups.append(_group("trainer", "JobObject", attempt.job_name, desired, pods))
+        groups.append(_group("trainer", "Job", attempt.job_name, desired, pods))
     if (rollout := seen.rollout) is not None:
         pods = [pod for pod in ours if pod.group == "rollout"]
         group = _group("rollout", "StatefulSet", rollout.name, rollout.replicas, pods)
