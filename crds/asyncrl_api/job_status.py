@@ -179,7 +179,8 @@ class Status(StatusType):
     reward: RewardStatus | None = _of("What the policy is worth.")
     gpus: GPUsStatus | None = _of("The budget and what is held of it.")
     last_checkpoint: CheckpointStatus | None = _of("What a restarted trainer continues from.")
-    report_time: Time | None = _of("When the trainer reported last.")
+    report_time: Time | None = _of("When the trainer reported last, by its own clock.")
+    report_seen_time: Time | None = _of("When the operator saw reportTime change, by the operator's clock.")
     pod_sets: tuple[PodSetStatus, ...] = _of("Pods wanted at the start; fixed while suspended.", ())
     selector: Text = _of("Label selector of the pods, for the scale subresource.", "")
 

@@ -109,7 +109,13 @@ def _run(state: PassState, split: SplitStatus) -> Decision:
         attempt = attempt.model_copy(update={"start_time": to_text(state.now)})
         memory = replace(memory, attempt=attempt)
     verdict = attempts.judge(
-        state.spec, attempt, state.seen, trainer_gpus=split.trainer, uid=state.job.uid, now=state.now
+        state.spec,
+        attempt,
+        state.seen,
+        trainer_gpus=split.trainer,
+        uid=state.job.uid,
+        heard_at=state.heard_at(attempt),
+        now=state.now,
     )
     if isinstance(verdict, attempts.Running):
         decision = _go_on(state, memory)

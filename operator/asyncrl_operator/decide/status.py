@@ -116,10 +116,11 @@ def describe(
         reward=before.reward,
         last_checkpoint=before.last_checkpoint,
         report_time=before.report_time,
+        report_seen_time=before.report_seen_time,
     )
     if report is None or now < next_show(before, report):
         return status
-    return _with_report(status, report)
+    return _with_report(status, report, now)
 
 
 def next_show(before: Status, report: Report) -> float:
@@ -128,9 +129,26 @@ def next_show(before: Status, report: Report) -> float:
     Every change of a status is a message to everyone who watches (Argo CD compares the whole application).
     """
     is_news = before.progress is None or before.progress.state != report.state
-    if is_news or before.report_time is None:
+    if is_news or before.report_seen_time is None:
         return 0.0
-    return to_seconds(before.report_time) + REPORT_SECONDS
+    return to_seconds(before.report_seen_time) + REPORT_SECONDS
+
+
+def heard_at(status: Status, report: Report, now: float) -> float:
+    """Return when a report was written, by the operator's clock.
+
+    The trainer's clock is another machine's. What the two differ by is remembered: `reportTime` is the
+    trainer's word, and `reportSeenTime` when it was seen. So only times of one clock are subtracted.
+
+    Args:
+        report: of the present attempt.
+    """
+    if not report.time or status.report_time is None or status.report_seen_time is None:
+        return now  # it has just come
+    since = to_seconds(report.time) - to_seconds(status.report_time)
+    if since < 0:  # its clock was set back, or it is another machine's
+        return now
+    return min(now, to_seconds(status.report_seen_time) + since)
 
 
 def after_the_end(job: JobObject, before: Status, seen: Observed) -> Status:
@@ -306,13 +324,15 @@ def _group_fact(group: GroupStatus | None, spec: Spec, name: str, ends: bool) ->
 # -- report
 
 
-def _with_report(status: Status, report: Report) -> Status:
+def _with_report(status: Status, report: Report, now: float) -> Status:
     shown = status.model_copy(update=_reported(report))
-    if shown == status and status.report_time and report.time:
+    if shown == status and status.report_time and status.report_seen_time and report.time:
         age = to_seconds(report.time) - to_seconds(status.report_time)
-        if age < UNCHANGED_SECONDS:
+        if 0 <= age < UNCHANGED_SECONDS:
             return status
-    return shown.model_copy(update={"report_time": report.time}) if report.time else shown
+    if not report.time or (report.time == status.report_time and status.report_seen_time):
+        return shown
+    return shown.model_copy(update={"report_time": report.time, "report_seen_time": to_text(now)})
 
 
 def _reported(report: Report) -> dict[str, object]:
