@@ -103,7 +103,7 @@ class TrainerFailureSpec(ApiType):
         "A trainer that makes no progress for so long while it is its turn is restarted, in seconds; 0: "
         "never. It is not its turn while it waits for groups, an evaluation or engines. A minibatch is "
         "progress, and so are bytes that are loaded, published or written: set more than the longest "
-        "minibatch takes.",
+        "minibatch takes, and more than a model factory computes.",
         default=0,
     )
     fatal_exit_codes: Annotated[list[Annotated[int, Field(ge=1, le=255)]], Field(max_length=64)] = field(
