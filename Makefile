@@ -61,6 +61,7 @@ lint: $(STAMP) ## Check style, format, types and the boundaries between packages
 
 crd: $(STAMP) ## Write the CRD, the chart's copy of it and docs/reference.md from the types.
 	$(BIN)/python -m asyncrl_api.crdgen
+	$(BIN)/python -m asyncrl_operator.docgen
 
 docs: $(STAMP) ## Build the documentation as a site, strictly: a broken link is an error.
 	$(BIN)/mkdocs build --strict --site-dir $(VENV)/site

@@ -187,7 +187,8 @@ class Status(StatusType):
     reward: RewardStatus | None = _of("How well the policy does.")
     gpus: GPUsStatus | None = _of("The GPU budget, and how much of it the job holds.")
     last_checkpoint: CheckpointStatus | None = _of("The checkpoint that a restarted trainer continues from.")
-    report_time: Time | None = _of("When the trainer last reported.")
+    report_time: Time | None = _of("When the trainer last reported, by its own clock.")
+    report_seen_time: Time | None = _of("When the operator saw reportTime change, by the operator's clock.")
     pod_sets: tuple[PodSetStatus, ...] = _of(
         "Pods that the job needs at once when it starts; fixed while it is suspended.", ()
     )

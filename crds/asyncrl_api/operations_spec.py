@@ -106,7 +106,11 @@ class TrainerFailureSpec(ApiType):
     )
     max_backoff_seconds: CountOrZero = field("Longest wait before a restart, in seconds.", default=600)
     hang_seconds: CountOrZero = field(
-        "A trainer that has not reported for so long is restarted, in seconds; 0: never.", default=0
+        "A trainer that makes no progress for so long while it is its turn is restarted, in seconds; 0: "
+        "never. It is not its turn while it waits for groups, an evaluation or engines. A minibatch is "
+        "progress, and so are bytes that are loaded, published or written: set more than the longest "
+        "minibatch takes, and more than a model factory computes.",
+        default=0,
     )
     fatal_exit_codes: Annotated[list[Annotated[int, Field(ge=1, le=255)]], Field(max_length=64)] = field(
         "Exit codes after which the trainer is not restarted. Ours are 64 (usage), 65 (data, model or "

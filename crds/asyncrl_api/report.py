@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Self
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from asyncrl_api.wire import Wire
 
@@ -24,7 +24,12 @@ class EvaluationReport(Wire):
 
 
 class Report(Wire):
-    """The job's state as the trainer sees it: the source of status.progress and of the local display."""
+    """The job's state as the trainer sees it: the source of status.progress and of the local display.
+
+    A job's images may be newer than the operator that reads this, so unknown fields are ignored.
+    """
+
+    model_config = ConfigDict(extra="ignore")
 
     attempt: int
     step: int
@@ -53,6 +58,10 @@ class Report(Wire):
     num_held_out_in_warmup: int | None = None
     """The number of held-out prompts that the model factory trained on."""
     time: str = Field(default="", description="When the report was written: ISO 8601, UTC.")
+    seconds_without_progress: float | None = None
+    """How long the trainer had made no progress when the report was written, though it was its turn; 0 while
+    it waits for groups, answers or engines. Measured by its own monotonic clock, so that nobody has to
+    compare two clocks. None: the runtime is older than this field."""
 
     def save(self, path: Path) -> None:
         """Replace the file atomically, so that a reader never sees half of it."""

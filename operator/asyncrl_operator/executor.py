@@ -18,6 +18,7 @@ from asyncrl_operator.api_server.refusals import (
     obstacle_from,
 )
 from asyncrl_operator.compare import first_difference
+from asyncrl_operator.decide import reasons
 from asyncrl_operator.decide.desired import (
     DeleteChildren,
     DeletePod,
@@ -261,7 +262,7 @@ class Executor:
             is_made = await self._cluster.make(manifest, target.uid)
             logger.debug("%s: %s %s", target.key, what, "made" if is_made else "was there")
             return (
-                Event("ChildRecreated", f"{what} was missing and is made again")
+                Event(reasons.CHILD_RECREATED, f"{what} was missing and is made again")
                 if is_made and not is_secret
                 else None
             )
@@ -275,7 +276,7 @@ class Executor:
             return None
         logger.info("%s: %s differs at %s: applied", target.key, what, path)
         await self._cluster.correct(manifest, entry.uid)
-        return Event("DriftCorrected", f"{what}: {path.removeprefix('.')} is set back")
+        return Event(reasons.DRIFT_CORRECTED, f"{what}: {path.removeprefix('.')} is set back")
 
     async def _scale(self, key: Key, desired: Desired, seen: Observed) -> None:
         """Bring groups to their size, and leave all else as it is: a job at rest is not rendered anew."""
@@ -323,4 +324,4 @@ class Executor:
 
 
 def _problem_of(error: SpecError) -> Problem:
-    return Problem("InvalidSpec", str(error))
+    return Problem(reasons.INVALID_SPEC, str(error))

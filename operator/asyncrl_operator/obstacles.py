@@ -12,6 +12,7 @@ from asyncrl_api.free_forms import free_form_violations
 from asyncrl_api.job import Spec
 from asyncrl_operator.api_server.cluster import Cluster
 from asyncrl_operator.api_server.observe import missing_reference
+from asyncrl_operator.decide import reasons
 from asyncrl_operator.decide.observed import Observed, Problem
 from asyncrl_operator.resources import CONFIG_MAPS, JOBS, SERVICE_ACCOUNTS, STATEFUL_SETS, Resource
 from asyncrl_operator.workqueue import Key
@@ -83,7 +84,7 @@ class Obstacles:
         if problem := await self._with_schema(now):
             return Found(problem, wake_at=now + SCHEMA_SECONDS)
         if broken := next(free_form_violations(spec), None):
-            return Found(Problem("InvalidSpec", broken.message))
+            return Found(Problem(reasons.INVALID_SPEC, broken.message))
         asked = self._asked.setdefault(key, Asked())
         if problem := await self._with_references(asked, key.namespace, (uid, generation), spec):
             return Found(problem, wake_at=now + REFERENCE_SECONDS)
@@ -120,7 +121,7 @@ class Obstacles:
             return None
         for resource, path, name in references(spec):
             if not await self.cluster.exists(resource, namespace, name):
-                return Problem("MissingReference", f"{path}: {resource.kind} {name!r} does not exist")
+                return Problem(reasons.MISSING_REFERENCE, f"{path}: {resource.kind} {name!r} does not exist")
         asked.references = subject
         return None
 
@@ -129,7 +130,7 @@ class Obstacles:
         told = await self._told(namespace)
         for resource, name in owners:
             if message := told.get((resource.kind, name)):
-                reason = "QuotaExceeded" if "exceeded quota" in message else "PodsRefused"
+                reason = reasons.QUOTA_EXCEEDED if "exceeded quota" in message else reasons.PODS_REFUSED
                 return Problem(reason, f"{resource.kind} {name}: {message}")
         return None
 

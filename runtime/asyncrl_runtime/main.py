@@ -117,9 +117,13 @@ def rank(
     """Run one rank of the trainer; `trainer` starts it."""
 
     def run(run_config: RunConfig) -> None:
-        from asyncrl_runtime.trainer.assemble import Options, run_rank
+        from asyncrl_runtime.trainer.starting import Start
 
-        run_rank(run_config, Options(attempt, host, verify_weights))
+        start = Start(run_config, attempt)
+        with start.reporting() if os.environ["RANK"] == "0" else contextlib.nullcontext():
+            from asyncrl_runtime.trainer.assemble import Options, run_rank  # takes as long as torch does
+
+            run_rank(run_config, Options(attempt, host, verify_weights), start)
 
     _run(config, run)
 

@@ -66,6 +66,42 @@ def test_a_job_goes_on_whatever_dies(nodes: NodeCluster, operator: Operator, job
     assert re.search(r"missing 0  twice 0", job.audit())
 
 
+STOP_RANK_1 = """
+import os, pathlib, signal
+for folder in pathlib.Path("/proc").glob("[0-9]*"):
+    try:
+        words = (folder / "environ").read_bytes().split(b"\\0")
+    except OSError:
+        continue
+    if b"RANK=1" in words:
+        os.kill(int(folder.name), signal.SIGSTOP)
+        print("stopped")
+"""
+
+
+def test_a_trainer_one_of_whose_ranks_is_stopped_is_restarted(operator: Operator, job: RunningJob) -> None:
+    """The other rank reports all the while; it says that it gets nowhere."""
+    job.apply(
+        training={"maxSteps": MANY},
+        evaluation={"samples": 50, "everySteps": 5000},
+        checkpoint={"everySteps": 10},
+        trainer={"deepspeed": {"zeroStage": 2}},
+        gpuBudget={"total": 3, "mode": "Manual", "split": {"trainer": 2, "rollout": 1}},
+        failurePolicy={"trainer": {"backoffSeconds": 1}},
+    )
+    job.wait_for_step(2, SECONDS)
+    job.patch({"failurePolicy": {"trainer": {"hangSeconds": 30}}})
+    goes_on(job)
+    assert job.execute("trainer", "trainer", STOP_RANK_1).startswith("stopped")
+    stopped_at = time.monotonic()
+    eventually("a second attempt", lambda: "quickstart-trainer-2" in job.names("jobs"), SECONDS)
+    print(f"\nthe second attempt began {time.monotonic() - stopped_at:.0f} s after a rank was stopped")
+    goes_on(job)
+    attempt = job.status()["attempt"]
+    assert (attempt["lastReason"], attempt["restarts"], attempt["disruptions"]) == ("Hung", 1, 0)
+    assert "made no progress in" in job.kubectl("get", "events", "-o", "jsonpath={.items[*].message}")
+
+
 @pytest.mark.parametrize("storage", ["Ephemeral", "Persistent"])
 def test_messaging_is_lost_with_its_node(nodes: NodeCluster, job: RunningJob, storage: str) -> None:
     """What was in it is made again from the checkpoint, or is there again."""

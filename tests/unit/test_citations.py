@@ -14,7 +14,6 @@ OF_THE_PAST = {"docs/renames.md", "CHANGELOG.md"}
 """Pages that name files as they were."""
 COMING: set[str] = {
     "docs/kube-kit.md",
-    "operator/asyncrl_operator/decide/reasons.py",
     "runtime/asyncrl_runtime/contract/broker.py",
     "runtime/asyncrl_runtime/trainer/job_streams.py",
     "runtime/asyncrl_runtime/trainer/reaper.py",

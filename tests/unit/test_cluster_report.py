@@ -82,6 +82,14 @@ async def test_a_report_that_stands_still_is_a_sign_of_life_with_the_time_of_day
     assert scene.server.sent[-1].time
 
 
+async def test_a_report_that_was_only_renewed_is_no_news() -> None:
+    scene = Scene()
+    await scene.after(0)
+    assert await scene.after(CHANGED_SECONDS, time="2026-01-02T03:04:05", seconds_without_progress=10.0) == 0
+    assert await scene.after(UNCHANGED_SECONDS - CHANGED_SECONDS) == 1
+    assert scene.server.sent[-1].seconds_without_progress == 10
+
+
 @pytest.mark.parametrize("error", [httpx.ConnectError("no route"), FileNotFoundError("token"), None])
 async def test_what_was_not_written_is_tried_again_but_not_at_every_look(
     error: Exception | None, caplog: pytest.LogCaptureFixture

@@ -1,5 +1,6 @@
 """metrics.jsonl, one line per step whatever restarts, and the report beside it."""
 
+import asyncio
 import json
 from datetime import UTC, datetime
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 
 from asyncrl_api.report import EvaluationReport, Report
+from asyncrl_runtime.trainer import metrics as metrics_module
 from asyncrl_runtime.trainer.metrics import RECENT_STEPS, Metrics
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, 678_000, tzinfo=UTC)
@@ -161,3 +163,28 @@ def test_a_kill_while_rewinding_loses_no_line(
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
     metrics.rewind(2)
     assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+
+
+async def test_a_report_is_renewed_though_nothing_happens_and_a_full_disk_does_not_end_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(metrics_module, "RENEW_SECONDS", 0.01)
+    without = iter(range(1000))
+    opened = Metrics(
+        tmp_path,
+        tmp_path / "folder" / "report.json",
+        Report(attempt=2, step=0, max_steps=100, state="Training"),
+        lambda: NOW,
+        lambda: float(next(without)),
+    )
+    renewing = asyncio.create_task(opened.keep_renewed())
+    while "was not written to" not in caplog.text:
+        await asyncio.sleep(0.01)
+    (tmp_path / "folder").mkdir()
+    seen = set[float | None]()
+    while len(seen) < 3:
+        await asyncio.sleep(0.01)
+        found = Report.load(tmp_path / "folder" / "report.json")
+        seen |= {found.seconds_without_progress} if found is not None else set()
+    renewing.cancel()
+    assert opened.report.time == "2026-01-02T03:04:05+00:00"

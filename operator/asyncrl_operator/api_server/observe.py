@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from asyncrl_api.report import Report
 from asyncrl_operator.api_server.informer import Entry
 from asyncrl_operator.api_server.kept_fields import KeptPod
+from asyncrl_operator.decide import reasons
 from asyncrl_operator.decide.observed import (
     Node,
     Observed,
@@ -117,7 +118,9 @@ def missing_reference(pods: Iterable[Pod]) -> Problem | None:
     """
     for pod in pods:
         if found := _MISSING.search(pod.waiting) or _MISSING.search(pod.unschedulable):
-            return Problem("MissingReference", f"pod {pod.name}: {found[1]} {found[2]!r} does not exist")
+            return Problem(
+                reasons.MISSING_REFERENCE, f"pod {pod.name}: {found[1]} {found[2]!r} does not exist"
+            )
     return None
 
 

@@ -1,6 +1,7 @@
 """Refusals by the API server, and objects in the way: what they mean to the user. Pure."""
 
 from asyncrl_operator.api_server.api import ApiError
+from asyncrl_operator.decide import reasons
 from asyncrl_operator.decide.observed import Problem
 from asyncrl_operator.resources import ASYNCRL_JOBS, Json, Resource
 
@@ -36,9 +37,9 @@ def check_ownership(resource: Resource, metadata: Json, uid: str) -> None:
     what = f"{resource.kind} {metadata['name']}"
     if any(each["kind"] == ASYNCRL_JOBS.kind for each in owners):
         text = f"{what} of an earlier job of this name is still there"
-        raise Obstacle(Problem("WaitingForPredecessor", text), needs_user=False)
+        raise Obstacle(Problem(reasons.WAITING_FOR_PREDECESSOR, text), needs_user=False)
     text = f"{what} exists and was not made for this job: rename or delete one of the two"
-    raise Obstacle(Problem("NameConflict", text), needs_user=True)
+    raise Obstacle(Problem(reasons.NAME_CONFLICT, text), needs_user=True)
 
 
 def obstacle_from(error: ApiError) -> Obstacle | None:
@@ -47,13 +48,13 @@ def obstacle_from(error: ApiError) -> Obstacle | None:
     if "metadata.uid: Invalid value" in message:  # replaced since the pass saw it: the next sees the other
         return None
     if error.status == 403 and "exceeded quota" in message:
-        return Obstacle(Problem("QuotaExceeded", message), needs_user=False)
+        return Obstacle(Problem(reasons.QUOTA_EXCEEDED, message), needs_user=False)
     if "admission webhook" in message or "ValidatingAdmissionPolicy" in message:
-        return Obstacle(Problem("AdmissionDenied", message), needs_user=False)
+        return Obstacle(Problem(reasons.ADMISSION_DENIED, message), needs_user=False)
     if error.status == 403:
-        return Obstacle(Problem("Forbidden", message), needs_user=False)
+        return Obstacle(Problem(reasons.FORBIDDEN, message), needs_user=False)
     if error.status == 422 or "failed to create typed patch object" in message:
-        return Obstacle(Problem("InvalidSpec", message), needs_user=True)
+        return Obstacle(Problem(reasons.INVALID_SPEC, message), needs_user=True)
     return None
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from asyncrl_api.job import API_VERSION, Spec
 from asyncrl_api.job_status import Status
 from asyncrl_api.marks import FieldNode, tree
+from asyncrl_operator.decide import reasons
 from asyncrl_operator.decide.observed import Problem
 
 OPENAPI_PATH = f"/openapi/v3/apis/{API_VERSION}"
@@ -26,7 +27,7 @@ def schema_problem(document: dict[str, Any]) -> Problem | None:
         return None
     more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
     return Problem(
-        "CRDTooOld",
+        reasons.CRD_TOO_OLD,
         f"the served CRD lacks {', '.join(missing[:SHOWN])}{more}: apply the CRD of this operator's version",
     )
 

@@ -14,7 +14,9 @@ from asyncrl_api.job import Spec
 from asyncrl_api.job_status import AttemptStatus
 from asyncrl_api.report import Report
 from asyncrl_api.times import to_seconds, to_text
+from asyncrl_operator.decide import reasons
 from asyncrl_operator.decide.edits import trainer_edit, trainer_hash
+from asyncrl_operator.decide.hang import HUNG_CODE, Signs, hung, silent_at
 from asyncrl_operator.decide.observed import Observed, Pod, TrainerJob
 from asyncrl_operator.decide.restart_policy import GiveUp, TrainerBudget
 from asyncrl_operator.decide.rolling import is_on_dead_node
@@ -24,6 +26,9 @@ UNSCHEDULABLE_SECONDS = 300.0
 """How long some pods of an attempt may hold GPUs while others find no node."""
 RETRY_SPREAD_SECONDS = 60.0
 """After that, jobs that block each other try again at different times."""
+REPORT_DELAY_SECONDS = 60.0
+"""How late a report may be though the trainer is well: it is copied every 30 s, and the API server may be
+away for a moment."""
 REMEMBERED = {"last_reason", "restarts", "disruptions", "failures_in_a_row", "step"}
 """What an attempt knows of those before it."""
 SIGNAL_CODES = {128 + signal.SIGKILL, 128 + signal.SIGTERM}
@@ -57,6 +62,7 @@ def judge(
     *,
     trainer_gpus: int,
     uid: str,
+    heard_at: float | None,
     now: float,
 ) -> Running | Ended:
     """Return how the attempt stands, whose Job has been seen at least once and is not complete.
@@ -64,17 +70,19 @@ def judge(
     Args:
         trainer_gpus: what the split gives the trainer now.
         uid: of the AsyncRLJob; spreads retries.
+        heard_at: when the attempt reported last, or began to run; None before that.
     """
     job = job_of(attempt, seen)
     pods = pods_of(attempt, seen)
+    limit, signs = spec.failure_policy.trainer.hang_seconds, _signs(attempt, pods, seen.report, heard_at)
     return (
         _disrupted(job, pods, seen, now)
         or _failed(spec, pods)
         or _vanished(job, pods)
         or _changed(spec, attempt, seen, trainer_gpus)
-        or _hung(spec, attempt, pods, seen.report, now)
+        or _hung(limit, signs, now)
         or _partly_scheduled(attempt, pods, uid, now)
-        or Running(_next_look(spec, attempt, pods, seen.report))
+        or Running(_next_look(limit, signs, attempt, pods))
     )
 
 
@@ -138,12 +146,12 @@ def pods_of(attempt: AttemptStatus, seen: Observed) -> list[Pod]:
 def _disrupted(job: TrainerJob | None, pods: Sequence[Pod], seen: Observed, now: float) -> Ended | None:
     """Nobody's fault: preempted, evicted, or its node is lost."""
     if job is None or job.is_deleting:
-        return _disruption("JobDeleted", "the Job of the trainer was deleted")
+        return _disruption(reasons.JOB_DELETED, "the Job of the trainer was deleted")
     for pod in pods:
         if pod.disruption:
-            return _disruption("Disrupted", f"pod {pod.name}: {pod.disruption}")
+            return _disruption(reasons.DISRUPTED, f"pod {pod.name}: {pod.disruption}")
         if pod.is_alive and is_on_dead_node(pod, seen.nodes, now):
-            return _disruption("NodeLost", f"pod {pod.name}: its node {pod.node} is gone or not ready")
+            return _disruption(reasons.NODE_LOST, f"pod {pod.name}: its node {pod.node} is gone or not ready")
     return None
 
 
@@ -151,9 +159,11 @@ def _vanished(job: TrainerJob | None, pods: Sequence[Pod]) -> Ended | None:
     """A pod was deleted by hand; one that its Job deletes, since another failed, is none of these."""
     for pod in pods:
         if pod.deleted_at is not None:
-            return _disruption("PodDeleted", f"pod {pod.name} was deleted")
+            return _disruption(reasons.POD_DELETED, f"pod {pod.name} was deleted")
     if job is not None and job.is_failed:
-        return _disruption("PodsLost", f"the Job of the trainer failed without an exit code: {job.message}")
+        return _disruption(
+            reasons.PODS_LOST, f"the Job of the trainer failed without an exit code: {job.message}"
+        )
     return None
 
 
@@ -165,7 +175,7 @@ def _failed(spec: Spec, pods: Sequence[Pod]) -> Ended | None:
     """A rank ended with an exit code. A fatal one counts more than what its peers died of."""
     fatal = spec.failure_policy.trainer.fatal_exit_codes
     failures = [
-        (each.exit_code in fatal, each.reason == "OOMKilled", each.exit_code not in SIGNAL_CODES, pod, each)
+        (each.exit_code in fatal, each.ran_out_of_memory, each.exit_code not in SIGNAL_CODES, pod, each)
         for pod in pods
         if pod.deleted_at is None
         for each in pod.ends
@@ -174,43 +184,49 @@ def _failed(spec: Spec, pods: Sequence[Pod]) -> Ended | None:
     if not failures:
         return None
     *_, pod, worst = max(failures, key=lambda failure: failure[:3])
-    if worst.reason == "OOMKilled":
+    if worst.ran_out_of_memory:
         text = f"container {worst.container} of pod {pod.name} used more memory than its limit allows"
-        return Ended("OOMKilled", text, "restart", worst.exit_code)
+        return Ended(reasons.OOM_KILLED, text, "restart", worst.exit_code)
     text = f"pod {pod.name}: exit code {worst.exit_code}"
     if worst.exit_code in fatal:
-        return Ended("FatalExit", text, "restart", worst.exit_code)
+        return Ended(reasons.FATAL_EXIT, text, "restart", worst.exit_code)
     if worst.exit_code in SIGNAL_CODES:
-        return Ended("Killed", text, "disruption", 128 - worst.exit_code)
-    return Ended("TrainerFailed", text, "restart", worst.exit_code)
+        return Ended(reasons.KILLED, text, "disruption", 128 - worst.exit_code)
+    return Ended(reasons.TRAINER_FAILED, text, "restart", worst.exit_code)
 
 
 def _changed(spec: Spec, attempt: AttemptStatus, seen: Observed, trainer_gpus: int) -> Ended | None:
     """A field marked R was edited, or the split gives the trainer another size: no fault, no charge."""
     if edit := trainer_edit(spec, seen.attempts_began.get(attempt.number), attempt.config_hash):
-        return Ended("ConfigChanged", edit)
+        return Ended(reasons.CONFIG_CHANGED, edit)
     if attempt.gpus != trainer_gpus:
-        return Ended("Resized", f"the trainer goes from {attempt.gpus} to {trainer_gpus} GPUs")
+        return Ended(reasons.RESIZED, f"the trainer goes from {attempt.gpus} to {trainer_gpus} GPUs")
     return None
 
 
-def _hung(
-    spec: Spec, attempt: AttemptStatus, pods: Sequence[Pod], report: Report | None, now: float
-) -> Ended | None:
-    limit, sign = spec.failure_policy.trainer.hang_seconds, last_sign(attempt, report)
-    if not limit or sign is None or now < sign + limit or not any(pod.phase == "Running" for pod in pods):
+def _signs(
+    attempt: AttemptStatus, pods: Sequence[Pod], report: Report | None, heard_at: float | None
+) -> Signs | None:
+    """Return what is known of a trainer all of whose pods run: it is nobody's turn before."""
+    if heard_at is None or not pods or any(pod.phase != "Running" for pod in pods):
         return None
-    return Ended("Hung", f"the trainer has not reported for {limit} s", "restart", code=1)
+    is_present = report is not None and report.attempt == attempt.number
+    said = report.seconds_without_progress if report is not None and is_present else None
+    return Signs(said, heard_at, REPORT_DELAY_SECONDS)
 
 
-def last_sign(attempt: AttemptStatus, report: Report | None) -> float | None:
-    """Return when the attempt reported last, or else began; None before its Job was made."""
+def _hung(limit: float, signs: Signs | None, now: float) -> Ended | None:
+    """It makes no progress, or is not heard of: a failure of its own."""
+    why = hung(limit, signs, now) if signs is not None else ""
+    return Ended(reasons.HUNG, why, "restart", code=HUNG_CODE) if why else None
+
+
+def began_at(attempt: AttemptStatus, seen: Observed) -> float | None:
+    """Return since when an attempt runs, or else when its Job was made; None before that."""
     if attempt.start_time is None:
         return None
-    times = [to_seconds(attempt.start_time)]
-    if report is not None and report.attempt == attempt.number and report.time:
-        times.append(to_seconds(report.time))
-    return max(times)
+    running = [pod.ready_changed_at for pod in pods_of(attempt, seen) if pod.phase == "Running"]
+    return max(to_seconds(attempt.start_time), *running, 0.0)
 
 
 def _partly_scheduled(attempt: AttemptStatus, pods: Sequence[Pod], uid: str, now: float) -> Ended | None:
@@ -222,16 +238,15 @@ def _partly_scheduled(attempt: AttemptStatus, pods: Sequence[Pod], uid: str, now
         return None
     spread = zlib.crc32(f"{uid}/{attempt.number}".encode()) / 2**32
     text = f"{len(without)} of {len(pods)} trainer pods found no node: {without[0].unschedulable}"
-    return Ended("Unschedulable", text, delay_seconds=5 + spread * RETRY_SPREAD_SECONDS)
+    return Ended(reasons.UNSCHEDULABLE, text, delay_seconds=5 + spread * RETRY_SPREAD_SECONDS)
 
 
 def _next_look(
-    spec: Spec, attempt: AttemptStatus, pods: Sequence[Pod], report: Report | None
+    limit: float, signs: Signs | None, attempt: AttemptStatus, pods: Sequence[Pod]
 ) -> float | None:
     looks = []
-    limit, sign = spec.failure_policy.trainer.hang_seconds, last_sign(attempt, report)
-    if limit and sign is not None:
-        looks.append(sign + limit)
+    if limit and signs is not None:
+        looks.append(silent_at(limit, signs))
     if any(pod.unschedulable for pod in pods) and attempt.start_time is not None:
         looks.append(to_seconds(attempt.start_time) + UNSCHEDULABLE_SECONDS)
     return min(looks, default=None)

@@ -4,14 +4,16 @@ from collections.abc import Iterable
 
 from asyncrl_api.job_status import Status
 from asyncrl_api.times import to_seconds
+from asyncrl_operator.decide import reasons
 from asyncrl_operator.decide.attempts import Ended
 from asyncrl_operator.decide.desired import DeleteChildren, DeletePod, Deletion, Event
 from asyncrl_operator.decide.observed import Observed
 
 CHECKPOINT_SECONDS = 600.0
 """Between two Events about checkpoints."""
-PHASE_EVENTS = {"Running", "Suspending", "Suspended"}
-OBSTACLES = {"Unschedulable", "ImagePull", "QuotaExceeded"}
+PHASE_EVENTS = {reasons.RUNNING, reasons.SUSPENDING, reasons.SUSPENDED}
+"""Phases whose beginning is told by their own names."""
+OBSTACLES = {reasons.UNSCHEDULABLE, reasons.IMAGE_PULL, reasons.QUOTA_EXCEEDED}
 """Of what a job waits for when it starts, that for which somebody may have to act."""
 
 
@@ -39,29 +41,29 @@ def after_the_end(seen: Observed, deletions: Iterable[Deletion]) -> tuple[Event,
     begins = any(not group.is_deleting for group in groups)
     expired = begins and any(isinstance(each, DeleteChildren) for each in deletions)
     text = "the objects of the finished job are deleted (spec.ttlSecondsAfterFinished)"
-    return (Event("TTLExpired", text),) if expired else ()
+    return (Event(reasons.TTL_EXPIRED, text),) if expired else ()
 
 
 def _phases(before: Status, after: Status) -> list[Event]:
     events = []
     number = after.attempt.number if after.attempt is not None else 0
     if number and before.attempt is None:
-        events.append(Event("Started", f"attempt {number} of the trainer begins"))
+        events.append(Event(reasons.STARTED, f"attempt {number} of the trainer begins"))
     if before.phase == after.phase:
         return events
     if before.phase == "Suspended":
-        events.append(Event("Resumed", "the job goes on from its checkpoint"))
+        events.append(Event(reasons.RESUMED, "the job goes on from its checkpoint"))
     if after.phase in PHASE_EVENTS:
         events.append(Event(after.phase, after.message))
     if after.phase == "Succeeded":
-        events.append(Event("Complete", after.message))
+        events.append(Event(reasons.COMPLETE, after.message))
     if after.phase == "Failed":
-        events.append(Event("Failed", after.message, "Warning"))
+        events.append(Event(reasons.FAILED, after.message, "Warning"))
     return events
 
 
 def _end_of_attempt(ended: Ended) -> Event:
-    reason = "Disrupted" if ended.charge == "disruption" else "TrainerRestart"
+    reason = reasons.DISRUPTED if ended.charge == "disruption" else reasons.TRAINER_RESTART
     return Event(reason, f"{ended.reason}: {ended.message}", "Warning" if ended.charge else "Normal")
 
 
@@ -70,10 +72,12 @@ def _sizes(before: Status, after: Status) -> list[Event]:
     if new is None or old is None or (old.trainer, old.rollout) == (new.trainer, new.rollout):
         return []
     text = f"trainer {old.trainer} -> {new.trainer}, rollout {old.rollout} -> {new.rollout} ({new.reason})"
-    events = [Event("SplitChanged", text)]
+    events = [Event(reasons.SPLIT_CHANGED, text)]
     if old.rollout != new.rollout:
         size = new.gpus_per_replica
-        events.append(Event("RolloutScaled", f"{old.rollout // size} -> {new.rollout // size} engines"))
+        events.append(
+            Event(reasons.ROLLOUT_SCALED, f"{old.rollout // size} -> {new.rollout // size} engines")
+        )
     return events
 
 
@@ -96,12 +100,12 @@ def _checkpoint(before: Status, after: Status) -> list[Event]:
         return []
     if old is not None and to_seconds(new.time) - to_seconds(old.time) < CHECKPOINT_SECONDS:
         return []
-    return [Event("CheckpointSaved", f"step {new.step}: {new.path}")]
+    return [Event(reasons.CHECKPOINT_SAVED, f"step {new.step}: {new.path}")]
 
 
 def _forced(deletions: Iterable[Deletion]) -> list[Event]:
     return [
-        Event("PodForceDeleted", f"pod {each.name}: its node is dead", "Warning")
+        Event(reasons.POD_FORCE_DELETED, f"pod {each.name}: its node is dead", "Warning")
         for each in deletions
         if isinstance(each, DeletePod) and each.is_forced
     ]

@@ -4,7 +4,16 @@ from dataclasses import dataclass, replace
 
 from asyncrl_api.job_status import AttemptStatus, ClocksStatus
 from asyncrl_api.times import to_seconds, to_text
-from asyncrl_operator.decide import attempts
+from asyncrl_operator.decide import reasons
+from asyncrl_operator.decide.clocks import (
+    Clocks,
+    Deadline,
+    Parts,
+    advance,
+    deadlines,
+    is_below_minimum,
+    is_up,
+)
 from asyncrl_operator.decide.observed import Problem
 from asyncrl_operator.decide.pass_state import PassState
 from asyncrl_operator.decide.rolling import Wave
@@ -15,7 +24,7 @@ REPORT_STALE_SECONDS = 300.0
 ENGINE_SECONDS = 180.0
 """For a new engine to become ready before a job counts as short of engines."""
 IMAGE_REASONS = ("ImagePullBackOff", "ErrImagePull", "InvalidImageName", "ErrImageNeverPull")
-NO_FAULT = ("", "Suspended")
+NO_FAULT = ("", reasons.SUSPENDED)
 """Reasons of an attempt's end after which the next is a start, not a restart."""
 
 
@@ -34,18 +43,16 @@ def assess(state: PassState, memory: Memory, wave: Wave) -> Health:
     It is up once the trainer, the broker and an engine are; and stays so, degraded if need be, for as long
     as the trainer runs.
     """
-    runs, was_up = state.trainer_runs(memory.attempt), state.status.is_true("Running")
-    is_up = runs and (was_up or (state.is_messaging_ready and state.num_ready_engines > 0))
-    least = state.spec.failure_policy.rollout.min_available_percent
-    below = is_up and state.num_ready_engines * 100 < least * state.replicas
-    old = memory.clocks
-    clocks = ClocksStatus(
-        pending_since=None if is_up else old.pending_since or to_text(state.now),
-        below_minimum_since=(old.below_minimum_since or to_text(state.now)) if below else None,
+    parts, was_up = _parts(state, memory), state.status.is_true("Running")
+    clocks = advance(state.spec, _clocks(memory), parts, was_up=was_up, now=state.now)
+    memory = replace(
+        memory,
+        clocks=ClocksStatus(
+            pending_since=_text(clocks.pending_since), below_minimum_since=_text(clocks.below_minimum_since)
+        ),
     )
-    memory = replace(memory, clocks=clocks)
-    wakes = [at for at, _ in clocks_running(state, memory)]
-    if not is_up:
+    wakes = [deadline.at for deadline in _deadlines(state, memory)]
+    if not is_up(parts, was_up=was_up):
         return Health(_not_up(state, memory.attempt), memory, tuple(wakes))
     if (stale_at := _stale_at(state, memory.attempt)) is not None and stale_at > state.now:
         wakes.append(stale_at)
@@ -54,41 +61,49 @@ def assess(state: PassState, memory: Memory, wave: Wave) -> Health:
     report = state.report
     progress = "no step yet" if report is None else f"step {report.step} of {report.max_steps}"
     message = f"{held}/{state.spec.gpu_budget.total} GPUs in use, {progress}"
-    degraded = _degraded(state, wave, below, stale_at)
-    return Health(Standing("Running", "Running", message, degraded=degraded), memory, tuple(wakes))
+    degraded = _degraded(state, wave, is_below_minimum(state.spec, parts), stale_at)
+    return Health(Standing("Running", reasons.RUNNING, message, degraded=degraded), memory, tuple(wakes))
 
 
 def overdue(state: PassState, memory: Memory) -> Standing | None:
     """Return the end of a job one of whose clocks has run out."""
-    return next((end for at, end in clocks_running(state, memory) if state.now >= at), None)
+    over = (each for each in _deadlines(state, memory) if state.now >= each.at)
+    return next((Standing("Failed", each.reason, each.message) for each in over), None)
 
 
-def clocks_running(state: PassState, memory: Memory) -> list[tuple[float, Standing]]:
-    """Return when each clock that runs will have run out, and the end of the job that it brings."""
-    spec, clocks, found = state.spec, memory.clocks, []
-    if spec.active_deadline_seconds and memory.start_time:
-        at = to_seconds(memory.start_time) + spec.active_deadline_seconds
-        text = f"spec.activeDeadlineSeconds: {spec.active_deadline_seconds} have passed"
-        found.append((at, Standing("Failed", "DeadlineExceeded", text)))
-    if spec.pending_deadline_seconds and clocks.pending_since:
-        at = to_seconds(clocks.pending_since) + spec.pending_deadline_seconds
-        text = f"spec.pendingDeadlineSeconds: not running after {spec.pending_deadline_seconds} s"
-        last = f"; {state.status.message}" if state.status.message else ""
-        found.append((at, Standing("Failed", "PendingDeadlineExceeded", text + last)))
-    policy = spec.failure_policy.rollout
-    if policy.on_below_minimum == "Fail" and clocks.below_minimum_since:
-        at = to_seconds(clocks.below_minimum_since) + policy.below_minimum_seconds
-        text = (
-            f"{state.num_ready_engines}/{state.replicas} engines were ready, below minAvailablePercent "
-            f"{policy.min_available_percent}, for {policy.below_minimum_seconds} s"
-        )
-        found.append((at, Standing("Failed", "RolloutBelowMinimum", text)))
-    return found
+def _deadlines(state: PassState, memory: Memory) -> list[Deadline]:
+    return list(deadlines(state.spec, _clocks(memory), _parts(state, memory), state.status.message))
+
+
+def _parts(state: PassState, memory: Memory) -> Parts:
+    return Parts(
+        trainer_runs=state.trainer_runs(memory.attempt),
+        is_messaging_ready=state.is_messaging_ready,
+        ready_engines=state.num_ready_engines,
+        engines=state.replicas,
+    )
+
+
+def _clocks(memory: Memory) -> Clocks:
+    remembered = memory.clocks
+    return Clocks(
+        _seconds(memory.start_time),
+        _seconds(remembered.pending_since),
+        _seconds(remembered.below_minimum_since),
+    )
+
+
+def _seconds(text: str | None) -> float | None:
+    return None if text is None else to_seconds(text)
+
+
+def _text(seconds: float | None) -> str | None:
+    return None if seconds is None else to_text(seconds)
 
 
 def _not_up(state: PassState, attempt: AttemptStatus | None) -> Standing:
     last = attempt.last_reason if attempt is not None else ""
-    if last == "Resized":
+    if last == reasons.RESIZED:
         return Standing("Resizing", last, "the trainer starts with another size from a checkpoint")
     starts = _what_starts(state, attempt)
     if last in NO_FAULT:
@@ -107,10 +122,10 @@ def _what_starts(state: PassState, attempt: AttemptStatus | None) -> Problem:
     if obstacle := state.seen.blocked or _obstacle(state):
         return obstacle
     if not state.trainer_runs(attempt):
-        return Problem("TrainerStarting", "the trainer starts")
+        return Problem(reasons.TRAINER_STARTING, "the trainer starts")
     if not state.is_messaging_ready:
-        return Problem("MessagingStarting", "the NATS server starts")
-    return Problem("RolloutStarting", "the trainer runs, no engine is ready yet")
+        return Problem(reasons.MESSAGING_STARTING, "the NATS server starts")
+    return Problem(reasons.ROLLOUT_STARTING, "the trainer runs, no engine is ready yet")
 
 
 def _obstacle(state: PassState) -> Problem | None:
@@ -118,19 +133,19 @@ def _obstacle(state: PassState) -> Problem | None:
     pods = sorted(state.alive, key=lambda pod: pod.name)
     for pod in pods:
         if pod.unschedulable:
-            return Problem("Unschedulable", f"pod {pod.name}: {pod.unschedulable}")
+            return Problem(reasons.UNSCHEDULABLE, f"pod {pod.name}: {pod.unschedulable}")
     for pod in pods:
         reason = pod.waiting.partition(":")[0]
         if reason and reason not in ("ContainerCreating", "PodInitializing"):
             return Problem(
-                "ImagePull" if reason in IMAGE_REASONS else reason, f"pod {pod.name}: {pod.waiting}"
+                reasons.IMAGE_PULL if reason in IMAGE_REASONS else reason, f"pod {pod.name}: {pod.waiting}"
             )
     return None
 
 
 def _stale_at(state: PassState, attempt: AttemptStatus | None) -> float | None:
-    sign = attempts.last_sign(attempt, state.seen.report) if attempt is not None else None
-    return None if sign is None else sign + REPORT_STALE_SECONDS
+    heard_at = state.heard_at(attempt) if attempt is not None else None
+    return None if heard_at is None else heard_at + REPORT_STALE_SECONDS
 
 
 def _due_ready(state: PassState) -> list[float]:
@@ -146,21 +161,21 @@ def _degraded(state: PassState, wave: Wave, below: bool, stale_at: float | None)
     if below:
         least = state.spec.failure_policy.rollout.min_available_percent
         text = f"{ready}/{state.replicas} engines are ready, below minAvailablePercent {least}{why}"
-        return Problem("RolloutBelowMinimum", text)
+        return Problem(reasons.ROLLOUT_BELOW_MINIMUM, text)
     if not state.is_messaging_ready:
-        return Problem("MessagingNotReady", f"the NATS server is not ready{why}")
+        return Problem(reasons.MESSAGING_NOT_READY, f"the NATS server is not ready{why}")
     if wave.stuck:
-        return Problem("RolloutUpdateStuck", f"the update of the engines has stopped: {wave.stuck}")
+        return Problem(reasons.ROLLOUT_UPDATE_STUCK, f"the update of the engines has stopped: {wave.stuck}")
     if stale_at is not None and state.now >= stale_at:
         return Problem(
-            "ReportStale", f"the trainer has not reported for {int(REPORT_STALE_SECONDS)} s or more"
+            reasons.REPORT_STALE, f"the trainer has not reported for {int(REPORT_STALE_SECONDS)} s or more"
         )
     if report is not None and report.staleness_p95 is not None and report.staleness_p95 > bound:
         text = f"tokens of {report.staleness_p95} versions ago are trained; staleness.maxVersions is {bound}"
-        return Problem("StalenessExceeded", text)
+        return Problem(reasons.STALENESS_EXCEEDED, text)
     if state.seen.blocked is not None:
         return state.seen.blocked
     is_late = any(at <= state.now for at in _due_ready(state))
     if ready < state.replicas and (is_late or obstacle):
-        return Problem("RolloutShort", f"{ready}/{state.replicas} engines are ready{why}")
+        return Problem(reasons.ROLLOUT_SHORT, f"{ready}/{state.replicas} engines are ready{why}")
     return None

@@ -12,6 +12,9 @@ Seconds = float
 Values = Mapping[str, Any]
 """A spec as in a manifest, perhaps of another version of the types."""
 
+KUBELET_OOM = "OOMKilled"
+"""The kubelet's word; that it is also one of ours means nothing."""
+
 
 @dataclass(frozen=True)
 class ContainerEnd:
@@ -21,6 +24,10 @@ class ContainerEnd:
     exit_code: int
     reason: str = ""
     """OOMKilled, Error, Completed ..."""
+
+    @property
+    def ran_out_of_memory(self) -> bool:
+        return self.reason == KUBELET_OOM
 
 
 @dataclass(frozen=True)

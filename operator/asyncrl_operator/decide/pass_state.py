@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from asyncrl_api.job import Spec
 from asyncrl_api.job_status import AttemptStatus, ClocksStatus, Status
 from asyncrl_api.report import Report
-from asyncrl_operator.decide import attempts
+from asyncrl_operator.decide import attempts, reasons
 from asyncrl_operator.decide.observed import Observed, Pod
-from asyncrl_operator.decide.status import JobObject, Memory
+from asyncrl_operator.decide.status import JobObject, Memory, heard_at
 from asyncrl_operator.layout import num_trainer_pods
 
 
@@ -70,11 +70,18 @@ class PassState:
         is_present = report is not None and attempt is not None and report.attempt == attempt.number
         return report if is_present else None
 
+    def heard_at(self, attempt: AttemptStatus) -> float | None:
+        """When an attempt reported last, or else began to run, by the operator's clock; None before that."""
+        began = attempts.began_at(attempt, self.seen)
+        if began is None or self.report is None or self.report.attempt != attempt.number:
+            return began
+        return max(began, heard_at(self.status, self.report, self.now))
+
     @property
     def is_suspending(self) -> bool:
         """Whether a suspension has begun and is not complete: it must be before the job may go on."""
         condition = self.status.condition("Suspended")
-        return condition is not None and condition.reason == "Suspending"
+        return condition is not None and condition.reason == reasons.SUSPENDING
 
     def trainer_runs(self, attempt: AttemptStatus | None) -> bool:
         """Whether all pods of an attempt have their GPUs and run."""

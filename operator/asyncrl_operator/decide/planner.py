@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from asyncrl_api.job_status import AttemptStatus, ClocksStatus, SplitStatus, Status
 from asyncrl_api.parsing import SpecError
 from asyncrl_api.times import to_seconds, to_text
-from asyncrl_operator.decide import attempts, events
+from asyncrl_operator.decide import attempts, events, reasons
 from asyncrl_operator.decide.desired import (
     DeleteChildren,
     DeletePod,
@@ -74,7 +74,7 @@ def _decide(state: PassState) -> Decision:
     """The order of what counts: an end, suspension, obstacles, then running."""
     attempt = state.status.attempt
     if attempt is not None and (job := attempts.job_of(attempt, state.seen)) and job.is_complete:
-        return _finish(state, Standing("Succeeded", "Complete", _last_words(state)))
+        return _finish(state, Standing("Succeeded", reasons.COMPLETE, _last_words(state)))
     if state.spec.suspend or state.is_suspending:
         return _suspend(state)
     if not state.status.is_true("Suspended") and (end := overdue(state, state.memory)):
@@ -84,12 +84,12 @@ def _decide(state: PassState) -> Decision:
     earlier = [pod for pod in state.seen.pods if not pod.is_ours and pod.is_alive]
     if earlier and attempt is None:
         message = f"{len(earlier)} pod(s) of an earlier job of this name still run: {earlier[0].name}"
-        return Decision(Standing("Pending", "WaitingForPredecessor", message), state.memory)
+        return Decision(Standing("Pending", reasons.WAITING_FOR_PREDECESSOR, message), state.memory)
     is_well = state.status.is_true("Running") and not state.status.is_true("Degraded")
     try:
         split = decide_split(state.spec, state.status.split, state.report, is_well, state.now)
     except SpecError as error:
-        return _stalled(state, Problem("BudgetTooSmall", str(error)))
+        return _stalled(state, Problem(reasons.BUDGET_TOO_SMALL, str(error)))
     return _run(state, split)
 
 
@@ -109,7 +109,13 @@ def _run(state: PassState, split: SplitStatus) -> Decision:
         attempt = attempt.model_copy(update={"start_time": to_text(state.now)})
         memory = replace(memory, attempt=attempt)
     verdict = attempts.judge(
-        state.spec, attempt, state.seen, trainer_gpus=split.trainer, uid=state.job.uid, now=state.now
+        state.spec,
+        attempt,
+        state.seen,
+        trainer_gpus=split.trainer,
+        uid=state.job.uid,
+        heard_at=state.heard_at(attempt),
+        now=state.now,
     )
     if isinstance(verdict, attempts.Running):
         decision = _go_on(state, memory)
@@ -283,19 +289,21 @@ def _suspend(state: PassState) -> Decision:
     """Zero pods: engines and trainer first, the trainer after a checkpoint, then the broker."""
     memory, attempt = replace(state.memory, clocks=ClocksStatus()), state.status.attempt
     if attempt is not None and attempt.next_retry_time is None:
-        ended = attempts.end(state.spec, attempt, attempts.Ended("Suspended", ""), attempt.step, state.now)
+        ended = attempts.end(
+            state.spec, attempt, attempts.Ended(reasons.SUSPENDED, ""), attempt.step, state.now
+        )
         assert not isinstance(ended, GiveUp), "a suspension costs nothing"
         memory = replace(memory, attempt=ended)
     others = [pod for pod in state.alive if pod.group != "messaging"]
     desired, deletions = _at_rest(state, with_messaging=not others)
     if state.alive:
         text = f"{len(state.alive)} pod(s) still run; the trainer makes a checkpoint"
-        return Decision(Standing("Suspending", "Suspending", text), memory, desired, deletions)
+        return Decision(Standing("Suspending", reasons.SUSPENDING, text), memory, desired, deletions)
     if memory.split is None:
         memory = replace(memory, split=_first_split(state))
     text = "spec.suspend is set" if state.spec.suspend else "resumes"
     wake = None if state.spec.suspend else state.now
-    return Decision(Standing("Suspended", "Suspended", text), memory, desired, deletions, (wake,))
+    return Decision(Standing("Suspended", reasons.SUSPENDED, text), memory, desired, deletions, (wake,))
 
 
 def _first_split(state: PassState) -> SplitStatus | None:

@@ -28,6 +28,7 @@ from asyncrl_api.job_status import (
 )
 from asyncrl_api.report import Report
 from asyncrl_api.times import to_seconds, to_text
+from asyncrl_operator.decide import reasons
 from asyncrl_operator.decide.attempts import pods_of
 from asyncrl_operator.decide.edits import current_templates
 from asyncrl_operator.decide.observed import Observed, Pod, Problem
@@ -116,10 +117,11 @@ def describe(
         reward=before.reward,
         last_checkpoint=before.last_checkpoint,
         report_time=before.report_time,
+        report_seen_time=before.report_seen_time,
     )
     if report is None or now < next_show(before, report):
         return status
-    return _with_report(status, report)
+    return _with_report(status, report, now)
 
 
 def next_show(before: Status, report: Report) -> float:
@@ -128,9 +130,26 @@ def next_show(before: Status, report: Report) -> float:
     Every change of a status is a message to everyone who watches (Argo CD compares the whole application).
     """
     is_news = before.progress is None or before.progress.state != report.state
-    if is_news or before.report_time is None:
+    if is_news or before.report_seen_time is None:
         return 0.0
-    return to_seconds(before.report_time) + REPORT_SECONDS
+    return to_seconds(before.report_seen_time) + REPORT_SECONDS
+
+
+def heard_at(status: Status, report: Report, now: float) -> float:
+    """Return when a report was written, by the operator's clock.
+
+    The trainer's clock is another machine's. What the two differ by is remembered: `reportTime` is the
+    trainer's word, and `reportSeenTime` when it was seen. So only times of one clock are subtracted.
+
+    Args:
+        report: of the present attempt.
+    """
+    if not report.time or status.report_time is None or status.report_seen_time is None:
+        return now  # it has just come
+    since = to_seconds(report.time) - to_seconds(status.report_time)
+    if since < 0:  # its clock was set back, or it is another machine's
+        return now
+    return min(now, to_seconds(status.report_seen_time) + since)
 
 
 def after_the_end(job: JobObject, before: Status, seen: Observed) -> Status:
@@ -237,16 +256,18 @@ def _facts(spec: Spec, groups: tuple[GroupStatus, ...], standing: Standing) -> d
     if standing.stalled is not None:
         facts["Stalled"] = ("True", standing.stalled.reason, standing.stalled.message)
     elif phase == "Failed":
-        facts["Stalled"] = ("True", "Failed", message)
+        facts["Stalled"] = ("True", reasons.FAILED, message)
     elif not ends and phase not in ("Running", "Suspended", "Queued"):
         facts["Reconciling"] = ("True", reason, message)
     is_suspended = phase in ("Suspended", "Suspending")
     facts["Admitted"] = (
-        ("False", "Suspended", "spec.suspend is set") if is_suspended else ("True", "NoQueue", "")
+        ("False", reasons.SUSPENDED, "spec.suspend is set")
+        if is_suspended
+        else ("True", reasons.NO_QUEUE, "")
     )
     facts["Running"] = (
         "True" if phase == "Running" else "False",
-        reason if phase != "Running" else "Running",
+        reason if phase != "Running" else reasons.RUNNING,
         "",
     )
     for group, kind in (
@@ -259,18 +280,19 @@ def _facts(spec: Spec, groups: tuple[GroupStatus, ...], standing: Standing) -> d
         )
     degraded = standing.degraded
     facts["Degraded"] = (
-        ("True", degraded.reason, degraded.message) if degraded else ("False", "AsExpected", "")
+        ("True", degraded.reason, degraded.message) if degraded else ("False", reasons.AS_EXPECTED, "")
     )
     facts["Suspended"] = (
         "True" if phase == "Suspended" else "False",
-        phase if is_suspended else "NotSuspended",
+        phase if is_suspended else reasons.NOT_SUSPENDED,
         "",
     )
     facts["Complete"] = (
-        ("True", "Complete", message) if phase == "Succeeded" else ("False", "NotComplete", "")
+        ("True", reasons.COMPLETE, message) if phase == "Succeeded" else ("False", reasons.NOT_COMPLETE, "")
     )
-    facts["Failed"] = ("True", reason, message) if phase == "Failed" else ("False", "NotFailed", "")
-    facts["Finished"] = ("True", phase, message) if ends else ("False", "NotFinished", "")
+    facts["Failed"] = ("True", reason, message) if phase == "Failed" else ("False", reasons.NOT_FAILED, "")
+    how = reasons.SUCCEEDED if phase == "Succeeded" else reasons.FAILED
+    facts["Finished"] = ("True", how, message) if ends else ("False", reasons.NOT_FINISHED, "")
     return facts
 
 
@@ -280,37 +302,39 @@ def _ready(standing: Standing) -> Fact:
         return "False", standing.stalled.reason, standing.stalled.message
     if standing.phase == "Running":
         if standing.degraded is not None:
-            return "True", "Degraded", standing.degraded.message
-        return "True", "Running", standing.message
+            return "True", reasons.DEGRADED, standing.degraded.message
+        return "True", reasons.RUNNING, standing.message
     if standing.phase == "Suspended":
-        return "True", "Suspended", standing.message
+        return "True", reasons.SUSPENDED, standing.message
     if standing.phase == "Succeeded":
-        return "True", "Complete", standing.message
+        return "True", reasons.COMPLETE, standing.message
     if standing.phase == "Queued":
-        return "Unknown", "Queued", standing.message
-    return "False", "Failed" if standing.phase == "Failed" else standing.reason, standing.message
+        return "Unknown", reasons.QUEUED, standing.message
+    return "False", reasons.FAILED if standing.phase == "Failed" else standing.reason, standing.message
 
 
 def _group_fact(group: GroupStatus | None, spec: Spec, name: str, ends: bool) -> Fact:
     if group is None:
         if name == "messaging" and spec.messaging.mode == "Shared":
-            return "True", "Shared", f"a shared server is used: {spec.messaging.shared.url}"
-        return "False", "NotMade", ""
+            return "True", reasons.SHARED, f"a shared server is used: {spec.messaging.shared.url}"
+        return "False", reasons.NOT_MADE, ""
     if group.desired and group.ready >= group.desired:
-        return "True", "Ready", group.summary
-    return "False", "Ended" if ends else "NotReady", group.summary
+        return "True", reasons.READY, group.summary
+    return "False", reasons.ENDED if ends else reasons.NOT_READY, group.summary
 
 
 # -- report
 
 
-def _with_report(status: Status, report: Report) -> Status:
+def _with_report(status: Status, report: Report, now: float) -> Status:
     shown = status.model_copy(update=_reported(report))
-    if shown == status and status.report_time and report.time:
+    if shown == status and status.report_time and status.report_seen_time and report.time:
         age = to_seconds(report.time) - to_seconds(status.report_time)
-        if age < UNCHANGED_SECONDS:
+        if 0 <= age < UNCHANGED_SECONDS:
             return status
-    return shown.model_copy(update={"report_time": report.time}) if report.time else shown
+    if not report.time or (report.time == status.report_time and status.report_seen_time):
+        return shown
+    return shown.model_copy(update={"report_time": report.time, "report_seen_time": to_text(now)})
 
 
 def _reported(report: Report) -> dict[str, object]:
@@ -362,8 +386,8 @@ def unreadable(before: Status, generation: int, error: ValidationError, now: flo
         f"spec.{path}: {first['msg']}: the CRD is of another version than the operator; upgrade the operator"
     )
     facts: dict[str, Fact] = {
-        "Ready": ("False", "InvalidSpec", message),
-        "Stalled": ("True", "InvalidSpec", message),
+        "Ready": ("False", reasons.INVALID_SPEC, message),
+        "Stalled": ("True", reasons.INVALID_SPEC, message),
     }
     conditions = [each for each in before.conditions if each.type not in (*facts, "Reconciling")]
     conditions += [renew(before, kind, fact, generation, now) for kind, fact in facts.items()]

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +27,8 @@ from asyncrl_api.parsing import FieldError, SpecError
 from asyncrl_api.processes import die_with_parent
 from asyncrl_api.report import Report
 from asyncrl_api.run_config import SGLANG_PYTHON
+from asyncrl_operator.decide.clocks import Clocks, Parts, advance, deadlines, is_up
+from asyncrl_operator.decide.hang import HUNG_CODE, Signs, hung
 from asyncrl_operator.decide.restart_policy import (
     CONTAINER_RESET_SECONDS,
     MESSAGING_MAX_FAILURES,
@@ -44,6 +46,8 @@ LOOPBACK = "127.0.0.1"
 TICK_SECONDS = 0.1
 GRACE_SECONDS = 10.0
 """For workers and engines to end; the trainer has `trainer.terminationGracePeriodSeconds`."""
+REPORT_DELAY_SECONDS = 15.0
+"""How late a report may be though the trainer is well: it is written every 5 s by a machine that is busy."""
 LOG_LINES = 15
 """Of a failed process's log, shown to the user."""
 LOG_BYTES = 2**16
@@ -111,6 +115,8 @@ class RunningProcess:
     failed_probes: int = 0
     answered: bool = False
     """Whether the probe of this life was ever good: until then it is still starting."""
+    hangs: str = ""
+    """Why it was killed, if it hung."""
 
     def is_up(self, now: float) -> bool:
         """Whether it runs; one that has failed is believed only after a while, for it may fail again."""
@@ -157,10 +163,9 @@ class LocalRun:
             if running.process.role == "messaging":
                 running.backoff.max_failures = MESSAGING_MAX_FAILURES
         self._stop_requests = 0
-        self._began = clock()
-        self._below_minimum_since: float | None = None
-        self._step_changed_at = clock()
-        self._last_step = -1
+        self._clocks = Clocks(active_since=clock())
+        self._was_up = False
+        self._heard, self._heard_at = "", clock()
         self._http = httpx.Client(timeout=2, trust_env=False)
 
     def run(self) -> bool:
@@ -204,7 +209,8 @@ class LocalRun:
                 self._ended(running, code, report)
             elif running.process.probe is not None:
                 self._probe(running, now)
-        self._check_deadlines(report, now)
+        self._check_hang(report, now)
+        self._check_deadlines(now)
         return False
 
     def _ended(self, running: RunningProcess, code: int, report: Report | None) -> None:
@@ -212,14 +218,15 @@ class LocalRun:
         lived = self._clock() - running.started_at
         running.popen = None
         step = report.step if report is not None else 0
+        how = running.hangs or f"{name} {_how(code)}"
         if running.process.role == "trainer":
-            decision: Restart | GiveUp = self._budget.ended(code, step)
+            decision: Restart | GiveUp = self._budget.ended(HUNG_CODE if running.hangs else code, step)
         else:
             decision = running.backoff.ended(code, lived)
         if isinstance(decision, GiveUp):
             raise ProcessFailed(
                 ExitCode(code) if code in set(ExitCode) else ExitCode.TRY_AGAIN,
-                f"{name} {_how(code)}: {decision.reason}\n{self._log_tail(name)}",
+                f"{how}: {decision.reason}\n{self._log_tail(name)}",
             )
         why = "" if code < 0 else f": {self._last_line(name)}"
         self._display.note(
@@ -249,44 +256,51 @@ class LocalRun:
             running.failed_probes = 0
             running.popen.kill()
 
-    def _check_deadlines(self, report: Report | None, now: float) -> None:
-        policy = self._spec.failure_policy
-        deadline = self._spec.active_deadline_seconds
-        if deadline and now - self._began > deadline:
-            raise ProcessFailed(ExitCode.TRY_AGAIN, f"spec.activeDeadlineSeconds: {deadline} have passed")
-        if report is not None and report.step != self._last_step:
-            self._last_step, self._step_changed_at = report.step, now
-        hang = policy.trainer.hang_seconds
-        trainer = self._running["trainer"]
-        if hang and trainer.popen is not None and now - max(self._step_changed_at, trainer.started_at) > hang:
-            self._display.note(
-                f"trainer made no step in {hang} s (failurePolicy.trainer.hangSeconds): killed"
-            )
-            self._step_changed_at = now
-            trainer.popen.kill()
-        self._check_minimum(now)
-
-    def _check_minimum(self, now: float) -> None:
-        """Fail if too few replicas have been up for too long: engine and worker must be, as in a pod."""
-        policy, total = self._spec.failure_policy.rollout, self._plan.split.num_replicas
-        rollout = [running for running in self._running.values() if running.process.role == "rollout"]
-        down = [running.process.name for running in rollout if not running.is_up(now)]
-        up = total - len({name.rpartition("-")[0] for name in down})
-        if up * 100 >= policy.min_available_percent * total:
-            self._below_minimum_since = None
+    def _check_hang(self, report: Report | None, now: float) -> None:
+        """Kill a trainer that hangs; its end counts as a failure of its own."""
+        trainer, said = self._running["trainer"], None
+        if trainer.popen is None or trainer.hangs:
             return
-        self._below_minimum_since = self._below_minimum_since or now
-        if (
-            policy.on_below_minimum == "Fail"
-            and now - self._below_minimum_since > policy.below_minimum_seconds
-        ):
-            raise ProcessFailed(
-                ExitCode.TRY_AGAIN,
-                f"only {up} of {total} rollout replicas are up, for more than "
-                f"{policy.below_minimum_seconds} s (failurePolicy.rollout.belowMinimumSeconds); "
-                f"minAvailablePercent is {policy.min_available_percent}\n"
-                f"{self._log_tail(down[0])}",
-            )
+        if report is not None and report.attempt == self._attempt:
+            said = report.seconds_without_progress
+            if report.time != self._heard:
+                self._heard, self._heard_at = report.time, now
+        limit = self._spec.failure_policy.trainer.hang_seconds
+        signs = Signs(said, max(self._heard_at, trainer.started_at), REPORT_DELAY_SECONDS)
+        trainer.hangs = hung(limit, signs, now)
+        if trainer.hangs:
+            self._display.note(f"{trainer.hangs}: killed")
+            trainer.popen.kill()
+
+    def _check_deadlines(self, now: float) -> None:
+        """Fail if the job has been active, pending or short of engines for too long."""
+        down = [
+            running.process.name
+            for running in self._running.values()
+            if running.process.role == "rollout" and not running.is_up(now)
+        ]
+        parts = self._parts(down)
+        self._clocks = advance(self._spec, self._clocks, parts, was_up=self._was_up, now=now)
+        self._was_up = is_up(parts, was_up=self._was_up)
+        for deadline in deadlines(self._spec, self._clocks, parts):
+            if now >= deadline.at:
+                tail = f"\n{self._log_tail(down[0])}" if down else ""
+                raise ProcessFailed(ExitCode.TRY_AGAIN, f"{deadline.reason}: {deadline.message}{tail}")
+
+    def _parts(self, down: Sequence[str]) -> Parts:
+        """Return how much of the job runs: of a replica engine and worker must, as in a pod.
+
+        Args:
+            down: processes of replicas that are not up.
+        """
+        nats = self._running.get("nats")
+        total = self._plan.split.num_replicas
+        return Parts(
+            trainer_runs=self._running["trainer"].popen is not None,
+            is_messaging_ready=nats is None or nats.popen is not None,
+            ready_engines=total - len({name.rpartition("-")[0] for name in down}),
+            engines=total,
+        )
 
     # -- start and stop
 
@@ -313,7 +327,7 @@ class LocalRun:
                 preexec_fn=die_with_parent,  # noqa: PLW1509  # this process has one thread
             )
         running.started_at = self._clock()
-        running.restart_at, running.answered, running.failed_probes = None, False, 0
+        running.restart_at, running.answered, running.failed_probes, running.hangs = None, False, 0, ""
         running.num_starts += 1
 
     def _stop_trainer(self) -> bool:

@@ -35,6 +35,7 @@ from asyncrl_runtime.trainer.books.checkpoints import (
     Checkpoint,
     CheckpointFailed,
     Checkpoints,
+    Position,
     set_aside_strangers,
 )
 from asyncrl_runtime.trainer.books.tickets import EndlessDiscards, TicketBook
@@ -43,6 +44,7 @@ from asyncrl_runtime.trainer.dataset import Rows, count_shared, load_rows
 from asyncrl_runtime.trainer.evaluation import Evaluator
 from asyncrl_runtime.trainer.metrics import Metrics
 from asyncrl_runtime.trainer.side_tasks import SideTasks
+from asyncrl_runtime.trainer.starting import Start
 from asyncrl_runtime.trainer.train import train
 from asyncrl_runtime.trainer.update.policy import Policy
 from asyncrl_runtime.trainer.update.policy_api import TrainedPolicy
@@ -73,8 +75,11 @@ class Options:
     verify_weights: bool = False
 
 
-def run_rank(config: RunConfig, options: Options) -> None:
+def run_rank(config: RunConfig, options: Options, start: Start) -> None:
     """Run one rank of the trainer; torch.distributed's environment says which.
+
+    Args:
+        start: reports for rank 0 until the attempt does.
 
     Raises:
         ExitError: it cannot go on; the message names the cause and the remedy.
@@ -98,9 +103,10 @@ def run_rank(config: RunConfig, options: Options) -> None:
         )
         if spec.rollout.engine.type == "SGLang" and not policy.trains_adapters:
             check_names(policy, folder)
-        ranks = Ranks(policy, spec.algorithm, make_commands_group(), load_tokenizer(folder))
+        tokenizer = load_tokenizer(folder)
+        ranks = Ranks(policy, spec.algorithm, make_commands_group(), tokenizer, start.clock)
         if dist.get_rank() == 0:
-            asyncio.run(_lead(config, options, folder, ranks))
+            asyncio.run(_lead(config, options, folder, ranks, start))
         else:
             for number in (signal.SIGTERM, signal.SIGINT):  # rank 0 heeds them, and needs this one to do so
                 signal.signal(number, signal.SIG_IGN)
@@ -133,7 +139,7 @@ def check_names(policy: TrainedPolicy, folder: Path) -> None:
         )
 
 
-async def _lead(config: RunConfig, options: Options, model_folder: Path, ranks: Ranks) -> None:
+async def _lead(config: RunConfig, options: Options, model_folder: Path, ranks: Ranks, start: Start) -> None:
     """Rank 0: connect, take the lease, restore, train."""
     rows = await asyncio.to_thread(load_rows, config.spec)
     broker = await Broker.connect(config.nats, config.names, f"trainer-{options.attempt}")
@@ -143,26 +149,28 @@ async def _lead(config: RunConfig, options: Options, model_folder: Path, ranks: 
         lease = Lease(broker, config.names, Holder(options.attempt, identity))
         await lease.acquire()
         fleet = await _hear_heartbeats(config, broker)
-        attempt, side_tasks = await _open_attempt(config, options, model_folder, ranks, rows, broker, fleet)
+        parts, restored = await _open_parts(config, options, model_folder, ranks, rows, broker, fleet, start)
+        attempt = Attempt(parts, restored)
+        if restored is None:
+            await attempt.open_history()
         async with copying_report(config, time.monotonic):
-            await _run_beside(attempt, side_tasks, lease, broker, ranks)
+            await _run_beside(attempt, parts, lease, broker)
     finally:
         await broker.close()
 
 
-async def _run_beside(
-    attempt: Attempt, side_tasks: SideTasks, lease: Lease, broker: Broker, ranks: Ranks
-) -> None:
+async def _run_beside(attempt: Attempt, parts: AttemptParts, lease: Lease, broker: Broker) -> None:
     """Train, with everything that runs beside it; whatever ends first ends all."""
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, attempt.request_stop)
     loops: dict[str, Coroutine[Any, Any, Any]] = {
-        **side_tasks.tasks(),
+        **parts.side_tasks.tasks(),
         "lease": lease.keep(),
+        "report": parts.metrics.keep_renewed(),
         "broker": broker.closed.wait(),
     }
     if dist.get_world_size() > 1:
-        loops["ranks"] = ranks.keep_awake()
+        loops["ranks"] = parts.ranks.keep_awake()
     training = asyncio.create_task(train(attempt), name="train")
     beside: list[asyncio.Task[Any]] = [asyncio.create_task(loop, name=name) for name, loop in loops.items()]
     try:
@@ -190,7 +198,7 @@ async def _hear_heartbeats(config: RunConfig, broker: Broker) -> Fleet:
     return fleet
 
 
-async def _open_attempt(
+async def _open_parts(
     config: RunConfig,
     options: Options,
     model_folder: Path,
@@ -198,7 +206,8 @@ async def _open_attempt(
     rows: Rows,
     broker: Broker,
     fleet: Fleet,
-) -> tuple[Attempt, SideTasks]:
+    start: Start,
+) -> tuple[AttemptParts, Position | None]:
     """Claim the history, restore the newest checkpoint of it, and find or make the streams."""
     config.job_folder.mkdir(parents=True, exist_ok=True)  # a claim is empty at first
     ledger_path = config.job_folder / "ledger.jsonl"
@@ -233,12 +242,9 @@ async def _open_attempt(
         weights=_make_publisher(config, options, broker, fleet, ranks),
         checkpoints=checkpoints,
         evaluator=_make_evaluator(config, options, broker, side_tasks, rows),
-        metrics=_open_metrics(config, options, books, checkpoint, rows, model_folder),
+        metrics=_open_metrics(config, options, books, checkpoint, rows, model_folder, start),
     )
-    attempt = Attempt(parts, None if checkpoint is None else checkpoint.position)
-    if checkpoint is None:
-        await attempt.open_history()
-    return attempt, side_tasks
+    return parts, None if checkpoint is None else checkpoint.position
 
 
 def choose_checkpoint(config: RunConfig, checkpoints: Checkpoints, history: History) -> Checkpoint | None:
@@ -372,10 +378,12 @@ def _open_metrics(
     checkpoint: Checkpoint | None,
     rows: Rows,
     model_folder: Path,
+    start: Start,
 ) -> Metrics:
     """Open the metrics at the restored step; count what training and warm-up share with what is held out."""
     field = config.spec.dataset.prompt_field
     training = (prompt_text(row, field) for row in rows.training)
+    start.end()  # from here on the report is ours
     before = Report.load(config.report_file)
     first = None if checkpoint is None else checkpoint.position.first_evaluation
     report = Report(
@@ -389,7 +397,8 @@ def _open_metrics(
         num_held_out_in_training=count_shared(training, rows.held_out, field),
         num_held_out_in_warmup=count_shared(warmup_prompts(model_folder), rows.held_out, field),
     )
-    metrics = Metrics(config.job_folder, config.report_file, report)
+    without = start.clock.seconds_without_progress
+    metrics = Metrics(config.job_folder, config.report_file, report, seconds_without_progress=without)
     metrics.rewind(books.version)
     metrics.update()
     log.info(

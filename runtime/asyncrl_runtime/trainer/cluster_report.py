@@ -83,7 +83,7 @@ class ReportCopier:
             return age >= CHANGED_SECONDS
         if self._sent is None or report.state != self._sent.state:
             return True
-        return age >= (CHANGED_SECONDS if report != self._sent else UNCHANGED_SECONDS)
+        return age >= (CHANGED_SECONDS if _news(report) != _news(self._sent) else UNCHANGED_SECONDS)
 
     async def _copy(self, report: Report) -> None:
         self._tried_at, self._has_failed = self._clock(), True
@@ -98,6 +98,11 @@ class ReportCopier:
             log.warning("the report was not written to %s: %r", self._path, error)
             return
         self._sent, self._has_failed = report, False
+
+
+def _news(report: Report) -> Report:
+    """Return a report without what changes though nothing has happened."""
+    return report.model_copy(update={"time": "", "seconds_without_progress": None})
 
 
 @contextlib.asynccontextmanager

@@ -1,6 +1,8 @@
 """metrics.jsonl, one line per step, and the report that the operator and the local display read."""
 
+import asyncio
 import json
+import logging
 from collections import deque
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
@@ -9,8 +11,12 @@ from typing import Any
 
 from asyncrl_api.report import Report
 
+log = logging.getLogger(__name__)
+
 RECENT_STEPS = 20
 """Rates and shares in the report are over so many steps."""
+RENEW_SECONDS = 5.0
+"""After which a report says anew how far the trainer is, though nothing else has changed."""
 
 
 class Metrics:
@@ -18,6 +24,7 @@ class Metrics:
 
     Args:
         wall_clock: returns the time of day; it stands in what is written.
+        seconds_without_progress: as the report has it.
     """
 
     def __init__(
@@ -26,11 +33,13 @@ class Metrics:
         report_file: Path,
         report: Report,
         wall_clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+        seconds_without_progress: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self._path = folder / "metrics.jsonl"
         self._evaluations = folder / "evaluations.jsonl"
         self._report_file = report_file
         self._wall_clock = wall_clock
+        self._seconds_without_progress = seconds_without_progress
         self._recent: deque[Mapping[str, float]] = deque(maxlen=RECENT_STEPS)
         self.report = report
 
@@ -82,8 +91,18 @@ class Metrics:
     def update(self, **changes: Any) -> None:
         """Change the report and write it."""
         changes["time"] = self._wall_clock().isoformat(timespec="seconds")
+        changes["seconds_without_progress"] = self._seconds_without_progress()
         self.report = self.report.model_copy(update=changes)
         self.report.save(self._report_file)
+
+    async def keep_renewed(self) -> None:
+        """Renew the report every RENEW_SECONDS until cancelled: its time shows that the event loop turns."""
+        while True:
+            await asyncio.sleep(RENEW_SECONDS)
+            try:
+                self.update()
+            except OSError as error:
+                log.warning("the report was not written to %s: %s", self._report_file, error)
 
 
 def _whole(versions: float | None) -> int | None:

@@ -88,6 +88,7 @@ def full_status() -> Status:
         gpus=GPUsStatus(budget=16, allocated=16, summary="16/16"),
         last_checkpoint=CheckpointStatus(step=400, path="gsm8k/step-400", time=TIME),
         report_time=TIME,
+        report_seen_time=TIME,
         pod_sets=(PodSetStatus(name="trainer", count=1, requests={"nvidia.com/gpu": "8"}),),
         selector="asyncrl.dev/job=gsm8k",
     )

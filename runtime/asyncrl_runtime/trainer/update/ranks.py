@@ -17,6 +17,7 @@ from typing import Any
 import torch.distributed as dist
 
 from asyncrl_api.job import AlgorithmSpec
+from asyncrl_runtime.trainer.turn_clock import Measure, TurnClock, folder_bytes
 from asyncrl_runtime.trainer.update.packing import TrainingSample, pack
 from asyncrl_runtime.trainer.update.policy_api import TrainedPolicy
 from asyncrl_runtime.trainer.update.step import StepPlan, train_step
@@ -89,6 +90,7 @@ class Ranks:
     Args:
         commands_group: group over which commands travel: gloo, whatever the policy's backend is.
         tokenizer: written into exports.
+        clock: told of every command. While one is carried out it is the trainer's turn.
     """
 
     def __init__(
@@ -97,8 +99,10 @@ class Ranks:
         algorithm: AlgorithmSpec,
         commands_group: dist.ProcessGroup,
         tokenizer: Any,
+        clock: TurnClock,
     ) -> None:
         self.policy = policy
+        self._clock = clock
         self._algorithm = algorithm
         self._commands_group = commands_group
         self._tokenizer = tokenizer
@@ -110,7 +114,8 @@ class Ranks:
         """Have every rank do `command`; return rank 0's result, or raise what it raised."""
         loop = asyncio.get_running_loop()
         self._idle.set()
-        return await loop.run_in_executor(self._thread, self._run_everywhere, command)
+        with self._clock.turn(_written_by(command)):
+            return await loop.run_in_executor(self._thread, self._run_everywhere, command)
 
     async def bucket(self, names: tuple[str, ...]) -> Bucket:
         """Return weights by name, good until the next bucket."""
@@ -138,7 +143,8 @@ class Ranks:
     async def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Run something of rank 0 alone in the policy's thread, so that no command runs beside it."""
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._thread, function, *arguments)
+        with self._clock.turn():
+            return await loop.run_in_executor(self._thread, function, *arguments)
 
     def follow(self) -> None:
         """The other ranks: do what rank 0 says until it says stop.
@@ -164,7 +170,7 @@ class Ranks:
     def _execute(self, command: Command) -> Any:
         match command:
             case Train(plan):
-                return train_step(self.policy, plan, self._algorithm, self._rank)
+                return train_step(self.policy, plan, self._algorithm, self._rank, made=self._clock.moved)
             case Save(folder):
                 self.policy.save(folder)
                 dist.barrier(group=self._commands_group)  # rank 0 renames the folder when all have written
@@ -177,6 +183,11 @@ class Ranks:
             case Logprobs(samples):
                 return [self.policy.logprobs([pack([sample])])[0] for sample in samples]
         return None
+
+
+def _written_by(command: Command) -> Measure | None:
+    """Return what shows that a command which writes for long gets on: a disk may be slow."""
+    return folder_bytes(command.folder) if isinstance(command, Save | Export) else None
 
 
 def make_commands_group() -> dist.ProcessGroup:

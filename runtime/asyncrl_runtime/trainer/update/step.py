@@ -76,17 +76,25 @@ def plan_step(
     return StepPlan(samples, tuple(rewards.tolist()), num_minibatches, tokens_per_micro_batch, learning_rate)
 
 
+def _nothing() -> None:
+    """The listener of a caller that wants to hear of no progress."""
+
+
 def train_step(
     policy: StepPolicy,
     plan: StepPlan,
     algorithm: AlgorithmSpec,
     rank: int,
     clock: Callable[[], float] = time.perf_counter,
+    made: Callable[[], None] = _nothing,
 ) -> dict[str, float]:
     """Make all optimizer updates of one step; collective. Returns its diagnostics, the same on all ranks.
 
     The proximal policy is where the step starts. For the first minibatch it is the policy itself, and the
     others get theirs in one pass before the first update; so a single minibatch costs none.
+
+    Args:
+        made: called whenever a minibatch is done with, for whoever asks whether the step gets on.
 
     Raises:
         NumbersUnusable: a gradient is not finite.
@@ -98,7 +106,10 @@ def train_step(
     ]
     packed = [_pack_for_rank(m, plan.tokens_per_micro_batch, policy.world_size, rank) for m in minibatches]
     needs_proximal = POLICY_LOSSES[algorithm.policy_loss].needs_proximal
-    proximal = [policy.logprobs(batches) if needs_proximal else None for batches in packed[1:]]
+    proximal = []
+    for batches in packed[1:]:
+        proximal.append(policy.logprobs(batches) if needs_proximal else None)
+        made()
     updates = []
     for samples, batches, proximal_logprobs in zip(minibatches, packed, [None, *proximal], strict=True):
         update = policy.update(
@@ -113,6 +124,7 @@ def train_step(
                 "training.learningRate, or look for rewards or log-probs that are not finite"
             )
         updates.append(update)
+        made()
     return _report(policy, plan, packed[0], updates, clock() - began)
 
 

@@ -1,0 +1,96 @@
+"""The reports of a trainer that starts: from a thread of its own, since nothing else turns while it loads."""
+
+import asyncio
+import contextlib
+import logging
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+
+from asyncrl_api.ledger import LedgerError, read_ledger
+from asyncrl_api.report import Report
+from asyncrl_api.run_config import RunConfig
+from asyncrl_runtime.trainer.cluster_report import copying_report
+from asyncrl_runtime.trainer.metrics import RENEW_SECONDS
+from asyncrl_runtime.trainer.turn_clock import TurnClock, disk_bytes
+
+log = logging.getLogger(__name__)
+
+END_SECONDS = 10.0
+"""For the last copy; a thread that a disk holds up is left behind."""
+
+
+class Start:
+    """A start, from the process's first moment until the attempt has metrics to report by.
+
+    Consumes nothing; produces a report every RENEW_SECONDS, and its copy in a cluster. `end` wakes it.
+    """
+
+    def __init__(self, config: RunConfig, attempt: int) -> None:
+        self.clock = TurnClock(time.monotonic)
+        self._config = config
+        self._attempt = attempt
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._report_on, name="starting", daemon=True)
+
+    @contextlib.contextmanager
+    def reporting(self) -> Iterator[None]:
+        """Report until the body ends, or `end` is called in it."""
+        self._thread.start()
+        try:
+            yield
+        finally:
+            self.end()
+
+    def end(self) -> None:
+        """Report no more: whoever writes the report next is alone."""
+        self._is_over.set()
+        self._thread.join(END_SECONDS)
+
+    def _report_on(self) -> None:
+        try:
+            asyncio.run(self._report_until_over())
+        except Exception:  # the edge of this thread: without its reports a start is only not seen
+            log.exception("a start is no longer reported; the trainer itself goes on")
+
+    async def _report_until_over(self) -> None:
+        report = first_report(self._config, self._attempt)
+        with self.clock.turn(what_moves):
+            self._write(report)
+            async with copying_report(self._config, time.monotonic):
+                while not self._is_over.is_set():
+                    await asyncio.to_thread(self._is_over.wait, RENEW_SECONDS)
+                    if not self._is_over.is_set():
+                        self._write(report)
+
+    def _write(self, report: Report) -> None:
+        changes = {
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds_without_progress": self.clock.seconds_without_progress(),
+        }
+        self._config.report_file.parent.mkdir(parents=True, exist_ok=True)  # a claim is empty at first
+        report.model_copy(update=changes).save(self._config.report_file)
+
+
+def what_moves() -> int:
+    """Return a number that changes while a trainer loads: its bytes, and the modules of its code."""
+    return disk_bytes() + len(sys.modules)
+
+
+def first_report(config: RunConfig, attempt: int) -> Report:
+    """Return the report of an attempt that has not loaded anything yet.
+
+    What an earlier attempt of this very object has reached stands in it; its rates and states do not.
+    """
+    report = Report(attempt=attempt, step=0, max_steps=config.spec.training.max_steps, state="Starting")
+    try:
+        is_ours = read_ledger(config.job_folder / "ledger.jsonl").uid == config.uid
+        before = Report.load(config.report_file) if is_ours else None
+    except (OSError, ValueError, LedgerError):  # whoever needs them says what is wrong with them
+        before = None
+    if before is None:
+        return report
+    kept = {"step", "max_steps", "first_evaluation", "last_evaluation", "last_checkpoint"}
+    return report.model_copy(update={name: getattr(before, name) for name in kept})
