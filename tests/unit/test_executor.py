@@ -10,8 +10,18 @@ from asyncrl_operator.api_server.observe import Child
 from asyncrl_operator.decide.desired import Desired
 from asyncrl_operator.decide.observed import Observed
 from asyncrl_operator.executor import Executor, Target
-from asyncrl_operator.resources import CHILDREN, CONFIG_MAPS, JOBS, STATEFUL_SETS, Resource, resource_of
+from asyncrl_operator.resources import (
+    CHILDREN,
+    CONFIG_MAPS,
+    JOBS,
+    SERVICES,
+    STATEFUL_SETS,
+    Resource,
+    resource_of,
+)
 from asyncrl_operator.workqueue import Key
+from support.cluster.api_calls import RefusalError, Request
+from support.cluster.memory_api_client import MemoryResponse, Send
 from support.cluster.whole_operator import NAME, World, running_world
 from support.manifests.rendered_jobs import DEFAULTS, job_of
 from support.virtual_time import run_virtually
@@ -112,5 +122,29 @@ def test_what_is_made_once_and_edited_by_hand_is_left_alone() -> None:
             world.edit(JOBS, f"{NAME}-trainer-1", {"metadata": {"labels": {"app.kubernetes.io/name": "x"}}})
             await world.until_quiet()
             assert world.writes[writes:] == []
+
+    run_virtually(play())
+
+
+def test_what_stands_in_the_way_of_an_apply_does_not_keep_what_is_to_go() -> None:
+    """A quota, say: what goes may make room."""
+
+    async def play() -> None:
+        async def refuse(request: Request, send: Send) -> MemoryResponse:
+            if request.verb == "PATCH" and f"/services/{NAME}-rollout" in request.path:
+                message = 'services "gsm8k-rollout" is forbidden: exceeded quota: few'
+                return MemoryResponse.of(RefusalError(403, "Forbidden", message))
+            return await send(request)
+
+        async with running_world() as world:
+            world.create_job()
+            await world.until(lambda: world.is_up)
+            on_the_way, world.on_the_way = world.on_the_way, refuse
+            world.edit(SERVICES, f"{NAME}-rollout", {"spec": {"ports": []}})
+            world.edit_job(training={"learningRate": 2e-6})
+            await world.until(lambda: not world.names(JOBS), "the trainer before is gone")
+            await world.until(lambda: "exceeded quota: few" in world.message("Reconciling"))
+            world.on_the_way = on_the_way
+            await world.until(lambda: world.names(JOBS) == [f"{NAME}-trainer-2"] and world.is_up)
 
     run_virtually(play())

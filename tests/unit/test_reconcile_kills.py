@@ -95,13 +95,13 @@ def test_nor_does_one_while_a_job_is_suspended_and_resumes() -> None:
             await comes_up(world)
             before = world.outcome()
             for after in range(1, MAX_WRITES):
-                made = len(world.controllers.made)
+                made = len(world.made())
                 was_killed = await mortal(world, after, suspends_and_resumes)
                 what, found = f"killed after write {after}", world.outcome()
                 attempt = before["attempt"] | {"number": after + 1}
                 assert found["attempt"] == attempt, what
                 assert (found["phase"], found["groups"]) == (before["phase"], before["groups"]), what
-                assert len(world.controllers.made) == made + 4, f"{what}: each pod once"
+                assert len(world.made()) == made + 5, f"{what}: a Job and four pods, each once"
                 if not was_killed:
                     return after - 1
             raise AssertionError("it never stops writing")

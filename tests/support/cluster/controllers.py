@@ -40,8 +40,6 @@ class Controllers:
         self._server = server
         self._clock = clock
         self._numbers = count(1)
-        self.made: list[str] = []
-        """Names of all pods that there have ever been."""
         self._held: set[str] = set()
         """Groups whose new pods find no node."""
         self._settled_at = 0
@@ -172,8 +170,6 @@ class Controllers:
         status, answer = self._server.answer(Request("POST", PODS.path(metadata["namespace"]), {}, body))
         if status >= 400:
             self._tell(resource, owner, "FailedCreate", f"Error creating: {answer['message']}")
-        else:
-            self.made.append(name)
 
     def _run_pod(self, pod: Json) -> None:
         metadata, phase = pod["metadata"], pod.get("status", {}).get("phase")

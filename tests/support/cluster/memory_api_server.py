@@ -84,6 +84,8 @@ class MemoryApiServer:
         self.crd = copied(crd)
         self.lacked: list[LackingError] = []
         """What was asked for and is not there."""
+        self.made: list[str] = []
+        """Kind and name of all objects that there have ever been."""
         self._clock = clock
         self._objects: dict[Place, Stored] = {}
         self._changes: list[Change] = []
@@ -316,6 +318,7 @@ class MemoryApiServer:
         body = self._checked(target, body, None)
         if is_dry_run:
             return body
+        self.made.append(f"{target.resource.kind} {target.name}")
         return self._commit(target.resource, target.place, Stored(body, made.owners))
 
     def _change(self, target: Target, live: Stored, changed: Stored, sent: Json, *, is_dry_run: bool) -> Json:

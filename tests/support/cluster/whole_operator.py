@@ -247,17 +247,21 @@ class World:
     def is_up(self) -> bool:
         return self.groups() == {"messaging": "1/1", "trainer": "1/1", "rollout": "2/2"}
 
+    def made(self) -> list[str]:
+        """Return all pods that there have ever been, without what a Job makes up, and what they were for."""
+        kinds = ("Job ", "StatefulSet ", "Pod ")
+        made = (re.sub(r"(-trainer-\d+-\d+)-\d+$", r"\1", each) for each in self.server.made)
+        return sorted(each for each in made if each.startswith(kinds))
+
     def outcome(self) -> Json:
-        """Return what the job has come to; pods of a Job without what it makes up."""
+        """Return what the job has come to, and on what ways."""
         attempt = self.status()["attempt"]
         return {
             "children": {kind.plural: self.names(kind) for kind in (*CHILDREN, SECRETS)},
             "attempt": {name: attempt[name] for name in ("number", "restarts", "disruptions")},
             "phase": self.status()["phase"],
             "groups": self.groups(),
-            "pods that were ever started": sorted(
-                re.sub(r"(-trainer-\d+-\d+)-\d+$", r"\1", name) for name in self.controllers.made
-            ),
+            "ever made": self.made(),
         }
 
     def pods(self) -> Iterator[str]:
