@@ -34,8 +34,10 @@ class Cluster:
         return done.stdout.strip()
 
     def start(self, nodes: int = NODES) -> None:
+        """Start it; without nodes, any API server will do."""
         self.kubeup("start")
-        self.kubeup("kwok", "start", "--nodes", str(nodes), "--gpus", str(GPUS))
+        if nodes:
+            self.kubeup("kwok", "start", "--nodes", str(nodes), "--gpus", str(GPUS))
         self.kubeconfig = self.kubeup("kubeconfig")
 
     def stop(self) -> None:

@@ -4,7 +4,7 @@ It knows what the operator uses, as Kubernetes does it: server-side apply by for
 apart from the rest, deletion, quotas of counts, pages, watches from a version on. `api_server_cases.py` holds
 it to a real one. What it lacks it refuses with a LackingError, which no test survives. Of built-in kinds it
 has neither schemas nor defaults, but for what may not change; it does not show `managedFields`; and whoever
-asks may do anything (RBAC is for tests/cluster).
+asks may do anything (RBAC is for tests/cluster). A quota counts as soon as it is there.
 """
 
 import asyncio
