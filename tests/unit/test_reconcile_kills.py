@@ -76,7 +76,7 @@ def test_a_kill_after_any_write_changes_nothing_in_the_end() -> None:
             return world.outcome(), was_killed
 
     async def every_kill() -> int:
-        expected, _ = await one(0)
+        expected, _ = await one(MAX_WRITES)
         for after in range(1, MAX_WRITES):
             found, was_killed = await one(after)
             assert found == expected, f"killed after write {after}"
