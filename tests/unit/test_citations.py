@@ -13,7 +13,6 @@ FILES = files_of_the_checkout()
 OF_THE_PAST = {"docs/renames.md", "CHANGELOG.md"}
 """Pages that name files as they were."""
 COMING: set[str] = {
-    "docs/kube-kit.md",
     "runtime/asyncrl_runtime/contract/broker.py",
     "runtime/asyncrl_runtime/trainer/job_streams.py",
     "runtime/asyncrl_runtime/trainer/reaper.py",

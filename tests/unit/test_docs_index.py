@@ -9,7 +9,7 @@ from ruamel.yaml import YAML
 from support.paths import ROOT
 
 DOCS = ROOT / "docs"
-COMING = {"kube-kit.md"}
+COMING: set[str] = set()
 """In the index already; its page comes in the same release. The entry goes with it."""
 
 
