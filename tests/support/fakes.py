@@ -29,6 +29,7 @@ from asyncrl_runtime.rollout.engine_api import (
 )
 from asyncrl_runtime.rollout.rewards.backend import RewardFailure
 from asyncrl_runtime.rollout.rewards.frames import ScoreRequest
+from asyncrl_runtime.trainer.job_streams import LostStreams
 from asyncrl_runtime.weights.engines import Published
 
 T = TypeVar("T")
@@ -433,11 +434,21 @@ class FakeWeights:
         pass
 
 
-class FakeSideTasks:
+class FakeStreams:
     """Streams that nothing happens to."""
 
-    trajectories_lost = prompts_lost = is_nearly_full = False
-    trajectory_identity = ""
+    identity = ""
+    lost = LostStreams()
+    is_nearly_full = False
+
+    def requeue(self) -> None:
+        pass
+
+    async def mend(self, give_up_recorded: Callable[[], None]) -> None:
+        raise AssertionError("nothing is lost")
+
+    async def has_read_everything(self) -> bool:
+        return True
 
     async def announce(self, version: PolicyVersion) -> None:
         pass

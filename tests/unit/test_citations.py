@@ -15,10 +15,6 @@ OF_THE_PAST = {"docs/renames.md", "CHANGELOG.md"}
 COMING: set[str] = {
     "docs/kube-kit.md",
     "operator/asyncrl_operator/decide/reasons.py",
-    "runtime/asyncrl_runtime/contract/broker.py",
-    "runtime/asyncrl_runtime/trainer/job_streams.py",
-    "runtime/asyncrl_runtime/trainer/reaper.py",
-    "runtime/asyncrl_runtime/weights/fleet.py",
 }
 """Named already, and written in the same release: an entry goes as soon as its file comes."""
 NAMED = re.compile(r"(?<![\w/])(?:[\w.-]+/)*[\w-]+\.(?:py|md)\b")

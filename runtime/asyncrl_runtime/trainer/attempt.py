@@ -25,15 +25,15 @@ from asyncrl_runtime.contract.messages import (
 from asyncrl_runtime.history.ledger_writer import Ledger
 from asyncrl_runtime.trainer.books.books import Batch, Books, RecordedBatchLost, recorded_values
 from asyncrl_runtime.trainer.books.checkpoints import CheckpointFailed, Checkpoints, Position
-from asyncrl_runtime.trainer.evaluation import Evaluated, Evaluator
+from asyncrl_runtime.trainer.evaluation import Evaluated
 from asyncrl_runtime.trainer.metrics import Metrics
-from asyncrl_runtime.trainer.side_tasks import SideTasks
+from asyncrl_runtime.trainer.seams import Examiner, Streams, TrainerRanks
 from asyncrl_runtime.trainer.update import diagnostics
 from asyncrl_runtime.trainer.update.packing import TrainingSample
-from asyncrl_runtime.trainer.update.ranks import Export, Logprobs, Ranks, Save, Stop, Train
+from asyncrl_runtime.trainer.update.ranks import Export, Logprobs, Save, Stop, Train
 from asyncrl_runtime.trainer.update.step import learning_rate, plan_step
-from asyncrl_runtime.transport.fleet import Fleet
 from asyncrl_runtime.weights.engines import Publisher
+from asyncrl_runtime.weights.fleet import Fleet
 
 log = logging.getLogger(__name__)
 
@@ -62,13 +62,13 @@ class AttemptParts:
     spec: Spec
     folder: Path
     books: Books
-    side_tasks: SideTasks
+    streams: Streams
     ledger: Ledger
-    ranks: Ranks
+    ranks: TrainerRanks
     fleet: Fleet
     weights: Publisher
     checkpoints: Checkpoints
-    evaluator: Evaluator | None
+    evaluator: Examiner | None
     metrics: Metrics
     clock: Callable[[], float] = time.monotonic
 
@@ -79,7 +79,7 @@ class Attempt:
     def __init__(self, parts: AttemptParts, restored: Position | None) -> None:
         self._parts = parts
         self._books = parts.books
-        self._side_tasks = parts.side_tasks
+        self._streams = parts.streams
         self._metrics = parts.metrics
         self._has_begun = False
         self._stopping = asyncio.Event()
@@ -125,7 +125,7 @@ class Attempt:
         label = PolicyVersion(self._parts.attempt, version)
         interrupt = self._books.spec.rollout.interrupt
         await self._parts.weights.publish(label, interrupt)
-        await self._side_tasks.announce(label)
+        await self._streams.announce(label)
         self._publish_seconds = self._parts.clock() - began
 
     async def _boundary(self) -> None:
@@ -136,7 +136,7 @@ class Attempt:
         """
         if self._stopping.is_set():
             raise _StopRequested
-        if self._side_tasks.trajectories_lost or self._side_tasks.prompts_lost:
+        if self._streams.lost:
             await self._mend_streams()
         version = PolicyVersion(self._parts.attempt, self.version)
         if not self._books.is_repeating and self._parts.weights.behind(version):
@@ -152,11 +152,11 @@ class Attempt:
                 batch = self._books.next_batch()
             except RecordedBatchLost as error:
                 log.warning("%s", error)
-                await self._cut()
+                self._cut()
                 continue
             if not self._books.is_repeating and not self._has_begun:
                 self._parts.ledger.begin(self.version)
-                self._books.began[self._parts.attempt] = self.version
+                self._books.begin(self._parts.attempt)
                 self._has_begun = True
                 await self.publish_weights()
                 batch = self._books.next_batch()
@@ -166,20 +166,20 @@ class Attempt:
             self._metrics.update(state="WaitingForBatch", queue_depth=len(self._books.inbox.arrived))
             with contextlib.suppress(_StopRequested):
                 await self._boundary()
-            if self._side_tasks.is_nearly_full:
+            if self._streams.is_nearly_full:
                 await self._make_room(self._parts.clock() - began)
             if missing := await self._missing_for_good():
                 log.warning(
                     "trajectories of tickets %s are lost: their step cannot be repeated", missing[:20]
                 )
-                await self._cut()
+                self._cut()
             await self._wait_for_news()
         return None
 
     async def _missing_for_good(self) -> list[int]:
         """Return the tickets of the next recorded step that the stream does not hold."""
         missing = self._books.missing_of_recorded
-        if not missing() or not await self._side_tasks.has_read_everything():
+        if not missing() or not await self._streams.has_read_everything():
             return []
         return missing()  # anew: they may have been read while we asked
 
@@ -188,22 +188,18 @@ class Attempt:
         await asyncio.wait({news}, timeout=BOUNDARY_SECONDS)
         news.cancel()
 
-    async def _cut(self) -> None:
+    def _cut(self) -> None:
         """The surviving history ends here; go on with new steps from this version."""
         self._parts.ledger.cut(self.version)
         self._parts.checkpoints.drop_after(self.version)
         self._books.cut()
-        self._side_tasks.prompts_lost = True  # tickets of the steps given up are queued no more
+        self._streams.requeue()  # tickets of the steps given up are queued no more
 
     async def _mend_streams(self) -> None:
         """Make lost streams again, between two checkpoints: what was trained stays trained."""
         if self._has_begun:
             await self._checkpoint()
-        await self._side_tasks.make_streams_again()
-        if self._books.is_recorded_lost:
-            # Before a checkpoint knows the new stream: the next attempt would wait in it for the recorded
-            # steps, and "repeat" them with groups that were sampled anew.
-            await self._cut()
+        await self._streams.mend(self._cut)
         await self._checkpoint()
 
     # -- steps
@@ -269,7 +265,7 @@ class Attempt:
     async def checkpoint_if_due(self) -> None:
         """Make a checkpoint every so many steps, and at once when the trajectory stream fills up."""
         spec = self._books.spec.checkpoint
-        if self._side_tasks.is_nearly_full:
+        if self._streams.is_nearly_full:
             log.warning("the trajectory stream is nearly full: checkpoint, to purge behind it")
             await self._checkpoint()
         elif self.version % spec.every_steps == 0:
@@ -295,7 +291,7 @@ class Attempt:
 
     async def _purge_behind(self, position: Position) -> None:
         self._purged_behind = position.stream_sequence
-        await self._side_tasks.purge_behind(position.stream_sequence)
+        await self._streams.purge_behind(position.stream_sequence)
 
     async def open_history(self) -> None:
         """At a job's very start: a checkpoint of the books alone, so that the streams' identity is known."""
@@ -337,7 +333,7 @@ class Attempt:
             began=dict(self._books.began),
             book=self._books.book.record(),
             stream_sequence=self._books.inbox.position,
-            trajectory_stream=self._side_tasks.trajectory_identity,
+            trajectory_stream=self._streams.identity,
             origin=origin_of(self._parts.spec),
             first_evaluation=self._first_evaluation,
         )

@@ -4,6 +4,7 @@ import asyncio
 import logging
 
 from asyncrl_api.names import ticket_of
+from asyncrl_runtime.contract.broker import StreamMessage
 from asyncrl_runtime.contract.messages import (
     Group,
     GroupPart,
@@ -12,7 +13,6 @@ from asyncrl_runtime.contract.messages import (
     Tombstone,
     decode,
 )
-from asyncrl_runtime.transport.reader import StreamMessage
 
 log = logging.getLogger(__name__)
 
