@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
 from asyncrl_api.protocols import Score
+from asyncrl_runtime.contract.broker import StreamFacts
 from asyncrl_runtime.contract.messages import JoinGroup, PolicyVersion, ReceiveBucket, VersionSpan
 from asyncrl_runtime.rollout.engine_api import (
     CHECKSUM_SECONDS,
@@ -431,6 +432,39 @@ class FakeWeights:
         return Published(("w",), num_epochs=1)
 
     async def leave(self) -> None:
+        pass
+
+
+class FakeJobQueues:
+    """Streams that are there, that nothing happens to, and a state that nobody reads."""
+
+    facts = StreamFacts(identity="made", last_sequence=0, num_bytes=0, max_bytes=2**20)
+
+    async def prompts(self) -> StreamFacts | None:
+        return self.facts
+
+    async def trajectories(self) -> StreamFacts | None:
+        return self.facts
+
+    async def queued_tickets(self) -> set[int]:
+        return set()
+
+    async def make_streams(self, first_ticket: int | None, first_trajectory: int | None) -> None:
+        pass
+
+    async def delete_prompts(self) -> None:
+        pass
+
+    async def delete_trajectories(self) -> None:
+        pass
+
+    async def delete_streams(self) -> None:
+        pass
+
+    async def purge_trajectories(self, last_sequence: int) -> None:
+        pass
+
+    async def put(self, key: str, data: bytes) -> None:
         pass
 
 

@@ -109,6 +109,28 @@ class TicketReturns(Protocol):
         """Have tickets delivered to other workers; nothing happens to one that is acknowledged."""
 
 
+class TicketStreams(TicketReturns, Protocol):
+    """Tickets on their way out, and what comes back, as the side tasks of the trainer see them."""
+
+    async def issue(self, payloads: Sequence[bytes], last_ticket: int) -> int:
+        """Append tickets in order, each only if it is the next of the stream.
+
+        Args:
+            payloads: at most 64.
+            last_ticket: the stream's last sequence before the first of them.
+
+        Returns:
+            The stream's last sequence after them.
+
+        Raises:
+            WrongLastSequence: the stream is elsewhere; nothing after that message was stored.
+            TransportError: not all were acknowledged; ask for the stream's last sequence and go on there.
+        """
+
+    def read_trajectories(self, start_sequence: int) -> AsyncIterator[StreamMessage]:
+        """Yield every message from a sequence on, once and in order, for ever; waits through outages."""
+
+
 class Answers(Protocol):
     """Answers to held-out prompts, one after the other."""
 
@@ -133,7 +155,7 @@ class HeldOutQuestions(Protocol):
         """Return the answers, to be taken while the context is open."""
 
 
-class TrainerBroker(Connection, Requests, JobQueues, TicketReturns, HeldOutQuestions, Protocol):
+class TrainerBroker(Connection, Requests, JobQueues, TicketStreams, HeldOutQuestions, Protocol):
     """The end of rank 0."""
 
     async def take_lease(self, attempt: int, identity: str) -> None:
@@ -157,24 +179,6 @@ class TrainerBroker(Connection, Requests, JobQueues, TicketReturns, HeldOutQuest
         Args:
             was_deaf: called when a lost connection is back: what was said meanwhile has not been heard.
         """
-
-    async def issue(self, payloads: Sequence[bytes], last_ticket: int) -> int:
-        """Append tickets in order, each only if it is the next of the stream.
-
-        Args:
-            payloads: at most 64.
-            last_ticket: the stream's last sequence before the first of them.
-
-        Returns:
-            The stream's last sequence after them.
-
-        Raises:
-            WrongLastSequence: the stream is elsewhere; nothing after that message was stored.
-            TransportError: not all were acknowledged; ask for the stream's last sequence and go on there.
-        """
-
-    def read_trajectories(self, start_sequence: int) -> AsyncIterator[StreamMessage]:
-        """Yield every message from a sequence on, once and in order, for ever; waits through outages."""
 
 
 class Delivery(Protocol):

@@ -105,7 +105,7 @@ class Attempt:
     def request_stop(self) -> None:
         """Have `next_batch` return None at the next boundary."""
         self._stopping.set()
-        self._books.inbox.changed.set()
+        self._books.news.ring()
 
     # -- weights
 
@@ -173,7 +173,7 @@ class Attempt:
                     "trajectories of tickets %s are lost: their step cannot be repeated", missing[:20]
                 )
                 self._cut()
-            await self._wait_for_news()
+            await self._books.news.wait(BOUNDARY_SECONDS)
         return None
 
     async def _missing_for_good(self) -> list[int]:
@@ -182,11 +182,6 @@ class Attempt:
         if not missing() or not await self._streams.has_read_everything():
             return []
         return missing()  # anew: they may have been read while we asked
-
-    async def _wait_for_news(self) -> None:
-        news = asyncio.create_task(self._books.inbox.changed.wait())
-        await asyncio.wait({news}, timeout=BOUNDARY_SECONDS)
-        news.cancel()
 
     def _cut(self) -> None:
         """The surviving history ends here; go on with new steps from this version."""

@@ -128,7 +128,7 @@ class JobStreams:
     def _lose(self, lost: LostStreams) -> None:
         self.lost = lost
         if lost:
-            self._books.inbox.changed.set()
+            self._books.news.ring()
 
     async def mend(self, give_up_recorded: Callable[[], None]) -> None:
         """Make lost streams again: prompts from the first open ticket, trajectories behind the last one seen.

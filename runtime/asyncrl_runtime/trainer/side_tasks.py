@@ -4,7 +4,6 @@ The state that these tasks share is in Books, which has no I/O. A task that ends
 """
 
 import asyncio
-import contextlib
 import json
 import logging
 from collections.abc import Callable, Coroutine, Sequence
@@ -14,7 +13,7 @@ from typing import Any
 from asyncrl_api.job import Spec
 from asyncrl_api.parsing import SpecError
 from asyncrl_api.run_config import live_values, with_live_values
-from asyncrl_runtime.contract.broker import TrainerBroker, TransportError
+from asyncrl_runtime.contract.broker import TicketStreams, TransportError
 from asyncrl_runtime.contract.messages import Ticket, encode
 from asyncrl_runtime.trainer.books.books import Books
 from asyncrl_runtime.trainer.dataset import DictRow, PromptOrder
@@ -44,7 +43,7 @@ class SideTasks:
 
     def __init__(
         self,
-        broker: TrainerBroker,
+        broker: TicketStreams,
         streams: JobStreams,
         books: Books,
         fleet: Fleet,
@@ -88,9 +87,7 @@ class SideTasks:
             except TransportError as error:
                 log.info("tickets: %s", error)
                 await self._find_last_ticket()
-            self._books.inbox.changed.clear()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._books.inbox.changed.wait(), ISSUE_SECONDS)
+            await self._books.gate_moved.wait(ISSUE_SECONDS)
 
     async def _issue_allowed(self) -> None:
         books = self._books

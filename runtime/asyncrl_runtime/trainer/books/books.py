@@ -15,6 +15,7 @@ from asyncrl_api.ledger import RecordedStep
 from asyncrl_api.names import ticket_of
 from asyncrl_runtime.contract.broker import StreamMessage
 from asyncrl_runtime.contract.messages import Group, Tombstone
+from asyncrl_runtime.trainer.books.bell import Bell
 from asyncrl_runtime.trainer.books.inbox import Inbox
 from asyncrl_runtime.trainer.books.staleness import LiveGroup, assess, form_batch, reject
 from asyncrl_runtime.trainer.books.tickets import Discard, DiscardCount, TicketBook
@@ -76,6 +77,10 @@ class Books:
         began: Mapping[int, int] | None = None,
         position: int = 0,
     ) -> None:
+        self.gate_moved = Bell()
+        """For who issues tickets: the limit may be another."""
+        self.news = Bell()
+        """For the training loop: a group has arrived, or something else wants to be looked at."""
         self.inbox = Inbox(position)
         self.counters = Counters()
         self._spec = spec
@@ -97,7 +102,8 @@ class Books:
     def use(self, spec: Spec) -> None:
         """Other live values are in force from now on."""
         self._spec = spec
-        self.inbox.changed.set()
+        self.gate_moved.ring()
+        self.news.ring()
 
     @property
     def version(self) -> int:
@@ -132,7 +138,7 @@ class Books:
     def issue_from(self, ticket: int) -> None:
         """The prompt stream is made again, and empty: this ticket is its next."""
         self._num_issued = ticket - 1
-        self.inbox.changed.set()
+        self.gate_moved.ring()
 
     @property
     def limit(self) -> int:
@@ -172,7 +178,10 @@ class Books:
             EndlessDiscards: no batch will ever form.
         """
         arrived = self.inbox.take(message, self._is_done_with(message))
-        if arrived is None or self._is_recorded(arrived.ticket):
+        if arrived is None:
+            return
+        self.news.ring()
+        if self._is_recorded(arrived.ticket):
             return
         if isinstance(arrived, Group):
             self.counters.num_failed_samples += len(arrived.failures)
@@ -281,7 +290,7 @@ class Books:
             self.counters.num_dropped_samples += group.num_dropped_samples
             self.counters.num_masked_tokens += group.num_masked_tokens
         self._discard_count.step_ended(self._num_issued)
-        self.inbox.changed.set()
+        self.gate_moved.ring()
 
     @property
     def last_ticket(self) -> int:
@@ -332,7 +341,7 @@ class Books:
         self.inbox.set_aside(discard.ticket)
         self.counters.discards[discard.reason] += 1
         self._discard_count.add(discard, self._spec.training.batch_size)
-        self.inbox.changed.set()
+        self.gate_moved.ring()
 
 
 def _causes(discard: Discard, group: Group | Tombstone) -> list[str]:

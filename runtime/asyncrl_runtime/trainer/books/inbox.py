@@ -1,6 +1,5 @@
 """Prompt groups that have arrived and are not closed, and how far the stream is done with."""
 
-import asyncio
 import logging
 
 from asyncrl_api.names import ticket_of
@@ -27,7 +26,6 @@ class Inbox:
     def __init__(self, position: int) -> None:
         self.arrived: dict[int, Group | Tombstone] = {}
         """By ticket; complete and not closed."""
-        self.changed = asyncio.Event()
         self.num_duplicates = 0
         self._last_sequence = position
         self._first_sequence: dict[int, int] = {}  # of each ticket that is arriving or has arrived
@@ -59,7 +57,6 @@ class Inbox:
         if complete is not None:
             self._parts.pop(ticket, None)
             self.arrived[ticket] = complete
-            self.changed.set()
         return complete
 
     def has_seen(self, ticket: int) -> bool:
