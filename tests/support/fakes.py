@@ -408,6 +408,9 @@ class FakeRanks:
         self._answer = answer
         self.commands: list[Any] = []
 
+    async def keep_awake(self) -> None:
+        """There is one rank."""
+
     async def run(self, command: Any) -> Any:
         self.commands.append(command)
         return self._answer(command)

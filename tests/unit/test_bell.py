@@ -14,6 +14,7 @@ from asyncrl_runtime.trainer.books.bell import Bell
 from asyncrl_runtime.trainer.books.books import Batch, Books
 from asyncrl_runtime.trainer.job_streams import JobStreams
 from asyncrl_runtime.trainer.side_tasks import ISSUE_SECONDS, SideTasks
+from asyncrl_runtime.weights.engines import Published
 from asyncrl_runtime.weights.fleet import Fleet
 from support.fakes import FakeJobQueues, FakeRanks, FakeStreams, FakeWeights, run_in_virtual_time
 from support.jobs.attempt_parts import make_attempt_parts
@@ -65,9 +66,10 @@ class SlowTickets:
 class SlowWeights(FakeWeights):
     """Engines lack the weights once more, and to publish them takes a while."""
 
-    async def publish(self, version: PolicyVersion, buckets: Any, interrupt: str) -> None:
-        await super().publish(version, buckets, interrupt)
+    async def publish(self, version: PolicyVersion, interrupt: str) -> Published:
+        published = await super().publish(version, interrupt)
         await asyncio.sleep(1)
+        return published
 
 
 class Rig:

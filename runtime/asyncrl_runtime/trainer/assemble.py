@@ -28,7 +28,7 @@ from asyncrl_runtime.contract.broker import TrainerBroker, TransportError
 from asyncrl_runtime.contract.rows import prompt_text
 from asyncrl_runtime.history.ledger_writer import Ledger, Superseded
 from asyncrl_runtime.model.source import ensure_model, load_tokenizer, warmup_prompts, weight_names
-from asyncrl_runtime.trainer.attempt import Attempt, AttemptParts, origin_of
+from asyncrl_runtime.trainer.attempt import Attempt
 from asyncrl_runtime.trainer.books.books import Books
 from asyncrl_runtime.trainer.books.checkpoints import (
     FOLDER,
@@ -38,11 +38,13 @@ from asyncrl_runtime.trainer.books.checkpoints import (
     set_aside_strangers,
 )
 from asyncrl_runtime.trainer.books.tickets import EndlessDiscards, TicketBook
+from asyncrl_runtime.trainer.checkpointing import origin_of
 from asyncrl_runtime.trainer.cluster_report import copying_report
 from asyncrl_runtime.trainer.dataset import Rows, count_shared, load_rows
 from asyncrl_runtime.trainer.evaluation import Evaluator
 from asyncrl_runtime.trainer.job_streams import JobStreams
 from asyncrl_runtime.trainer.metrics import Metrics
+from asyncrl_runtime.trainer.seams import AttemptParts
 from asyncrl_runtime.trainer.side_tasks import SideTasks
 from asyncrl_runtime.trainer.train import train
 from asyncrl_runtime.trainer.update.policy import Policy
@@ -217,7 +219,7 @@ async def _open_attempt(
         fleet=fleet,
         weights=_make_publisher(config, options, broker, fleet, ranks),
         checkpoints=checkpoints,
-        evaluator=_make_evaluator(options, broker, streams, rows),
+        examiner=_make_evaluator(options, broker, streams, rows),
         metrics=_open_metrics(config, options, books, checkpoint, rows, model_folder),
     )
     attempt = Attempt(parts, None if checkpoint is None else checkpoint.position)

@@ -1,12 +1,22 @@
-"""What an attempt asks of its streams, ranks and evaluator, so that others may stand behind these names."""
+"""What an attempt is made of, and what it asks of streams, ranks and examiner: others may stand there."""
 
+import time
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
+from asyncrl_api.job import Spec
 from asyncrl_runtime.contract.messages import PolicyVersion
+from asyncrl_runtime.history.ledger_writer import Ledger
+from asyncrl_runtime.trainer.books.books import Books
+from asyncrl_runtime.trainer.books.checkpoints import Checkpoints
 from asyncrl_runtime.trainer.evaluation import Evaluated
 from asyncrl_runtime.trainer.job_streams import LostStreams
+from asyncrl_runtime.trainer.metrics import Metrics
 from asyncrl_runtime.trainer.update.ranks import Command
+from asyncrl_runtime.weights.engines import Publisher
+from asyncrl_runtime.weights.fleet import Fleet
 
 
 class Streams(Protocol):
@@ -27,14 +37,36 @@ class Streams(Protocol):
 
 
 class TrainerRanks(Protocol):
-    """All ranks of the trainer; Ranks says what the call does."""
+    """All ranks of the trainer; Ranks says what each call does."""
 
     async def run(self, command: Command) -> Any: ...
+    async def keep_awake(self) -> None: ...
 
 
 class Examiner(Protocol):
-    """Who has held-out prompts answered; Evaluator says what the call does."""
+    """Who has held-out prompts answered; Evaluator says what each call does."""
 
     async def run(
         self, step: int, max_new_tokens: int, tick: Callable[[], Awaitable[None]]
     ) -> Evaluated | None: ...
+
+
+@dataclass(frozen=True)
+class AttemptParts:
+    """What an Attempt is made of."""
+
+    attempt: int
+    uid: str
+    spec: Spec
+    folder: Path
+    books: Books
+    streams: Streams
+    ledger: Ledger
+    ranks: TrainerRanks
+    fleet: Fleet
+    weights: Publisher
+    checkpoints: Checkpoints
+    examiner: Examiner | None
+    """None where nothing is held out."""
+    metrics: Metrics
+    clock: Callable[[], float] = time.monotonic

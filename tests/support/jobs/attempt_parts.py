@@ -5,10 +5,10 @@ from pathlib import Path
 
 from asyncrl_api.report import Report
 from asyncrl_runtime.history.ledger_writer import Ledger
-from asyncrl_runtime.trainer.attempt import AttemptParts
 from asyncrl_runtime.trainer.books.books import Books
 from asyncrl_runtime.trainer.books.checkpoints import Checkpoints
 from asyncrl_runtime.trainer.metrics import Metrics
+from asyncrl_runtime.trainer.seams import AttemptParts
 from asyncrl_runtime.weights.fleet import Fleet
 from support.fakes import FakeEvaluator, FakeRanks, FakeStreams, FakeWeights
 
@@ -38,7 +38,7 @@ def make_attempt_parts(
         fleet=Fleet(clock),
         weights=weights,
         checkpoints=Checkpoints(folder, "uid"),
-        evaluator=evaluator,
+        examiner=evaluator,
         metrics=Metrics(folder, folder / "report.json", report),
         clock=clock,
     )
