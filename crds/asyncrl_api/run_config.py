@@ -9,6 +9,7 @@ from asyncrl_api.job import Spec
 from asyncrl_api.marks import FieldNode, merge, split_live, tree
 from asyncrl_api.names import JobNames, NatsAddress
 from asyncrl_api.parsing import FieldError, SpecError, parse_spec
+from asyncrl_api.spec_views import FrozenSpec, LiveSpec
 from asyncrl_api.wire import Wire
 
 SGLANG_PYTHON = "ASYNCRL_SGLANG_PYTHON"
@@ -80,6 +81,44 @@ def with_live_values(spec: Spec, values: dict[str, Any]) -> Spec:
     if others := list(_differences(rest, split_live(changed)[1], "spec")):
         raise SpecError(FieldError(path=path, rule=rule, value=value) for path, value in others)
     return changed
+
+
+class RunningSpec:
+    """A spec as an attempt began with it, and with the fields marked L as they are now."""
+
+    def __init__(self, spec: Spec) -> None:
+        self._began = self._now = spec
+
+    @property
+    def frozen(self) -> FrozenSpec:
+        """What does not change while the attempt lasts."""
+        return self._began
+
+    @property
+    def live(self) -> LiveSpec:
+        """What may change at any time: read it anew at every use."""
+        return self._now
+
+    def live_values(self) -> dict[str, Any]:
+        """Return the fields marked L as they are now, nested as in the manifest."""
+        return live_values(self._now)
+
+    def take_over(self, values: dict[str, Any]) -> str:
+        """Replace the fields marked L, but for a `training.maxSteps` that would shrink.
+
+        Returns:
+            What was not taken over, in a sentence; empty if nothing.
+
+        Raises:
+            SpecError: a value is out of bounds, or a field is not marked L; nothing is replaced.
+        """
+        spec, reached = with_live_values(self._began, values), self._now.training.max_steps
+        if spec.training.max_steps >= reached:
+            self._now = spec
+            return ""
+        training = spec.training.model_copy(update={"max_steps": reached})
+        self._now = spec.model_copy(update={"training": training})
+        return f"spec.training.maxSteps may only grow; it stays {reached}"
 
 
 def _without_new_blocks(

@@ -35,7 +35,7 @@ def test_a_recorded_step_that_is_read_while_it_is_looked_for_is_repeated(tmp_pat
         clock = asyncio.get_running_loop().time
         streams = SlowStreams(books)
         parts = make_attempt_parts(
-            tmp_path, books, streams, FakeRanks(lambda command: None), FakeWeights(), None, clock
+            tmp_path, spec, books, streams, FakeRanks(lambda command: None), FakeWeights(), None, clock
         )
         batch = await Attempt(parts, None).next_batch()
         assert batch is not None and batch.is_repeat and batch.tickets == (1, 2)

@@ -51,7 +51,9 @@ class Rig:
         self.weights = FakeWeights()
         self.ranks = FakeRanks(answer)
         books = Books(spec, recorded=recorded)
-        parts = make_attempt_parts(folder, books, FakeStreams(), self.ranks, self.weights, evaluator, clock)
+        parts = make_attempt_parts(
+            folder, spec, books, FakeStreams(), self.ranks, self.weights, evaluator, clock
+        )
         self.job = Attempt(parts, None)
 
     @property

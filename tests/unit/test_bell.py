@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from asyncrl_api.run_config import RunningSpec
 from asyncrl_runtime.contract.broker import StreamMessage
 from asyncrl_runtime.contract.messages import PolicyVersion, encode
 from asyncrl_runtime.trainer.attempt import BOUNDARY_SECONDS, FIRST_HEARTBEAT_SECONDS, Attempt
@@ -78,15 +79,23 @@ class Rig:
     def __init__(self, folder: Path) -> None:
         spec = make_job("training.batchSize=1", "training.minibatches=1").spec
         clock = asyncio.get_running_loop().time
+        self.spec = spec
         self.books = CountingBooks(spec)
         self.tickets, self.weights = SlowTickets(), SlowWeights()
         ranks = FakeRanks(lambda command: None)
-        parts = make_attempt_parts(folder, self.books, FakeStreams(), ranks, self.weights, None, clock)
+        parts = make_attempt_parts(folder, spec, self.books, FakeStreams(), ranks, self.weights, None, clock)
         self.attempt = Attempt(parts, None)
         streams = JobStreams(FakeJobQueues(), self.books, {})
         rows = [{"question": "1 + 1 ="}]
         self.side_tasks = SideTasks(
-            self.tickets, streams, self.books, Fleet(clock), rows, spec, folder / "live.json", clock
+            self.tickets,
+            streams,
+            self.books,
+            Fleet(clock),
+            rows,
+            RunningSpec(spec),
+            folder / "live.json",
+            clock,
         )
 
     def start(self) -> tuple[asyncio.Task[Any], asyncio.Task[Batch | None]]:
@@ -107,8 +116,8 @@ def test_the_training_loop_does_not_spin_while_the_issuer_is_kept(tmp_path: Path
         rig = Rig(tmp_path)
         issuing, training = rig.start()
         await asyncio.sleep(FIRST_HEARTBEAT_SECONDS + 1.5)
-        before, spec = rig.books.num_looks, rig.books.spec
-        rig.books.use(spec)
+        before = rig.books.num_looks
+        rig.books.use(rig.spec)
         await asyncio.sleep(1)
         assert not training.done() and not issuing.done()
         assert 1 / BOUNDARY_SECONDS <= rig.books.num_looks - before <= 1 / BOUNDARY_SECONDS + 2
@@ -149,8 +158,8 @@ def test_the_issuer_hears_that_the_gate_moved_while_it_published(tmp_path: Path)
         issuing, training = rig.start()
         await asyncio.sleep(1)
         assert rig.tickets.issued_at == [0.0]
-        higher = rig.books.spec.staleness.model_copy(update={"max_versions": 9})
-        rig.books.use(rig.books.spec.model_copy(update={"staleness": higher}))
+        higher = rig.spec.staleness.model_copy(update={"max_versions": 9})
+        rig.books.use(rig.spec.model_copy(update={"staleness": higher}))
         await asyncio.sleep(SLOW_SECONDS)
         assert rig.tickets.issued_at == [0.0, SLOW_SECONDS]
         for task in (issuing, training):

@@ -270,7 +270,7 @@ class BooksMachine(RuleBasedStateMachine):
         self._check(batch)
         if not batch.is_repeat:
             self.recorded[batch.version] = batch
-            live = recorded_values(books.spec)
+            live = recorded_values(books.live)
             discards = {reason: tuple(tickets) for reason, tickets in batch.discards.items()}
             self.world.write(
                 LedgerLine(
@@ -361,7 +361,7 @@ class BooksMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """Whatever happened, from here on nothing fails: the job must end, and its books close."""
-        self.spec = make_spec(2, 1, "Mask", "None", "OldestFirst")
+        self.spec = make_spec(self.spec.training.batch_size, 1, "Mask", "None", "OldestFirst")
         self.books.use(self.spec)
         for _ in range(400):
             if self.finished:

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable
 
-from asyncrl_api.job import Spec
+from asyncrl_api.spec_views import FrozenSpec
 from asyncrl_runtime.contract.broker import Delivery, ResultStore
 from asyncrl_runtime.contract.messages import (
     EvaluationResult,
@@ -36,7 +36,7 @@ class TicketWork:
     def __init__(
         self,
         worker: str,
-        spec: Spec,
+        spec: FrozenSpec,
         results: ResultStore,
         runner: GroupRunner,
         report_failure: Callable[[str], None],

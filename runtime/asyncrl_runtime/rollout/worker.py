@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from asyncrl_api.job import Spec
 from asyncrl_api.parsing import SpecError
 from asyncrl_api.protocols import Workflow
-from asyncrl_api.run_config import with_live_values
+from asyncrl_api.run_config import RunningSpec
 from asyncrl_runtime.contract.broker import Delivery, DeliverySource, TransportError, WorkerBroker
 from asyncrl_runtime.contract.messages import (
     EVALUATION_ROWS,
@@ -61,18 +61,19 @@ class Worker:
     ) -> None:
         self._name = name
         self._incarnation = uuid.uuid4().hex
-        self._spec = spec
+        self._spec = RunningSpec(spec)
         self._broker = broker
         self._engine = engine
         self._slots = Slots()
-        self._limit = ConcurrencyLimit(spec.sampling.group_size, spec.rollout.max_concurrency)
+        self._limit = ConcurrencyLimit(
+            self._spec.frozen.sampling.group_size, self._spec.live.rollout.max_concurrency
+        )
         self._updates = updates_of(engine, lambda: self._slots.num_taken)
         self._monitor = EngineMonitor(
             engine, self._updates, lambda: self._slots.num_taken, self._limit.observe, clock
         )
-        self._interrupt = spec.rollout.interrupt
         self._runner = GroupRunner(engine, renderer, workflow, scorer, self._cache_salt)
-        self._work = TicketWork(name, spec, broker, self._runner, self.report_failure, clock)
+        self._work = TicketWork(name, self._spec.frozen, broker, self._runner, self.report_failure, clock)
         self._deliveries: set[Delivery] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopping = asyncio.Event()
@@ -86,7 +87,7 @@ class Worker:
 
     def _cache_salt(self) -> str | None:
         """Where KV is kept over updates, no new sample may reuse what older weights have left."""
-        return str(self._engine.weights.version) if self._interrupt == "InPlace" else None
+        return str(self._engine.weights.version) if self._spec.live.rollout.interrupt == "InPlace" else None
 
     def stop(self) -> None:
         """Begin to drain: take no more tickets, break off what is in flight and hand it back."""
@@ -114,7 +115,7 @@ class Worker:
             "keep tickets": self._keep_alive(prompts.alive_seconds, are_tickets=True),
             "keep questions": self._keep_alive(questions.alive_seconds, are_tickets=False),
             "questions": self._pull(questions, self._work.answer, EVALUATION_ROWS),
-            "prompts": self._pull(prompts, self._work.sample, self._spec.sampling.group_size),
+            "prompts": self._pull(prompts, self._work.sample, self._spec.frozen.sampling.group_size),
             "stop": self._wait_for_the_end(),
         }
         running = [asyncio.create_task(loop, name=name) for name, loop in loops.items()]
@@ -221,12 +222,13 @@ class Worker:
 
     def _apply_live_values(self, data: bytes) -> None:
         try:
-            spec = with_live_values(self._spec, json.loads(data))
+            passed_over = self._spec.take_over(json.loads(data))
         except (SpecError, ValueError) as error:
             log.warning("live values are ignored: %s", error)
             return
-        self._limit.ceiling = spec.rollout.max_concurrency
-        self._interrupt = spec.rollout.interrupt
+        if passed_over:
+            log.warning("%s", passed_over)
+        self._limit.ceiling = self._spec.live.rollout.max_concurrency
 
     async def _drain(self, pulls: list[asyncio.Task[None]]) -> None:
         """Break off what is in flight, so that its tokens are attested and handed on; leave the group."""

@@ -20,10 +20,10 @@ import torch.distributed as dist
 
 from asyncrl_api.base import parse_quantity
 from asyncrl_api.exits import ExitCode, ExitError
-from asyncrl_api.job import Spec
 from asyncrl_api.ledger import History, LedgerError, read_ledger
 from asyncrl_api.report import CheckpointReport, EvaluationReport, Report
-from asyncrl_api.run_config import RunConfig, live_values
+from asyncrl_api.run_config import RunConfig, RunningSpec
+from asyncrl_api.spec_views import FrozenSpec
 from asyncrl_runtime.contract.broker import TrainerBroker, TransportError
 from asyncrl_runtime.contract.rows import prompt_text
 from asyncrl_runtime.history.ledger_writer import Ledger, Superseded
@@ -200,9 +200,10 @@ async def _open_attempt(
     await _load_policy(config, ranks, checkpoint)
 
     books = restore_books(config, checkpoint, history)
-    streams = JobStreams(broker, books, live_values(config.spec))
+    spec = RunningSpec(config.spec)
+    streams = JobStreams(broker, books, spec.live_values())
     side_tasks = SideTasks(
-        broker, streams, books, fleet, rows.training, config.spec, config.live_file, time.monotonic
+        broker, streams, books, fleet, rows.training, spec, config.live_file, time.monotonic
     )
     side_tasks.read_live_values()
     await streams.open(None if checkpoint is None else checkpoint.position.trajectory_stream)
@@ -210,7 +211,7 @@ async def _open_attempt(
     parts = AttemptParts(
         attempt=options.attempt,
         uid=config.uid,
-        spec=config.spec,
+        spec=spec.frozen,
         folder=config.job_folder,
         books=books,
         streams=streams,
@@ -326,7 +327,7 @@ def _make_publisher(
     )
 
 
-def choose_backend(spec: Spec, *, has_gpu: bool) -> str:
+def choose_backend(spec: FrozenSpec, *, has_gpu: bool) -> str:
     """Return torch's name of the library by which weights travel: engines on CPUs have none but gloo.
 
     Args:
@@ -361,7 +362,7 @@ def _open_metrics(
     report = Report(
         attempt=options.attempt,
         step=books.version,
-        max_steps=books.spec.training.max_steps,
+        max_steps=books.live.training.max_steps,
         state="Starting",
         first_evaluation=None if first is None else EvaluationReport.model_validate(first),
         last_evaluation=None if before is None or checkpoint is None else before.last_evaluation,

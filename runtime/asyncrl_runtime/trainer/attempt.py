@@ -49,7 +49,7 @@ class Attempt:
     @property
     def max_steps(self) -> int:
         """As it is now: it may grow while the job runs."""
-        return self._books.spec.training.max_steps
+        return self._books.live.training.max_steps
 
     def request_stop(self) -> None:
         """Have `next_batch` return None at the next boundary."""
@@ -72,7 +72,7 @@ class Attempt:
     async def _publish(self, version: int) -> None:
         began = self._parts.clock()
         label = PolicyVersion(self._parts.attempt, version)
-        interrupt = self._books.spec.rollout.interrupt
+        interrupt = self._books.live.rollout.interrupt
         await self._parts.weights.publish(label, interrupt)
         await self._streams.announce(label)
         self._publish_seconds = self._parts.clock() - began
@@ -151,7 +151,7 @@ class Attempt:
     def record(self, batch: Batch) -> None:
         """Write the step into the ledger, unless it is there already."""
         if not batch.is_repeat:
-            live = recorded_values(self._books.spec)
+            live = recorded_values(self._books.live)
             self._parts.ledger.record_step(batch.version, batch.tickets, batch.discards, live)
         self._books.close(batch)
 
@@ -162,7 +162,7 @@ class Attempt:
         plan = plan_step(
             batch.groups,
             algorithm=spec.algorithm,
-            max_new_tokens=self._books.spec.sampling.max_new_tokens,
+            max_new_tokens=self._books.live.sampling.max_new_tokens,
             num_minibatches=min(spec.training.minibatches, len(batch.groups)),
             tokens_per_micro_batch=spec.training.tokens_per_micro_batch,
             learning_rate=learning_rate(

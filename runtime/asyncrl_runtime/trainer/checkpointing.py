@@ -6,8 +6,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from asyncrl_api.job import Spec
 from asyncrl_api.report import CheckpointReport
+from asyncrl_api.spec_views import FrozenSpec
 from asyncrl_runtime.trainer.books.checkpoints import CheckpointFailed, Position
 from asyncrl_runtime.trainer.seams import AttemptParts
 from asyncrl_runtime.trainer.update.ranks import Export, Save
@@ -47,7 +47,7 @@ class Checkpointing:
 
     async def save_if_due(self) -> None:
         """Save every so many steps, and at once when the trajectory stream fills up; export likewise."""
-        spec, version = self._books.spec.checkpoint, self._books.version
+        spec, version = self._books.live.checkpoint, self._books.version
         if self._parts.streams.is_nearly_full:
             log.warning("the trajectory stream is nearly full: checkpoint, to purge behind it")
             await self.save()
@@ -104,7 +104,7 @@ class Checkpointing:
             return
         self._num_failed = 0
         self._saved = [*[p for p in self._saved if p.version < position.version], position][-2:]
-        self._parts.checkpoints.prune(self._books.spec.checkpoint.keep)
+        self._parts.checkpoints.prune(self._books.live.checkpoint.keep)
         await self._purge_behind(self._saved[0])
         self._parts.metrics.update(
             last_checkpoint=CheckpointReport(
@@ -148,7 +148,7 @@ class Checkpointing:
         )
 
 
-def origin_of(spec: Spec) -> dict[str, Any]:
+def origin_of(spec: FrozenSpec) -> dict[str, Any]:
     """Return the immutable fields that policy and tickets come from; a checkpoint of others is refused."""
     model = spec.model.model_dump(by_alias=True, include={"source", "revision", "dtype"})
     dataset = spec.dataset.model_dump(

@@ -57,8 +57,8 @@ class EvaluationSchedule:
 
     def begin_if_due(self) -> None:
         """Begin an evaluation beside the training; the last one is made by `measure_last`."""
-        spec, version = self._books.spec.evaluation, self._books.version
-        if spec is None or self._examiner is None or version >= self._books.spec.training.max_steps:
+        spec, version = self._books.live.evaluation, self._books.version
+        if spec is None or self._examiner is None or version >= self._books.live.training.max_steps:
             return
         if version % spec.every_steps != 0 or self._books.is_repeating:
             return
@@ -100,7 +100,7 @@ class EvaluationSchedule:
 
     async def _measure(self, boundary: Boundary, *, trainer_waits: bool) -> Evaluated | None:
         assert self._examiner is not None
-        version, limit = self._books.version, self._books.spec.sampling.max_new_tokens
+        version, limit = self._books.version, self._books.live.sampling.max_new_tokens
         evaluated = await self._examiner.run(version, limit, boundary)
         if evaluated is None:
             return None

@@ -208,7 +208,7 @@ class JobStreams:
 
     async def announce(self, version: PolicyVersion) -> None:
         """Tell the workers the version that is current, before tickets of it are issued."""
-        current = CurrentVersion(version=version, max_versions=self._books.spec.staleness.max_versions)
+        current = CurrentVersion(version=version, max_versions=self._books.live.staleness.max_versions)
         await self._put("version", encode(current))
 
     async def hand_on(self, live_values: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from asyncrl_api.job import Spec
+from asyncrl_api.spec_views import FrozenSpec
 from asyncrl_runtime.contract.messages import PolicyVersion
 from asyncrl_runtime.history.ledger_writer import Ledger
 from asyncrl_runtime.trainer.books.books import Books
@@ -57,7 +57,8 @@ class AttemptParts:
 
     attempt: int
     uid: str
-    spec: Spec
+    spec: FrozenSpec
+    """As the attempt began; fields marked L are in the books."""
     folder: Path
     books: Books
     streams: Streams

@@ -10,9 +10,8 @@ from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
-from asyncrl_api.job import Spec
 from asyncrl_api.parsing import SpecError
-from asyncrl_api.run_config import live_values, with_live_values
+from asyncrl_api.run_config import RunningSpec
 from asyncrl_runtime.contract.broker import TicketStreams, TransportError
 from asyncrl_runtime.contract.messages import Ticket, encode
 from asyncrl_runtime.trainer.books.books import Books
@@ -37,7 +36,7 @@ class SideTasks:
 
     Args:
         rows: what is trained on; a ticket's number says which it gets.
-        base_spec: as the attempt began; fields marked L are read from `live_file` on top of it.
+        spec: its fields marked L are read from `live_file` again and again.
         clock: monotonic seconds.
     """
 
@@ -48,7 +47,7 @@ class SideTasks:
         books: Books,
         fleet: Fleet,
         rows: Sequence[DictRow],
-        base_spec: Spec,
+        spec: RunningSpec,
         live_file: Path,
         clock: Callable[[], float],
     ) -> None:
@@ -56,9 +55,9 @@ class SideTasks:
         self._streams = streams
         self._books = books
         self._rows = rows
-        self._order = PromptOrder(len(rows), base_spec.dataset.seed)
+        self._order = PromptOrder(len(rows), spec.frozen.dataset.seed)
         self._reaper = Reaper(broker, fleet, clock)
-        self._base_spec = self._live_spec = base_spec
+        self._spec = spec
         self._live_file = live_file
         self._live_text, self._live_fault = "", ""
         self._clock = clock
@@ -100,14 +99,14 @@ class SideTasks:
         """Return the message of a ticket; empty for one that needs no sampling any more."""
         if self._books.is_closed(number) or number in self._books.inbox.arrived:
             return b""
-        sampling = self._books.spec.sampling
+        live = self._books.live.sampling
         return encode(
             Ticket(
                 ticket=number,
                 row=self._rows[self._order.index(number)],
-                group_size=sampling.group_size,
-                max_new_tokens=sampling.max_new_tokens,
-                temperature=sampling.temperature,
+                group_size=self._spec.frozen.sampling.group_size,
+                max_new_tokens=live.max_new_tokens,
+                temperature=live.temperature,
             )
         )
 
@@ -158,7 +157,7 @@ class SideTasks:
         """Follow the file of live fields and hand them on to the workers."""
         while True:
             if self.read_live_values():
-                await self._streams.hand_on(live_values(self._live_spec))
+                await self._streams.hand_on(self._spec.live_values())
             await asyncio.sleep(WATCH_SECONDS)
 
     def read_live_values(self) -> bool:
@@ -168,18 +167,14 @@ class SideTasks:
             if text == self._live_text:
                 self._live_fault = ""
                 return False
-            spec = with_live_values(self._base_spec, json.loads(text))
+            passed_over = self._spec.take_over(json.loads(text))
         except (OSError, ValueError, SpecError) as error:
             if str(error) != self._live_fault:  # once, though it is read again and again
                 log.warning("live values in %s are ignored: %s", self._live_file, error)
                 self._live_fault = str(error)
             return False
         self._live_text, self._live_fault = text, ""
-        current = self._live_spec
-        if spec.training.max_steps < current.training.max_steps:
-            log.warning("spec.training.maxSteps may only grow; it stays %d", current.training.max_steps)
-            training = spec.training.model_copy(update={"max_steps": current.training.max_steps})
-            spec = spec.model_copy(update={"training": training})
-        self._live_spec = spec
-        self._books.use(spec)
+        if passed_over:
+            log.warning("%s", passed_over)
+        self._books.use(self._spec.live)
         return True

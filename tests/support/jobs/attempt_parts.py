@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from asyncrl_api.job import Spec
 from asyncrl_api.report import Report
 from asyncrl_runtime.history.ledger_writer import Ledger
 from asyncrl_runtime.trainer.books.books import Books
@@ -15,6 +16,7 @@ from support.fakes import FakeEvaluator, FakeRanks, FakeStreams, FakeWeights
 
 def make_attempt_parts(
     folder: Path,
+    spec: Spec,
     books: Books,
     streams: FakeStreams,
     ranks: FakeRanks,
@@ -29,7 +31,7 @@ def make_attempt_parts(
     return AttemptParts(
         attempt=1,
         uid="uid",
-        spec=books.spec,
+        spec=spec,
         folder=folder,
         books=books,
         streams=streams,

@@ -8,11 +8,12 @@ import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-from asyncrl_api.job import Spec
+from asyncrl_api.job import Spec, StalenessSpec
 from asyncrl_api.ledger import RecordedStep
 from asyncrl_api.names import ticket_of
+from asyncrl_api.spec_views import LiveSpec
 from asyncrl_runtime.contract.broker import StreamMessage
 from asyncrl_runtime.contract.messages import Group, Tombstone
 from asyncrl_runtime.trainer.books.bell import Bell
@@ -59,7 +60,7 @@ class Books:
     """Holds the books. Others read them, and change them by verbs alone.
 
     Args:
-        spec: the live values in force; replaced as they change.
+        spec: as the attempt begins; `use` replaces its live values as they change.
         version: the checkpoint's.
         book: the checkpoint's, of tickets closed up to `version`.
         recorded: steps of the ledger from `version` on, which are repeated first.
@@ -83,7 +84,8 @@ class Books:
         """For the training loop: a group has arrived, or something else wants to be looked at."""
         self.inbox = Inbox(position)
         self.counters = Counters()
-        self._spec = spec
+        self._batch_size = spec.training.batch_size
+        self._live: LiveSpec = spec
         self._version = version
         self._book = book or TicketBook()
         self._began: dict[int, int] = dict(began or {})
@@ -95,13 +97,13 @@ class Books:
         self._num_issued = 0
 
     @property
-    def spec(self) -> Spec:
-        """The live values in force."""
-        return self._spec
+    def live(self) -> LiveSpec:
+        """The fields marked L that are in force."""
+        return self._live
 
-    def use(self, spec: Spec) -> None:
+    def use(self, live: LiveSpec) -> None:
         """Other live values are in force from now on."""
-        self._spec = spec
+        self._live = live
         self.gate_moved.ring()
         self.news.ring()
 
@@ -148,9 +150,9 @@ class Books:
         """
         return self._book.limit(
             version=self._version,
-            batch_size=self._spec.training.batch_size,
-            max_versions=self._spec.staleness.max_versions,
-            max_steps=self._spec.training.max_steps,
+            batch_size=self._batch_size,
+            max_versions=self._live.staleness.max_versions,
+            max_steps=self._live.training.max_steps,
             num_in_step=self._num_in_step,
             pending={discard.ticket for discard in self._pending},
         )
@@ -185,7 +187,7 @@ class Books:
             return
         if isinstance(arrived, Group):
             self.counters.num_failed_samples += len(arrived.failures)
-        if (rejected := reject(arrived, self._spec.sampling.filter)) is not None:
+        if (rejected := reject(arrived, self._live.sampling.filter)) is not None:
             self._discard(rejected, arrived)
 
     def _is_done_with(self, message: StreamMessage) -> bool:
@@ -219,10 +221,10 @@ class Books:
         groups, discards = form_batch(
             (group for group in self.inbox.arrived.values() if isinstance(group, Group)),
             version=self._version,
-            batch_size=self._spec.training.batch_size,
-            rule=self._spec.staleness,
+            batch_size=self._batch_size,
+            rule=self._live.staleness,
             began=self._began,
-            sample_filter=self._spec.sampling.filter,
+            sample_filter=self._live.sampling.filter,
         )
         for discard in discards:
             self._discard(discard, self.inbox.arrived[discard.ticket])
@@ -235,14 +237,14 @@ class Books:
             version=self._version,
             groups=tuple(groups),
             discards={reason: tuple(sorted(tickets)) for reason, tickets in sorted(by_reason.items())},
-            max_steps=self._spec.training.max_steps,
+            max_steps=self._live.training.max_steps,
         )
 
     def _recorded_batch(self, step: RecordedStep) -> Batch | None:
         """Return a batch as it was recorded, under the values that were in force then."""
         if self._is_recorded_lost:
             raise RecordedBatchLost(f"step {step.version} was recorded, but its trajectories are lost")
-        spec = with_recorded_values(self._spec, step.live)
+        recorded = with_recorded_values(self._live, step.live)
         groups = []
         for ticket in step.tickets:
             group = self.inbox.arrived.get(ticket)
@@ -250,11 +252,11 @@ class Books:
                 return None
             if isinstance(group, Tombstone):
                 raise RecordedBatchLost(f"ticket {ticket} of step {step.version} is a tombstone now")
-            verdict = assess(group, step.version, spec.staleness, step.began, "None")
+            verdict = assess(group, step.version, recorded.staleness, step.began, "None")
             if isinstance(verdict, Discard):
                 raise RecordedBatchLost(f"ticket {ticket} of step {step.version} is not what was recorded")
             groups.append(verdict)
-        return Batch(step.version, tuple(groups), step.discards, spec.training.max_steps, is_repeat=True)
+        return Batch(step.version, tuple(groups), step.discards, recorded.max_steps, is_repeat=True)
 
     def missing_of_recorded(self) -> list[int]:
         """Tickets of the next step to be repeated that have not arrived."""
@@ -267,7 +269,7 @@ class Books:
         self._recorded.clear()
         self._is_recorded_lost = False
         for group in list(self.inbox.arrived.values()):
-            if (rejected := reject(group, self._spec.sampling.filter)) is not None:
+            if (rejected := reject(group, self._live.sampling.filter)) is not None:
                 self._discard(rejected, group)
 
     def close(self, batch: Batch) -> None:
@@ -340,7 +342,7 @@ class Books:
         self._pending.append(discard)
         self.inbox.set_aside(discard.ticket)
         self.counters.discards[discard.reason] += 1
-        self._discard_count.add(discard, self._spec.training.batch_size)
+        self._discard_count.add(discard, self._batch_size)
         self.gate_moved.ring()
 
 
@@ -353,17 +355,22 @@ def _causes(discard: Discard, group: Group | Tombstone) -> list[str]:
     return [f"{failure.reason}: {failure.message}" for failure in group.failures[:1]]
 
 
-def recorded_values(spec: Spec) -> dict[str, Any]:
+class RecordedValues(NamedTuple):
+    """The live values that decide what a step trains."""
+
+    staleness: StalenessSpec
+    max_steps: int
+
+
+def recorded_values(live: LiveSpec) -> dict[str, Any]:
     """Return the live values that decide what a step trains, for the ledger."""
     return {
-        "staleness": spec.staleness.model_dump(by_alias=True),
-        "training": {"maxSteps": spec.training.max_steps},
+        "staleness": live.staleness.model_dump(by_alias=True),
+        "training": {"maxSteps": live.training.max_steps},
     }
 
 
-def with_recorded_values(spec: Spec, values: Mapping[str, Any]) -> Spec:
-    """Return `spec` with the values that were in force when a step was recorded."""
-    staleness = spec.staleness.model_validate(values.get("staleness", {}))
-    max_steps = values.get("training", {}).get("maxSteps", spec.training.max_steps)
-    training = spec.training.model_copy(update={"max_steps": max_steps})
-    return spec.model_copy(update={"staleness": staleness, "training": training})
+def with_recorded_values(live: LiveSpec, values: Mapping[str, Any]) -> RecordedValues:
+    """Return the values that were in force when a step was recorded; `live` has a maxSteps that it lacks."""
+    staleness = live.staleness.model_validate(values.get("staleness", {}))
+    return RecordedValues(staleness, values.get("training", {}).get("maxSteps", live.training.max_steps))
