@@ -11,7 +11,7 @@ from asyncrl_api.exits import ExitCode, ExitError
 from asyncrl_api.job import Spec
 from asyncrl_api.processes import bind
 from asyncrl_api.run_config import RunConfig
-from asyncrl_runtime.contract.broker import TransportError
+from asyncrl_runtime.contract.broker import TransportError, WorkerBroker
 from asyncrl_runtime.contract.imports import ImportFailed
 from asyncrl_runtime.model.source import ensure_model, load_tokenizer, vocab_size
 from asyncrl_runtime.rollout.adapter_updates import AdapterUpdates
@@ -72,7 +72,7 @@ async def _run(
     renderer = PromptRenderer(
         load_tokenizer(folder), config.spec.dataset.prompt_field, config.spec.workflow.system_prompt
     )
-    broker = await WorkerEnd.connect(config.nats, config.names, name)
+    broker: WorkerBroker = await WorkerEnd.connect(config.nats, config.names, name)
     worker = Worker(name, config.spec, broker, engine, updates_of, renderer, workflow, scorer)
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, worker.stop)

@@ -139,7 +139,7 @@ async def _lead(config: RunConfig, options: Options, model_folder: Path, ranks: 
     rows = await asyncio.to_thread(load_rows, config.spec)
     storage_bytes = parse_quantity(config.spec.messaging.embedded.storage.size)
     name = f"trainer-{options.attempt}"
-    broker = await TrainerEnd.connect(config.nats, config.names, name, storage_bytes)
+    broker: TrainerBroker = await TrainerEnd.connect(config.nats, config.names, name, storage_bytes)
     try:
         await broker.take_lease(options.attempt, f"{socket.gethostname()}-{os.getpid()}")
         fleet = Fleet(time.monotonic)
