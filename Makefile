@@ -14,7 +14,7 @@ WORKERS := --numprocesses logical --maxprocesses 8 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help quickstart test unit e2e contract-sglang contract-sglang-before-sessions sglang lint crd docs \
-	constraints clean
+	constraints kube-tools clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-34s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -70,6 +70,9 @@ constraints: | $(BIN)/python ## Write constraints.txt from the newest versions t
 	$(BIN)/pip install --dry-run --ignore-installed --quiet --report $(VENV)/report.json torch==2.13.0 \
 		--editable '.[local,dev,docs,hub]'
 	$(BIN)/python scripts/write_constraints.py $(VENV)/report.json > constraints.txt
+
+kube-tools: ## Say how tests find a control plane without the kit.
+	@$(PYTHON) scripts/kubeup.py tools
 
 # torch first and pinned: any other spec may pull gigabytes of CUDA.
 $(STAMP): pyproject.toml constraints.txt | $(BIN)/python

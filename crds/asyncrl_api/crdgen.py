@@ -10,6 +10,8 @@ from asyncrl_api.parsing import render_yaml
 from asyncrl_api.reference import render_reference
 from asyncrl_api.rules import Rule, all_rules
 from asyncrl_api.structural import field_schema, status_schema
+from asyncrl_api.views import FILE_NAME as SPEC_VIEWS
+from asyncrl_api.views import render_views
 
 GROUP, VERSION = API_VERSION.split("/")
 PLURAL = "asyncrljobs"
@@ -119,12 +121,15 @@ def files(root: Path) -> dict[Path, str]:
     return {
         root / "crds" / FILE_NAME: crd,
         root / "charts" / "asyncrl" / "files" / FILE_NAME: crd,
+        root / "crds" / "asyncrl_api" / SPEC_VIEWS: render_views(),
         root / "docs" / "reference.md": render_reference(),
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write the CRD and the reference page.")
+    parser = argparse.ArgumentParser(
+        description="Write the CRD, the views of the spec, and the reference page."
+    )
     parser.add_argument("root", type=Path, nargs="?", default=Path(), help="Root folder of the repository.")
     for path, text in files(parser.parse_args().root).items():
         path.parent.mkdir(parents=True, exist_ok=True)

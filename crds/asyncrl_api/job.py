@@ -124,7 +124,7 @@ class Spec(ApiType):
         "How far sampling may run ahead of training.", mark="L", default=StalenessSpec()
     )
     evaluation: EvaluationSpec | None = field(
-        "Evaluation on held-out prompts. Absent: there is none.", mark="L", default=None
+        "Evaluation on held-out prompts. Absent: there is none.", mark="R", default=None
     )
     gpu_budget: GPUBudgetSpec = field("How many GPUs the job may hold, and who decides how they are used.")
     rollout: RolloutSpec = field("The group that samples.", default=RolloutSpec())

@@ -1,14 +1,15 @@
 """RunConfig, which every process of a job is given, and the fields that change while the job runs."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 from asyncrl_api.exits import ExitCode, ExitError
 from asyncrl_api.job import Spec
-from asyncrl_api.marks import merge, split_live
+from asyncrl_api.marks import FieldNode, merge, split_live, tree
 from asyncrl_api.names import JobNames, NatsAddress
 from asyncrl_api.parsing import FieldError, SpecError, parse_spec
+from asyncrl_api.spec_views import FrozenSpec, LiveSpec
 from asyncrl_api.wire import Wire
 
 SGLANG_PYTHON = "ASYNCRL_SGLANG_PYTHON"
@@ -68,15 +69,71 @@ def live_values(spec: Spec) -> dict[str, Any]:
 def with_live_values(spec: Spec, values: dict[str, Any]) -> Spec:
     """Return `spec` with its L fields replaced by `values`; those not in `values` take their defaults.
 
+    Values of an optional block that `spec` lacks, and that has fields of other marks too, are passed over:
+    the block as a whole comes with the next attempt.
+
     Raises:
         SpecError: a value is out of bounds, or a field is not marked L.
     """
     rest = split_live(spec)[1]
-    changed = parse_spec(merge(rest, values))
+    changed = parse_spec(merge(rest, _without_new_blocks(tree(type(spec)), rest, values)))
     rule = "only fields marked L may change while the job runs"
     if others := list(_differences(rest, split_live(changed)[1], "spec")):
         raise SpecError(FieldError(path=path, rule=rule, value=value) for path, value in others)
     return changed
+
+
+class RunningSpec:
+    """A spec as an attempt began with it, and with the fields marked L as they are now."""
+
+    def __init__(self, spec: Spec) -> None:
+        self._began = self._now = spec
+
+    @property
+    def frozen(self) -> FrozenSpec:
+        """What does not change while the attempt lasts."""
+        return self._began
+
+    @property
+    def live(self) -> LiveSpec:
+        """What may change at any time: read it anew at every use."""
+        return self._now
+
+    def live_values(self) -> dict[str, Any]:
+        """Return the fields marked L as they are now, nested as in the manifest."""
+        return live_values(self._now)
+
+    def take_over(self, values: dict[str, Any]) -> str:
+        """Replace the fields marked L, but for a `training.maxSteps` that would shrink.
+
+        Returns:
+            What was not taken over, in a sentence; empty if nothing.
+
+        Raises:
+            SpecError: a value is out of bounds, or a field is not marked L; nothing is replaced.
+        """
+        spec, reached = with_live_values(self._began, values), self._now.training.max_steps
+        if spec.training.max_steps >= reached:
+            self._now = spec
+            return ""
+        training = spec.training.model_copy(update={"max_steps": reached})
+        self._now = spec.model_copy(update={"training": training})
+        return f"spec.training.maxSteps may only grow; it stays {reached}"
+
+
+def _without_new_blocks(
+    nodes: Iterable[FieldNode], rest: Mapping[str, Any], values: Mapping[str, Any]
+) -> dict[str, Any]:
+    kept = dict(values)
+    for node in nodes:
+        is_mixed = "L" in node.mark and node.mark != "L"
+        if not is_mixed or not isinstance(kept.get(node.name), dict):
+            continue
+        if node.is_optional and node.name not in rest:
+            del kept[node.name]
+        else:
+            kept[node.name] = _without_new_blocks(node.children, rest.get(node.name, {}), kept[node.name])
+    return kept
 
 
 def _differences(before: Any, after: Any, path: str) -> Iterator[tuple[str, Any]]:

@@ -145,13 +145,18 @@ class SamplingSpec(ApiType):
 
 
 class EvaluationSpec(ApiType):
-    """Held-out prompts, answered greedily and never trained on."""
+    """Held-out prompts, answered greedily and never trained on.
+
+    What is held out is left out of the rows that tickets are numbered through, so another choice gives every
+    ticket another prompt, and what workers have earned for open ones would be joined to it. Hence mark R.
+    """
 
     source: Text = field("Where the rows come from; the same forms as dataset.source.")
     split: Name = field("Split of the data set.", default="test", min_length=1)
     parameters: FreeForm = field("Keyword arguments of the source.", default={})
     every_steps: Count = field(
         "Steps between evaluations; there is also one before the first step and one after the last.",
+        mark="L",
         default=20,
     )
     samples: Count = field("Number of held-out prompts.", default=200)

@@ -39,6 +39,7 @@ from asyncrl_runtime.trainer.books.books import Books
 from asyncrl_runtime.transport.broker import Broker
 from asyncrl_runtime.transport.reader import OrderedReader
 from asyncrl_runtime.transport.streams import delete_streams, make_streams
+from asyncrl_runtime.transport.worker_end import WorkerEnd
 from support.jobs.nats_server import NatsServer
 from support.messages.samples import make_job
 
@@ -104,8 +105,11 @@ async def publish_all(broker: Broker, run: Run) -> float:
     numbers = range(1, run.case.num_messages + 1)
     payloads = {n: encode(make_group(n, fields)) for n in numbers if run.side == "bare"}
 
+    state = await broker.jetstream.key_value(NAMES.state_bucket)
+    end = WorkerEnd(broker, NAMES, "rollout-0", state)
+
     async def publish_ours(ticket: int) -> None:
-        await publish_result(broker, NAMES, make_group(ticket, fields))
+        await publish_result(end, make_group(ticket, fields))
 
     async def publish_bare(ticket: int) -> None:
         headers = {"Nats-Msg-Id": str(ticket)}

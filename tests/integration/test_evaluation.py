@@ -50,9 +50,7 @@ class Exam:
 
     def __init__(self, scene: Scene, rows: list[dict[str, Any]] = ROWS) -> None:
         self.stream_generation = 1
-        self._evaluator = Evaluator(
-            scene.broker, scene.names, 1, rows, lambda: self.stream_generation, time.monotonic
-        )
+        self._evaluator = Evaluator(scene.end, 1, rows, lambda: self.stream_generation, time.monotonic)
 
     async def run(self, tick: Tick | None = None) -> Evaluated:
         async def nothing() -> None:
@@ -197,7 +195,7 @@ async def test_an_evaluation_that_nobody_answers_is_given_up(
         nonlocal now
         now += SILENT_SECONDS / 2
 
-    evaluator = Evaluator(scene.broker, scene.names, 1, ROWS, lambda: 1, lambda: now)
+    evaluator = Evaluator(scene.end, 1, ROWS, lambda: 1, lambda: now)
     assert await evaluator.run(0, MAX_NEW_TOKENS, time_passes) is None
     assert "evaluation 1-1 is given up: no answer in 600 s" in caplog.text
 

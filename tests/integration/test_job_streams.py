@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from asyncrl_api.names import JobNames, NatsAddress
+from asyncrl_runtime.contract.broker import StreamMessage
 from asyncrl_runtime.contract.messages import Group, encode
 from asyncrl_runtime.trainer.books.books import Books
-from asyncrl_runtime.trainer.side_tasks import SideTasks
+from asyncrl_runtime.trainer.job_streams import JobStreams
 from asyncrl_runtime.transport.broker import Broker
-from asyncrl_runtime.transport.fleet import Fleet
-from asyncrl_runtime.transport.reader import StreamMessage
+from asyncrl_runtime.transport.trainer_end import TrainerEnd
 from support.jobs.job_harness import JobHarness, build_job
 from support.jobs.job_witness import Engine, Witness, finish
 from support.jobs.nats_server import NatsServer
@@ -156,17 +156,16 @@ async def test_a_trajectory_stream_that_goes_while_the_other_is_made_again_is_no
     """It would be made again with the other, and what had arrived through it be waited for for ever."""
     broker = await Broker.connect(nats_address, names, "controller")
     books = Books(build_job().spec)
-    fleet = Fleet(lambda: 0.0)
-    control = SideTasks(broker, names, books, fleet, [], books.spec, tmp_path / "live.json")
-    await control.open_streams(None)
-    first_identity = control.trajectory_identity
+    streams = JobStreams(TrainerEnd(broker, names, 2**28), books, {})
+    await streams.open(None)
+    first_identity = streams.identity
     group = Group(ticket=1, group_size=1, samples=(make_sample(0),))
     books.take(StreamMessage(1, names.trajectory(1), encode(group)))
-    control.prompts_lost = True
+    streams.requeue()
     await broker.jetstream.delete_stream(names.prompt_stream)
     await broker.jetstream.delete_stream(names.trajectory_stream)
-    await control.make_streams_again()
-    assert not control.prompts_lost and not control.trajectories_lost
-    assert control.trajectory_identity != first_identity
+    await streams.mend(pytest.fail)
+    assert not streams.lost
+    assert streams.identity != first_identity
     assert not books.inbox.arrived, "what came through the lost stream is believed to be there"
     await broker.close()

@@ -12,8 +12,9 @@ from nats.aio.client import Client
 
 from asyncrl_api.names import JobNames, NatsAddress
 from asyncrl_operator.render.messaging import User, worker_permissions
+from asyncrl_runtime.contract.broker import TransportError
 from asyncrl_runtime.contract.messages import ResumePoint
-from asyncrl_runtime.transport.broker import Broker, TransportError
+from asyncrl_runtime.transport.broker import Broker
 from asyncrl_runtime.transport.resume_points import ResumePoints
 from asyncrl_runtime.transport.streams import make_streams
 from support.jobs.forked_processes import ForkedProcess

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from asyncrl_api.names import JobNames, NatsAddress
-from asyncrl_runtime.transport.broker import Broker, TransportError
+from asyncrl_runtime.contract.broker import TransportError
+from asyncrl_runtime.transport.broker import Broker
 from support.jobs.nats_server import NatsServer
 
 NAMES = JobNames.on_own_server("team", "job")

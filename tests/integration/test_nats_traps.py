@@ -16,14 +16,9 @@ from nats.aio.msg import Msg
 from nats.js import api
 
 from asyncrl_api.names import JobNames, NatsAddress
+from asyncrl_runtime.contract.broker import PayloadTooLarge, TransportError, WrongLastSequence
 from asyncrl_runtime.history.ledger_writer import Superseded
-from asyncrl_runtime.transport.broker import (
-    Broker,
-    PayloadTooLarge,
-    StreamFull,
-    TransportError,
-    WrongLastSequence,
-)
+from asyncrl_runtime.transport.broker import Broker, StreamFull
 from asyncrl_runtime.transport.lease import Holder, Lease
 from asyncrl_runtime.transport.reader import PULL_MESSAGES, OrderedReader
 from asyncrl_runtime.transport.streams import delete_streams, identity_of, make_streams, stream_info

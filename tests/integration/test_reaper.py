@@ -6,13 +6,17 @@ import pytest
 
 from asyncrl_api.names import JobNames, NatsAddress
 from asyncrl_runtime.contract.messages import Heartbeat
+from asyncrl_runtime.trainer.reaper import UNHELD_SECONDS, Reaper
 from asyncrl_runtime.transport.broker import Broker
-from asyncrl_runtime.transport.fleet import UNHELD_SECONDS, Fleet, Reaper
 from asyncrl_runtime.transport.streams import ACK_WAIT_SECONDS, make_streams
-from asyncrl_runtime.transport.ticket_queue import TAKE_SECONDS, Delivery, TicketQueue
+from asyncrl_runtime.transport.ticket_queue import TAKE_SECONDS, NatsDelivery, TicketQueue
+from asyncrl_runtime.transport.trainer_end import TrainerEnd
+from asyncrl_runtime.weights.fleet import Fleet
+
+STORAGE_BYTES = 2**28
 
 
-async def take(queue: TicketQueue) -> Delivery:
+async def take(queue: TicketQueue) -> NatsDelivery:
     delivery = await queue.take()
     assert delivery is not None
     return delivery
@@ -23,7 +27,7 @@ async def test_what_nobody_holds_is_delivered_to_the_next_worker(
 ) -> None:
     """Of five tickets one is done, one in a living worker's hands, two were never told of, one is queued."""
     controller = await Broker.connect(nats_address, names, "controller")
-    await make_streams(controller.jetstream, names, 2**28)
+    await make_streams(controller.jetstream, names, STORAGE_BYTES)
     for ticket in range(1, 6):
         await controller.jetstream.publish(names.prompt(ticket), b"row")
     dead = await Broker.connect(nats_address, names, "dead")
@@ -33,7 +37,7 @@ async def test_what_nobody_holds_is_delivered_to_the_next_worker(
 
     now = time.monotonic()
     fleet = Fleet(lambda: now)
-    reaper = Reaper(controller, names, fleet, lambda: now)
+    reaper = Reaper(TrainerEnd(controller, names, STORAGE_BYTES), fleet, lambda: now)
     assert await reaper.reap([2, 3, 4, 5]) == []
     now += UNHELD_SECONDS
     fleet.heard(
@@ -59,14 +63,14 @@ async def test_a_hand_back_that_comes_too_late_does_no_harm(
 ) -> None:
     """The ticket was acknowledged meanwhile, or is redelivered and acknowledged by its second holder."""
     broker = await Broker.connect(nats_address, names, "b")
-    await make_streams(broker.jetstream, names, 2**28)
+    await make_streams(broker.jetstream, names, STORAGE_BYTES)
     for number in (1, 2):
         await broker.jetstream.publish(names.prompt(number), b"row")
     queue = await TicketQueue.of_prompts(broker, names)
     first, second = await take(queue), await take(queue)
     await first.acknowledge()
     now = 0.0
-    reaper = Reaper(broker, names, Fleet(lambda: now), lambda: now)
+    reaper = Reaper(TrainerEnd(broker, names, STORAGE_BYTES), Fleet(lambda: now), lambda: now)
     await reaper.reap([ticket])
     now += UNHELD_SECONDS
     assert await reaper.reap([ticket]) == [ticket]

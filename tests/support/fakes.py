@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
 from asyncrl_api.protocols import Score
+from asyncrl_runtime.contract.broker import StreamFacts
 from asyncrl_runtime.contract.messages import JoinGroup, PolicyVersion, ReceiveBucket, VersionSpan
 from asyncrl_runtime.rollout.engine_api import (
     CHECKSUM_SECONDS,
@@ -29,6 +30,7 @@ from asyncrl_runtime.rollout.engine_api import (
 )
 from asyncrl_runtime.rollout.rewards.backend import RewardFailure
 from asyncrl_runtime.rollout.rewards.frames import ScoreRequest
+from asyncrl_runtime.trainer.job_streams import LostStreams
 from asyncrl_runtime.weights.engines import Published
 
 T = TypeVar("T")
@@ -406,6 +408,9 @@ class FakeRanks:
         self._answer = answer
         self.commands: list[Any] = []
 
+    async def keep_awake(self) -> None:
+        """There is one rank."""
+
     async def run(self, command: Any) -> Any:
         self.commands.append(command)
         return self._answer(command)
@@ -433,11 +438,54 @@ class FakeWeights:
         pass
 
 
-class FakeSideTasks:
+class FakeJobQueues:
+    """Streams that are there, that nothing happens to, and a state that nobody reads."""
+
+    facts = StreamFacts(identity="made", last_sequence=0, num_bytes=0, max_bytes=2**20)
+
+    async def prompts(self) -> StreamFacts | None:
+        return self.facts
+
+    async def trajectories(self) -> StreamFacts | None:
+        return self.facts
+
+    async def queued_tickets(self) -> set[int]:
+        return set()
+
+    async def make_streams(self, first_ticket: int | None, first_trajectory: int | None) -> None:
+        pass
+
+    async def delete_prompts(self) -> None:
+        pass
+
+    async def delete_trajectories(self) -> None:
+        pass
+
+    async def delete_streams(self) -> None:
+        pass
+
+    async def purge_trajectories(self, last_sequence: int) -> None:
+        pass
+
+    async def put(self, key: str, data: bytes) -> None:
+        pass
+
+
+class FakeStreams:
     """Streams that nothing happens to."""
 
-    trajectories_lost = prompts_lost = is_nearly_full = False
-    trajectory_identity = ""
+    identity = ""
+    lost = LostStreams()
+    is_nearly_full = False
+
+    def requeue(self) -> None:
+        pass
+
+    async def mend(self, give_up_recorded: Callable[[], None]) -> None:
+        raise AssertionError("nothing is lost")
+
+    async def has_read_everything(self) -> bool:
+        return True
 
     async def announce(self, version: PolicyVersion) -> None:
         pass

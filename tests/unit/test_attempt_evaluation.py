@@ -14,7 +14,7 @@ from asyncrl_runtime.trainer.books.books import Books, recorded_values
 from asyncrl_runtime.trainer.books.checkpoints import Checkpoints
 from asyncrl_runtime.trainer.evaluation import Evaluated
 from asyncrl_runtime.trainer.update.ranks import Command, Export, Logprobs
-from support.fakes import FakeEvaluator, FakeRanks, FakeSideTasks, FakeWeights, run_in_virtual_time
+from support.fakes import FakeEvaluator, FakeRanks, FakeStreams, FakeWeights, run_in_virtual_time
 from support.jobs.attempt_parts import make_attempt_parts
 from support.messages.samples import make_job, make_sample
 
@@ -51,7 +51,9 @@ class Rig:
         self.weights = FakeWeights()
         self.ranks = FakeRanks(answer)
         books = Books(spec, recorded=recorded)
-        parts = make_attempt_parts(folder, books, FakeSideTasks(), self.ranks, self.weights, evaluator, clock)
+        parts = make_attempt_parts(
+            folder, spec, books, FakeStreams(), self.ranks, self.weights, evaluator, clock
+        )
         self.job = Attempt(parts, None)
 
     @property

@@ -3,11 +3,11 @@ import pytest
 from asyncrl_api.job import Spec
 from asyncrl_api.ledger import RecordedStep
 from asyncrl_api.parsing import parse_spec
+from asyncrl_runtime.contract.broker import StreamMessage
 from asyncrl_runtime.contract.messages import Group, GroupPart, Message, SampleFailure, Tombstone, encode
 from asyncrl_runtime.trainer.books.books import Books, RecordedBatchLost, recorded_values
 from asyncrl_runtime.trainer.books.inbox import Inbox
 from asyncrl_runtime.trainer.books.tickets import EndlessDiscards
-from asyncrl_runtime.transport.reader import StreamMessage
 from support.messages.samples import make_group, make_sample
 
 

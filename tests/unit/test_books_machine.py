@@ -15,11 +15,11 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from asyncrl_api.job import Spec
 from asyncrl_api.ledger import History, LedgerLine, read_history
 from asyncrl_api.parsing import parse_spec
+from asyncrl_runtime.contract.broker import StreamMessage
 from asyncrl_runtime.contract.messages import Group, Sample, SampleFailure, Tombstone, VersionSpan, encode
 from asyncrl_runtime.history.audit import audit
 from asyncrl_runtime.trainer.books.books import Batch, Books, RecordedBatchLost, recorded_values
 from asyncrl_runtime.trainer.books.tickets import BookRecord, EndlessDiscards, TicketBook
-from asyncrl_runtime.transport.reader import StreamMessage
 from support.messages.samples import make_sample
 
 MAX_STEPS = 6
@@ -123,7 +123,7 @@ class BooksMachine(RuleBasedStateMachine):
                 position=saved.position,
             )
         self.next_sequence = self.books.inbox.last_sequence + 1
-        self.books.num_issued = world.last_ticket
+        self.books.issued(world.last_ticket)
         self.has_begun = False
         self.batch: Batch | None = None
         if saved is not None and saved.stream != world.stream_number:
@@ -155,7 +155,8 @@ class BooksMachine(RuleBasedStateMachine):
             if books.is_recorded_lost:
                 self._give_up_recorded()
         world.queued.clear()
-        world.last_ticket = books.num_issued = books.book.low
+        books.issue_from(books.book.low + 1)
+        world.last_ticket = books.num_issued
         self._save()
 
     # -- rules
@@ -180,7 +181,7 @@ class BooksMachine(RuleBasedStateMachine):
     def issue(self) -> None:
         books = self.books
         while books.num_issued < books.limit:
-            books.num_issued += 1
+            books.issued(books.num_issued + 1)
             ticket = self.world.last_ticket = books.num_issued
             if not books.is_known(ticket):
                 self.world.queued.add(ticket)
@@ -261,7 +262,7 @@ class BooksMachine(RuleBasedStateMachine):
             return
         if not books.is_repeating and not self.has_begun:
             self.world.write(LedgerLine(attempt=self.attempt, began=books.version))
-            books.began[self.attempt] = books.version
+            books.begin(self.attempt)
             self.has_begun = True
             self.published.append((self.attempt, books.version))
         if batch is None:
@@ -269,7 +270,7 @@ class BooksMachine(RuleBasedStateMachine):
         self._check(batch)
         if not batch.is_repeat:
             self.recorded[batch.version] = batch
-            live = recorded_values(books.spec)
+            live = recorded_values(books.live)
             discards = {reason: tuple(tickets) for reason, tickets in batch.discards.items()}
             self.world.write(
                 LedgerLine(
@@ -343,7 +344,7 @@ class BooksMachine(RuleBasedStateMachine):
     def change_live_values(self, max_versions: int, on_exceed: str, sample_filter: str, order: str) -> None:
         batch_size = self.spec.training.batch_size
         self.spec = make_spec(batch_size, max_versions, on_exceed, sample_filter, order)
-        self.books.spec = self.spec
+        self.books.use(self.spec)
 
     @rule()
     def finish(self) -> None:
@@ -360,8 +361,8 @@ class BooksMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """Whatever happened, from here on nothing fails: the job must end, and its books close."""
-        self.spec = make_spec(2, 1, "Mask", "None", "OldestFirst")
-        self.books.spec = self.spec
+        self.spec = make_spec(self.spec.training.batch_size, 1, "Mask", "None", "OldestFirst")
+        self.books.use(self.spec)
         for _ in range(400):
             if self.finished:
                 break

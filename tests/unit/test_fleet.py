@@ -1,11 +1,8 @@
+"""Who is alive, and which tickets of the dead come back."""
+
 from asyncrl_runtime.contract.messages import Heartbeat
-from asyncrl_runtime.transport.fleet import (
-    AGAIN_SECONDS,
-    SILENCE_SECONDS,
-    UNHELD_SECONDS,
-    Fleet,
-    Orphans,
-)
+from asyncrl_runtime.trainer.reaper import AGAIN_SECONDS, UNHELD_SECONDS, Orphans
+from asyncrl_runtime.weights.fleet import SILENCE_SECONDS, Fleet
 
 
 class World:

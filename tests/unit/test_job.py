@@ -290,7 +290,9 @@ def test_marks_are_those_of_the_documentation() -> None:
         "training.seed": "I",
         "algorithm.clip.dual": "R",
         "staleness.maxVersions": "L",
-        "evaluation.samples": "L",
+        "evaluation": "L/R",
+        "evaluation.samples": "R",
+        "evaluation.everySteps": "L",
         "gpuBudget.total": "L",
         "gpuBudget.allocation": "I",
         "gpuBudget.split": "L/R",
@@ -423,15 +425,29 @@ def test_live_values_replace_live_fields_and_no_others() -> None:
     spec = parse_job(SMALLEST).spec
     values = live_values(spec)
     assert with_live_values(spec, values) == spec
-    evaluation = {"source": "reasoning-gym://chain_sum", "parameters": {"size": 5}}
-    values |= {"evaluation": evaluation, "training": {"maxSteps": 300}}
-    changed = with_live_values(spec, values)
-    assert changed.training.max_steps == 300
-    assert changed.evaluation is not None and changed.evaluation.parameters == {"size": 5}
-    values.pop("evaluation")
-    assert with_live_values(changed, values).evaluation is None
+    values |= {"training": {"maxSteps": 300}}
+    assert with_live_values(spec, values).training.max_steps == 300
     with pytest.raises(SpecError, match="only fields marked L may change"):
         with_live_values(spec, merge(values, {"training": {"batchSize": 3, "minibatches": 1}}))
+
+
+def test_of_an_evaluation_only_how_often_it_is_made_changes_live() -> None:
+    evaluation = {"source": "reasoning-gym://chain_sum", "samples": 7}
+    spec = parse_spec(merge(DEFAULTS["spec"], {"evaluation": evaluation}))
+    values = live_values(spec)
+    assert values["evaluation"] == {"everySteps": 20}
+    changed = with_live_values(spec, merge(values, {"evaluation": {"everySteps": 3}})).evaluation
+    assert changed is not None and (changed.every_steps, changed.samples) == (3, 7)
+    with pytest.raises(SpecError, match=r"spec\.evaluation\.samples"):
+        with_live_values(spec, merge(values, {"evaluation": {"samples": 8}}))
+
+
+def test_live_values_of_a_block_that_comes_with_the_next_attempt_do_not_keep_the_others_out() -> None:
+    spec = parse_job(SMALLEST).spec
+    later = {"evaluation": {"everySteps": 3}, "gpuBudget": {"split": {"rollout": 2}}}
+    changed = with_live_values(spec, merge(live_values(spec), {**later, "training": {"maxSteps": 300}}))
+    assert changed.evaluation is None and changed.gpu_budget.split is None
+    assert changed.training.max_steps == 300
 
 
 def test_merge_goes_into_maps_and_replaces_all_else() -> None:

@@ -328,7 +328,7 @@ def engines(cluster: ModelCluster) -> set[str]:
 @pytest.mark.parametrize(
     ("block", "restarts", "rolls"),
     [
-        ({"evaluation": {"source": "file:///held-out"}}, False, False),
+        ({"evaluation": {"source": "file:///held-out"}}, True, False),
         ({"algorithm": {"overlongPenalty": {}}}, True, False),
         ({"algorithm": {"clip": {"dual": 3.0}}}, True, False),
         ({"workflow": {"configMapRef": {"name": "code"}}}, False, True),
@@ -348,6 +348,23 @@ def test_a_block_that_comes_or_goes_does_what_its_mark_says(
         assert cluster.phase == "Running" and cluster.status.attempt is not None
         assert cluster.status.attempt.number == (1 + number if restarts else 1)
         assert (before & engines(cluster) == set()) if rolls else (before == engines(cluster))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"source": "hf://org/other"}, {"split": "validation"}, {"parameters": {"n": 1}}, {"samples": 3}],
+)
+def test_what_is_held_out_is_another_from_the_next_attempt_on(change: dict[str, Any]) -> None:
+    """The rows that tickets are numbered through are others then; how often it is measured changes live."""
+    cluster = running(evaluation={"source": "hf://org/set"})
+    uids = {pod.uid for pod in cluster.pods.values()}
+    cluster.edit(evaluation={"everySteps": 3})
+    cluster.run_until_still()
+    assert {pod.uid for pod in cluster.pods.values()} == uids
+    cluster.edit(evaluation=change)
+    cluster.run_until_still()
+    assert cluster.status.attempt is not None and cluster.status.attempt.number == 2
+    assert {pod.uid for pod in cluster.pods.values() if pod.group == "rollout"} <= uids
 
 
 def test_a_new_engine_rolls_the_engines_in_waves() -> None:

@@ -19,8 +19,8 @@ from asyncrl_runtime.contract.messages import (
 )
 from asyncrl_runtime.rollout.engine_api import EngineRefused
 from asyncrl_runtime.rollout.weight_updates import WeightUpdates
-from asyncrl_runtime.transport.fleet import Fleet
 from asyncrl_runtime.weights.bucket import Bucket
+from asyncrl_runtime.weights.fleet import Fleet
 from asyncrl_runtime.weights.publisher import ChecksumMismatch, WeightPublisher
 from support.fakes import UpdatableEngine, run_in_virtual_time
 

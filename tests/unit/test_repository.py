@@ -98,6 +98,7 @@ FILES_TWICE = {
     "__init__.py": "a package's own",
     "__main__.py": "a package's own",
     "assemble.py": "puts together the worker, and the trainer",
+    "broker.py": "what is asked of a broker (contract/), and the connection to NATS (transport/)",
     "command.py": "what `asyncrl-runtime engine` does, and `asyncrl-runtime sglang`",
     "main.py": "the entry point of the operator, and of the runtime",
 }

@@ -7,13 +7,11 @@ import signal
 import socket
 from pathlib import Path
 
-import nats.js.errors
-from nats.js.kv import KeyValue
-
 from asyncrl_api.exits import ExitCode, ExitError
 from asyncrl_api.job import Spec
 from asyncrl_api.processes import bind
 from asyncrl_api.run_config import RunConfig
+from asyncrl_runtime.contract.broker import TransportError, WorkerBroker
 from asyncrl_runtime.contract.imports import ImportFailed
 from asyncrl_runtime.model.source import ensure_model, load_tokenizer, vocab_size
 from asyncrl_runtime.rollout.adapter_updates import AdapterUpdates
@@ -28,12 +26,9 @@ from asyncrl_runtime.rollout.rewards.scorer import Scorer, make_scorer
 from asyncrl_runtime.rollout.weight_updates import WeightUpdates
 from asyncrl_runtime.rollout.worker import Worker
 from asyncrl_runtime.rollout.workflows import make_workflow
-from asyncrl_runtime.transport.broker import Broker, TransportError
+from asyncrl_runtime.transport.worker_end import WorkerEnd
 
 log = logging.getLogger(__name__)
-
-BUCKET_SECONDS = 900.0
-"""How long a worker waits for the controller to make the job's streams: it may be loading a model."""
 
 
 async def run_worker(config: RunConfig, name: str, engine_url: str, host: str, health_port: int) -> None:
@@ -77,11 +72,8 @@ async def _run(
     renderer = PromptRenderer(
         load_tokenizer(folder), config.spec.dataset.prompt_field, config.spec.workflow.system_prompt
     )
-    broker = await Broker.connect(config.nats, config.names, name)
-    state_bucket = await _bucket(broker, config.names.state_bucket)
-    worker = Worker(
-        name, config.spec, config.names, broker, engine, updates_of, renderer, workflow, scorer, state_bucket
-    )
+    broker: WorkerBroker = await WorkerEnd.connect(config.nats, config.names, name)
+    worker = Worker(name, config.spec, broker, engine, updates_of, renderer, workflow, scorer)
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, worker.stop)
     probes = asyncio.create_task(serve_health(listener, worker.engine_fault, worker.is_fit))
@@ -116,13 +108,3 @@ def _describe(config: RunConfig) -> str:
         return f"spec.reward.type: {config.spec.reward.type}"
     folders = ", ".join(map(str, config.import_paths)) or "the installed packages"
     return f"spec.reward.function: {config.spec.reward.function} (looked for in {folders})"
-
-
-async def _bucket(broker: Broker, name: str) -> KeyValue:
-    """Open a bucket, waiting until the controller has made it."""
-    return await broker.retry(
-        lambda: broker.jetstream.key_value(name),
-        f"bucket {name}",
-        BUCKET_SECONDS,
-        nats.js.errors.NotFoundError,
-    )

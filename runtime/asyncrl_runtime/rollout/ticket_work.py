@@ -1,11 +1,10 @@
 """What a worker does with one delivery, from the ticket to the acknowledgement."""
 
 import logging
-import time
 from collections.abc import Callable
 
-from asyncrl_api.job import Spec
-from asyncrl_api.names import JobNames
+from asyncrl_api.spec_views import FrozenSpec
+from asyncrl_runtime.contract.broker import Delivery, ResultStore
 from asyncrl_runtime.contract.messages import (
     EvaluationResult,
     EvaluationTicket,
@@ -22,9 +21,6 @@ from asyncrl_runtime.contract.rows import PromptError
 from asyncrl_runtime.rollout.concurrency import Taken
 from asyncrl_runtime.rollout.group_runner import GroupRunner, GroupTask, HandedBack, SampleOutcome
 from asyncrl_runtime.rollout.session import PromptTooLong, SampleLimits, sampling_seed
-from asyncrl_runtime.transport.broker import Broker
-from asyncrl_runtime.transport.resume_points import ResumePoints
-from asyncrl_runtime.transport.ticket_queue import Delivery, is_stored
 
 log = logging.getLogger(__name__)
 
@@ -40,43 +36,41 @@ class TicketWork:
     def __init__(
         self,
         worker: str,
-        spec: Spec,
-        broker: Broker,
-        names: JobNames,
+        spec: FrozenSpec,
+        results: ResultStore,
         runner: GroupRunner,
-        resume_points: ResumePoints,
         report_failure: Callable[[str], None],
+        clock: Callable[[], float],
     ) -> None:
         self._worker = worker
         self._spec = spec
-        self._broker = broker
-        self._names = names
+        self._results = results
         self._runner = runner
-        self._resume_points = resume_points
         self._report_failure = report_failure
+        self._clock = clock
 
     async def sample(self, delivery: Delivery, slots: Taken) -> None:
         """Turn a ticket into a stored group, or a tombstone, and acknowledge it; or hand it back.
 
         A message without data is a ticket that was closed before the stream was made again.
         """
-        number, began = delivery.sequence, time.monotonic()
+        number, began = delivery.sequence, self._clock()
         resume = None
         if delivery.is_redelivered:
-            if await is_stored(self._broker, self._names, number):
+            if await self._results.is_stored(number):
                 await delivery.acknowledge()
                 return
-            resume = await self._resume_points.read(number)
+            resume = await self._results.read_resume_point(number)
         if delivery.data:
             result = await self._result(number, delivery.data, resume, slots, began)
             if isinstance(result, ResumePoint):
-                await self._resume_points.write(result)
+                await self._results.write_resume_point(result)
                 await delivery.hand_back()
                 return
-            await publish_result(self._broker, self._names, result)
+            await publish_result(self._results, result)
         await delivery.acknowledge()
         if resume is not None:
-            await self._resume_points.delete(number)
+            await self._results.delete_resume_point(number)
 
     async def answer(self, delivery: Delivery, slots: Taken) -> None:
         """Answer held-out prompts greedily, one sample each."""
@@ -93,7 +87,7 @@ class TicketWork:
             outcomes = [SampleFailure(index=i, reason="unusable_row", message=str(error)) for i in rows]
         result = EvaluationResult(evaluation=question.evaluation, outcomes=tuple(outcomes))
         key = f"{question.evaluation}.{question.first_index}"
-        await self._broker.publish(self._names.evaluation("answer", key), encode(result), message_id=key)
+        await self._results.publish_answer(key, encode(result))
         await delivery.acknowledge()
 
     async def _result(
@@ -124,7 +118,7 @@ class TicketWork:
             samples=tuple(outcome for outcome in outcomes if not isinstance(outcome, SampleFailure)),
             failures=failures,
             worker=self._worker,
-            seconds=time.monotonic() - began,
+            seconds=self._clock() - began,
         )
 
     def _tombstone(self, number: int, reason: str, error: Exception) -> Tombstone:
@@ -132,12 +126,12 @@ class TicketWork:
         return Tombstone(ticket=number, reason=reason, message=str(error)[:1000], worker=self._worker)
 
 
-async def publish_result(broker: Broker, names: JobNames, result: Group | Tombstone) -> None:
+async def publish_result(results: ResultStore, result: Group | Tombstone) -> None:
     """Store what became of a ticket; the id is the ticket, so that whoever comes second changes nothing."""
     data = encode(result)
     number = result.ticket
     if len(data) <= MAX_GROUP_BYTES:
-        await broker.publish(names.trajectory(number), data, message_id=str(number))
+        await results.publish_trajectory(number, None, data, str(number))
         return
     assert isinstance(result, Group)
     outcomes: list[SampleOutcome] = [*result.samples, *result.failures]
@@ -149,8 +143,4 @@ async def publish_result(broker: Broker, names: JobNames, result: Group | Tombst
             worker=result.worker,
             seconds=result.seconds,
         )
-        await broker.publish(
-            names.trajectory(number, outcome.index),
-            encode(part),
-            message_id=f"{number}/{outcome.index}",
-        )
+        await results.publish_trajectory(number, outcome.index, encode(part), f"{number}/{outcome.index}")

@@ -7,15 +7,11 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable
 
-import nats.js.errors
-from nats.aio.msg import Msg
-from nats.js.kv import KeyValue
-
 from asyncrl_api.job import Spec
-from asyncrl_api.names import JobNames
 from asyncrl_api.parsing import SpecError
 from asyncrl_api.protocols import Workflow
-from asyncrl_api.run_config import with_live_values
+from asyncrl_api.run_config import RunningSpec
+from asyncrl_runtime.contract.broker import Delivery, DeliverySource, TransportError, WorkerBroker
 from asyncrl_runtime.contract.messages import (
     EVALUATION_ROWS,
     CurrentVersion,
@@ -32,14 +28,6 @@ from asyncrl_runtime.rollout.group_runner import GroupRunner
 from asyncrl_runtime.rollout.prompts import PromptRenderer
 from asyncrl_runtime.rollout.rewards.scorer import Scorer
 from asyncrl_runtime.rollout.ticket_work import TicketWork
-from asyncrl_runtime.transport.broker import TRANSIENT, Broker, TransportError
-from asyncrl_runtime.transport.resume_points import ResumePoints
-from asyncrl_runtime.transport.ticket_queue import (
-    QUESTION_ALIVE_SECONDS,
-    TICKET_ALIVE_SECONDS,
-    Delivery,
-    TicketQueue,
-)
 
 log = logging.getLogger(__name__)
 
@@ -63,32 +51,29 @@ class Worker:
         self,
         name: str,
         spec: Spec,
-        names: JobNames,
-        broker: Broker,
+        broker: WorkerBroker,
         engine: Engine,
         updates_of: UpdatesOf,
         renderer: PromptRenderer,
         workflow: Workflow,
         scorer: Scorer,
-        state_bucket: KeyValue,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._name = name
         self._incarnation = uuid.uuid4().hex
-        self._spec = spec
-        self._names = names
+        self._spec = RunningSpec(spec)
         self._broker = broker
         self._engine = engine
-        self._state_bucket = state_bucket
         self._slots = Slots()
-        self._limit = ConcurrencyLimit(spec.sampling.group_size, spec.rollout.max_concurrency)
+        self._limit = ConcurrencyLimit(
+            self._spec.frozen.sampling.group_size, self._spec.live.rollout.max_concurrency
+        )
         self._updates = updates_of(engine, lambda: self._slots.num_taken)
         self._monitor = EngineMonitor(
-            engine, self._updates, lambda: self._slots.num_taken, self._limit.observe, time.monotonic
+            engine, self._updates, lambda: self._slots.num_taken, self._limit.observe, clock
         )
-        self._interrupt = spec.rollout.interrupt
         self._runner = GroupRunner(engine, renderer, workflow, scorer, self._cache_salt)
-        resume_points = ResumePoints(broker, names, state_bucket)
-        self._work = TicketWork(name, spec, broker, names, self._runner, resume_points, self.report_failure)
+        self._work = TicketWork(name, self._spec.frozen, broker, self._runner, self.report_failure, clock)
         self._deliveries: set[Delivery] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopping = asyncio.Event()
@@ -102,7 +87,7 @@ class Worker:
 
     def _cache_salt(self) -> str | None:
         """Where KV is kept over updates, no new sample may reuse what older weights have left."""
-        return str(self._engine.weights.version) if self._interrupt == "InPlace" else None
+        return str(self._engine.weights.version) if self._spec.live.rollout.interrupt == "InPlace" else None
 
     def stop(self) -> None:
         """Begin to drain: take no more tickets, break off what is in flight and hand it back."""
@@ -119,18 +104,18 @@ class Worker:
         Raises:
             TransportError: the broker closed this client for good.
         """
-        await self._broker.client.subscribe(self._names.control(self._name), cb=self._on_control)
-        await self._broker.client.subscribe(f"{self._names.announcements}.*", cb=self._on_announcement)
-        prompts = await TicketQueue.of_prompts(self._broker, self._names)
-        questions = await TicketQueue.of_evaluation(self._broker, self._names)
+        await self._broker.answer_requests(self._update)
+        await self._broker.hear_state(self._apply)
+        prompts = await self._broker.tickets()
+        questions = await self._broker.questions()
         loops = {
             "heartbeat": self._send_heartbeats(),
             "engine": self._monitor.run(),
             "state": self._poll_state(),
-            "keep tickets": self._keep_alive(TICKET_ALIVE_SECONDS, are_tickets=True),
-            "keep questions": self._keep_alive(QUESTION_ALIVE_SECONDS, are_tickets=False),
+            "keep tickets": self._keep_alive(prompts.alive_seconds, are_tickets=True),
+            "keep questions": self._keep_alive(questions.alive_seconds, are_tickets=False),
             "questions": self._pull(questions, self._work.answer, EVALUATION_ROWS),
-            "prompts": self._pull(prompts, self._work.sample, self._spec.sampling.group_size),
+            "prompts": self._pull(prompts, self._work.sample, self._spec.frozen.sampling.group_size),
             "stop": self._wait_for_the_end(),
         }
         running = [asyncio.create_task(loop, name=name) for name, loop in loops.items()]
@@ -150,7 +135,7 @@ class Worker:
         if not self._stopping.is_set():
             raise TransportError("the broker closed this worker's connection for good")
 
-    async def _pull(self, queue: TicketQueue, work: Work, size: int) -> None:
+    async def _pull(self, queue: DeliverySource, work: Work, size: int) -> None:
         """Take one message at a time while there is room, and work on each beside the others."""
         while not self._stopping.is_set():
             if not (self.is_fit() and self._limit.has_room(self._slots.num_taken)):
@@ -211,27 +196,22 @@ class Worker:
                 held=tuple(sorted(d.sequence for d in self._deliveries if d.is_ticket)),
             )
             try:
-                await self._broker.client.publish(self._names.heartbeat(self._name), encode(beat))
-            except TRANSIENT as error:
-                log.info("heartbeat: %s", type(error).__name__)
+                await self._broker.say(beat)
+            except TransportError as error:
+                log.info("%s", error)
             await asyncio.sleep(HEARTBEAT_SECONDS)
 
-    async def _on_control(self, message: Msg) -> None:
-        """One phase of an update; nats-py calls this for one message after the other."""
-        reply = await self._updates.handle(decode_request(message.data))
-        await message.respond(encode(reply))
-
-    async def _on_announcement(self, message: Msg) -> None:
-        self._apply(message.subject.rpartition(".")[2], message.data)
+    async def _update(self, request: bytes) -> bytes:
+        """One phase of an update."""
+        return encode(await self._updates.handle(decode_request(request)))
 
     async def _poll_state(self) -> None:
         while True:
             for key in ("live", "version"):
                 try:
-                    entry = await self._state_bucket.get(key)
-                    self._apply(key, entry.value or b"")
-                except (*TRANSIENT, nats.js.errors.APIError) as error:
-                    log.debug("key %s: %s", key, error)
+                    self._apply(key, await self._broker.state(key) or b"")
+                except TransportError as error:
+                    log.debug("%s", error)
             await asyncio.sleep(STATE_POLL_SECONDS)
 
     def _apply(self, key: str, data: bytes) -> None:
@@ -242,12 +222,13 @@ class Worker:
 
     def _apply_live_values(self, data: bytes) -> None:
         try:
-            spec = with_live_values(self._spec, json.loads(data))
+            passed_over = self._spec.take_over(json.loads(data))
         except (SpecError, ValueError) as error:
             log.warning("live values are ignored: %s", error)
             return
-        self._limit.ceiling = spec.rollout.max_concurrency
-        self._interrupt = spec.rollout.interrupt
+        if passed_over:
+            log.warning("%s", passed_over)
+        self._limit.ceiling = self._spec.live.rollout.max_concurrency
 
     async def _drain(self, pulls: list[asyncio.Task[None]]) -> None:
         """Break off what is in flight, so that its tokens are attested and handed on; leave the group."""

@@ -17,18 +17,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from nats.aio.msg import Msg
 
+from asyncrl_api.base import parse_quantity
 from asyncrl_api.exits import ExitCode, ExitError
-from asyncrl_api.job import Spec
 from asyncrl_api.ledger import History, LedgerError, read_ledger
 from asyncrl_api.report import CheckpointReport, EvaluationReport, Report
-from asyncrl_api.run_config import RunConfig
-from asyncrl_runtime.contract.messages import Heartbeat, decode
+from asyncrl_api.run_config import RunConfig, RunningSpec
+from asyncrl_api.spec_views import FrozenSpec
+from asyncrl_runtime.contract.broker import TrainerBroker, TransportError
 from asyncrl_runtime.contract.rows import prompt_text
 from asyncrl_runtime.history.ledger_writer import Ledger, Superseded
 from asyncrl_runtime.model.source import ensure_model, load_tokenizer, warmup_prompts, weight_names
-from asyncrl_runtime.trainer.attempt import Attempt, AttemptParts, origin_of
+from asyncrl_runtime.trainer.attempt import Attempt
 from asyncrl_runtime.trainer.books.books import Books
 from asyncrl_runtime.trainer.books.checkpoints import (
     FOLDER,
@@ -39,10 +39,13 @@ from asyncrl_runtime.trainer.books.checkpoints import (
     set_aside_strangers,
 )
 from asyncrl_runtime.trainer.books.tickets import EndlessDiscards, TicketBook
+from asyncrl_runtime.trainer.checkpointing import origin_of
 from asyncrl_runtime.trainer.cluster_report import copying_report
 from asyncrl_runtime.trainer.dataset import Rows, count_shared, load_rows
 from asyncrl_runtime.trainer.evaluation import Evaluator
+from asyncrl_runtime.trainer.job_streams import JobStreams
 from asyncrl_runtime.trainer.metrics import Metrics
+from asyncrl_runtime.trainer.seams import AttemptParts
 from asyncrl_runtime.trainer.side_tasks import SideTasks
 from asyncrl_runtime.trainer.starting import Start
 from asyncrl_runtime.trainer.train import train
@@ -50,12 +53,10 @@ from asyncrl_runtime.trainer.update.policy import Policy
 from asyncrl_runtime.trainer.update.policy_api import TrainedPolicy
 from asyncrl_runtime.trainer.update.ranks import COMMAND_SECONDS, Load, PeerLost, Ranks, make_commands_group
 from asyncrl_runtime.trainer.update.step import NumbersUnusable
-from asyncrl_runtime.transport.broker import Broker, TransportError
-from asyncrl_runtime.transport.fleet import Fleet
-from asyncrl_runtime.transport.lease import Holder, Lease
-from asyncrl_runtime.transport.streams import delete_streams, make_lease_bucket
+from asyncrl_runtime.transport.trainer_end import TrainerEnd
 from asyncrl_runtime.weights.adapter_publisher import AdapterPublisher
 from asyncrl_runtime.weights.engines import Publisher
+from asyncrl_runtime.weights.fleet import Fleet
 from asyncrl_runtime.weights.group import TorchGroups
 from asyncrl_runtime.weights.publisher import ChecksumMismatch, LoadBucket, WeightPublisher
 
@@ -142,30 +143,34 @@ def check_names(policy: TrainedPolicy, folder: Path) -> None:
 async def _lead(config: RunConfig, options: Options, model_folder: Path, ranks: Ranks, start: Start) -> None:
     """Rank 0: connect, take the lease, restore, train."""
     rows = await asyncio.to_thread(load_rows, config.spec)
-    broker = await Broker.connect(config.nats, config.names, f"trainer-{options.attempt}")
+    storage_bytes = parse_quantity(config.spec.messaging.embedded.storage.size)
+    name = f"trainer-{options.attempt}"
+    broker: TrainerBroker = await TrainerEnd.connect(config.nats, config.names, name, storage_bytes)
     try:
-        await make_lease_bucket(broker.jetstream, config.names)
-        identity = f"{socket.gethostname()}-{os.getpid()}"
-        lease = Lease(broker, config.names, Holder(options.attempt, identity))
-        await lease.acquire()
-        fleet = await _hear_heartbeats(config, broker)
-        parts, restored = await _open_parts(config, options, model_folder, ranks, rows, broker, fleet, start)
+        await broker.take_lease(options.attempt, f"{socket.gethostname()}-{os.getpid()}")
+        fleet = Fleet(time.monotonic)
+        await broker.hear_heartbeats(fleet.heard, fleet.was_deaf)
+        parts, side_tasks, restored = await _open_parts(
+            config, options, model_folder, ranks, rows, broker, fleet, start
+        )
         attempt = Attempt(parts, restored)
         if restored is None:
             await attempt.open_history()
         async with copying_report(config, time.monotonic):
-            await _run_beside(attempt, parts, lease, broker)
+            await _run_beside(attempt, parts, side_tasks, broker)
     finally:
         await broker.close()
 
 
-async def _run_beside(attempt: Attempt, parts: AttemptParts, lease: Lease, broker: Broker) -> None:
+async def _run_beside(
+    attempt: Attempt, parts: AttemptParts, side_tasks: SideTasks, broker: TrainerBroker
+) -> None:
     """Train, with everything that runs beside it; whatever ends first ends all."""
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, attempt.request_stop)
     loops: dict[str, Coroutine[Any, Any, Any]] = {
-        **parts.side_tasks.tasks(),
-        "lease": lease.keep(),
+        **side_tasks.loops(),
+        "lease": broker.keep_lease(),
         "report": parts.metrics.keep_renewed(),
         "broker": broker.closed.wait(),
     }
@@ -186,28 +191,16 @@ async def _run_beside(attempt: Attempt, parts: AttemptParts, lease: Lease, broke
             task.cancel()
 
 
-async def _hear_heartbeats(config: RunConfig, broker: Broker) -> Fleet:
-    """Listen to the workers' signs of life."""
-    fleet = Fleet(time.monotonic)
-    broker.on_reconnected = fleet.was_deaf
-
-    async def heard(message: Msg) -> None:
-        fleet.heard(decode(message.data, Heartbeat))
-
-    await broker.client.subscribe(config.names.heartbeat("*"), cb=heard)
-    return fleet
-
-
 async def _open_parts(
     config: RunConfig,
     options: Options,
     model_folder: Path,
     ranks: Ranks,
     rows: Rows,
-    broker: Broker,
+    broker: TrainerBroker,
     fleet: Fleet,
     start: Start,
-) -> tuple[AttemptParts, Position | None]:
+) -> tuple[AttemptParts, SideTasks, Position | None]:
     """Claim the history, restore the newest checkpoint of it, and find or make the streams."""
     config.job_folder.mkdir(parents=True, exist_ok=True)  # a claim is empty at first
     ledger_path = config.job_folder / "ledger.jsonl"
@@ -222,29 +215,30 @@ async def _open_parts(
     await _load_policy(config, ranks, checkpoint)
 
     books = restore_books(config, checkpoint, history)
-    side_tasks = SideTasks(broker, config.names, books, fleet, rows.training, config.spec, config.live_file)
+    spec = RunningSpec(config.spec)
+    streams = JobStreams(broker, books, spec.live_values())
+    side_tasks = SideTasks(
+        broker, streams, books, fleet, rows.training, spec, config.live_file, time.monotonic
+    )
     side_tasks.read_live_values()
-    if checkpoint is None:
-        lease_bucket = f"KV_{config.names.lease_bucket}"
-        await delete_streams(broker.jetstream, config.names, keep=[lease_bucket])  # an earlier object's
-    await side_tasks.open_streams(None if checkpoint is None else checkpoint.position.trajectory_stream)
+    await streams.open(None if checkpoint is None else checkpoint.position.trajectory_stream)
 
     parts = AttemptParts(
         attempt=options.attempt,
         uid=config.uid,
-        spec=config.spec,
+        spec=spec.frozen,
         folder=config.job_folder,
         books=books,
-        side_tasks=side_tasks,
+        streams=streams,
         ledger=ledger,
         ranks=ranks,
         fleet=fleet,
         weights=_make_publisher(config, options, broker, fleet, ranks),
         checkpoints=checkpoints,
-        evaluator=_make_evaluator(config, options, broker, side_tasks, rows),
+        examiner=_make_evaluator(options, broker, streams, rows),
         metrics=_open_metrics(config, options, books, checkpoint, rows, model_folder, start),
     )
-    return parts, None if checkpoint is None else checkpoint.position
+    return parts, side_tasks, None if checkpoint is None else checkpoint.position
 
 
 def choose_checkpoint(config: RunConfig, checkpoints: Checkpoints, history: History) -> Checkpoint | None:
@@ -311,7 +305,7 @@ async def _load_policy(config: RunConfig, ranks: Ranks, checkpoint: Checkpoint |
 
 
 def _make_publisher(
-    config: RunConfig, options: Options, broker: Broker, fleet: Fleet, ranks: Ranks
+    config: RunConfig, options: Options, broker: TrainerBroker, fleet: Fleet, ranks: Ranks
 ) -> Publisher:
     """Return the publisher of the kind of weights that is trained; whoever publishes does not ask."""
     spec = config.spec.weight_sync
@@ -345,7 +339,7 @@ def _make_publisher(
     )
 
 
-def choose_backend(spec: Spec, *, has_gpu: bool) -> str:
+def choose_backend(spec: FrozenSpec, *, has_gpu: bool) -> str:
     """Return torch's name of the library by which weights travel: engines on CPUs have none but gloo.
 
     Args:
@@ -357,18 +351,11 @@ def choose_backend(spec: Spec, *, has_gpu: bool) -> str:
 
 
 def _make_evaluator(
-    config: RunConfig, options: Options, broker: Broker, side_tasks: SideTasks, rows: Rows
+    options: Options, broker: TrainerBroker, streams: JobStreams, rows: Rows
 ) -> Evaluator | None:
     if not rows.held_out:
         return None
-    return Evaluator(
-        broker,
-        config.names,
-        options.attempt,
-        rows.held_out,
-        lambda: side_tasks.stream_generation,
-        time.monotonic,
-    )
+    return Evaluator(broker, options.attempt, rows.held_out, lambda: streams.generation, time.monotonic)
 
 
 def _open_metrics(
@@ -389,7 +376,7 @@ def _open_metrics(
     report = Report(
         attempt=options.attempt,
         step=books.version,
-        max_steps=books.spec.training.max_steps,
+        max_steps=books.live.training.max_steps,
         state="Starting",
         first_evaluation=None if first is None else EvaluationReport.model_validate(first),
         last_evaluation=None if before is None or checkpoint is None else before.last_evaluation,

@@ -3,37 +3,15 @@
 import asyncio
 import contextlib
 import logging
-import shutil
-import time
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any
 
-import numpy as np
-import torch
-
-from asyncrl_api.job import Spec
-from asyncrl_api.report import CheckpointReport
-from asyncrl_runtime.contract.messages import (
-    PolicyVersion,
-    Sample,
-    floats_from_bytes,
-    ids_from_bytes,
-)
-from asyncrl_runtime.history.ledger_writer import Ledger
-from asyncrl_runtime.trainer.books.books import Batch, Books, RecordedBatchLost, recorded_values
-from asyncrl_runtime.trainer.books.checkpoints import CheckpointFailed, Checkpoints, Position
-from asyncrl_runtime.trainer.evaluation import Evaluated, Evaluator
-from asyncrl_runtime.trainer.metrics import Metrics
-from asyncrl_runtime.trainer.side_tasks import SideTasks
-from asyncrl_runtime.trainer.update import diagnostics
-from asyncrl_runtime.trainer.update.packing import TrainingSample
-from asyncrl_runtime.trainer.update.ranks import Export, Logprobs, Ranks, Save, Stop, Train
+from asyncrl_runtime.contract.messages import PolicyVersion
+from asyncrl_runtime.trainer.books.books import Batch, RecordedBatchLost, recorded_values
+from asyncrl_runtime.trainer.books.checkpoints import Position
+from asyncrl_runtime.trainer.checkpointing import Checkpointing
+from asyncrl_runtime.trainer.evaluation_schedule import EvaluationSchedule
+from asyncrl_runtime.trainer.seams import AttemptParts
+from asyncrl_runtime.trainer.update.ranks import Stop, Train
 from asyncrl_runtime.trainer.update.step import learning_rate, plan_step
-from asyncrl_runtime.transport.fleet import Fleet
-from asyncrl_runtime.weights.engines import Publisher
 
 log = logging.getLogger(__name__)
 
@@ -41,36 +19,10 @@ FIRST_HEARTBEAT_SECONDS = 1.5
 """Every worker that lives has spoken by then."""
 BOUNDARY_SECONDS = 0.25
 """While the trainer waits, how often it looks for engines that lack the weights, and for lost streams."""
-FULL_SECONDS = 3.0
-"""How long a batch is waited for while the stream has hardly room for it, before more is purged."""
-MAX_FAILED_CHECKPOINTS = 3
-"""In a row; then the job ends, since it could not be resumed where it stands."""
-MISMATCH_SAMPLES = 32
-"""Of an evaluation, on which engine and trainer are compared."""
 
 
 class _StopRequested(Exception):
     """The job was told to stop while it waited for something."""
-
-
-@dataclass(frozen=True)
-class AttemptParts:
-    """What an Attempt is made of."""
-
-    attempt: int
-    uid: str
-    spec: Spec
-    folder: Path
-    books: Books
-    side_tasks: SideTasks
-    ledger: Ledger
-    ranks: Ranks
-    fleet: Fleet
-    weights: Publisher
-    checkpoints: Checkpoints
-    evaluator: Evaluator | None
-    metrics: Metrics
-    clock: Callable[[], float] = time.monotonic
 
 
 class Attempt:
@@ -79,15 +31,12 @@ class Attempt:
     def __init__(self, parts: AttemptParts, restored: Position | None) -> None:
         self._parts = parts
         self._books = parts.books
-        self._side_tasks = parts.side_tasks
+        self._streams = parts.streams
         self._metrics = parts.metrics
         self._has_begun = False
         self._stopping = asyncio.Event()
-        self._saved: list[Position] = [restored] if restored is not None else []
-        self._num_failed_checkpoints = 0
-        self._purged_behind = 0
-        self._evaluation: asyncio.Task[None] | None = None
-        self._first_evaluation = restored.first_evaluation if restored is not None else None
+        self._checkpointing = Checkpointing(parts, restored)
+        self._evaluations = EvaluationSchedule(parts, self._checkpointing)
         self._step_began = parts.clock()
         self._waited = 0.0
         self._publish_seconds = 0.0
@@ -100,12 +49,12 @@ class Attempt:
     @property
     def max_steps(self) -> int:
         """As it is now: it may grow while the job runs."""
-        return self._books.spec.training.max_steps
+        return self._books.live.training.max_steps
 
     def request_stop(self) -> None:
         """Have `next_batch` return None at the next boundary."""
         self._stopping.set()
-        self._books.inbox.changed.set()
+        self._books.news.ring()
 
     # -- weights
 
@@ -123,9 +72,9 @@ class Attempt:
     async def _publish(self, version: int) -> None:
         began = self._parts.clock()
         label = PolicyVersion(self._parts.attempt, version)
-        interrupt = self._books.spec.rollout.interrupt
+        interrupt = self._books.live.rollout.interrupt
         await self._parts.weights.publish(label, interrupt)
-        await self._side_tasks.announce(label)
+        await self._streams.announce(label)
         self._publish_seconds = self._parts.clock() - began
 
     async def _boundary(self) -> None:
@@ -136,7 +85,7 @@ class Attempt:
         """
         if self._stopping.is_set():
             raise _StopRequested
-        if self._side_tasks.trajectories_lost or self._side_tasks.prompts_lost:
+        if self._streams.lost:
             await self._mend_streams()
         version = PolicyVersion(self._parts.attempt, self.version)
         if not self._books.is_repeating and self._parts.weights.behind(version):
@@ -152,11 +101,11 @@ class Attempt:
                 batch = self._books.next_batch()
             except RecordedBatchLost as error:
                 log.warning("%s", error)
-                await self._cut()
+                self._cut()
                 continue
             if not self._books.is_repeating and not self._has_begun:
                 self._parts.ledger.begin(self.version)
-                self._books.began[self._parts.attempt] = self.version
+                self._books.begin(self._parts.attempt)
                 self._has_begun = True
                 await self.publish_weights()
                 batch = self._books.next_batch()
@@ -166,52 +115,43 @@ class Attempt:
             self._metrics.update(state="WaitingForBatch", queue_depth=len(self._books.inbox.arrived))
             with contextlib.suppress(_StopRequested):
                 await self._boundary()
-            if self._side_tasks.is_nearly_full:
-                await self._make_room(self._parts.clock() - began)
+            if self._streams.is_nearly_full:
+                await self._checkpointing.make_room(self._parts.clock() - began)
             if missing := await self._missing_for_good():
                 log.warning(
                     "trajectories of tickets %s are lost: their step cannot be repeated", missing[:20]
                 )
-                await self._cut()
-            await self._wait_for_news()
+                self._cut()
+            await self._books.news.wait(BOUNDARY_SECONDS)
         return None
 
     async def _missing_for_good(self) -> list[int]:
         """Return the tickets of the next recorded step that the stream does not hold."""
         missing = self._books.missing_of_recorded
-        if not missing() or not await self._side_tasks.has_read_everything():
+        if not missing() or not await self._streams.has_read_everything():
             return []
         return missing()  # anew: they may have been read while we asked
 
-    async def _wait_for_news(self) -> None:
-        news = asyncio.create_task(self._books.inbox.changed.wait())
-        await asyncio.wait({news}, timeout=BOUNDARY_SECONDS)
-        news.cancel()
-
-    async def _cut(self) -> None:
+    def _cut(self) -> None:
         """The surviving history ends here; go on with new steps from this version."""
         self._parts.ledger.cut(self.version)
-        self._parts.checkpoints.drop_after(self.version)
+        self._checkpointing.drop_after(self.version)
         self._books.cut()
-        self._side_tasks.prompts_lost = True  # tickets of the steps given up are queued no more
+        self._streams.requeue()  # tickets of the steps given up are queued no more
 
     async def _mend_streams(self) -> None:
         """Make lost streams again, between two checkpoints: what was trained stays trained."""
         if self._has_begun:
-            await self._checkpoint()
-        await self._side_tasks.make_streams_again()
-        if self._books.is_recorded_lost:
-            # Before a checkpoint knows the new stream: the next attempt would wait in it for the recorded
-            # steps, and "repeat" them with groups that were sampled anew.
-            await self._cut()
-        await self._checkpoint()
+            await self._checkpointing.save()
+        await self._streams.mend(self._cut)
+        await self._checkpointing.save()
 
     # -- steps
 
     def record(self, batch: Batch) -> None:
         """Write the step into the ledger, unless it is there already."""
         if not batch.is_repeat:
-            live = recorded_values(self._books.spec)
+            live = recorded_values(self._books.live)
             self._parts.ledger.record_step(batch.version, batch.tickets, batch.discards, live)
         self._books.close(batch)
 
@@ -222,7 +162,7 @@ class Attempt:
         plan = plan_step(
             batch.groups,
             algorithm=spec.algorithm,
-            max_new_tokens=self._books.spec.sampling.max_new_tokens,
+            max_new_tokens=self._books.live.sampling.max_new_tokens,
             num_minibatches=min(spec.training.minibatches, len(batch.groups)),
             tokens_per_micro_batch=spec.training.tokens_per_micro_batch,
             learning_rate=learning_rate(
@@ -264,229 +204,47 @@ class Attempt:
             }
         )
 
-    # -- checkpoints
-
-    async def checkpoint_if_due(self) -> None:
-        """Make a checkpoint every so many steps, and at once when the trajectory stream fills up."""
-        spec = self._books.spec.checkpoint
-        if self._side_tasks.is_nearly_full:
-            log.warning("the trajectory stream is nearly full: checkpoint, to purge behind it")
-            await self._checkpoint()
-        elif self.version % spec.every_steps == 0:
-            await self._checkpoint()
-        if spec.export_every_steps and self.version % spec.export_every_steps == 0:
-            await self._export(self._parts.folder / "export" / f"step-{self.version:06d}")
-
-    async def _make_room(self, waited_seconds: float) -> None:
-        """Keep a stream that fills up from ending the job: with no room for a batch there is no next step.
-
-        What fills it may be needed by the older of the two restorable checkpoints alone. That one is given up
-        then: restored nevertheless, it would find its batches lost, and the history would be cut there.
-        """
-        if not self._saved or self._saved[-1].version < self.version:
-            log.warning("the trajectory stream is nearly full: checkpoint, to purge behind it")
-            await self._checkpoint()
-        elif waited_seconds > FULL_SECONDS and self._saved[-1].stream_sequence > self._purged_behind:
-            log.warning(
-                "the trajectory stream is full, and no batch can form: purged behind the newest checkpoint, "
-                "so that it alone can be restored; raise spec.messaging.embedded.storage.size"
-            )
-            await self._purge_behind(self._saved[-1])
-
-    async def _purge_behind(self, position: Position) -> None:
-        self._purged_behind = position.stream_sequence
-        await self._side_tasks.purge_behind(position.stream_sequence)
+    # -- checkpoints and evaluations
 
     async def open_history(self) -> None:
         """At a job's very start: a checkpoint of the books alone, so that the streams' identity is known."""
-        await self._checkpoint()
+        await self._checkpointing.save()
 
-    async def _checkpoint(self) -> None:
-        position = self._position()
-
-        async def save_policy(folder: Path) -> None:
-            await self._parts.ranks.run(Save(folder))
-
-        try:
-            checkpoint = await self._parts.checkpoints.save(
-                position, save_policy if position.version > 0 else None
-            )
-        except CheckpointFailed as error:
-            self._num_failed_checkpoints += 1
-            log.error("%s (%d in a row)", error, self._num_failed_checkpoints)
-            self._metrics.update(message=str(error))
-            if self._num_failed_checkpoints >= MAX_FAILED_CHECKPOINTS:
-                raise
-            return
-        self._num_failed_checkpoints = 0
-        self._saved = [*[p for p in self._saved if p.version < position.version], position][-2:]
-        self._parts.checkpoints.prune(self._books.spec.checkpoint.keep)
-        await self._purge_behind(self._saved[0])
-        self._metrics.update(
-            last_checkpoint=CheckpointReport(
-                step=self.version,
-                path=str(checkpoint.folder),
-                time=datetime.now(UTC).isoformat(timespec="seconds"),
-            )
-        )
-
-    def _position(self) -> Position:
-        return Position(
-            uid=self._parts.uid,
-            version=self.version,
-            began=dict(self._books.began),
-            book=self._books.book.record(),
-            stream_sequence=self._books.inbox.position,
-            trajectory_stream=self._side_tasks.trajectory_identity,
-            origin=origin_of(self._parts.spec),
-            first_evaluation=self._first_evaluation,
-        )
-
-    async def _export(self, folder: Path) -> None:
-        """Write a Hugging Face folder, complete or not at all."""
-        scratch = folder.with_name(folder.name + ".tmp")
-        shutil.rmtree(scratch, ignore_errors=True)
-        await self._parts.ranks.run(Export(scratch))
-        shutil.rmtree(folder, ignore_errors=True)
-        scratch.rename(folder)
-
-    # -- evaluation
+    async def checkpoint_if_due(self) -> None:
+        """Make a checkpoint every so many steps, and at once when the trajectory stream fills up."""
+        await self._checkpointing.save_if_due()
 
     async def evaluate_first(self) -> None:
-        """Measure the policy before its first step, while the trainer waits; once in a job's life.
-
-        Where recorded steps are to be repeated it is too late: engines have a later policy, or none, which
-        they get after that.
-        """
-        is_late = self.version > 0 or self._books.is_repeating
-        if self._parts.evaluator is None or self._first_evaluation is not None or is_late:
-            return
-        self._metrics.update(state="Evaluating")
-        evaluated = None
-        with contextlib.suppress(_StopRequested):
-            evaluated = await self._evaluate(self._boundary, trainer_waits=True)
-        if evaluated is not None:
-            self._first_evaluation = evaluated.report.model_dump(by_alias=True)
-            self._metrics.update(first_evaluation=evaluated.report)
-            await self._checkpoint()  # of the books: the next attempt knows of it
-        self._step_began = self._parts.clock()
+        """Measure the policy before its first step, while the trainer waits; once in a job's life."""
+        if self._evaluations.is_first_due:
+            with contextlib.suppress(_StopRequested):
+                await self._evaluations.measure_first(self._boundary)
+            self._step_began = self._parts.clock()
 
     def evaluate_if_due(self) -> None:
-        """Begin an evaluation beside the training; the last one is made by `finish`."""
-        spec = self._books.spec.evaluation
-        if spec is None or self._parts.evaluator is None or self.version >= self.max_steps:
-            return
-        is_running = self._evaluation is not None and not self._evaluation.done()
-        if self.version % spec.every_steps == 0 and not self._books.is_repeating:
-            if is_running:
-                log.info("step %d: the evaluation before still runs, this one is left out", self.version)
-                return
-            self._evaluation = asyncio.create_task(self._evaluate_beside(), name="evaluation")
-
-    async def _evaluate_beside(self) -> None:
-        async def tick() -> None:
-            """The training loop itself sees to its boundaries."""
-
-        await self._evaluate(tick, trainer_waits=False)
-
-    async def _evaluate(
-        self, tick: Callable[[], Awaitable[None]], *, trainer_waits: bool
-    ) -> Evaluated | None:
-        evaluator = self._parts.evaluator
-        assert evaluator is not None
-        evaluated = await evaluator.run(self.version, self._books.spec.sampling.max_new_tokens, tick)
-        if evaluated is None:
-            return None
-        report = evaluated.report
-        log.info("step %d: held-out accuracy %.3f of %d", report.step, report.accuracy, report.num_prompts)
-        mismatch = {}
-        # Beside training the trainer's weights may be those of the next version already.
-        if trainer_waits and report.lowest_version == report.highest_version == self.version:
-            mismatch = await self._mismatch(evaluated.samples)
-        self._metrics.log_evaluation({**report.model_dump(by_alias=True), **mismatch})
-        self._metrics.update(last_evaluation=report)
-        return evaluated
-
-    async def _mismatch(self, samples: tuple[Sample, ...]) -> dict[str, float]:
-        """Compare engine and trainer on tokens of the version that the trainer holds."""
-        chosen = tuple(_as_training_sample(sample) for sample in samples[:MISMATCH_SAMPLES])
-        logprobs = await self._parts.ranks.run(Logprobs(chosen))
-        sums = [
-            diagnostics.mismatch_sums(new, _behavior(sample, new), new.new_zeros(len(new)))
-            for sample, new in zip(chosen, logprobs, strict=True)
-        ]
-        return diagnostics.report_mismatch(torch.stack(sums).sum(0)) if sums else {}
-
-    async def _end_evaluation_beside(self) -> None:
-        """Wait for an evaluation that began beside training: from now on its boundaries are made here.
-
-        Raises:
-            _StopRequested: it is broken off then.
-        """
-        if self._evaluation is None:
-            return
-        try:
-            while not self._evaluation.done():
-                await self._boundary()
-                await asyncio.wait({self._evaluation}, timeout=BOUNDARY_SECONDS)
-            self._evaluation.result()
-        finally:
-            self._evaluation.cancel()
+        """Begin an evaluation beside the training every so many steps."""
+        self._evaluations.begin_if_due()
 
     # -- the end
 
     async def stop(self) -> None:
         """Told to stop: a checkpoint, so that the next attempt goes on with the next step."""
-        if self._evaluation is not None:
-            self._evaluation.cancel()
-        if not self._saved or self._saved[-1].version < self.version:
-            await self._checkpoint()
-        await self._parts.weights.leave()
-        await self._parts.ranks.run(Stop())
+        self._evaluations.cancel()
+        await self._checkpointing.save_last()
+        await self._leave()
         self._metrics.update(state="Stopped", message=f"stopped at step {self.version}")
 
     async def finish(self) -> None:
         """The last step is trained: measure, save, export, close the ledger."""
-        if self._parts.evaluator is not None:
-            self._metrics.update(state="Evaluating")
-            with contextlib.suppress(_StopRequested):
-                await self._end_evaluation_beside()
-                await self._evaluate(self._boundary, trainer_waits=True)
+        with contextlib.suppress(_StopRequested):
+            await self._evaluations.measure_last(self._boundary)
         self._metrics.update(state="Exporting")
-        if not self._saved or self._saved[-1].version < self.version:
-            await self._checkpoint()
-        export = self._parts.folder / "export" / "final"
-        await self._export(export)
+        await self._checkpointing.save_last()
+        export = await self._checkpointing.export("final")
         self._parts.ledger.end(self._books.last_ticket, self._books.left_over())
-        await self._parts.weights.leave()
-        await self._parts.ranks.run(Stop())
+        await self._leave()
         self._metrics.update(state="Finished", export=str(export), remaining_seconds=0.0)
 
-
-def origin_of(spec: Spec) -> dict[str, Any]:
-    """Return the immutable fields that policy and tickets come from; a checkpoint of others is refused."""
-    model = spec.model.model_dump(by_alias=True, include={"source", "revision", "dtype"})
-    dataset = spec.dataset.model_dump(
-        by_alias=True, include={"source", "split", "parameters", "prompt_field", "seed"}
-    )
-    return {"model": model, "dataset": dataset, "training": {"seed": spec.training.seed}}
-
-
-def _as_training_sample(sample: Sample) -> TrainingSample:
-    mask = sample.mask()
-    return TrainingSample(
-        ticket=0,
-        index=sample.index,
-        prompt_ids=ids_from_bytes(sample.prompt_ids),
-        response_ids=ids_from_bytes(sample.response_ids),
-        behavior_logprobs=floats_from_bytes(sample.behavior_logprobs),
-        sampled_mask=mask,
-        loss_mask=mask,
-        advantage=0.0,
-        temperature=1.0,  # a greedy sample's log-probs are those of the plain logits
-        staleness=np.zeros(sample.num_tokens, dtype=np.int32),
-    )
-
-
-def _behavior(sample: TrainingSample, like: torch.Tensor) -> torch.Tensor:
-    return like.new_tensor(sample.behavior_logprobs[sample.sampled_mask])
+    async def _leave(self) -> None:
+        await self._parts.weights.leave()
+        await self._parts.ranks.run(Stop())

@@ -14,7 +14,8 @@ import msgspec
 import numpy as np
 
 from asyncrl_api.exits import ExitCode, ExitError
-from asyncrl_api.job import DatasetSpec, EvaluationSpec, Spec
+from asyncrl_api.job import DatasetSpec
+from asyncrl_api.spec_views import FrozenEvaluationSpec, FrozenSpec
 from asyncrl_runtime.contract.imports import ImportFailed, load_object
 from asyncrl_runtime.contract.rows import PromptError, prompt_text
 
@@ -40,7 +41,7 @@ class Rows:
     """Rows of the training source that were left out because their prompt is held out."""
 
 
-def load_rows(spec: Spec) -> Rows:
+def load_rows(spec: FrozenSpec) -> Rows:
     """Load both splits; held-out prompts are excluded from training by their text.
 
     Raises:
@@ -87,7 +88,7 @@ def count_shared(prompts: Iterable[str], held_out: Sequence[DictRow], prompt_fie
     return sum(prompt_text(row, prompt_field) in known for row in held_out)
 
 
-def _load_split(dataset: DatasetSpec, evaluation: EvaluationSpec | None) -> list[DictRow]:
+def _load_split(dataset: DatasetSpec, evaluation: FrozenEvaluationSpec | None) -> list[DictRow]:
     """Load one split and check every row.
 
     Args:
@@ -217,7 +218,9 @@ SOURCES: Mapping[str, Callable[[Wanted], Iterable[Any]]] = {
 """By the scheme of `source`; without one it names a factory."""
 
 
-def _distinct(rows: Sequence[DictRow], prompt_field: str, evaluation: EvaluationSpec) -> tuple[DictRow, ...]:
+def _distinct(
+    rows: Sequence[DictRow], prompt_field: str, evaluation: FrozenEvaluationSpec
+) -> tuple[DictRow, ...]:
     """Return the first `samples` rows with different prompts."""
     by_prompt: dict[str, DictRow] = {}
     for row in rows:

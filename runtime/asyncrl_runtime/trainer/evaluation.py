@@ -6,11 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import nats.errors
-import nats.js.errors
-
-from asyncrl_api.names import ANSWER_CONSUMER, JobNames
 from asyncrl_api.report import EvaluationReport
+from asyncrl_runtime.contract.broker import Answers, HeldOutQuestions, TransportError
 from asyncrl_runtime.contract.messages import (
     EVALUATION_ROWS,
     EvaluationResult,
@@ -20,7 +17,6 @@ from asyncrl_runtime.contract.messages import (
     decode,
     encode,
 )
-from asyncrl_runtime.transport.broker import TRANSIENT, Broker, TransportError
 
 log = logging.getLogger(__name__)
 
@@ -41,8 +37,7 @@ class Evaluator:
 
     def __init__(
         self,
-        broker: Broker,
-        names: JobNames,
+        broker: HeldOutQuestions,
         attempt: int,
         rows: Sequence[dict[str, Any]],
         stream_generation: Callable[[], int],
@@ -53,7 +48,6 @@ class Evaluator:
             stream_generation: changes when the streams were made again: what was asked is gone with them.
         """
         self._broker = broker
-        self._names = names
         self._attempt = attempt
         self._rows = rows
         self._stream_generation = stream_generation
@@ -105,19 +99,14 @@ class Evaluator:
         )
         key = f"{evaluation}.{start}"
         message_id = f"ask.{key}.{self._stream_generation()}"
-        await self._broker.publish(self._names.evaluation("ask", key), encode(ticket), message_id=message_id)
+        await self._broker.ask(key, encode(ticket), message_id)
 
     async def _collect(
         self, evaluation: str, max_new_tokens: int, tick: Callable[[], Any]
     ) -> list[Sample | SampleFailure] | None:
         outcomes: dict[int, Sample | SampleFailure] = {}
         generation, answered_at = None, self._clock()
-        subscription = await self._broker.jetstream.pull_subscribe_bind(
-            consumer=ANSWER_CONSUMER,
-            stream=self._names.evaluation_stream,
-            inbox_prefix=f"{self._names.inbox_prefix}.".encode(),
-        )
-        try:
+        async with self._broker.answers() as answers:
             while len(outcomes) < len(self._rows):
                 if self._clock() - answered_at > SILENT_SECONDS:
                     log.warning("evaluation %s is given up: no answer in %.0f s", evaluation, SILENT_SECONDS)
@@ -127,20 +116,14 @@ class Evaluator:
                     if generation != self._stream_generation():
                         generation = self._stream_generation()
                         await self._ask_open(evaluation, outcomes.keys(), max_new_tokens)
-                    [message] = await subscription.fetch(1, timeout=1)
-                except (nats.errors.TimeoutError, ValueError):
-                    continue
-                except (*TRANSIENT, nats.js.errors.APIError, TransportError) as error:
-                    log.info("evaluation %s: %s; waiting", evaluation, type(error).__name__)
+                    result = await _next_result(answers)
+                except TransportError as error:
+                    log.info("evaluation %s: %s; waiting", evaluation, error)
                     await asyncio.sleep(0.5)
                     continue
-                await message.ack()
-                result = decode(message.data, EvaluationResult)
-                if result.evaluation == evaluation:
+                if result is not None and result.evaluation == evaluation:
                     outcomes |= {outcome.index: outcome for outcome in result.outcomes}
                     answered_at = self._clock()
-        finally:
-            await subscription.unsubscribe()
         return [outcomes[index] for index in sorted(outcomes)]
 
     async def _ask_open(self, evaluation: str, answered: Iterable[int], max_new_tokens: int) -> None:
@@ -148,10 +131,13 @@ class Evaluator:
 
         Answers stay: the server knows their ids over a purge, so what is answered again would not be stored.
         """
-        await self._broker.jetstream.purge_stream(
-            self._names.evaluation_stream, subject=self._names.evaluation("ask", ">")
-        )
+        await self._broker.drop_questions()
         done = set(answered)
         for start in range(0, len(self._rows), EVALUATION_ROWS):
             if start not in done:  # a ticket's rows are answered together
                 await self._ask(evaluation, start, max_new_tokens)
+
+
+async def _next_result(answers: Answers) -> EvaluationResult | None:
+    data = await answers.take()
+    return None if data is None else decode(data, EvaluationResult)

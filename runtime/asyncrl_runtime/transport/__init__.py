@@ -1,1 +1,1 @@
-"""JetStream: streams, tickets, acks, the lease. Nothing else in the runtime knows NATS."""
+"""NATS JetStream behind contract/broker.py: streams, tickets, acks, the lease. Nothing else knows NATS."""

@@ -7,11 +7,12 @@ after four minutes by default; `publish` swallows a cancellation, so loops end b
 """
 
 import asyncio
+import contextlib
 import json
 import logging
 import random
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -25,6 +26,7 @@ from nats.js import JetStreamContext
 from nats.js.api import PubAck
 
 from asyncrl_api.names import JobNames, NatsAddress
+from asyncrl_runtime.contract.broker import PayloadTooLarge, TransportError, WrongLastSequence
 
 log = logging.getLogger(__name__)
 
@@ -53,20 +55,21 @@ TRANSIENT = (
 """What passes by itself: an outage, a restart, a stream that is being made again."""
 
 
-class TransportError(Exception):
-    """The broker did not do what was asked within the deadline; asking again may succeed."""
-
-
-class PayloadTooLarge(ValueError):
-    """A message that the server would refuse, and close the connection over."""
-
-
-class WrongLastSequence(Exception):
-    """A fenced publish found another sequence: the message is stored already, or someone else publishes."""
-
-
 class StreamFull(Exception):
     """The stream refuses more: its byte limit is reached. Retried; the reader's purge makes room."""
+
+
+@contextlib.contextmanager
+def asking(what: str) -> Iterator[None]:
+    """Turn what NATS raises while it is asked for something into the one error that the runtime knows.
+
+    Raises:
+        TransportError: names what was asked, and what was raised instead.
+    """
+    try:
+        yield
+    except (*TRANSIENT, nats.js.errors.APIError, nats.errors.ConnectionClosedError) as error:
+        raise TransportError(f"{what}: {type(error).__name__}: {error}") from error
 
 
 class Broker:

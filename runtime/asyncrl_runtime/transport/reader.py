@@ -10,7 +10,6 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 
 import nats.errors
 import nats.js.errors
@@ -18,6 +17,7 @@ from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 from nats.js import api
 
+from asyncrl_runtime.contract.broker import StreamMessage
 from asyncrl_runtime.transport.broker import TRANSIENT, Broker
 
 log = logging.getLogger(__name__)
@@ -31,14 +31,6 @@ PULL_SECONDS = 5.0
 HEARTBEAT_SECONDS = 0.5
 HEARTBEAT = "100"
 """Status of a heartbeat, which also tells the last consumer sequence: what was lost last shows only there."""
-
-
-@dataclass(frozen=True)
-class StreamMessage:
-    sequence: int
-    """In the stream."""
-    subject: str
-    data: bytes
 
 
 class OrderedReader:

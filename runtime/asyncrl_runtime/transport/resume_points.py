@@ -6,8 +6,9 @@ import nats.js.errors
 from nats.js.kv import KeyValue
 
 from asyncrl_api.names import JobNames
+from asyncrl_runtime.contract.broker import PayloadTooLarge
 from asyncrl_runtime.contract.messages import ResumePoint, decode, encode
-from asyncrl_runtime.transport.broker import TRANSIENT, Broker, PayloadTooLarge
+from asyncrl_runtime.transport.broker import TRANSIENT, Broker
 
 log = logging.getLogger(__name__)
 

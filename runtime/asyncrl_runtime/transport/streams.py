@@ -10,7 +10,7 @@ import nats.js.errors
 from nats.js import JetStreamContext, api
 
 from asyncrl_api.names import ANSWER_CONSUMER, ASK_CONSUMER, PROMPT_CONSUMER, JobNames
-from asyncrl_runtime.transport.broker import TransportError
+from asyncrl_runtime.contract.broker import TransportError
 
 log = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ QUESTION_ALIVE_SECONDS = QUESTION_ACK_WAIT_SECONDS / 5
 """Between two signs that the work on a message goes on."""
 
 
-class Delivery:
+class NatsDelivery:
     """A message in this worker's hands until it is acknowledged or handed back."""
 
     def __init__(self, message: Msg, is_ticket: bool) -> None:
@@ -89,6 +89,7 @@ class TicketQueue:
         self._stream = stream
         self._has_tickets = has_tickets
         self._quiet_until = 0.0
+        self.alive_seconds = TICKET_ALIVE_SECONDS if has_tickets else QUESTION_ALIVE_SECONDS
 
     @classmethod
     async def of_prompts(cls, broker: Broker, names: JobNames) -> "TicketQueue":
@@ -107,7 +108,7 @@ class TicketQueue:
         )
         return cls(subscription, stream, consumer == PROMPT_CONSUMER)
 
-    async def take(self, clock: Callable[[], float] = time.monotonic) -> Delivery | None:
+    async def take(self, clock: Callable[[], float] = time.monotonic) -> NatsDelivery | None:
         """Wait up to TAKE_SECONDS for one message; None if there is none, or no broker, or no stream yet."""
         try:
             messages = await self._subscription.fetch(1, timeout=TAKE_SECONDS)
@@ -119,7 +120,7 @@ class TicketQueue:
                 self._quiet_until = clock() + 10
             await asyncio.sleep(0.25)
             return None
-        return Delivery(messages[0], self._has_tickets) if messages else None
+        return NatsDelivery(messages[0], self._has_tickets) if messages else None
 
 
 async def is_stored(broker: Broker, names: JobNames, ticket: int) -> bool:

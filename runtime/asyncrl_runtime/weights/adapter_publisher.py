@@ -6,9 +6,10 @@ from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 
 from asyncrl_api.names import JobNames
+from asyncrl_runtime.contract.broker import Requests
 from asyncrl_runtime.contract.messages import AdapterChunk, ControlReply, LoadAdapter, PolicyVersion
-from asyncrl_runtime.transport.fleet import Fleet
-from asyncrl_runtime.weights.engines import Engines, Member, Published, Requests
+from asyncrl_runtime.weights.engines import Engines, Member, Published
+from asyncrl_runtime.weights.fleet import Fleet
 
 log = logging.getLogger(__name__)
 

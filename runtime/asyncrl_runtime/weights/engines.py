@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from asyncrl_api.names import JobNames
+from asyncrl_runtime.contract.broker import Requests
 from asyncrl_runtime.contract.messages import (
     ControlReply,
     DrainEngine,
@@ -15,7 +16,7 @@ from asyncrl_runtime.contract.messages import (
     decode,
     encode,
 )
-from asyncrl_runtime.transport.fleet import Fleet
+from asyncrl_runtime.weights.fleet import Fleet
 
 Member = tuple[str, str]
 """(worker, engine process): a restarted engine is another member."""
@@ -33,14 +34,6 @@ class Published:
     failed: tuple[str, ...] = ()
     num_epochs: int = 0
     checksums: Mapping[str, str] = field(default_factory=dict)
-
-
-class Requests(Protocol):
-    """Questions to one process."""
-
-    async def request(self, subject: str, payload: bytes, timeout_seconds: float) -> bytes | None:
-        """Ask one process for an answer; None if it does not come in time or nobody listens."""
-        ...
 
 
 class Publisher(Protocol):

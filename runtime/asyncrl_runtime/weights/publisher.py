@@ -12,6 +12,7 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from asyncrl_api.names import JobNames
+from asyncrl_runtime.contract.broker import Requests
 from asyncrl_runtime.contract.messages import (
     CommitUpdate,
     ControlReply,
@@ -21,9 +22,9 @@ from asyncrl_runtime.contract.messages import (
     ProbeEngine,
     ReceiveBucket,
 )
-from asyncrl_runtime.transport.fleet import Fleet
 from asyncrl_runtime.weights.bucket import Bucket
-from asyncrl_runtime.weights.engines import Engines, Member, Published, Requests
+from asyncrl_runtime.weights.engines import Engines, Member, Published
+from asyncrl_runtime.weights.fleet import Fleet
 from asyncrl_runtime.weights.group import MeetingPlace, WeightGroup, WeightGroups
 
 log = logging.getLogger(__name__)

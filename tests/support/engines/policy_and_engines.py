@@ -18,9 +18,9 @@ from asyncrl_api.job import AsyncRLJob
 from asyncrl_runtime.contract.messages import Heartbeat, PolicyVersion, decode
 from asyncrl_runtime.trainer.update.policy import Policy
 from asyncrl_runtime.transport.broker import Broker
-from asyncrl_runtime.transport.fleet import Fleet
 from asyncrl_runtime.transport.streams import make_streams
 from asyncrl_runtime.weights.bucket import Bucket
+from asyncrl_runtime.weights.fleet import Fleet
 from asyncrl_runtime.weights.group import TorchGroups
 from asyncrl_runtime.weights.publisher import LoadBucket, WeightPublisher
 from support.jobs.job_harness import JobHarness, until

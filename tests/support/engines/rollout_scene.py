@@ -40,11 +40,13 @@ from asyncrl_runtime.rollout.weight_updates import WeightUpdates
 from asyncrl_runtime.rollout.worker import Worker
 from asyncrl_runtime.rollout.workflows import make_workflow
 from asyncrl_runtime.transport.broker import Broker
-from asyncrl_runtime.transport.fleet import Fleet
 from asyncrl_runtime.transport.reader import OrderedReader
 from asyncrl_runtime.transport.streams import delete_streams, make_streams
+from asyncrl_runtime.transport.trainer_end import TrainerEnd
+from asyncrl_runtime.transport.worker_end import WorkerEnd
 from asyncrl_runtime.weights.bucket import Bucket, BucketBuffer
 from asyncrl_runtime.weights.engines import Published
+from asyncrl_runtime.weights.fleet import Fleet
 from asyncrl_runtime.weights.group import TorchGroups
 from asyncrl_runtime.weights.publisher import LoadBucket, WeightPublisher
 from support.engines.forked_engines import ForkedEngine
@@ -107,18 +109,16 @@ class Replica:
     async def start_worker(self) -> None:
         model = tiny_model()
         self.client = StruckClient(self.engine.url, vocab_size(model))
-        self._broker = await Broker.connect(self._address, self._names, self.name)
+        self._broker = await WorkerEnd.connect(self._address, self._names, self.name)
         self.worker = Worker(
             self.name,
             SPEC,
-            self._names,
             self._broker,
             self.client,
             WeightUpdates,
             PromptRenderer(load_tokenizer(model), SPEC.dataset.prompt_field),
             make_workflow(SPEC.workflow),
             Scorer(FakeBackend(score), max_attempts=1),
-            await self._broker.jetstream.key_value(self._names.state_bucket),
         )
         self._running = asyncio.create_task(self.worker.run(), name=self.name)
 
@@ -147,6 +147,7 @@ class Scene:
     def __init__(self, address: NatsAddress, names: JobNames, broker: Broker) -> None:
         self.names = names
         self.broker = broker
+        self.end = TrainerEnd(broker, names, STORAGE_BYTES)
         self.fleet = Fleet(time.monotonic)
         self.joins: list[JoinGroup] = []
         """Every request to join a group."""

@@ -2,22 +2,23 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
 
+from asyncrl_api.job import Spec
 from asyncrl_api.report import Report
 from asyncrl_runtime.history.ledger_writer import Ledger
-from asyncrl_runtime.trainer.attempt import AttemptParts
 from asyncrl_runtime.trainer.books.books import Books
 from asyncrl_runtime.trainer.books.checkpoints import Checkpoints
 from asyncrl_runtime.trainer.metrics import Metrics
-from asyncrl_runtime.transport.fleet import Fleet
-from support.fakes import FakeEvaluator, FakeRanks, FakeSideTasks, FakeWeights
+from asyncrl_runtime.trainer.seams import AttemptParts
+from asyncrl_runtime.weights.fleet import Fleet
+from support.fakes import FakeEvaluator, FakeRanks, FakeStreams, FakeWeights
 
 
 def make_attempt_parts(
     folder: Path,
+    spec: Spec,
     books: Books,
-    side_tasks: FakeSideTasks,
+    streams: FakeStreams,
     ranks: FakeRanks,
     weights: FakeWeights,
     evaluator: FakeEvaluator | None,
@@ -30,16 +31,16 @@ def make_attempt_parts(
     return AttemptParts(
         attempt=1,
         uid="uid",
-        spec=books.spec,
+        spec=spec,
         folder=folder,
         books=books,
-        side_tasks=cast(Any, side_tasks),
+        streams=streams,
         ledger=ledger,
-        ranks=cast(Any, ranks),
+        ranks=ranks,
         fleet=Fleet(clock),
         weights=weights,
         checkpoints=Checkpoints(folder, "uid"),
-        evaluator=cast(Any, evaluator),
+        examiner=evaluator,
         metrics=Metrics(folder, folder / "report.json", report),
         clock=clock,
     )

@@ -43,7 +43,7 @@ def replay(
             learning_rate=learning_rate(
                 spec.training.schedule,
                 step.version,
-                recorded.training.max_steps,
+                recorded.max_steps,
                 spec.training.learning_rate,
             ),
         )

@@ -8,16 +8,18 @@ import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-from asyncrl_api.job import Spec
+from asyncrl_api.job import Spec, StalenessSpec
 from asyncrl_api.ledger import RecordedStep
 from asyncrl_api.names import ticket_of
+from asyncrl_api.spec_views import LiveSpec
+from asyncrl_runtime.contract.broker import StreamMessage
 from asyncrl_runtime.contract.messages import Group, Tombstone
+from asyncrl_runtime.trainer.books.bell import Bell
 from asyncrl_runtime.trainer.books.inbox import Inbox
 from asyncrl_runtime.trainer.books.staleness import LiveGroup, assess, form_batch, reject
 from asyncrl_runtime.trainer.books.tickets import Discard, DiscardCount, TicketBook
-from asyncrl_runtime.transport.reader import StreamMessage
 
 log = logging.getLogger(__name__)
 
@@ -55,10 +57,10 @@ class Counters:
 
 
 class Books:
-    """Holds the books. `version` counts steps whose weights were published or offered.
+    """Holds the books. Others read them, and change them by verbs alone.
 
     Args:
-        spec: the live values in force; replaced as they change.
+        spec: as the attempt begins; `use` replaces its live values as they change.
         version: the checkpoint's.
         book: the checkpoint's, of tickets closed up to `version`.
         recorded: steps of the ledger from `version` on, which are repeated first.
@@ -76,22 +78,69 @@ class Books:
         began: Mapping[int, int] | None = None,
         position: int = 0,
     ) -> None:
-        self.spec = spec
-        self.version = version
-        self.book = book or TicketBook()
-        self.began: dict[int, int] = dict(began or {})
+        self.gate_moved = Bell()
+        """For who issues tickets: the limit may be another."""
+        self.news = Bell()
+        """For the training loop: a group has arrived, or something else wants to be looked at."""
         self.inbox = Inbox(position)
         self.counters = Counters()
+        self._batch_size = spec.training.batch_size
+        self._live: LiveSpec = spec
+        self._version = version
+        self._book = book or TicketBook()
+        self._began: dict[int, int] = dict(began or {})
         self._recorded = list(recorded)
-        self.is_recorded_lost = False
-        """Steps still to be repeated have lost their trajectories: `cut` gives them up."""
+        self._is_recorded_lost = False
         self._pending: list[Discard] = []
         self._num_in_step = 0  # tickets of a step that is recorded and not published
         self._discard_count = DiscardCount()
-        self.num_issued = 0
-        """N: the last ticket of the prompt stream."""
+        self._num_issued = 0
+
+    @property
+    def live(self) -> LiveSpec:
+        """The fields marked L that are in force."""
+        return self._live
+
+    def use(self, live: LiveSpec) -> None:
+        """Other live values are in force from now on."""
+        self._live = live
+        self.gate_moved.ring()
+        self.news.ring()
+
+    @property
+    def version(self) -> int:
+        """Counts steps whose weights were published or offered."""
+        return self._version
+
+    @property
+    def book(self) -> TicketBook:
+        """Every ticket that is closed; not to be changed by who reads it."""
+        return self._book
+
+    @property
+    def began(self) -> Mapping[int, int]:
+        """Attempt -> version at which it began new steps."""
+        return self._began
+
+    def begin(self, attempt: int) -> None:
+        """This attempt forms new steps from now on, and the ledger says so."""
+        self._began[attempt] = self._version
 
     # -- issuing
+
+    @property
+    def num_issued(self) -> int:
+        """N: the last ticket of the prompt stream."""
+        return self._num_issued
+
+    def issued(self, last_ticket: int) -> None:
+        """The prompt stream holds tickets up to this one."""
+        self._num_issued = last_ticket
+
+    def issue_from(self, ticket: int) -> None:
+        """The prompt stream is made again, and empty: this ticket is its next."""
+        self._num_issued = ticket - 1
+        self.gate_moved.ring()
 
     @property
     def limit(self) -> int:
@@ -99,27 +148,27 @@ class Books:
 
         A discard is replaced at once; a trained batch only when its weights are published.
         """
-        return self.book.limit(
-            version=self.version,
-            batch_size=self.spec.training.batch_size,
-            max_versions=self.spec.staleness.max_versions,
-            max_steps=self.spec.training.max_steps,
+        return self._book.limit(
+            version=self._version,
+            batch_size=self._batch_size,
+            max_versions=self._live.staleness.max_versions,
+            max_steps=self._live.training.max_steps,
             num_in_step=self._num_in_step,
             pending={discard.ticket for discard in self._pending},
         )
 
     def is_closed(self, ticket: int) -> bool:
-        return self.book.is_closed(ticket) or any(discard.ticket == ticket for discard in self._pending)
+        return self._book.is_closed(ticket) or any(discard.ticket == ticket for discard in self._pending)
 
     @property
     def num_open(self) -> int:
         """Tickets that were issued and are not closed."""
-        return sum(not self.is_closed(ticket) for ticket in self.book.open_tickets(self.num_issued))
+        return sum(not self.is_closed(ticket) for ticket in self._book.open_tickets(self._num_issued))
 
     @property
     def waiting_tickets(self) -> list[int]:
         """Tickets that were issued and have brought nothing yet, or no whole group."""
-        open_tickets = self.book.open_tickets(self.num_issued)
+        open_tickets = self._book.open_tickets(self._num_issued)
         return [t for t in open_tickets if t not in self.inbox.arrived and not self.is_closed(t)]
 
     # -- arriving
@@ -131,11 +180,14 @@ class Books:
             EndlessDiscards: no batch will ever form.
         """
         arrived = self.inbox.take(message, self._is_done_with(message))
-        if arrived is None or self._is_recorded(arrived.ticket):
+        if arrived is None:
+            return
+        self.news.ring()
+        if self._is_recorded(arrived.ticket):
             return
         if isinstance(arrived, Group):
             self.counters.num_failed_samples += len(arrived.failures)
-        if (rejected := reject(arrived, self.spec.sampling.filter)) is not None:
+        if (rejected := reject(arrived, self._live.sampling.filter)) is not None:
             self._discard(rejected, arrived)
 
     def _is_done_with(self, message: StreamMessage) -> bool:
@@ -146,6 +198,11 @@ class Books:
         return self.is_closed(ticket) or self.inbox.has_seen(ticket)
 
     # -- batches
+
+    @property
+    def is_recorded_lost(self) -> bool:
+        """Whether steps still to be repeated have lost their trajectories: `cut` gives them up."""
+        return self._is_recorded_lost
 
     @property
     def is_repeating(self) -> bool:
@@ -163,11 +220,11 @@ class Books:
             return self._recorded_batch(self._recorded[0])
         groups, discards = form_batch(
             (group for group in self.inbox.arrived.values() if isinstance(group, Group)),
-            version=self.version,
-            batch_size=self.spec.training.batch_size,
-            rule=self.spec.staleness,
-            began=self.began,
-            sample_filter=self.spec.sampling.filter,
+            version=self._version,
+            batch_size=self._batch_size,
+            rule=self._live.staleness,
+            began=self._began,
+            sample_filter=self._live.sampling.filter,
         )
         for discard in discards:
             self._discard(discard, self.inbox.arrived[discard.ticket])
@@ -177,17 +234,17 @@ class Books:
         for discard in self._pending:
             by_reason[discard.reason].append(discard.ticket)
         return Batch(
-            version=self.version,
+            version=self._version,
             groups=tuple(groups),
             discards={reason: tuple(sorted(tickets)) for reason, tickets in sorted(by_reason.items())},
-            max_steps=self.spec.training.max_steps,
+            max_steps=self._live.training.max_steps,
         )
 
     def _recorded_batch(self, step: RecordedStep) -> Batch | None:
         """Return a batch as it was recorded, under the values that were in force then."""
-        if self.is_recorded_lost:
+        if self._is_recorded_lost:
             raise RecordedBatchLost(f"step {step.version} was recorded, but its trajectories are lost")
-        spec = with_recorded_values(self.spec, step.live)
+        recorded = with_recorded_values(self._live, step.live)
         groups = []
         for ticket in step.tickets:
             group = self.inbox.arrived.get(ticket)
@@ -195,11 +252,11 @@ class Books:
                 return None
             if isinstance(group, Tombstone):
                 raise RecordedBatchLost(f"ticket {ticket} of step {step.version} is a tombstone now")
-            verdict = assess(group, step.version, spec.staleness, step.began, "None")
+            verdict = assess(group, step.version, recorded.staleness, step.began, "None")
             if isinstance(verdict, Discard):
                 raise RecordedBatchLost(f"ticket {ticket} of step {step.version} is not what was recorded")
             groups.append(verdict)
-        return Batch(step.version, tuple(groups), step.discards, spec.training.max_steps, is_repeat=True)
+        return Batch(step.version, tuple(groups), step.discards, recorded.max_steps, is_repeat=True)
 
     def missing_of_recorded(self) -> list[int]:
         """Tickets of the next step to be repeated that have not arrived."""
@@ -210,37 +267,37 @@ class Books:
     def cut(self) -> None:
         """Give up the steps still to be repeated; their tickets are open again."""
         self._recorded.clear()
-        self.is_recorded_lost = False
+        self._is_recorded_lost = False
         for group in list(self.inbox.arrived.values()):
-            if (rejected := reject(group, self.spec.sampling.filter)) is not None:
+            if (rejected := reject(group, self._live.sampling.filter)) is not None:
                 self._discard(rejected, group)
 
     def close(self, batch: Batch) -> None:
         """The ledger holds this step: its tickets are trained, and those discarded before it discarded."""
         discarded = [ticket for tickets in batch.discards.values() for ticket in tickets]
-        self.book.train(batch.tickets)
-        self.book.discard(discarded)
+        self._book.train(batch.tickets)
+        self._book.discard(discarded)
         self._num_in_step = len(batch.tickets)
         for ticket in (*batch.tickets, *discarded):
             self.inbox.close(ticket)
-        self._pending = [discard for discard in self._pending if not self.book.is_closed(discard.ticket)]
+        self._pending = [discard for discard in self._pending if not self._book.is_closed(discard.ticket)]
 
     def advance(self, batch: Batch) -> None:
         """The step's weights are published or offered: the gate moves."""
-        self.version = batch.version + 1
+        self._version = batch.version + 1
         self._num_in_step = 0
         if batch.is_repeat:
             self._recorded.pop(0)
         for group in batch.groups:
             self.counters.num_dropped_samples += group.num_dropped_samples
             self.counters.num_masked_tokens += group.num_masked_tokens
-        self._discard_count.step_ended(self.num_issued)
-        self.inbox.changed.set()
+        self._discard_count.step_ended(self._num_issued)
+        self.gate_moved.ring()
 
     @property
     def last_ticket(self) -> int:
         """The last ticket ever issued: above N where streams were made again and N has not come that far."""
-        return max(self.num_issued, self.book.highest, *(discard.ticket for discard in self._pending), 0)
+        return max(self._num_issued, self._book.highest, *(discard.ticket for discard in self._pending), 0)
 
     def left_over(self) -> dict[str, list[int]]:
         """Return what is discarded at the end, by reason: decided but not recorded, and still open."""
@@ -248,7 +305,7 @@ class Books:
         for discard in self._pending:
             by_reason[discard.reason].append(discard.ticket)
         decided = {discard.ticket for discard in self._pending}
-        open_tickets = [t for t in self.book.open_tickets(self.last_ticket) if t not in decided]
+        open_tickets = [t for t in self._book.open_tickets(self.last_ticket) if t not in decided]
         if open_tickets:
             by_reason["leftover"] = open_tickets
         return dict(by_reason)
@@ -266,7 +323,7 @@ class Books:
         """
         self.inbox.forget_all()
         self._pending.clear()
-        self.is_recorded_lost = bool(self._recorded)
+        self._is_recorded_lost = bool(self._recorded)
 
     # -- helpers
 
@@ -285,8 +342,8 @@ class Books:
         self._pending.append(discard)
         self.inbox.set_aside(discard.ticket)
         self.counters.discards[discard.reason] += 1
-        self._discard_count.add(discard, self.spec.training.batch_size)
-        self.inbox.changed.set()
+        self._discard_count.add(discard, self._batch_size)
+        self.gate_moved.ring()
 
 
 def _causes(discard: Discard, group: Group | Tombstone) -> list[str]:
@@ -298,17 +355,22 @@ def _causes(discard: Discard, group: Group | Tombstone) -> list[str]:
     return [f"{failure.reason}: {failure.message}" for failure in group.failures[:1]]
 
 
-def recorded_values(spec: Spec) -> dict[str, Any]:
+class RecordedValues(NamedTuple):
+    """The live values that decide what a step trains."""
+
+    staleness: StalenessSpec
+    max_steps: int
+
+
+def recorded_values(live: LiveSpec) -> dict[str, Any]:
     """Return the live values that decide what a step trains, for the ledger."""
     return {
-        "staleness": spec.staleness.model_dump(by_alias=True),
-        "training": {"maxSteps": spec.training.max_steps},
+        "staleness": live.staleness.model_dump(by_alias=True),
+        "training": {"maxSteps": live.training.max_steps},
     }
 
 
-def with_recorded_values(spec: Spec, values: Mapping[str, Any]) -> Spec:
-    """Return `spec` with the values that were in force when a step was recorded."""
-    staleness = spec.staleness.model_validate(values.get("staleness", {}))
-    max_steps = values.get("training", {}).get("maxSteps", spec.training.max_steps)
-    training = spec.training.model_copy(update={"max_steps": max_steps})
-    return spec.model_copy(update={"staleness": staleness, "training": training})
+def with_recorded_values(live: LiveSpec, values: Mapping[str, Any]) -> RecordedValues:
+    """Return the values that were in force when a step was recorded; `live` has a maxSteps that it lacks."""
+    staleness = live.staleness.model_validate(values.get("staleness", {}))
+    return RecordedValues(staleness, values.get("training", {}).get("maxSteps", live.training.max_steps))

@@ -1,9 +1,9 @@
 """Prompt groups that have arrived and are not closed, and how far the stream is done with."""
 
-import asyncio
 import logging
 
 from asyncrl_api.names import ticket_of
+from asyncrl_runtime.contract.broker import StreamMessage
 from asyncrl_runtime.contract.messages import (
     Group,
     GroupPart,
@@ -12,7 +12,6 @@ from asyncrl_runtime.contract.messages import (
     Tombstone,
     decode,
 )
-from asyncrl_runtime.transport.reader import StreamMessage
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +26,6 @@ class Inbox:
     def __init__(self, position: int) -> None:
         self.arrived: dict[int, Group | Tombstone] = {}
         """By ticket; complete and not closed."""
-        self.changed = asyncio.Event()
         self.num_duplicates = 0
         self._last_sequence = position
         self._first_sequence: dict[int, int] = {}  # of each ticket that is arriving or has arrived
@@ -59,7 +57,6 @@ class Inbox:
         if complete is not None:
             self._parts.pop(ticket, None)
             self.arrived[ticket] = complete
-            self.changed.set()
         return complete
 
     def has_seen(self, ticket: int) -> bool:

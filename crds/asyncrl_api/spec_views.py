@@ -1,0 +1,239 @@
+"""The spec as an attempt began, and as it is now. Made by `make crd`: change the types instead."""
+
+from typing import Any, Literal, Protocol
+
+from asyncrl_api.operations_spec import FailurePolicySpec, LocationSpec, MessagingSpec
+from asyncrl_api.placement_spec import (
+    AutoSplitSpec,
+    EngineSpec,
+    SchedulingSpec,
+    TrainerSpec,
+    UpdateSpec,
+    WeightSyncSpec,
+)
+from asyncrl_api.sampling_spec import DatasetSpec, ModelSpec, RewardSpec, WorkflowSpec
+from asyncrl_api.training_spec import AlgorithmSpec, LoRASpec, ScheduleSpec, StalenessSpec
+
+
+class FrozenSamplingSpec(Protocol):
+    """`spec.sampling`: its fields not marked L, as the attempt began."""
+
+    @property
+    def group_size(self) -> int: ...
+
+
+class FrozenTrainingSpec(Protocol):
+    """`spec.training`: its fields not marked L, as the attempt began."""
+
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def minibatches(self) -> int: ...
+    @property
+    def tokens_per_micro_batch(self) -> int: ...
+    @property
+    def learning_rate(self) -> float: ...
+    @property
+    def schedule(self) -> ScheduleSpec: ...
+    @property
+    def weight_decay(self) -> float: ...
+    @property
+    def gradient_clipping(self) -> float: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def lora(self) -> LoRASpec: ...
+    @property
+    def trains_adapters(self) -> bool: ...
+
+
+class FrozenEvaluationSpec(Protocol):
+    """`spec.evaluation`: its fields not marked L, as the attempt began."""
+
+    @property
+    def source(self) -> str: ...
+    @property
+    def split(self) -> str: ...
+    @property
+    def parameters(self) -> dict[str, Any]: ...
+    @property
+    def samples(self) -> int: ...
+
+
+class FrozenSplitSpec(Protocol):
+    """`spec.gpuBudget.split`: its fields not marked L, as the attempt began."""
+
+    @property
+    def trainer(self) -> int: ...
+
+
+class FrozenGPUBudgetSpec(Protocol):
+    """`spec.gpuBudget`: its fields not marked L, as the attempt began."""
+
+    @property
+    def resource_name(self) -> str: ...
+    @property
+    def gpu_memory(self) -> str: ...
+    @property
+    def allocation(self) -> Literal["ExtendedResource", "ResourceClaim", "None"]: ...
+    @property
+    def split(self) -> FrozenSplitSpec | None: ...
+
+
+class FrozenRolloutSpec(Protocol):
+    """`spec.rollout`: its fields not marked L, as the attempt began."""
+
+    @property
+    def engine(self) -> EngineSpec: ...
+    @property
+    def gpus_per_replica(self) -> int: ...
+    @property
+    def pod_template(self) -> dict[str, Any]: ...
+
+
+class FrozenCheckpointSpec(Protocol):
+    """`spec.checkpoint`: its fields not marked L, as the attempt began."""
+
+    @property
+    def location(self) -> LocationSpec: ...
+    @property
+    def resume(self) -> Literal["Auto", "Never", "FromPath"]: ...
+    @property
+    def resume_path(self) -> str: ...
+
+
+class FrozenSpec(Protocol):
+    """The fields not marked L, as the attempt began."""
+
+    @property
+    def model(self) -> ModelSpec: ...
+    @property
+    def dataset(self) -> DatasetSpec: ...
+    @property
+    def workflow(self) -> WorkflowSpec: ...
+    @property
+    def reward(self) -> RewardSpec: ...
+    @property
+    def sampling(self) -> FrozenSamplingSpec: ...
+    @property
+    def training(self) -> FrozenTrainingSpec: ...
+    @property
+    def algorithm(self) -> AlgorithmSpec: ...
+    @property
+    def evaluation(self) -> FrozenEvaluationSpec | None: ...
+    @property
+    def gpu_budget(self) -> FrozenGPUBudgetSpec: ...
+    @property
+    def rollout(self) -> FrozenRolloutSpec: ...
+    @property
+    def trainer(self) -> TrainerSpec: ...
+    @property
+    def weight_sync(self) -> WeightSyncSpec: ...
+    @property
+    def messaging(self) -> MessagingSpec: ...
+    @property
+    def checkpoint(self) -> FrozenCheckpointSpec: ...
+    @property
+    def scheduling(self) -> SchedulingSpec: ...
+    @property
+    def managed_by(self) -> str: ...
+
+
+class LiveSamplingSpec(Protocol):
+    """`spec.sampling`: its fields marked L, as they are now."""
+
+    @property
+    def max_new_tokens(self) -> int: ...
+    @property
+    def temperature(self) -> float: ...
+    @property
+    def filter(self) -> Literal["None", "DropUniformGroups"]: ...
+
+
+class LiveTrainingSpec(Protocol):
+    """`spec.training`: its fields marked L, as they are now."""
+
+    @property
+    def max_steps(self) -> int: ...
+
+
+class LiveEvaluationSpec(Protocol):
+    """`spec.evaluation`: its fields marked L, as they are now."""
+
+    @property
+    def every_steps(self) -> int: ...
+
+
+class LiveSplitSpec(Protocol):
+    """`spec.gpuBudget.split`: its fields marked L, as they are now."""
+
+    @property
+    def rollout(self) -> int: ...
+
+
+class LiveGPUBudgetSpec(Protocol):
+    """`spec.gpuBudget`: its fields marked L, as they are now."""
+
+    @property
+    def total(self) -> int: ...
+    @property
+    def mode(self) -> Literal["Auto", "Manual"]: ...
+    @property
+    def split(self) -> LiveSplitSpec | None: ...
+    @property
+    def auto(self) -> AutoSplitSpec: ...
+
+
+class LiveRolloutSpec(Protocol):
+    """`spec.rollout`: its fields marked L, as they are now."""
+
+    @property
+    def min_replicas(self) -> int: ...
+    @property
+    def max_replicas(self) -> int: ...
+    @property
+    def max_concurrency(self) -> int: ...
+    @property
+    def interrupt(self) -> Literal["Retract", "InPlace", "Drain"]: ...
+    @property
+    def update(self) -> UpdateSpec: ...
+
+
+class LiveCheckpointSpec(Protocol):
+    """`spec.checkpoint`: its fields marked L, as they are now."""
+
+    @property
+    def every_steps(self) -> int: ...
+    @property
+    def keep(self) -> int: ...
+    @property
+    def export_every_steps(self) -> int: ...
+
+
+class LiveSpec(Protocol):
+    """The fields marked L, as they are now."""
+
+    @property
+    def sampling(self) -> LiveSamplingSpec: ...
+    @property
+    def training(self) -> LiveTrainingSpec: ...
+    @property
+    def staleness(self) -> StalenessSpec: ...
+    @property
+    def evaluation(self) -> LiveEvaluationSpec | None: ...
+    @property
+    def gpu_budget(self) -> LiveGPUBudgetSpec: ...
+    @property
+    def rollout(self) -> LiveRolloutSpec: ...
+    @property
+    def checkpoint(self) -> LiveCheckpointSpec: ...
+    @property
+    def suspend(self) -> bool: ...
+    @property
+    def active_deadline_seconds(self) -> int: ...
+    @property
+    def pending_deadline_seconds(self) -> int: ...
+    @property
+    def ttl_seconds_after_finished(self) -> int: ...
+    @property
+    def failure_policy(self) -> FailurePolicySpec: ...

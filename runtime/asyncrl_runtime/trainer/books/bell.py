@@ -1,0 +1,25 @@
+"""A bell for one listener, who then looks at the state itself: what rang is not said."""
+
+import asyncio
+import contextlib
+
+
+class Bell:
+    """Rings while its listener waits, or is remembered until it waits again.
+
+    Each listener has a bell of its own. One that two share either wakes the second in vain until the first
+    has heard it, or is silenced by the first before the second has.
+    """
+
+    def __init__(self) -> None:
+        self._rung = asyncio.Event()
+
+    def ring(self) -> None:
+        self._rung.set()
+
+    async def wait(self, seconds: float) -> None:
+        """Return at the next ring, at once if it has rung since the last wait, or after `seconds`."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._rung.wait()
+        self._rung.clear()  # before the listener looks: what changes from now on rings again

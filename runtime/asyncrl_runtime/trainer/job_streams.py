@@ -1,0 +1,223 @@
+"""The streams of a job as its trainer knows them: which are there, which are lost, and how they come back.
+
+A lost stream, from first to last. `inspect`, called by a side task, sees that it is gone, or is another one;
+or the training loop itself says by `requeue` that the prompt stream no longer fits the books. Either sets
+`lost` and rings for the training loop. While anything is lost, no ticket is issued and nothing is inspected.
+The training loop meets `lost` at its next boundary, saves what is trained, and calls `mend`, which tells
+the books, has the recorded steps given up that went with the stream, and makes the streams again. Nothing
+else clears `lost`.
+"""
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from asyncrl_runtime.contract.broker import JobQueues, TransportError
+from asyncrl_runtime.contract.messages import CurrentVersion, PolicyVersion, encode
+from asyncrl_runtime.trainer.books.books import Books
+
+log = logging.getLogger(__name__)
+
+FULL_SHARE = 0.7
+"""Of the trajectory stream's byte limit: from there on a checkpoint is made, to purge behind it."""
+
+
+@dataclass(frozen=True)
+class LostStreams:
+    """Which streams are gone, or are there under their name and are others."""
+
+    trajectories: bool = False
+    prompts: bool = False
+
+    def __bool__(self) -> bool:
+        return self.trajectories or self.prompts
+
+
+class JobStreams:
+    """Opens, watches and mends the streams, and puts what workers are told into the job's state.
+
+    Args:
+        live_values: the fields marked L that workers are told, until `hand_on` is called with others.
+    """
+
+    def __init__(self, broker: JobQueues, books: Books, live_values: Mapping[str, Any]) -> None:
+        self._broker = broker
+        self._books = books
+        self._live_values = live_values
+        self._suspected_holes: set[int] = set()
+        self.identity = ""
+        """The trajectory stream that the books are about."""
+        self.lost = LostStreams()
+        self.is_nearly_full = False
+        """Whether trajectories take so much room that it may soon be too little for a batch."""
+        self.generation = 0
+        """Counts how often the streams were made: what was asked before is gone with them."""
+
+    async def open(self, identity: str | None) -> None:
+        """Make what is missing, and see whether the trajectory stream is the one the checkpoint knows.
+
+        Args:
+            identity: the checkpoint's; None for a job that begins.
+
+        Raises:
+            TransportError: the broker is away or refuses.
+        """
+        self.identity = identity or ""
+        if identity is None:
+            await self._broker.delete_streams()  # an earlier object's
+        else:
+            trajectories, prompts = await self._broker.trajectories(), await self._broker.prompts()
+            self.lost = LostStreams(
+                trajectories is None or trajectories.identity != identity, prompts is None
+            )
+        if not self.lost:
+            await self._make()
+
+    # -- lost streams
+
+    async def inspect(self) -> None:
+        """Notice streams that are gone, were made by someone else, jumped back, or fill up.
+
+        Raises:
+            TransportError: the broker is away; call again.
+        """
+        # What we know must be read before what the server knows: both grow meanwhile.
+        seen, issued = self._books.inbox.last_sequence, self._books.num_issued
+        before = self.generation, self.lost
+        trajectories, prompts = await self._broker.trajectories(), await self._broker.prompts()
+        if before != (self.generation, self.lost):
+            return  # mended or lost meanwhile: what was seen is no longer so
+        self.is_nearly_full = (
+            trajectories is not None and trajectories.num_bytes > FULL_SHARE * trajectories.max_bytes
+        )
+        self._lose(
+            LostStreams(
+                trajectories is None
+                or trajectories.identity != self.identity
+                or trajectories.last_sequence < seen,
+                prompts is None or prompts.last_sequence < issued,
+            )
+        )
+
+    async def look_for_holes(self) -> None:
+        """Find tickets that are open, have not arrived, and are not in the queue either.
+
+        One that is stored but not read yet looks the same, so a hole must be seen twice.
+
+        Raises:
+            TransportError: the broker is away; call again.
+        """
+        queued = await self._broker.queued_tickets()
+        books = self._books
+        holes = {
+            ticket
+            for ticket in books.book.open_tickets(books.num_issued)
+            if ticket not in queued and not books.is_known(ticket)
+        }
+        if confirmed := holes & self._suspected_holes:
+            log.warning("tickets %s are neither queued nor stored: issued again", sorted(confirmed)[:20])
+            self.requeue()
+        self._suspected_holes = holes
+
+    def requeue(self) -> None:
+        """Have the prompt stream made again: tickets that are open are queued no more."""
+        self._lose(LostStreams(self.lost.trajectories, prompts=True))
+
+    def _lose(self, lost: LostStreams) -> None:
+        self.lost = lost
+        if lost:
+            self._books.news.ring()
+
+    async def mend(self, give_up_recorded: Callable[[], None]) -> None:
+        """Make lost streams again: prompts from the first open ticket, trajectories behind the last one seen.
+
+        Whatever had arrived through a lost trajectory stream is open again; a ticket above the first open
+        one that is closed takes its sequence as an empty message, which workers acknowledge.
+
+        Args:
+            give_up_recorded: called when steps that are still to be repeated have lost their trajectories.
+                That is before a checkpoint knows the new stream: the next attempt would wait in it for the
+                recorded steps, and "repeat" them with groups that were sampled anew.
+
+        Raises:
+            TransportError: the broker is away or refuses.
+        """
+        while self.lost:  # again if the other is lost in between
+            if self.lost.trajectories:
+                log.warning("the trajectory stream is lost: open tickets are issued again")
+                self._books.streams_lost()
+            if self._books.is_recorded_lost:
+                give_up_recorded()
+            await self._make_again()
+
+    async def _make_again(self) -> None:
+        if self.lost.trajectories:
+            self.identity = ""
+            await self._broker.delete_trajectories()
+        await self._broker.delete_prompts()
+        first_open = self._books.book.low + 1
+        log.warning("the prompt stream is made again from ticket %d on", first_open)
+        await self._make(first_open, self._books.inbox.last_sequence + 1)
+        self._books.issue_from(first_open)
+        self._suspected_holes.clear()
+
+    async def _make(self, first_ticket: int | None = None, first_trajectory: int | None = None) -> None:
+        await self._broker.make_streams(first_ticket, first_trajectory)
+        trajectories, prompts = await self._broker.trajectories(), await self._broker.prompts()
+        if trajectories is None or prompts is None:
+            raise TransportError("a stream that was just made is gone")
+        self._books.issued(prompts.last_sequence)
+        # It may have gone unnoticed until now, and be another one.
+        known, self.identity = self.identity, trajectories.identity
+        self.lost = LostStreams(trajectories=known not in ("", self.identity))
+        self.generation += 1
+        await self.hand_on(self._live_values)
+
+    # -- how far they are
+
+    async def last_ticket(self) -> int | None:
+        """Return the last ticket that was issued; None if its stream is gone.
+
+        Raises:
+            TransportError: the broker is away.
+        """
+        facts = await self._broker.prompts()
+        return None if facts is None else facts.last_sequence
+
+    async def has_read_everything(self) -> bool:
+        """Return whether all that is stored now has been taken.
+
+        Raises:
+            TransportError: the broker is away.
+        """
+        facts = await self._broker.trajectories()
+        return facts is None or self._books.inbox.last_sequence >= facts.last_sequence
+
+    async def purge_behind(self, sequence: int) -> None:
+        """Delete trajectories up to `sequence`: no restorable checkpoint needs them."""
+        try:
+            await self._broker.purge_trajectories(sequence)
+        except TransportError as error:
+            log.info("not purged, the next checkpoint does it: %s", error)
+            return
+        self.is_nearly_full = False
+
+    # -- what workers are told
+
+    async def announce(self, version: PolicyVersion) -> None:
+        """Tell the workers the version that is current, before tickets of it are issued."""
+        current = CurrentVersion(version=version, max_versions=self._books.live.staleness.max_versions)
+        await self._put("version", encode(current))
+
+    async def hand_on(self, live_values: Mapping[str, Any]) -> None:
+        """Tell the workers the fields marked L; told again whenever the streams are made again."""
+        self._live_values = live_values
+        await self._put("live", json.dumps(live_values).encode())
+
+    async def _put(self, key: str, data: bytes) -> None:
+        try:
+            await self._broker.put(key, data)
+        except TransportError as error:
+            log.warning("key %s was not written: %s", key, error)

@@ -1,0 +1,73 @@
+"""What an attempt is made of, and what it asks of streams, ranks and examiner: others may stand there."""
+
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from asyncrl_api.spec_views import FrozenSpec
+from asyncrl_runtime.contract.messages import PolicyVersion
+from asyncrl_runtime.history.ledger_writer import Ledger
+from asyncrl_runtime.trainer.books.books import Books
+from asyncrl_runtime.trainer.books.checkpoints import Checkpoints
+from asyncrl_runtime.trainer.evaluation import Evaluated
+from asyncrl_runtime.trainer.job_streams import LostStreams
+from asyncrl_runtime.trainer.metrics import Metrics
+from asyncrl_runtime.trainer.update.ranks import Command
+from asyncrl_runtime.weights.engines import Publisher
+from asyncrl_runtime.weights.fleet import Fleet
+
+
+class Streams(Protocol):
+    """The job's streams; JobStreams says what each call does."""
+
+    @property
+    def identity(self) -> str: ...
+    @property
+    def lost(self) -> LostStreams: ...
+    @property
+    def is_nearly_full(self) -> bool: ...
+
+    def requeue(self) -> None: ...
+    async def mend(self, give_up_recorded: Callable[[], None]) -> None: ...
+    async def has_read_everything(self) -> bool: ...
+    async def purge_behind(self, sequence: int) -> None: ...
+    async def announce(self, version: PolicyVersion) -> None: ...
+
+
+class TrainerRanks(Protocol):
+    """All ranks of the trainer; Ranks says what each call does."""
+
+    async def run(self, command: Command) -> Any: ...
+    async def keep_awake(self) -> None: ...
+
+
+class Examiner(Protocol):
+    """Who has held-out prompts answered; Evaluator says what each call does."""
+
+    async def run(
+        self, step: int, max_new_tokens: int, tick: Callable[[], Awaitable[None]]
+    ) -> Evaluated | None: ...
+
+
+@dataclass(frozen=True)
+class AttemptParts:
+    """What an Attempt is made of."""
+
+    attempt: int
+    uid: str
+    spec: FrozenSpec
+    """As the attempt began; fields marked L are in the books."""
+    folder: Path
+    books: Books
+    streams: Streams
+    ledger: Ledger
+    ranks: TrainerRanks
+    fleet: Fleet
+    weights: Publisher
+    checkpoints: Checkpoints
+    examiner: Examiner | None
+    """None where nothing is held out."""
+    metrics: Metrics
+    clock: Callable[[], float] = time.monotonic
