@@ -50,7 +50,8 @@ class JobNames(Wire):
     @property
     def state_bucket(self) -> str:
         """The bucket with the keys `live` (the fields marked L), `version`, and `part.<ticket>` (what is kept
-        of a ticket that was handed back)."""
+        of a ticket that was handed back).
+        """
         return f"rl_{self.job}"
 
     @property

@@ -47,7 +47,7 @@ def account(
     address = urlsplit(server["server"])
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", address.hostname or "")
     monkeypatch.setenv("KUBERNETES_SERVICE_PORT", str(address.port))
-    yield tmp_path
+    return tmp_path
 
 
 def stored(cluster: Cluster, namespace: str) -> Report | None:

@@ -37,7 +37,7 @@ def patient(nodes: NodeCluster, operator: Operator, namespace: str, tmp_path: Pa
     code = tmp_path / "patience.py"
     code.write_text(CODE)
     job.kubectl("create", "configmap", "code", f"--from-file={code}")
-    yield job
+    return job
 
 
 def apply(job: RunningJob, **auto: Any) -> None:

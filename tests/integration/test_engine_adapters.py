@@ -307,7 +307,7 @@ def test_an_adapter_goes_on_over_new_weights_of_the_base(
 
 
 @pytest.mark.parametrize(
-    "config, complaint",
+    ("config", "complaint"),
     [
         ({"target_modules": ["embed_tokens", "q_proj"]}, "model.embed_tokens is not a linear layer"),
         ({"use_dora": True}, "use_dora not implemented"),

@@ -221,7 +221,7 @@ def test_a_stream_of_a_list_tells_the_index(engine: EngineProcess) -> None:
 
 
 @pytest.mark.parametrize(
-    "body, message",
+    ("body", "message"),
     [
         (
             {"input_ids": [1], "sampling_params": {"seed": 1}},

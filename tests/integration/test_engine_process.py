@@ -51,7 +51,7 @@ def test_weights_that_are_missing_or_torn_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "missing, message", [("config.json", "no config.json"), ("tokenizer*.json", "no tokenizer")]
+    ("missing", "message"), [("config.json", "no config.json"), ("tokenizer*.json", "no tokenizer")]
 )
 def test_a_folder_that_is_no_model_is_refused(tmp_path: Path, missing: str, message: str) -> None:
     folder = tmp_path / "model"

@@ -1,3 +1,5 @@
+"""Advantages of groups of all sizes, against hand-worked numbers."""
+
 import numpy as np
 import pytest
 from hypothesis import given

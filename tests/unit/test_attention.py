@@ -1,3 +1,5 @@
+"""Attention over packed sequences equals that over each alone."""
+
 from typing import Any, cast
 
 import pytest

@@ -1,3 +1,5 @@
+"""The books of rank 0: what may be issued, what arrives, what the next batch is."""
+
 import pytest
 
 from asyncrl_api.job import Spec

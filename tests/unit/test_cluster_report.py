@@ -190,5 +190,5 @@ async def test_nothing_is_copied_on_a_laptop(caplog: pytest.LogCaptureFixture) -
 def test_a_client_needs_a_certificate_of_the_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
     monkeypatch.setenv("KUBERNETES_SERVICE_PORT", "443")
-    with pytest.raises(OSError):
+    with pytest.raises(FileNotFoundError):
         in_cluster_client(tmp_path)

@@ -1,3 +1,5 @@
+"""What a training step says about itself, and the learning rate of each step."""
+
 import json
 import math
 

@@ -71,7 +71,7 @@ def test_salt_and_extra_key_cannot_be_mistaken_for_each_other(parser: RequestPar
 
 
 @pytest.mark.parametrize(
-    "wanted, fitted", [({}, 54), ({"max_new_tokens": 54}, 54), ({"max_new_tokens": 7}, 7)]
+    ("wanted", "fitted"), [({}, 54), ({"max_new_tokens": 54}, 54), ({"max_new_tokens": 7}, 7)]
 )
 def test_output_is_cut_at_the_context(parser: RequestParser, wanted: dict[str, int], fitted: int) -> None:
     assert parse(parser, input_ids=[1] * 10, sampling_params=wanted).requests[0].max_new_tokens == fitted
@@ -88,7 +88,7 @@ def test_output_is_cut_at_the_token_budget() -> None:
 
 
 @pytest.mark.parametrize(
-    "body, message",
+    ("body", "message"),
     [
         ({}, "Either text, input_ids or input_embeds should be provided"),
         ({"input_ids": []}, "input_ids cannot be empty"),

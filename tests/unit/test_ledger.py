@@ -1,3 +1,5 @@
+"""The ledger's lines, what they amount to, and the audit of them."""
+
 from pathlib import Path
 
 import pytest

@@ -1,3 +1,5 @@
+"""Policy losses against a naive loop, finite differences and hand-worked bounds."""
+
 import math
 from typing import Any
 

@@ -305,7 +305,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     (site / "my_models").mkdir()
     (site / "my_models" / "__init__.py").touch()
     monkeypatch.syspath_prepend(site)
-    yield site / "my_models"
+    return site / "my_models"
 
 
 @pytest.mark.parametrize("source", ["package://my-models", "package://my-models/large/it"])

@@ -1,3 +1,5 @@
+"""Packing keeps every token once, whatever the lengths, ranks and minibatches."""
+
 from collections.abc import Sequence
 
 import numpy as np

@@ -1,3 +1,5 @@
+"""What may be trained of a group, and which groups form the next batch."""
+
 import numpy as np
 import pytest
 from hypothesis import given

@@ -1,3 +1,5 @@
+"""Which tickets may be issued, and that discards have an end."""
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st

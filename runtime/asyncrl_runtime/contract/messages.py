@@ -215,7 +215,8 @@ class EvaluationResult(Message, frozen=True, kw_only=True, tag="evalresult.v1"):
 
 class CurrentVersion(Message, frozen=True, kw_only=True, tag="version.v1"):
     """The controller's current version, under the key `version`. An engine further behind than `max_versions`
-    takes no tickets: its samples would be too old before they could be trained."""
+    takes no tickets: its samples would be too old before they could be trained.
+    """
 
     version: PolicyVersion
     max_versions: int

@@ -31,7 +31,7 @@ class RewardService:
         # The time that a request waits for its turn is not the service's time.
         self._turns = asyncio.Semaphore(MAX_CONCURRENT_REQUESTS)
         limits = httpx.Limits(max_connections=MAX_CONCURRENT_REQUESTS)
-        self._client = httpx.AsyncClient(timeout=None, limits=limits)
+        self._client = httpx.AsyncClient(timeout=None, limits=limits)  # noqa: S113  # `_score` has the deadline
 
     async def __aenter__(self) -> Self:
         await self._client.__aenter__()
