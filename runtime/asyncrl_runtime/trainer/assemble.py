@@ -63,7 +63,7 @@ from asyncrl_runtime.weights.publisher import ChecksumMismatch, LoadBucket, Weig
 log = logging.getLogger(__name__)
 
 SWITCH_SECONDS = 0.0005
-"""Between two threads of the interpreter: at the default 5 ms a training step slows the broker's client."""
+"""How long a thread keeps the interpreter: at the default 5 ms a training step slows the broker's client."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Options:
 
     attempt: int
     host: str
-    """Where engines reach this process."""
+    """The address at which engines reach this process."""
     verify_weights: bool = False
 
 
@@ -80,17 +80,17 @@ def run_rank(config: RunConfig, options: Options, start: Start) -> None:
     """Run one rank of the trainer; torch.distributed's environment says which.
 
     Args:
-        start: reports for rank 0 until the attempt does.
+        start: writes rank 0's report until the attempt does.
 
     Raises:
-        ExitError: it cannot go on; the message names the cause and the remedy.
+        ExitError: the trainer cannot go on; the message names the cause and the remedy.
     """
     sys.setswitchinterval(SWITCH_SECONDS)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     spec = config.spec
     folder = ensure_model(spec.model, config.model_cache, spec.training.seed)
-    # Abort a communicator that hangs, and no more: by default its watchdog ends the process as well, and
-    # the trainer outlives its engines.
+    # Abort a communicator that hangs, and do nothing else: by default its watchdog ends the process as well,
+    # but the trainer must outlive its engines.
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=COMMAND_SECONDS))
@@ -109,7 +109,7 @@ def run_rank(config: RunConfig, options: Options, start: Start) -> None:
         if dist.get_rank() == 0:
             asyncio.run(_lead(config, options, folder, ranks, start))
         else:
-            for number in (signal.SIGTERM, signal.SIGINT):  # rank 0 heeds them, and needs this one to do so
+            for number in (signal.SIGTERM, signal.SIGINT):  # rank 0 acts on them, and needs this one for it
                 signal.signal(number, signal.SIG_IGN)
             ranks.follow()
     except (Superseded, TransportError, CheckpointFailed, PeerLost, OSError) as error:
@@ -117,31 +117,31 @@ def run_rank(config: RunConfig, options: Options, start: Start) -> None:
     except (EndlessDiscards, NumbersUnusable, ChecksumMismatch, LedgerError) as error:
         raise ExitError(ExitCode.UNUSABLE, str(error)) from error
     finally:
-        with contextlib.suppress(Exception):  # a lost peer must not hide why
+        with contextlib.suppress(Exception):  # a lost peer must not hide the reason
             dist.destroy_process_group()
 
 
 def check_names(policy: TrainedPolicy, folder: Path) -> None:
     """Refuse a model whose weights have other names in transformers than in the files that SGLang loads.
 
-    SGLang takes an update by the names of the files, and passes over in silence what it does not know: its
-    policy would never change. So it is where transformers merges the experts of a mixture.
+    SGLang takes an update by the names in the files, and silently passes over what it does not know: its
+    policy would never change. That is the case where transformers merges the experts of a mixture.
 
     Raises:
-        ExitError: names the first of them.
+        ExitError: there is such a weight; the message names the first.
     """
     in_files = weight_names(folder)
     sent = (name for names in policy.buckets(1) for name in names)
     if in_files and (unknown := next((name for name in sent if name not in in_files), None)):
         raise ExitError(
             ExitCode.REFUSED,
-            f"spec.model.source: {unknown} is called otherwise in {folder}, and SGLang would pass over its "
+            f"spec.model.source: {unknown} has another name in {folder}, and SGLang would pass over its "
             "updates; Llama, Qwen2 and Qwen3 are known to work",
         )
 
 
 async def _lead(config: RunConfig, options: Options, model_folder: Path, ranks: Ranks, start: Start) -> None:
-    """Rank 0: connect, take the lease, restore, train."""
+    """Do rank 0's part: connect, take the lease, restore, train."""
     rows = await asyncio.to_thread(load_rows, config.spec)
     storage_bytes = parse_quantity(config.spec.messaging.embedded.storage.size)
     name = f"trainer-{options.attempt}"
@@ -165,7 +165,7 @@ async def _lead(config: RunConfig, options: Options, model_folder: Path, ranks: 
 async def _run_beside(
     attempt: Attempt, parts: AttemptParts, side_tasks: SideTasks, broker: TrainerBroker
 ) -> None:
-    """Train, with everything that runs beside it; whatever ends first ends all."""
+    """Train, with everything that runs beside it; whatever ends first ends everything."""
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, attempt.request_stop)
     loops: dict[str, Coroutine[Any, Any, Any]] = {
@@ -245,12 +245,12 @@ def choose_checkpoint(config: RunConfig, checkpoints: Checkpoints, history: Hist
     """Return the newest whole checkpoint of the surviving history; None to begin at version 0.
 
     Raises:
-        ExitError: it was made under another model, data set or seed.
+        ExitError: the checkpoint was made with another model, data set or seed.
     """
     if config.spec.checkpoint.resume == "Never":
         checkpoints.drop_after(-1)
         return None
-    checkpoints.drop_after(history.version)  # of a history that was cut
+    checkpoints.drop_after(history.version)  # those of a history that was cut
     checkpoint = next(iter(checkpoints.restorable()), None)
     if checkpoint is None:
         return None
@@ -268,7 +268,7 @@ def choose_checkpoint(config: RunConfig, checkpoints: Checkpoints, history: Hist
 
 
 def restore_books(config: RunConfig, checkpoint: Checkpoint | None, history: History) -> Books:
-    """Return the books as of the checkpoint, with the steps of the ledger that follow it to be repeated."""
+    """Return the books as the checkpoint has them; later steps of the ledger are to be repeated."""
     if checkpoint is None:
         return Books(config.spec)
     position = checkpoint.position
@@ -280,7 +280,7 @@ def restore_books(config: RunConfig, checkpoint: Checkpoint | None, history: His
         began=history.began,
         position=position.stream_sequence,
     )
-    if history.num_issued is not None:  # it was over, and has been given more steps
+    if history.num_issued is not None:  # the job was over, and has been given more steps
         books.add_discards(history.left_over)
     return books
 
@@ -307,7 +307,7 @@ async def _load_policy(config: RunConfig, ranks: Ranks, checkpoint: Checkpoint |
 def _make_publisher(
     config: RunConfig, options: Options, broker: TrainerBroker, fleet: Fleet, ranks: Ranks
 ) -> Publisher:
-    """Return the publisher of the kind of weights that is trained; whoever publishes does not ask."""
+    """Return the publisher for the kind of weights that is trained: whoever publishes need not ask."""
     spec = config.spec.weight_sync
     if ranks.policy.trains_adapters:
         return AdapterPublisher(
@@ -340,10 +340,10 @@ def _make_publisher(
 
 
 def choose_backend(spec: FrozenSpec, *, has_gpu: bool) -> str:
-    """Return torch's name of the library by which weights travel: engines on CPUs have none but gloo.
+    """Return torch's name for the library by which weights travel; engines on CPUs have only gloo.
 
     Args:
-        has_gpu: whether this trainer runs on one.
+        has_gpu: whether this trainer runs on a GPU.
     """
     if spec.weight_sync.backend != "Auto":
         return spec.weight_sync.backend.lower()
@@ -367,7 +367,7 @@ def _open_metrics(
     model_folder: Path,
     start: Start,
 ) -> Metrics:
-    """Open the metrics at the restored step; count what training and warm-up share with what is held out."""
+    """Open the metrics at the restored step; count held-out prompts that occur in training or warm-up."""
     field = config.spec.dataset.prompt_field
     training = (prompt_text(row, field) for row in rows.training)
     start.end()  # from here on the report is ours

@@ -1,4 +1,4 @@
-"""What the lines of the training loop do: one attempt at the job, as rank 0 holds it."""
+"""One attempt at the job, as rank 0 sees it: what each line of the training loop does."""
 
 import asyncio
 import contextlib
@@ -16,13 +16,13 @@ from asyncrl_runtime.trainer.update.step import learning_rate, plan_step
 log = logging.getLogger(__name__)
 
 FIRST_HEARTBEAT_SECONDS = 1.5
-"""Every worker that lives has spoken by then."""
+"""How long a new trainer listens before it first publishes: every living worker has spoken by then."""
 BOUNDARY_SECONDS = 0.25
-"""While the trainer waits, how often it looks for engines that lack the weights, and for lost streams."""
+"""How often, while it waits, the trainer looks for engines that lack the weights and for lost streams."""
 
 
 class _StopRequested(Exception):
-    """The job was told to stop while it waited for something."""
+    """The job was told to stop while the trainer was waiting for something."""
 
 
 class Attempt:
@@ -43,12 +43,12 @@ class Attempt:
 
     @property
     def version(self) -> int:
-        """Of the policy: steps behind the published weights."""
+        """The policy's version: the number of steps behind the published weights."""
         return self._books.version
 
     @property
     def max_steps(self) -> int:
-        """As it is now: it may grow while the job runs."""
+        """The number of steps to train, as it is now; it may grow while the job runs."""
         return self._books.live.training.max_steps
 
     def request_stop(self) -> None:
@@ -59,13 +59,13 @@ class Attempt:
     # -- weights
 
     async def publish_weights(self) -> None:
-        """Bring every engine that lives and is willing to the policy's version.
+        """Bring every living and willing engine to the policy's version.
 
-        While recorded steps are repeated nothing is published: engines hold a later version already.
+        Nothing is published while recorded steps are repeated: the engines already hold a later version.
         """
         if self._books.is_repeating:
             return
-        # A trainer that has just begun does not know yet who is there.
+        # A trainer that has just begun does not know yet which workers there are.
         await asyncio.sleep(max(0.0, FIRST_HEARTBEAT_SECONDS - self._parts.fleet.seconds_heard()))
         await self._publish(self.version)
 
@@ -78,10 +78,10 @@ class Attempt:
         self._publish_seconds = self._parts.clock() - began
 
     async def _boundary(self) -> None:
-        """What is done wherever the trainer waits: mend lost streams, give late engines their weights.
+        """Do what is due wherever the trainer waits: mend lost streams, bring late engines their weights.
 
         Raises:
-            _StopRequested: an evaluation is not waited for then.
+            _StopRequested: the job was told to stop, so nothing is waited for any longer.
         """
         if self._stopping.is_set():
             raise _StopRequested
@@ -94,7 +94,7 @@ class Attempt:
     # -- batches
 
     async def next_batch(self) -> Batch | None:
-        """Wait for the next batch; None if the job is to stop."""
+        """Wait for the next batch and return it; None if the job is to stop."""
         began = self._parts.clock()
         while not self._stopping.is_set():
             try:
@@ -130,17 +130,17 @@ class Attempt:
         missing = self._books.missing_of_recorded
         if not missing() or not await self._streams.has_read_everything():
             return []
-        return missing()  # anew: they may have been read while we asked
+        return missing()  # looked up again: they may have been read while we asked
 
     def _cut(self) -> None:
-        """The surviving history ends here; go on with new steps from this version."""
+        """End the surviving history here, and go on with new steps from this version."""
         self._parts.ledger.cut(self.version)
         self._checkpointing.drop_after(self.version)
         self._books.cut()
-        self._streams.requeue()  # tickets of the steps given up are queued no more
+        self._streams.requeue()  # the tickets of the steps given up are no longer queued
 
     async def _mend_streams(self) -> None:
-        """Make lost streams again, between two checkpoints: what was trained stays trained."""
+        """Make lost streams again, with a checkpoint before and after: what was trained stays trained."""
         if self._has_begun:
             await self._checkpointing.save()
         await self._streams.mend(self._cut)
@@ -173,13 +173,13 @@ class Attempt:
         return report
 
     async def advance(self, batch: Batch) -> None:
-        """Offer the new version to the engines; then the gate moves, so no new ticket meets old weights."""
+        """Offer the new version to the engines, then move the gate, so no new ticket meets old weights."""
         if not batch.is_repeat:
             await self._publish(batch.version + 1)
         self._books.advance(batch)
 
     def log_metrics(self, batch: Batch, report: dict[str, float]) -> None:
-        """Write the step's line."""
+        """Write the step's line of metrics.jsonl."""
         now = self._parts.clock()
         seconds, self._step_began = now - self._step_began, now
         version = PolicyVersion(self._parts.attempt, self.version)
@@ -207,7 +207,7 @@ class Attempt:
     # -- checkpoints and evaluations
 
     async def open_history(self) -> None:
-        """At a job's very start: a checkpoint of the books alone, so that the streams' identity is known."""
+        """Save the books alone, at a job's very start, so that the identity of its streams is known."""
         await self._checkpointing.save()
 
     async def checkpoint_if_due(self) -> None:
@@ -228,14 +228,14 @@ class Attempt:
     # -- the end
 
     async def stop(self) -> None:
-        """Told to stop: a checkpoint, so that the next attempt goes on with the next step."""
+        """Save and leave, having been told to stop: the next attempt goes on with the next step."""
         self._evaluations.cancel()
         await self._checkpointing.save_last()
         await self._leave()
         self._metrics.update(state="Stopped", message=f"stopped at step {self.version}")
 
     async def finish(self) -> None:
-        """The last step is trained: measure, save, export, close the ledger."""
+        """Measure, save, export and close the ledger, now that the last step is trained."""
         with contextlib.suppress(_StopRequested):
             await self._evaluations.measure_last(self._boundary)
         self._metrics.update(state="Exporting")

@@ -15,9 +15,9 @@ from asyncrl_runtime.trainer.update.ranks import Export, Save
 log = logging.getLogger(__name__)
 
 FULL_SECONDS = 3.0
-"""How long a batch is waited for while the stream has hardly room for it, before more is purged."""
+"""How long a batch is waited for while the stream hardly has room for it, before more is purged."""
 MAX_FAILED_CHECKPOINTS = 3
-"""In a row; then the job ends, since it could not be resumed where it stands."""
+"""How many failed checkpoints in a row end the job, since it could not be resumed where it stands."""
 
 
 class Checkpointing:
@@ -41,12 +41,12 @@ class Checkpointing:
         return self._first_evaluation is not None
 
     async def save_first_evaluation(self, values: dict[str, Any]) -> None:
-        """Have the next attempt know that the policy was measured, and with what result."""
+        """Save that the policy was measured, and with what result, so that the next attempt knows it."""
         self._first_evaluation = values
         await self.save()
 
     async def save_if_due(self) -> None:
-        """Save every so many steps, and at once when the trajectory stream fills up; export likewise."""
+        """Save every so many steps, and at once when the trajectory stream fills up; export when due."""
         spec, version = self._books.live.checkpoint, self._books.version
         if self._parts.streams.is_nearly_full:
             log.warning("the trajectory stream is nearly full: checkpoint, to purge behind it")
@@ -57,18 +57,18 @@ class Checkpointing:
             await self.export(f"step-{version:06d}")
 
     async def save_last(self) -> None:
-        """Save, unless the version that is reached is saved already."""
+        """Save, unless the version that has been reached is saved already."""
         if not self._has_saved_this_version():
             await self.save()
 
     async def make_room(self, waited_seconds: float) -> None:
-        """Keep a stream that fills up from ending the job: with no room for a batch there is no next step.
+        """Keep a stream that fills up from ending the job: without room for a batch there is no next step.
 
-        What fills it may be needed by the older of the two restorable checkpoints alone. That one is given up
-        then: restored nevertheless, it would find its batches lost, and the history would be cut there.
+        What fills the stream may be needed by the older of the two restorable checkpoints alone. That one is
+        then given up: if it were restored all the same, its batches would be lost, and the history cut there.
 
         Args:
-            waited_seconds: for the next batch, until now.
+            waited_seconds: how long the next batch has been waited for.
         """
         if not self._has_saved_this_version():
             log.warning("the trajectory stream is nearly full: checkpoint, to purge behind it")
@@ -84,7 +84,7 @@ class Checkpointing:
         """Make a checkpoint now, and let go of what only older ones needed.
 
         Raises:
-            CheckpointFailed: the MAX_FAILED_CHECKPOINTS-th in a row.
+            CheckpointFailed: MAX_FAILED_CHECKPOINTS have failed in a row.
         """
         position = self._position()
 
@@ -115,7 +115,7 @@ class Checkpointing:
         )
 
     def drop_after(self, version: int) -> None:
-        """The surviving history ends at `version`: no later checkpoint may be restored."""
+        """Delete the checkpoints after `version`, where the surviving history ends: none may be restored."""
         self._parts.checkpoints.drop_after(version)
 
     async def export(self, name: str) -> Path:
@@ -149,7 +149,7 @@ class Checkpointing:
 
 
 def origin_of(spec: FrozenSpec) -> dict[str, Any]:
-    """Return the immutable fields that policy and tickets come from; a checkpoint of others is refused."""
+    """Return the immutable fields that policy and tickets come from: a checkpoint of others is refused."""
     model = spec.model.model_dump(by_alias=True, include={"source", "revision", "dtype"})
     dataset = spec.dataset.model_dump(
         by_alias=True, include={"source", "split", "parameters", "prompt_field", "seed"}

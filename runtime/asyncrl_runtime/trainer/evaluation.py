@@ -1,4 +1,4 @@
-"""Held-out prompts, answered greedily by the engines, outside the staleness gate and never trained."""
+"""Held-out prompts, answered greedily by the engines, outside the staleness gate and never trained on."""
 
 import asyncio
 import logging
@@ -21,7 +21,7 @@ from asyncrl_runtime.contract.messages import (
 log = logging.getLogger(__name__)
 
 SILENT_SECONDS = 600.0
-"""An evaluation that gets no answer for so long is given up: the job goes on without its number."""
+"""How long an evaluation may go without an answer until it is given up; the job goes on without it."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ class Evaluator:
     ) -> None:
         """
         Args:
-            stream_generation: changes when the streams were made again: what was asked is gone with them.
+            stream_generation: returns a number that changes when the streams are made again: what was asked
+                is gone with them.
         """
         self._broker = broker
         self._attempt = attempt
@@ -58,12 +59,12 @@ class Evaluator:
         """Ask every held-out prompt and wait for the answers.
 
         Args:
-            step: of the policy when it begins, for the report.
-            tick: awaited while waiting; brings late engines to the current weights, say.
+            step: the policy's step when the evaluation begins, for the report.
+            tick: awaited again and again while waiting, to bring late engines to the current weights, say.
 
         Returns:
-            The mean reward and the answers; None if nothing was answered for SILENT_SECONDS. A prompt whose
-            answer could not be had counts as reward 0, with a warning: it must not flatter the policy.
+            The report, with the mean reward, and the answers; None if no answer came for SILENT_SECONDS. A
+            prompt that got no answer counts as reward 0, with a warning: it must not flatter the policy.
         """
         self._count += 1
         evaluation = f"{self._attempt}-{self._count}"
@@ -129,7 +130,7 @@ class Evaluator:
     async def _ask_open(self, evaluation: str, answered: Iterable[int], max_new_tokens: int) -> None:
         """Ask what has no answer yet, and nothing else: questions of an earlier evaluation are dropped.
 
-        Answers stay: the server knows their ids over a purge, so what is answered again would not be stored.
+        Answers stay: the server remembers their ids beyond a purge, so a second answer would not be stored.
         """
         await self._broker.drop_questions()
         done = set(answered)

@@ -1,4 +1,4 @@
-"""Decides when held-out prompts are asked, before, beside and after the training, and reports the answers."""
+"""Decides when held-out prompts are asked (before, during and after training), and reports the answers."""
 
 import asyncio
 import logging
@@ -18,16 +18,16 @@ from asyncrl_runtime.trainer.update.ranks import Logprobs
 log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.25
-"""While the end of an evaluation is waited for, how often the trainer's boundary is made."""
+"""How often the trainer's boundary is run while it waits for the end of an evaluation."""
 MISMATCH_SAMPLES = 32
-"""Of an evaluation, on which engine and trainer are compared."""
+"""The number of samples of an evaluation on which engine and trainer are compared."""
 
 Boundary = Callable[[], Awaitable[None]]
-"""What the trainer does wherever it waits; what it raises breaks the evaluation off."""
+"""What the trainer does wherever it waits; an exception that it raises breaks the evaluation off."""
 
 
 class EvaluationSchedule:
-    """The evaluations of one attempt. Where nothing is held out, none of the calls does anything."""
+    """The evaluations of one attempt. If nothing is held out, none of the calls does anything."""
 
     def __init__(self, parts: AttemptParts, checkpointing: Checkpointing) -> None:
         self._examiner = parts.examiner
@@ -41,8 +41,8 @@ class EvaluationSchedule:
     def is_first_due(self) -> bool:
         """Whether the policy is to be measured before its first step; once in a job's life.
 
-        Where recorded steps are to be repeated it is too late: engines have a later policy, or none, which
-        they get after that.
+        If recorded steps are to be repeated, it is too late: the engines have a later policy, or none, and
+        get their weights only after those steps.
         """
         is_late = self._books.version > 0 or self._books.is_repeating
         return not (self._examiner is None or self._checkpointing.has_first_evaluation or is_late)
@@ -56,14 +56,14 @@ class EvaluationSchedule:
             await self._checkpointing.save_first_evaluation(evaluated.report.model_dump(by_alias=True))
 
     def begin_if_due(self) -> None:
-        """Begin an evaluation beside the training; the last one is made by `measure_last`."""
+        """Begin an evaluation beside the training if one is due; `measure_last` makes the last one."""
         spec, version = self._books.live.evaluation, self._books.version
         if spec is None or self._examiner is None or version >= self._books.live.training.max_steps:
             return
         if version % spec.every_steps != 0 or self._books.is_repeating:
             return
         if self._beside is not None and not self._beside.done():
-            log.info("step %d: the evaluation before still runs, this one is left out", version)
+            log.info("step %d: the evaluation before it still runs, so this one is left out", version)
             return
         self._beside = asyncio.create_task(self._measure_beside(), name="evaluation")
 
@@ -81,7 +81,7 @@ class EvaluationSchedule:
             self._beside.cancel()
 
     async def _end_beside(self, boundary: Boundary) -> None:
-        """Wait for an evaluation that began beside training: from now on its boundaries are made here."""
+        """Wait for an evaluation that began beside the training; from now on its boundaries are run here."""
         if self._beside is None:
             return
         try:
@@ -107,7 +107,7 @@ class EvaluationSchedule:
         report = evaluated.report
         log.info("step %d: held-out accuracy %.3f of %d", report.step, report.accuracy, report.num_prompts)
         mismatch = {}
-        # Beside training the trainer's weights may be those of the next version already.
+        # Beside the training, the trainer's weights may already be those of the next version.
         if trainer_waits and report.lowest_version == report.highest_version == self._books.version:
             mismatch = await self._mismatch(evaluated.samples)
         self._metrics.log_evaluation({**report.model_dump(by_alias=True), **mismatch})
@@ -115,7 +115,7 @@ class EvaluationSchedule:
         return evaluated
 
     async def _mismatch(self, samples: tuple[Sample, ...]) -> dict[str, float]:
-        """Compare engine and trainer on tokens of the version that the trainer holds."""
+        """Compare engine and trainer on tokens sampled with the version that the trainer holds."""
         chosen = tuple(_as_training_sample(sample) for sample in samples[:MISMATCH_SAMPLES])
         logprobs = await self._ranks.run(Logprobs(chosen))
         sums = [

@@ -1,11 +1,11 @@
 """The streams of a job as its trainer knows them: which are there, which are lost, and how they come back.
 
-A lost stream, from first to last. `inspect`, called by a side task, sees that it is gone, or is another one;
-or the training loop itself says by `requeue` that the prompt stream no longer fits the books. Either sets
-`lost` and rings for the training loop. While anything is lost, no ticket is issued and nothing is inspected.
-The training loop meets `lost` at its next boundary, saves what is trained, and calls `mend`, which tells
-the books, has the recorded steps given up that went with the stream, and makes the streams again. Nothing
-else clears `lost`.
+The life of a lost stream: `inspect`, which a side task calls, sees that the stream is gone, or is another one
+under its name; or the training loop itself says through `requeue` that the prompt stream no longer fits the
+books. Either sets `lost` and rings for the training loop. While anything is lost, no ticket is issued and
+nothing is inspected. The training loop sees `lost` at its next boundary, saves what is trained, and calls
+`mend`, which tells the books, has the recorded steps given up that were lost with the stream, and makes the
+streams again. Nothing else clears `lost`.
 """
 
 import json
@@ -21,12 +21,12 @@ from asyncrl_runtime.trainer.books.books import Books
 log = logging.getLogger(__name__)
 
 FULL_SHARE = 0.7
-"""Of the trajectory stream's byte limit: from there on a checkpoint is made, to purge behind it."""
+"""The share of the trajectory stream's byte limit from which on a checkpoint is made, to purge behind it."""
 
 
 @dataclass(frozen=True)
 class LostStreams:
-    """Which streams are gone, or are there under their name and are others."""
+    """Which streams are gone, or have been replaced by others of the same name."""
 
     trajectories: bool = False
     prompts: bool = False
@@ -36,7 +36,7 @@ class LostStreams:
 
 
 class JobStreams:
-    """Opens, watches and mends the streams, and puts what workers are told into the job's state.
+    """Opens, watches and mends the streams, and puts into the job's state what the workers are told.
 
     Args:
         live_values: the fields marked L that workers are told, until `hand_on` is called with others.
@@ -48,25 +48,25 @@ class JobStreams:
         self._live_values = live_values
         self._suspected_holes: set[int] = set()
         self.identity = ""
-        """The trajectory stream that the books are about."""
+        """The identity of the trajectory stream that the books are about."""
         self.lost = LostStreams()
         self.is_nearly_full = False
-        """Whether trajectories take so much room that it may soon be too little for a batch."""
+        """Whether trajectories take so much room that there may soon be too little for a batch."""
         self.generation = 0
-        """Counts how often the streams were made: what was asked before is gone with them."""
+        """How often the streams have been made; what was asked in earlier ones is gone with them."""
 
     async def open(self, identity: str | None) -> None:
         """Make what is missing, and see whether the trajectory stream is the one the checkpoint knows.
 
         Args:
-            identity: the checkpoint's; None for a job that begins.
+            identity: the stream's identity in the checkpoint; None for a job that begins.
 
         Raises:
             TransportError: the broker is away or refuses.
         """
         self.identity = identity or ""
         if identity is None:
-            await self._broker.delete_streams()  # an earlier object's
+            await self._broker.delete_streams()  # those of an earlier object
         else:
             trajectories, prompts = await self._broker.trajectories(), await self._broker.prompts()
             self.lost = LostStreams(
@@ -78,7 +78,7 @@ class JobStreams:
     # -- lost streams
 
     async def inspect(self) -> None:
-        """Notice streams that are gone, were made by someone else, jumped back, or fill up.
+        """Notice streams that are gone, were made by someone else, have jumped back, or are filling up.
 
         Raises:
             TransportError: the broker is away; call again.
@@ -88,7 +88,7 @@ class JobStreams:
         before = self.generation, self.lost
         trajectories, prompts = await self._broker.trajectories(), await self._broker.prompts()
         if before != (self.generation, self.lost):
-            return  # mended or lost meanwhile: what was seen is no longer so
+            return  # mended or lost meanwhile: what was seen no longer holds
         self.is_nearly_full = (
             trajectories is not None and trajectories.num_bytes > FULL_SHARE * trajectories.max_bytes
         )
@@ -104,7 +104,7 @@ class JobStreams:
     async def look_for_holes(self) -> None:
         """Find tickets that are open, have not arrived, and are not in the queue either.
 
-        One that is stored but not read yet looks the same, so a hole must be seen twice.
+        A ticket whose group is stored but not read yet looks the same, so a hole must be seen twice.
 
         Raises:
             TransportError: the broker is away; call again.
@@ -122,7 +122,7 @@ class JobStreams:
         self._suspected_holes = holes
 
     def requeue(self) -> None:
-        """Have the prompt stream made again: tickets that are open are queued no more."""
+        """Have the prompt stream made again, because tickets that are open are no longer queued in it."""
         self._lose(LostStreams(self.lost.trajectories, prompts=True))
 
     def _lose(self, lost: LostStreams) -> None:
@@ -133,18 +133,18 @@ class JobStreams:
     async def mend(self, give_up_recorded: Callable[[], None]) -> None:
         """Make lost streams again: prompts from the first open ticket, trajectories behind the last one seen.
 
-        Whatever had arrived through a lost trajectory stream is open again; a ticket above the first open
-        one that is closed takes its sequence as an empty message, which workers acknowledge.
+        Tickets that had arrived through a lost trajectory stream are open again. A closed ticket above the
+        first open one takes its sequence as an empty message, which workers acknowledge.
 
         Args:
             give_up_recorded: called when steps that are still to be repeated have lost their trajectories.
-                That is before a checkpoint knows the new stream: the next attempt would wait in it for the
-                recorded steps, and "repeat" them with groups that were sampled anew.
+                That happens before a checkpoint knows the new stream. Otherwise the next attempt would wait
+                in it for the recorded steps, and "repeat" them with groups that were sampled anew.
 
         Raises:
             TransportError: the broker is away or refuses.
         """
-        while self.lost:  # again if the other is lost in between
+        while self.lost:  # again if the other stream is lost in between
             if self.lost.trajectories:
                 log.warning("the trajectory stream is lost: open tickets are issued again")
                 self._books.streams_lost()
@@ -169,7 +169,7 @@ class JobStreams:
         if trajectories is None or prompts is None:
             raise TransportError("a stream that was just made is gone")
         self._books.issued(prompts.last_sequence)
-        # It may have gone unnoticed until now, and be another one.
+        # The trajectory stream may have been replaced by another one unnoticed until now.
         known, self.identity = self.identity, trajectories.identity
         self.lost = LostStreams(trajectories=known not in ("", self.identity))
         self.generation += 1
@@ -178,7 +178,7 @@ class JobStreams:
     # -- how far they are
 
     async def last_ticket(self) -> int | None:
-        """Return the last ticket that was issued; None if its stream is gone.
+        """Return the last ticket that was issued; None if the prompt stream is gone.
 
         Raises:
             TransportError: the broker is away.
@@ -187,7 +187,7 @@ class JobStreams:
         return None if facts is None else facts.last_sequence
 
     async def has_read_everything(self) -> bool:
-        """Return whether all that is stored now has been taken.
+        """Return whether every trajectory that is stored now has been taken into the books.
 
         Raises:
             TransportError: the broker is away.
@@ -200,19 +200,19 @@ class JobStreams:
         try:
             await self._broker.purge_trajectories(sequence)
         except TransportError as error:
-            log.info("not purged, the next checkpoint does it: %s", error)
+            log.info("trajectories were not purged, the next checkpoint will do it: %s", error)
             return
         self.is_nearly_full = False
 
     # -- what workers are told
 
     async def announce(self, version: PolicyVersion) -> None:
-        """Tell the workers the version that is current, before tickets of it are issued."""
+        """Tell the workers which version is current, before tickets are issued for it."""
         current = CurrentVersion(version=version, max_versions=self._books.live.staleness.max_versions)
         await self._put("version", encode(current))
 
     async def hand_on(self, live_values: Mapping[str, Any]) -> None:
-        """Tell the workers the fields marked L; told again whenever the streams are made again."""
+        """Tell the workers the fields marked L, now and whenever the streams are made again."""
         self._live_values = live_values
         await self._put("live", json.dumps(live_values).encode())
 

@@ -1,4 +1,4 @@
-"""What an attempt is made of, and what it asks of streams, ranks and examiner: others may stand there."""
+"""What an attempt is made of, and what it asks of streams, ranks and examiner, whoever stands behind them."""
 
 import time
 from collections.abc import Awaitable, Callable
@@ -44,7 +44,7 @@ class TrainerRanks(Protocol):
 
 
 class Examiner(Protocol):
-    """Who has held-out prompts answered; Evaluator says what each call does."""
+    """The part that has held-out prompts answered; Evaluator says what each call does."""
 
     async def run(
         self, step: int, max_new_tokens: int, tick: Callable[[], Awaitable[None]]
@@ -58,7 +58,7 @@ class AttemptParts:
     attempt: int
     uid: str
     spec: FrozenSpec
-    """As the attempt began; fields marked L are in the books."""
+    """The spec as the attempt began; the fields marked L are in the books."""
     folder: Path
     books: Books
     streams: Streams
@@ -68,6 +68,6 @@ class AttemptParts:
     weights: Publisher
     checkpoints: Checkpoints
     examiner: Examiner | None
-    """None where nothing is held out."""
+    """None if nothing is held out."""
     metrics: Metrics
     clock: Callable[[], float] = time.monotonic

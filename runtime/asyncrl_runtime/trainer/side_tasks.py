@@ -1,6 +1,6 @@
-"""What runs beside the training loop on rank 0: issue tickets, read trajectories, reap the dead, watch.
+"""The loops beside the training loop on rank 0: issuing, reading, returning dead workers' tickets, watching.
 
-The state that these tasks share is in Books, which has no I/O. A task that ends ends the trainer.
+They share their state through Books, which has no I/O. If one of them ends, the trainer ends.
 """
 
 import asyncio
@@ -24,20 +24,20 @@ log = logging.getLogger(__name__)
 
 ISSUE_TOGETHER = 64
 ISSUE_SECONDS = 0.5
-"""How often the gate is looked at though nothing has rung: a publish that failed is tried again."""
+"""How often the gate is looked at although no bell has rung, so that a failed publish is tried again."""
 REAP_SECONDS = 0.5
 WATCH_SECONDS = 1.0
 HOLE_SECONDS = 30.0
-"""Between two looks for tickets that are neither queued nor stored. Only a power cut makes such."""
+"""How often tickets are looked for that are neither queued nor stored. Only a power cut leaves any."""
 
 
 class SideTasks:
     """The loops around the books.
 
     Args:
-        rows: what is trained on; a ticket's number says which it gets.
-        spec: its fields marked L are read from `live_file` again and again.
-        clock: monotonic seconds.
+        rows: the rows to train on; a ticket's number decides which of them it gets.
+        spec: the job's spec, whose fields marked L are read from `live_file` again and again.
+        clock: returns monotonic seconds.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class SideTasks:
         self._clock = clock
 
     def loops(self) -> dict[str, Coroutine[Any, Any, None]]:
-        """Return the loops by name. Each runs until cancelled, or ends with what must end the trainer."""
+        """Return the loops by name. Each runs until it is cancelled, or raises what must end the trainer."""
         return {
             "issue tickets": self._issue(),
             "read trajectories": self._read(),
@@ -77,7 +77,9 @@ class SideTasks:
     async def _issue(self) -> None:
         """Publish tickets up to the limit of the books, as the only publisher of their stream.
 
-        Woken by the books when the limit may have moved.
+        Consumes the limit of the books and the rows; produces the messages of the prompt stream. Waits for
+        the books, which wake it by `gate_moved` when the limit may have moved, and looks again after
+        ISSUE_SECONDS in any case. Issues nothing while a stream is lost.
         """
         while True:
             try:
@@ -96,7 +98,7 @@ class SideTasks:
             books.issued(await self._broker.issue(payloads, last))
 
     def _ticket(self, number: int) -> bytes:
-        """Return the message of a ticket; empty for one that needs no sampling any more."""
+        """Return the message of a ticket; empty if it no longer needs to be sampled."""
         if self._books.is_closed(number) or number in self._books.inbox.arrived:
             return b""
         live = self._books.live.sampling
@@ -111,7 +113,7 @@ class SideTasks:
         )
 
     async def _find_last_ticket(self) -> None:
-        """After a publish that failed half way: the stream knows how far it got."""
+        """Ask the stream how far a publish got that failed half way."""
         try:
             last = await self._streams.last_ticket()
         except TransportError as error:
@@ -123,12 +125,21 @@ class SideTasks:
     # -- read, reap, watch
 
     async def _read(self) -> None:
-        """Take trajectories into the books, in order, as they come."""
+        """Take trajectories into the books, in order, as they come.
+
+        Consumes the trajectory stream behind the last message taken; produces groups in the books' inbox, and
+        the books ring for the training loop. Waits for the next message, which the reader hands over, and
+        through outages of the broker.
+        """
         async for message in self._broker.read_trajectories(self._books.inbox.last_sequence + 1):
             self._books.take(message)
 
     async def _reap(self) -> None:
-        """Hand back, twice a second, the tickets of workers that fell silent."""
+        """Hand back the tickets of workers that fell silent.
+
+        Consumes what the fleet has heard and the tickets that the books wait for; produces deliveries of
+        those tickets to other workers. Looks every REAP_SECONDS; nobody wakes it earlier.
+        """
         while True:
             await asyncio.sleep(REAP_SECONDS)
             try:
@@ -137,7 +148,12 @@ class SideTasks:
                 log.info("reaper: %s", error)
 
     async def _watch(self) -> None:
-        """Look at the streams once a second; what is lost the training loop mends at its next boundary."""
+        """Look whether streams are lost; the training loop mends them at its next boundary.
+
+        Consumes what the broker knows of the streams, every WATCH_SECONDS, and which tickets it has queued,
+        every HOLE_SECONDS; produces `lost` of the streams, and with it a ring for the training loop. Nobody
+        wakes it earlier, and it only waits while something is lost.
+        """
         looked_for_holes = self._clock()
         while True:
             await asyncio.sleep(WATCH_SECONDS)
@@ -154,14 +170,19 @@ class SideTasks:
     # -- live values
 
     async def _watch_live_values(self) -> None:
-        """Follow the file of live fields and hand them on to the workers."""
+        """Follow the file of live fields.
+
+        Consumes the file, which it reads every WATCH_SECONDS; produces the live values in the books, which
+        ring for the issuer of tickets and the training loop, and in the job's state, where the workers hear
+        them. Nobody wakes it earlier.
+        """
         while True:
             if self.read_live_values():
                 await self._streams.hand_on(self._spec.live_values())
             await asyncio.sleep(WATCH_SECONDS)
 
     def read_live_values(self) -> bool:
-        """Take over changed live fields; returns whether there were any. A bad file changes nothing."""
+        """Take over changed live fields; return whether there were any. A bad file changes nothing."""
         try:
             text = self._live_file.read_text()
             if text == self._live_text:

@@ -10,7 +10,7 @@ async def train(attempt: Attempt) -> bool:
     same, and `next_batch` says which batch it is.
 
     Returns:
-        False if it was told to stop before; a checkpoint has been made then.
+        False if it was told to stop before the last step; a checkpoint has been made in that case.
     """
     await attempt.publish_weights()
     await attempt.evaluate_first()
@@ -24,8 +24,8 @@ async def train(attempt: Attempt) -> bool:
         report = await attempt.train_step(batch)  # proximal log-probs, advantages, minibatches, updates
         await attempt.advance(batch)  # the new version is offered to every engine, and the gate moves
         attempt.log_metrics(batch, report)  # before the checkpoint, or a crash in between would lose the line
-        await attempt.checkpoint_if_due()  # holds the stream position: nothing else acknowledges
-        attempt.evaluate_if_due()  # beside the training that goes on
+        await attempt.checkpoint_if_due()  # it holds the stream position: nothing else acknowledges
+        attempt.evaluate_if_due()  # it runs while training goes on
 
     await attempt.finish()  # last evaluation, checkpoint, export, and the ledger's end
     return True
