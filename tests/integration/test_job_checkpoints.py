@@ -76,7 +76,7 @@ async def test_what_another_object_has_left_is_set_aside_whole(finished: JobHarn
         result = await finish(harness)
         assert result.num_steps == STEPS and harness.history.uid == harness.config.uid
         assert {step.attempt for step in harness.history.steps} == {harness.attempt}
-        assert "holds another object's checkpoints; they lie in " in harness.log_text("trainer")
+        assert "holds another object's checkpoints; they are now in " in harness.log_text("trainer")
     [aside] = folder.glob("set-aside-*")
     for left in [p for p in finished.folder.path.rglob("*") if p.is_file()]:
         place = left.relative_to(finished.folder.path)

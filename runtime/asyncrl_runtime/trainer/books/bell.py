@@ -1,14 +1,14 @@
-"""A bell for one listener, who then looks at the state itself: what rang is not said."""
+"""A bell for one listener. It does not say what has changed: the listener looks at the state itself."""
 
 import asyncio
 import contextlib
 
 
 class Bell:
-    """Rings while its listener waits, or is remembered until it waits again.
+    """Wakes its listener, or remembers that it has rung until the listener waits again.
 
-    Each listener has a bell of its own. One that two share either wakes the second in vain until the first
-    has heard it, or is silenced by the first before the second has.
+    Each listener has a bell of its own. A bell that two share either wakes the second in vain until the first
+    has heard it, or is silenced by the first before the second has heard it.
     """
 
     def __init__(self) -> None:

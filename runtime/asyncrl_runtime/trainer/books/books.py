@@ -29,13 +29,13 @@ class Batch:
     """The prompt groups of one step, with the live values in force."""
 
     version: int
-    """The policy version that they train; the step makes the next one."""
+    """The policy version that the groups train; the step makes the next one."""
     groups: tuple[LiveGroup, ...]
     discards: Mapping[str, tuple[int, ...]]
-    """Closed since the step before, by reason."""
+    """Tickets that were discarded since the step before, by reason."""
     max_steps: int
     is_repeat: bool = False
-    """Recorded by an earlier attempt: trained again, not recorded again."""
+    """Whether an earlier attempt recorded the step: it is trained again, but not recorded again."""
 
     @property
     def tickets(self) -> tuple[int, ...]:
@@ -57,15 +57,15 @@ class Counters:
 
 
 class Books:
-    """Holds the books. Others read them, and change them by verbs alone.
+    """Holds the books. Others read them, and change them only by the methods that are verbs.
 
     Args:
-        spec: as the attempt begins; `use` replaces its live values as they change.
-        version: the checkpoint's.
-        book: the checkpoint's, of tickets closed up to `version`.
-        recorded: steps of the ledger from `version` on, which are repeated first.
-        began: attempt -> version at which it began new steps.
-        position: of the stream, from the checkpoint.
+        spec: the spec as the attempt begins; `use` replaces its live values as they change.
+        version: the version in the checkpoint.
+        book: the tickets that were closed up to `version`, from the checkpoint.
+        recorded: the steps of the ledger from `version` on, which are repeated first.
+        began: the version at which each attempt began new steps (attempt -> version).
+        position: how far the trajectory stream has been dealt with, from the checkpoint.
     """
 
     def __init__(
@@ -79,9 +79,9 @@ class Books:
         position: int = 0,
     ) -> None:
         self.gate_moved = Bell()
-        """For who issues tickets: the limit may be another."""
+        """Rings for whoever issues tickets: the limit may have moved."""
         self.news = Bell()
-        """For the training loop: a group has arrived, or something else wants to be looked at."""
+        """Rings for the training loop: a group has arrived, or something else needs to be looked at."""
         self.inbox = Inbox(position)
         self.counters = Counters()
         self._batch_size = spec.training.batch_size
@@ -92,53 +92,53 @@ class Books:
         self._recorded = list(recorded)
         self._is_recorded_lost = False
         self._pending: list[Discard] = []
-        self._num_in_step = 0  # tickets of a step that is recorded and not published
+        self._num_in_step = 0  # tickets of a step that is recorded but not published
         self._discard_count = DiscardCount()
         self._num_issued = 0
 
     @property
     def live(self) -> LiveSpec:
-        """The fields marked L that are in force."""
+        """The values of the fields marked L that are in force."""
         return self._live
 
     def use(self, live: LiveSpec) -> None:
-        """Other live values are in force from now on."""
+        """Put other live values into force."""
         self._live = live
         self.gate_moved.ring()
         self.news.ring()
 
     @property
     def version(self) -> int:
-        """Counts steps whose weights were published or offered."""
+        """The number of steps whose weights were published or offered."""
         return self._version
 
     @property
     def book(self) -> TicketBook:
-        """Every ticket that is closed; not to be changed by who reads it."""
+        """Every ticket that is closed; whoever reads it must not change it."""
         return self._book
 
     @property
     def began(self) -> Mapping[int, int]:
-        """Attempt -> version at which it began new steps."""
+        """The version at which each attempt began new steps (attempt -> version)."""
         return self._began
 
     def begin(self, attempt: int) -> None:
-        """This attempt forms new steps from now on, and the ledger says so."""
+        """Note that this attempt forms new steps from now on, as the ledger says."""
         self._began[attempt] = self._version
 
     # -- issuing
 
     @property
     def num_issued(self) -> int:
-        """N: the last ticket of the prompt stream."""
+        """The last ticket of the prompt stream; the formulas call it N."""
         return self._num_issued
 
     def issued(self, last_ticket: int) -> None:
-        """The prompt stream holds tickets up to this one."""
+        """Note that the prompt stream holds tickets up to this one."""
         self._num_issued = last_ticket
 
     def issue_from(self, ticket: int) -> None:
-        """The prompt stream is made again, and empty: this ticket is its next."""
+        """Note that the prompt stream was made again and is empty: this ticket is its next."""
         self._num_issued = ticket - 1
         self.gate_moved.ring()
 
@@ -162,12 +162,12 @@ class Books:
 
     @property
     def num_open(self) -> int:
-        """Tickets that were issued and are not closed."""
+        """The number of tickets that were issued and are not closed."""
         return sum(not self.is_closed(ticket) for ticket in self._book.open_tickets(self._num_issued))
 
     @property
     def waiting_tickets(self) -> list[int]:
-        """Tickets that were issued and have brought nothing yet, or no whole group."""
+        """The tickets that were issued and have brought nothing yet, or no whole group."""
         open_tickets = self._book.open_tickets(self._num_issued)
         return [t for t in open_tickets if t not in self.inbox.arrived and not self.is_closed(t)]
 
@@ -194,7 +194,7 @@ class Books:
         return self.is_closed(ticket_of(message.subject))
 
     def is_known(self, ticket: int) -> bool:
-        """Whether a ticket is closed, or its group or a part of it is here."""
+        """Return whether a ticket is closed, or its group or a part of it has arrived."""
         return self.is_closed(ticket) or self.inbox.has_seen(ticket)
 
     # -- batches
@@ -214,7 +214,7 @@ class Books:
 
         Raises:
             EndlessDiscards: no batch will ever form.
-            RecordedBatchLost: a step cannot be repeated; `cut` is the way on.
+            RecordedBatchLost: a recorded step cannot be repeated; call `cut` to go on.
         """
         if self._recorded:
             return self._recorded_batch(self._recorded[0])
@@ -259,7 +259,7 @@ class Books:
         return Batch(step.version, tuple(groups), step.discards, recorded.max_steps, is_repeat=True)
 
     def missing_of_recorded(self) -> list[int]:
-        """Tickets of the next step to be repeated that have not arrived."""
+        """Return the tickets of the next step to be repeated that have not arrived."""
         if not self._recorded:
             return []
         return [ticket for ticket in self._recorded[0].tickets if ticket not in self.inbox.arrived]
@@ -273,7 +273,7 @@ class Books:
                 self._discard(rejected, group)
 
     def close(self, batch: Batch) -> None:
-        """The ledger holds this step: its tickets are trained, and those discarded before it discarded."""
+        """Close the tickets of a step that is in the ledger: its own as trained, the others as discarded."""
         discarded = [ticket for tickets in batch.discards.values() for ticket in tickets]
         self._book.train(batch.tickets)
         self._book.discard(discarded)
@@ -283,7 +283,7 @@ class Books:
         self._pending = [discard for discard in self._pending if not self._book.is_closed(discard.ticket)]
 
     def advance(self, batch: Batch) -> None:
-        """The step's weights are published or offered: the gate moves."""
+        """Move the gate, now that the step's weights are published or offered."""
         self._version = batch.version + 1
         self._num_in_step = 0
         if batch.is_repeat:
@@ -296,11 +296,11 @@ class Books:
 
     @property
     def last_ticket(self) -> int:
-        """The last ticket ever issued: above N where streams were made again and N has not come that far."""
+        """The last ticket ever issued; above N if streams were made again and N is not that far yet."""
         return max(self._num_issued, self._book.highest, *(discard.ticket for discard in self._pending), 0)
 
     def left_over(self) -> dict[str, list[int]]:
-        """Return what is discarded at the end, by reason: decided but not recorded, and still open."""
+        """Return what is discarded at the end, by reason: decided but not recorded, or still open."""
         by_reason: dict[str, list[int]] = defaultdict(list)
         for discard in self._pending:
             by_reason[discard.reason].append(discard.ticket)
@@ -311,15 +311,15 @@ class Books:
         return dict(by_reason)
 
     def add_discards(self, by_reason: Mapping[str, Sequence[int]]) -> None:
-        """Take over discards that an end line holds, where a finished job goes on with more steps."""
+        """Take over the discards of the ledger's end line, when a finished job goes on with more steps."""
         for reason, tickets in by_reason.items():
             self._pending += [Discard(ticket, reason) for ticket in tickets if not self.is_closed(ticket)]
 
     def streams_lost(self) -> None:
-        """What has arrived is gone with its stream: every open ticket is issued again.
+        """Forget what has arrived: it is gone with its stream, and every open ticket is issued again.
 
-        Steps still to be repeated are lost too. Their tickets will be sampled anew, and that is not what
-        was recorded.
+        Steps still to be repeated are lost too. Their tickets will be sampled anew, and the new
+        samples are not what was recorded.
         """
         self.inbox.forget_all()
         self._pending.clear()
@@ -347,7 +347,7 @@ class Books:
 
 
 def _causes(discard: Discard, group: Group | Tombstone) -> list[str]:
-    """Return in words why a ticket was given up, where somebody has told: of many failures the first."""
+    """Return in words why a ticket was given up, if that was reported; of many failures, the first."""
     if isinstance(group, Tombstone):
         return [group.message] if group.message else []
     if discard.reason != "failed":
@@ -371,6 +371,6 @@ def recorded_values(live: LiveSpec) -> dict[str, Any]:
 
 
 def with_recorded_values(live: LiveSpec, values: Mapping[str, Any]) -> RecordedValues:
-    """Return the values that were in force when a step was recorded; `live` has a maxSteps that it lacks."""
+    """Return the values that were in force when a step was recorded; `live` supplies a missing maxSteps."""
     staleness = live.staleness.model_validate(values.get("staleness", {}))
     return RecordedValues(staleness, values.get("training", {}).get("maxSteps", live.training.max_steps))

@@ -1,11 +1,11 @@
-"""Atomic checkpoints: the policy, the books, and how far the trajectory stream is done with.
+"""Atomic checkpoints: the policy, the books, and how far the trajectory stream has been dealt with.
 
     checkpoints/step-000050/position.json    the books (Position)
     checkpoints/step-000050/policy/          weights, optimizer, random state
     checkpoints/step-000050/files.json       every file with its size, written last
 
-A checkpoint is written beside its place, flushed to disk, and renamed into it. The two newest can be
-restored: the stream is purged behind the older of them.
+A checkpoint is written beside its final place, flushed to disk, and renamed into it. The two newest
+can be restored: the stream is purged behind the older of them.
 """
 
 import json
@@ -28,18 +28,18 @@ FOLDER = "checkpoints"
 
 
 class Position(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Everything of a checkpoint that is not the policy."""
+    """Everything in a checkpoint that is not the policy."""
 
     uid: str
-    """Of the job; a checkpoint of another object is never read."""
+    """The uid of the job; a checkpoint of another object is never restored."""
     version: int
     began: dict[int, int]
-    """attempt -> version at which it began new steps."""
+    """The version at which each attempt began new steps (attempt -> version)."""
     book: BookRecord
     stream_sequence: int
-    """Everything of the trajectory stream up to here is closed."""
+    """The place in the trajectory stream up to which everything is closed."""
     trajectory_stream: str
-    """Identity of the stream that the sequence belongs to."""
+    """The identity of the stream that `stream_sequence` belongs to."""
     origin: dict[str, Any]
     """The immutable fields that the policy and the tickets come from."""
     first_evaluation: dict[str, Any] | None = None
@@ -56,12 +56,12 @@ class Checkpoint:
 
     @property
     def has_policy(self) -> bool:
-        """False at version 0, whose policy is the model's source."""
+        """Whether it holds a policy; not at version 0, whose policy is the model's source."""
         return self.policy_folder.exists()
 
 
 class CheckpointFailed(Exception):
-    """A checkpoint could not be written. Those before it are untouched; says what is wrong with the disk."""
+    """A checkpoint could not be written. Earlier ones are untouched; it says what is wrong with the disk."""
 
 
 class Checkpoints:
@@ -73,7 +73,7 @@ class Checkpoints:
         self.folder = job_folder / FOLDER
 
     def restorable(self) -> list[Checkpoint]:
-        """Return the whole checkpoints of this job, newest first; says which ones are not whole.
+        """Return the whole checkpoints of this job, newest first, and log which ones are not whole.
 
         Raises:
             ExitError: one was written by another version of this program.
@@ -97,7 +97,7 @@ class Checkpoints:
             save_policy: writes the policy into a folder; None where the policy is the model's source.
 
         Raises:
-            CheckpointFailed: nothing has changed on disk.
+            CheckpointFailed: it could not be written; nothing has changed on disk.
         """
         place = self.folder / f"step-{position.version:06d}"
         scratch, replaced = place.with_suffix(".tmp"), place.with_suffix(".old")
@@ -108,8 +108,8 @@ class Checkpoints:
                 await save_policy(scratch / "policy")
             (scratch / "position.json").write_bytes(msgspec.json.encode(position))
             _seal(scratch)
-            shutil.rmtree(replaced, ignore_errors=True)  # of a crash at this very place
-            if place.exists():  # of an attempt whose history was cut there
+            shutil.rmtree(replaced, ignore_errors=True)  # left by a crash at this very place
+            if place.exists():  # made by an attempt whose history was cut there
                 place.rename(replaced)
             scratch.rename(place)
             _sync(self.folder)
@@ -143,7 +143,7 @@ def set_aside_strangers(job_folder: Path, uid: str, ledger_uid: str | None) -> P
     """Move what another object of this name has left out of the way, unread and whole.
 
     Returns:
-        Where it is now; None if there was nothing.
+        The folder where it is now; None if there was nothing.
     """
     uids = {_uid_of(path) for path in job_folder.glob(f"{FOLDER}/*/position.json")}
     strangers = {*uids, ledger_uid} - {uid, None}
@@ -155,12 +155,12 @@ def set_aside_strangers(job_folder: Path, uid: str, ledger_uid: str | None) -> P
     for name in (FOLDER, "ledger.jsonl", "metrics.jsonl", "evaluations.jsonl", "export"):
         if (job_folder / name).exists():
             (job_folder / name).rename(aside / name)
-    log.warning("%s holds another object's checkpoints; they lie in %s now", job_folder, aside)
+    log.warning("%s holds another object's checkpoints; they are now in %s", job_folder, aside)
     return aside
 
 
 def _uid_of(path: Path) -> str | None:
-    """Return whose a position.json is; None for one that a crash has left half written."""
+    """Return the uid in a position.json; None for one that a crash has left half written."""
     try:
         return str(json.loads(path.read_bytes())["uid"])
     except (ValueError, KeyError, TypeError):

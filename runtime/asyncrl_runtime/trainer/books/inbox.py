@@ -1,4 +1,4 @@
-"""Prompt groups that have arrived and are not closed, and how far the stream is done with."""
+"""Prompt groups that have arrived and are not closed, and how far the stream has been dealt with."""
 
 import logging
 
@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 class Inbox:
-    """Takes messages in stream order; of each ticket the first complete form counts. No I/O.
+    """Takes messages in stream order; the first complete form of each ticket counts. No I/O.
 
     `position` is what a checkpoint holds: everything up to it is closed or a duplicate, so a reader that
     begins behind it misses nothing.
@@ -25,15 +25,15 @@ class Inbox:
 
     def __init__(self, position: int) -> None:
         self.arrived: dict[int, Group | Tombstone] = {}
-        """By ticket; complete and not closed."""
+        """Complete groups, and tombstones, of tickets that are not closed, by ticket."""
         self.num_duplicates = 0
         self._last_sequence = position
-        self._first_sequence: dict[int, int] = {}  # of each ticket that is arriving or has arrived
+        self._first_sequence: dict[int, int] = {}  # for each ticket that is arriving or has arrived
         self._parts: dict[int, dict[int, GroupPart]] = {}
 
     @property
     def last_sequence(self) -> int:
-        """Of the last message taken."""
+        """The place in the stream of the last message taken."""
         return self._last_sequence
 
     @property
@@ -60,21 +60,21 @@ class Inbox:
         return complete
 
     def has_seen(self, ticket: int) -> bool:
-        """Whether a message of this ticket has come that is not done with."""
+        """Return whether a message of this ticket has come that is still needed."""
         return ticket in self._first_sequence
 
     def close(self, ticket: int) -> None:
-        """A ticket is trained or discarded, and the ledger says so: its messages are no longer needed."""
+        """Drop the messages of a ticket that is trained or discarded, now that the ledger says so."""
         self.arrived.pop(ticket, None)
         self._parts.pop(ticket, None)
         self._first_sequence.pop(ticket, None)
 
     def set_aside(self, ticket: int) -> None:
-        """A ticket will be discarded, but the ledger does not say so yet: keep its place in the stream."""
+        """Drop a group that will be discarded, but keep its place in the stream until the ledger says so."""
         self.arrived.pop(ticket, None)
 
     def forget_all(self) -> None:
-        """The stream is lost, and with it all that arrived: those tickets are issued again."""
+        """Forget all that arrived: it is lost with the stream, and those tickets are issued again."""
         self.arrived.clear()
         self._parts.clear()
         self._first_sequence.clear()
@@ -96,7 +96,7 @@ class Inbox:
 
 
 def _parse(message: StreamMessage) -> Group | GroupPart | Tombstone:
-    """Decode; what can never be decoded is a tombstone, since its id keeps any other form out."""
+    """Decode a message; one that cannot be decoded counts as a tombstone: its id keeps any other form out."""
     try:
         return decode(message.data, Group, GroupPart, Tombstone)
     except ValueError as error:

@@ -1,6 +1,6 @@
 """What of a prompt group may be trained at a version, and which groups form the next batch. Pure.
 
-The gate (tickets.py) bounds what is started; this is where it is checked what is trained. Both are in
+The gate (tickets.py) bounds what is started; this module checks what is trained. Both are in
 journey 1 of docs/architecture.md.
 """
 
@@ -34,8 +34,8 @@ def surviving_version(sampled: PolicyVersion, began: Mapping[int, int]) -> int:
     part.
 
     Args:
-        sampled: what the server attested.
-        began: attempt -> version at which it began new steps.
+        sampled: the version that the server attested.
+        began: the version at which each attempt began new steps (attempt -> version).
     """
     cuts = [version for attempt, version in began.items() if attempt > sampled.attempt]
     return min([sampled.version, *cuts])
@@ -57,9 +57,9 @@ class LiveSample:
 
     sample: Sample
     staleness: NDArray[np.int32]
-    """[num_tokens] of each token of the response, sampled or not."""
+    """[num_tokens] the staleness of each token of the response, sampled or not."""
     loss_mask: NDArray[np.bool_]
-    """[num_tokens] tokens that the policy sampled and that are not masked as stale."""
+    """[num_tokens] the tokens that the policy sampled and that are not masked as stale."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class LiveGroup:
 
 
 def reject(group: Group | Tombstone, sample_filter: str) -> Discard | None:
-    """Return why a group can be trained at no version, or None. Needs no version, so known on arrival."""
+    """Return why a group can be trained at no version, or None. That is known on arrival."""
     if isinstance(group, Tombstone):
         return Discard(group.ticket, group.reason)
     if len(group.samples) < min(2, group.group_size):
@@ -124,7 +124,7 @@ def form_batch(
     """Return the next batch, or None while too few groups have arrived, and what must be discarded.
 
     The oldest tickets come first, so that long answers are not pushed out by short ones; with
-    `FreshestFirst` the newest.
+    `FreshestFirst` the newest come first.
     """
     ordered = sorted(arrived, key=lambda g: g.ticket, reverse=rule.order == "FreshestFirst")
     batch: list[LiveGroup] = []

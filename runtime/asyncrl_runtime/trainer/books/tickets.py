@@ -81,7 +81,7 @@ class TicketBook:
         below tickets that are closed, and passes over them.
 
         Args:
-            num_in_step: tickets trained in a step whose weights are not published yet: still open here.
+            num_in_step: the tickets trained in a step whose weights are not published yet: still open here.
             pending: tickets that will be discarded, though no ledger line says so yet.
         """
         allowance = max(0, min(max_versions + 1, max_steps - version)) * batch_size - num_in_step
@@ -133,26 +133,26 @@ class EndlessDiscards(Exception):
 
 
 REMEDIES = {
-    "failed": "see why samples fail in the log lines above: reward or workflow raise, or run out of time",
+    "failed": "see why samples fail in the log lines above: the reward or workflow raises or times out",
     "generation_error": "see the engines' logs",
     "prompt_too_long": "raise spec.model.contextLength, or leave long prompts out of spec.dataset",
     "stale": "raise spec.staleness.maxVersions, or set spec.staleness.onExceed to Keep",
     "uniform": "set spec.sampling.filter to None, or choose prompts that are neither too easy nor too hard",
-    "unusable_row": "mend the rows of spec.dataset that the log lines above name",
+    "unusable_row": "correct the rows of spec.dataset that the log lines above name",
 }
-"""Of discards without end, by their reason."""
+"""What to do about endless discards, by their reason."""
 
 
 @dataclass
 class DiscardCount:
     """Counts the discards since the last step, to end a job whose prompts can never form a batch.
 
-    A filter may discard most groups and still make progress, so the bound is generous: ten batches,
-    of tickets issued since the last step alone (older ones may be stale for a reason that has passed).
+    A filter may discard most groups and still make progress, so the bound is generous: ten batches.
+    Only tickets issued since the last step count: older ones may be stale for a reason that has passed.
     """
 
     issued_before: int = 0
-    """Tickets issued before the last step ended."""
+    """The last ticket that was issued before the last step ended."""
     reasons: Counter[str] = field(default_factory=Counter)
 
     def step_ended(self, num_issued: int) -> None:
@@ -160,7 +160,7 @@ class DiscardCount:
         self.reasons.clear()
 
     def add(self, discard: Discard, batch_size: int) -> None:
-        """Count one.
+        """Count one discard.
 
         Raises:
             EndlessDiscards: ten batches of tickets issued since the last step were discarded; the
