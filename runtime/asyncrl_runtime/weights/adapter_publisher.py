@@ -1,4 +1,4 @@
-"""Brings the adapters of a policy to its engines, over NATS: the broadcast between processes knows none."""
+"""Brings the adapters of a policy to its engines over the broker, since the broadcast knows no adapters."""
 
 import asyncio
 import logging
@@ -14,7 +14,7 @@ from asyncrl_runtime.weights.fleet import Fleet
 log = logging.getLogger(__name__)
 
 PART_BYTES = 4 * 2**20
-"""A message of NATS holds 8 MB."""
+"""The size of one part; a message of NATS holds 8 MB."""
 
 
 @dataclass(frozen=True)
@@ -22,22 +22,22 @@ class Adapter:
     """A policy's adapters in the form of PEFT."""
 
     config: str
-    """adapter_config.json."""
+    """The text of adapter_config.json."""
     weights: bytes
-    """adapter_model.safetensors."""
+    """The bytes of adapter_model.safetensors."""
 
 
 AdapterSource = Callable[[], Awaitable[Adapter]]
 
 
 class AdapterPublisher(Engines):
-    """Brings engines to a version, one beside the other: no engine waits for another.
+    """Brings engines to a version, all at the same time: no engine waits for another.
 
     Args:
-        attempt: of the trainer.
-        num_bytes: of the adapters.
-        load: gives them; asked if there is anybody to send them to.
-        timeout_seconds: of a phase; 0 scales it by the bytes.
+        load: returns the adapters; called only if there is an engine to send them to.
+        attempt: the trainer's attempt.
+        num_bytes: the size of the adapters.
+        timeout_seconds: the deadline of a phase; 0 scales it by the bytes.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class AdapterPublisher(Engines):
     async def _send(
         self, member: Member, version: PolicyVersion, adapter: Adapter, interrupt: str
     ) -> ControlReply | None:
-        """Return the first answer that is no yes, or the last."""
+        """Send the parts, then ask to load them; return the first answer that is not a yes, else the last."""
         for part in _parts(version, adapter.weights):
             reply = await self._ask_one(member, part, self._timeout)
             if reply is None or not reply.ok:

@@ -1,4 +1,4 @@
-"""Weights in the form in which they travel: one behind the other, as SGLang's `flattened_bucket`."""
+"""Weights in the form in which they travel: one after another, as SGLang's `flattened_bucket`."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,10 +13,10 @@ class Bucket:
 
     names: tuple[str, ...]
     dtypes: tuple[str, ...]
-    """As torch calls them: `bfloat16`."""
+    """The dtypes as torch calls them: `bfloat16`."""
     shapes: tuple[tuple[int, ...], ...]
     data: Tensor
-    """[bytes] uint8."""
+    """[bytes] uint8: all the weights, without gaps."""
 
 
 class BucketBuffer:
@@ -26,9 +26,9 @@ class BucketBuffer:
         self._memory = torch.empty(0, dtype=torch.uint8)
 
     def fill(self, weights: Iterable[tuple[str, Tensor]], num_bytes: int, device: torch.device) -> Bucket:
-        """Copy weights, `num_bytes` in all, into a bucket that is good until the next one."""
+        """Copy weights, `num_bytes` in all, into a bucket that stays valid until the next one."""
         if self._memory.nbytes < num_bytes or self._memory.device != device:
-            self._memory = torch.empty(0, dtype=torch.uint8)  # first the old one goes
+            self._memory = torch.empty(0, dtype=torch.uint8)  # the old memory is freed first
             self._memory = torch.empty(num_bytes, dtype=torch.uint8, device=device)
         data, start = self._memory[:num_bytes], 0
         described = []

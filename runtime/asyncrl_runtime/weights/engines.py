@@ -19,7 +19,7 @@ from asyncrl_runtime.contract.messages import (
 from asyncrl_runtime.weights.fleet import Fleet
 
 Member = tuple[str, str]
-"""(worker, engine process): a restarted engine is another member."""
+"""A worker and its engine process: a restarted engine is another member."""
 
 BASE_SECONDS = 15.0
 SLOWEST_BYTES_PER_SECOND = 50e6
@@ -30,7 +30,7 @@ class Published:
     """What became of one publication."""
 
     engines: tuple[str, ...] = ()
-    """Workers whose engines have the version now, by this publication."""
+    """The workers whose engines have got the version by this publication."""
     failed: tuple[str, ...] = ()
     num_epochs: int = 0
     checksums: Mapping[str, str] = field(default_factory=dict)
@@ -50,8 +50,8 @@ class Publisher(Protocol):
     async def publish(self, version: PolicyVersion, interrupt: str) -> Published:
         """Send `version` to every engine that lives, is willing, and has another one.
 
-        Who is missing gets the weights at the next boundary: the trainer goes on with whoever is left, even
-        nobody.
+        An engine that is left out gets the weights at the next boundary: the trainer goes on with whoever is
+        left, even nobody.
 
         Args:
             interrupt: `spec.rollout.interrupt`.
@@ -64,12 +64,12 @@ class Publisher(Protocol):
 
 
 class Engines:
-    """What publishers of weights and of adapters share.
+    """What publishers of weights and publishers of adapters share.
 
     Args:
-        attempt: of the trainer.
-        num_bytes: of what is published.
-        timeout_seconds: of a phase; 0 scales it by the bytes.
+        attempt: the trainer's attempt.
+        num_bytes: the size of what is published.
+        timeout_seconds: the deadline of a phase; 0 scales it by the bytes.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Engines:
     def behind(self, version: PolicyVersion) -> list[Member]:
         """Return the engines that live and are not known to have `version`.
 
-        One that has failed is asked again when it has spoken again: it may be dead, and not silent for long.
+        One that has failed is asked again once its worker has spoken again: it may have died just now.
         """
         return [
             (beat.worker, beat.engine)
@@ -111,7 +111,7 @@ class Engines:
         """Let go of the engines; never waits for anybody."""
 
     async def _drained(self, members: list[Member]) -> list[Member]:
-        """Have all let their samples finish; return those that have. The others are asked again later."""
+        """Have all let their samples finish; return those that did. The others are asked again later."""
         replies = await self._ask(members, DrainEngine(), self._timeout)
         return [member for member, reply in replies.items() if reply is not None and reply.ok]
 
@@ -124,7 +124,7 @@ class Engines:
     async def _ask(
         self, members: Iterable[Member], request: Message, timeout_seconds: float
     ) -> dict[Member, ControlReply | None]:
-        """Ask all side by side; None stands for no answer in time."""
+        """Ask all members at the same time; None stands for no answer in time."""
         members = list(members)
         replies = await asyncio.gather(*(self._ask_one(m, request, timeout_seconds) for m in members))
         return dict(zip(members, replies, strict=True))
@@ -135,6 +135,6 @@ class Engines:
         return None if answer is None else decode(answer, ControlReply)
 
     def _has(self, beat: Heartbeat, version: PolicyVersion) -> bool:
-        """What we saw committed counts before the heartbeat, which is up to a second old."""
+        """Return whether an engine has `version`. What we saw committed counts before the heartbeat."""
         said = None if beat.engine_state == "dirty" else beat.version
         return self._at.get((beat.worker, beat.engine), said) == version

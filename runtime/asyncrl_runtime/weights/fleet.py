@@ -1,11 +1,11 @@
-"""Who is alive: the workers, by their heartbeats."""
+"""Which workers are alive, by their heartbeats."""
 
 from collections.abc import Callable
 
 from asyncrl_runtime.contract.messages import Heartbeat
 
 SILENCE_SECONDS = 3.0
-"""A worker that says nothing for so long is dead; it speaks every second."""
+"""How long a worker may say nothing before it counts as dead; it speaks every second."""
 
 
 class Fleet:
@@ -20,28 +20,28 @@ class Fleet:
         self._last[heartbeat.worker] = (self._clock(), heartbeat)
 
     def was_deaf(self) -> None:
-        """Nothing could be heard until now, so nobody is dead for having been silent."""
+        """Note that nothing could be heard until now, so nobody counts as dead for having been silent."""
         self._listening_since = self._clock()
 
     def seconds_heard(self) -> float:
-        """How long this controller has been listening."""
+        """Return for how long this controller has been listening."""
         return self._clock() - self._listening_since
 
     @property
     def living(self) -> list[Heartbeat]:
-        """The last word of every worker that is not silent, in order of their names."""
+        """The last heartbeat of every worker that is not silent, in the order of their names."""
         now = self._clock()
         alive = [beat for heard, beat in self._last.values() if now - heard < SILENCE_SECONDS]
         return sorted(alive, key=lambda beat: beat.worker)
 
     @property
     def held(self) -> set[int]:
-        """Tickets that a worker holds, as far as it may be alive."""
+        """The tickets that are held by workers that may be alive."""
         return {ticket for beat in self._last_words(dead=False) for ticket in beat.held}
 
     @property
     def left_behind(self) -> set[int]:
-        """Tickets that a worker held when it died."""
+        """The tickets that workers held when they died."""
         return {ticket for beat in self._last_words(dead=True) for ticket in beat.held}
 
     def _last_words(self, *, dead: bool) -> list[Heartbeat]:

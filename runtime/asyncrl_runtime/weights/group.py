@@ -1,13 +1,13 @@
 """The process group of a weight epoch: trainer rank 0 and engines, which are jobs of their own.
 
-`init_process_group` makes one group per process, so the extra group is put together by hand from the
-same parts, as SGLang does: a TCP store on rank 0 and `_new_process_group_helper`. The name prefixes the
-keys in the store and must be new for every group; a member that died spoils its group for good, and the
-way on is a new one.
+`init_process_group` makes one group per process, so the extra group is assembled by hand from the same
+parts, as SGLang does: a TCP store on rank 0 and `_new_process_group_helper`. The name prefixes the keys in
+the store and must be new for every group. A member that died spoils its group for good; the only way on is
+a new group.
 
 Everyone enters through `join_group`, rank 0 included, and so counts itself in the store
-(`wait_for_workers`), as SGLang's engines do; the store itself is served without waiting for anyone. A
-member needs no deadline of its own: when rank 0 drops the store, whoever waits in the join fails at once.
+(`wait_for_workers`), as SGLang's engines do; serving the store waits for nobody. A member needs no deadline
+of its own: when rank 0 drops the store, whoever waits in the join fails at once.
 """
 
 import asyncio
@@ -48,7 +48,7 @@ class WeightGroup(Protocol):
 
         Raises:
             RuntimeError: a member is gone.
-            TimeoutError: it hangs, and was abandoned.
+            TimeoutError: the collective hung and was abandoned.
         """
         ...
 
@@ -58,7 +58,7 @@ class WeightGroup(Protocol):
 
 
 class MeetingPlace(Protocol):
-    """Where the members of a weight group meet, served by rank 0 as long as the group lives."""
+    """The place where the members of a weight group meet, served by rank 0 as long as the group lives."""
 
     @property
     def port(self) -> int: ...
@@ -67,13 +67,13 @@ class MeetingPlace(Protocol):
         """Be rank 0 of a group, and wait until all members have joined.
 
         Args:
-            world_size: rank 0 and all members.
-            name: new for every group.
-            timeout_seconds: for the join, and from then on for every broadcast.
+            world_size: the number of ranks: rank 0 and those of all members.
+            name: a name that is new for every group.
+            timeout_seconds: the deadline of the join, and from then on of every broadcast.
 
         Raises:
             RuntimeError: someone did not join in time; close the place to set the others free.
-            TimeoutError: it hangs, and was abandoned.
+            TimeoutError: the collective hung and was abandoned.
         """
         ...
 
@@ -104,7 +104,7 @@ class GroupStore:
         listener.listen(128)
         self.host = host
         self.port: int = listener.getsockname()[1]
-        # A socket that is bound already: no port is guessed, and none is lost to someone else in between.
+        # The socket is bound already: no port is guessed, and none is lost to someone else in between.
         self._server: TCPStore | None = TCPStore(
             host, self.port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
         )
@@ -123,7 +123,7 @@ class TorchGroups:
         return TorchMeetingPlace(open_store(host), self)
 
     async def run(self, function: Callable[..., T], *arguments: object, timeout_seconds: float) -> T:
-        """Run a collective where it can be abandoned: what hangs keeps its thread, and a new one is made."""
+        """Run a collective where it can be abandoned: one that hangs keeps its thread; another is made."""
         future = asyncio.get_running_loop().run_in_executor(self._side, function, *arguments)
         done, _ = await asyncio.wait({future}, timeout=timeout_seconds + ABANDON_SECONDS)
         if not done:
@@ -176,7 +176,7 @@ def _broadcast(group: dist.ProcessGroup, data: Tensor) -> str:
     """Return what went wrong: an error's own traceback would keep the group, and its connections, alive."""
     try:
         dist.broadcast(data, src=0, group=group)
-        if data.is_cuda:  # there it has only been begun
+        if data.is_cuda:  # on a GPU it has only been begun
             torch.cuda.synchronize(data.device)
     except RuntimeError as error:
         return str(error) or type(error).__name__
@@ -195,9 +195,9 @@ def host_group(
 
     Args:
         store: keep it open as long as the group lives (NCCL connects at the first collective).
-        world_size: rank 0 and all members.
+        world_size: the number of ranks: rank 0 and those of all members.
         backend: `gloo` or `nccl`.
-        timeout_seconds: for the join, and from then on for every collective of the group.
+        timeout_seconds: the deadline of the join, and from then on of every collective of the group.
 
     Raises:
         RuntimeError: someone did not join in time; close the store to set the others free.
@@ -214,7 +214,7 @@ def join_group(
     backend: str,
     timeout_seconds: float = JOIN_SECONDS,
 ) -> dist.ProcessGroup:
-    """Enter the group, 1 <= rank < world_size; blocks until all have.
+    """Enter the group as `rank`, from 1 to world_size - 1; blocks until all members have entered.
 
     Raises:
         RuntimeError: nobody listens there, rank 0 dropped the store, or time ran out.
@@ -225,7 +225,7 @@ def join_group(
 
 
 def leave_group(group: dist.ProcessGroup) -> None:
-    """Close this process's end; works at once, whatever became of the others.
+    """Close this process's end at once, whatever became of the others.
 
     NCCL waits for a dead peer for ever, in its collective and in its goodbye: its communicator is aborted.
     """
@@ -244,7 +244,7 @@ def _make_group(
     group, _ = _new_process_group_helper(
         world_size,
         rank,
-        [],  # no ranks of the default group: the members are of other jobs
+        [],  # no ranks of the default group: the members belong to other jobs
         Backend(backend),
         PrefixStore(name, store),
         group_name=GroupName(name),

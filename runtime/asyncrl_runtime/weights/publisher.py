@@ -1,4 +1,4 @@
-"""The controller's part in weight epochs: who is in the group, and the four phases.
+"""The controller's part in weight epochs: who is in the group, and its four phases.
 
 Why a group lasts for one membership: docs/decisions/0004-weight-epochs.md.
 
@@ -30,16 +30,16 @@ from asyncrl_runtime.weights.group import MeetingPlace, WeightGroup, WeightGroup
 log = logging.getLogger(__name__)
 
 LoadBucket = Callable[[], Awaitable[Bucket]]
-"""Gives a bucket when it is its turn: there is memory for one, and under ZeRO 3 its weights lie in pieces on
-all ranks until then."""
+"""Returns a bucket when its turn has come: there is memory for one, and under ZeRO 3 its weights lie in
+pieces on all ranks until then."""
 ListBuckets = Callable[[], Sequence[LoadBucket]]
-"""Gives the weights as they are, always in the same order, at least one bucket."""
+"""Returns the weights as they are now, always in the same order, in at least one bucket."""
 MAX_EPOCHS = 4
-"""Tries of one publication; each leaves out who failed in the one before."""
+"""The maximum number of tries of one publication; each leaves out whoever failed in the one before."""
 PROBE_SECONDS = 6.0
-"""A worker's own probe of its engine lasts 5 s at most."""
+"""How long a worker may take to answer a probe; its own probe of its engine lasts 5 s at most."""
 SUSPECT_SECONDS = 1.0
-"""After a broadcast that broke, for the words of those who broke it."""
+"""How long, after a broadcast that broke, the answers of those who broke it are waited for."""
 
 
 class ChecksumMismatch(Exception):
@@ -50,12 +50,12 @@ class WeightPublisher(Engines):
     """Brings engines to a version. One publication at a time.
 
     Args:
-        buckets: what is published.
-        attempt: of the trainer; with the epoch's number it names the group.
-        host: where engines reach this process.
-        timeout_seconds: of a phase; 0 scales it by the model's bytes.
-        verify: compare the checksums of all engines that were brought to the same version.
+        buckets: lists what is published.
         groups: makes the groups of its epochs.
+        attempt: the trainer's attempt; with the epoch's number it names the group.
+        host: the address at which engines reach this process.
+        timeout_seconds: the deadline of a phase; 0 scales it by the model's bytes.
+        verify: whether to compare the checksums of all engines that were brought to the same version.
     """
 
     def __init__(
@@ -86,13 +86,13 @@ class WeightPublisher(Engines):
         self._group: WeightGroup | None = None
         self._members: tuple[Member, ...] = ()
         self._published: PolicyVersion | None = None
-        self._checksums: dict[str, str] = {}  # of that version, by worker
+        self._checksums: dict[str, str] = {}  # those of that version, by worker
 
     async def publish(self, version: PolicyVersion, interrupt: str) -> Published:
         """See `Publisher`. Returns after MAX_EPOCHS at the latest, each within the phases' deadlines.
 
         Raises:
-            ChecksumMismatch: with `verify`.
+            ChecksumMismatch: with `verify`, engines at this version hold different weights.
         """
         failed: set[Member] = set()
         suspected: set[Member] = set()
@@ -135,10 +135,10 @@ class WeightPublisher(Engines):
         interrupt: str,
         checksums: dict[str, str],
     ) -> None:
-        """Add worker -> checksum to `checksums` for those that have the version now.
+        """Bring `members` to the version; add the checksum of each that has it now to `checksums`, by worker.
 
         Raises:
-            _EpochFailed: not all of `members`; those who have committed keep it nevertheless.
+            _EpochFailed: not all of `members` got the version; those who have committed keep it nevertheless.
         """
         if set(self._members) != set(members):
             await self.leave()
@@ -164,10 +164,10 @@ class WeightPublisher(Engines):
     async def _join(self, members: list[Member]) -> None:
         """Form a group of this process and `members`.
 
-        All engines block in the join until everyone is there, so who is gone is left out before. It cannot be
-        broken off as soon as one says no: an engine that comes to a closed place hangs. If time runs out the
-        place is closed, which frees them; who had answered before that, or does not answer after it, is to
-        blame.
+        All engines block in the join until everyone is there, so whoever is gone is left out beforehand. It
+        cannot be broken off as soon as one says no: an engine that comes to a closed place hangs. If time
+        runs out, the place is closed, which frees them; whoever had answered before that, or does not answer
+        after it, is to blame.
         """
         self._epoch += 1
         probed = await self._ask(members, ProbeEngine(), PROBE_SECONDS)
@@ -197,7 +197,7 @@ class WeightPublisher(Engines):
             early = {member for member, task in asked.items() if task.done()}
             replies = {member: await task for member, task in asked.items()}
             silent = {member for member, reply in replies.items() if reply is None}
-            # Where all were freed alike nobody is to blame, and all are tried again in a new epoch.
+            # If all were freed alike, nobody is to blame, and all are tried again in a new epoch.
             raise _EpochFailed(f"join: {_first_line(error)}", early | silent) from error
         self._place, self._members = place, tuple(members)
         self._expect({member: await task for member, task in asked.items()}, "join")
@@ -231,7 +231,8 @@ class WeightPublisher(Engines):
     ) -> "_EpochFailed":
         """Leave the group, to free those who wait for what will not be sent any more, and find who broke it.
 
-        Who says no before that has broken it, or had its data from one who is gone and fails the next probe.
+        An engine that says no before that has broken it, or got its data from one that is gone and fails the
+        next probe.
         """
         await asyncio.wait(asked.values(), timeout=SUSPECT_SECONDS)
         early = [member for member, task in asked.items() if task.done()]
@@ -242,7 +243,7 @@ class WeightPublisher(Engines):
         return _EpochFailed(f"broadcast: {_first_line(error)}", silent, suspects)
 
     def _expect(self, replies: Mapping[Member, ControlReply | None], phase: str) -> None:
-        """Raise unless all said yes."""
+        """Raise _EpochFailed unless all said yes."""
         culprits = {member for member, reply in replies.items() if reply is None or not reply.ok}
         if culprits:
             for member in culprits:
@@ -252,9 +253,9 @@ class WeightPublisher(Engines):
 
 
 def assign_ranks(num_ranks: Mapping[Member, int]) -> tuple[dict[Member, int], int]:
-    """Return the first rank of each engine, one behind the other, and the size of the group.
+    """Return the first rank of each engine, in the order given, and the size of the group.
 
-    Rank 0 is the trainer's. An engine over several GPUs takes as many ranks, the first and those after it.
+    Rank 0 is the trainer's. An engine over several GPUs takes as many ranks: the first and those after it.
     """
     first_ranks, world_size = {}, 1
     for member, count in num_ranks.items():
@@ -264,7 +265,7 @@ def assign_ranks(num_ranks: Mapping[Member, int]) -> tuple[dict[Member, int], in
 
 
 class _EpochFailed(Exception):
-    """`suspects` are to blame if they are suspected once more."""
+    """An epoch did not end well: `culprits` are to blame, `suspects` are if they are suspected once more."""
 
     def __init__(
         self, message: str, culprits: set[Member], suspects: frozenset[Member] | set[Member] = frozenset()
