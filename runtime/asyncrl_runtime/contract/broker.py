@@ -1,7 +1,7 @@
 """What trainer and workers ask of a broker: the two ends of a job's streams, and what may go wrong.
 
-`transport/` answers with NATS JetStream, and nothing else in the runtime knows that it does. Whoever puts
-another broker behind these Protocols has all that its users call: they reach for nothing else.
+`transport/` answers with NATS JetStream, and nothing else in the runtime knows that it does. Another broker
+can stand behind these Protocols: its users call nothing that is not in them.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ class WrongLastSequence(TransportError):
 
 
 class PayloadTooLarge(ValueError):
-    """A message that the server would refuse, and close the connection over."""
+    """A message that the server would refuse, closing the connection."""
 
 
 @dataclass(frozen=True)
@@ -40,17 +40,17 @@ class StreamFacts:
     """What the broker knows of one stream."""
 
     identity: str
-    """A stream that was made again under its name has another."""
+    """What tells this stream from one that was made again under its name."""
     last_sequence: int
     num_bytes: int
     max_bytes: int
 
 
 class Requests(Protocol):
-    """Questions to one process."""
+    """Questions put to one process at a time."""
 
     async def request(self, subject: str, payload: bytes, timeout_seconds: float) -> bytes | None:
-        """Ask one process for an answer; None if it does not come in time or nobody listens."""
+        """Ask one process for an answer; None if none comes in time or nobody listens."""
 
 
 class Connection(Protocol):
@@ -65,7 +65,7 @@ class Connection(Protocol):
 
 
 class JobQueues(Protocol):
-    """The streams themselves, as the trainer makes and watches them. Every call may raise TransportError."""
+    """The streams, as the trainer makes and watches them. Every call may raise TransportError."""
 
     async def prompts(self) -> StreamFacts | None:
         """Return what is known of the prompt stream; None if there is none."""
@@ -80,7 +80,7 @@ class JobQueues(Protocol):
         """Make what is missing of the job's streams; leave what is there.
 
         Args:
-            first_ticket, first_trajectory: the first sequence of a stream that is made; None: 1.
+            first_ticket, first_trajectory: the first sequence of a stream that is made; None means 1.
         """
 
     async def delete_prompts(self) -> None:
@@ -128,7 +128,7 @@ class TicketStreams(TicketReturns, Protocol):
         """
 
     def read_trajectories(self, start_sequence: int) -> AsyncIterator[StreamMessage]:
-        """Yield every message from a sequence on, once and in order, for ever; waits through outages."""
+        """Yield every message from a sequence on, once and in order, for ever, waiting through outages."""
 
 
 class Answers(Protocol):
@@ -156,7 +156,7 @@ class HeldOutQuestions(Protocol):
 
 
 class TrainerBroker(Connection, Requests, JobQueues, TicketStreams, HeldOutQuestions, Protocol):
-    """The end of rank 0."""
+    """The broker as rank 0 of the trainer uses it."""
 
     async def take_lease(self, attempt: int, identity: str) -> None:
         """Become the job's only trainer: at once over a lower attempt, else when its lease runs out.
@@ -167,7 +167,7 @@ class TrainerBroker(Connection, Requests, JobQueues, TicketStreams, HeldOutQuest
         """
 
     async def keep_lease(self) -> None:
-        """Renew the lease for ever.
+        """Renew the lease for ever, waiting through outages; nobody wakes it.
 
         Raises:
             Superseded: another trainer holds it.
@@ -177,6 +177,7 @@ class TrainerBroker(Connection, Requests, JobQueues, TicketStreams, HeldOutQuest
         """Listen to the workers from now on.
 
         Args:
+            heard: called with each heartbeat.
             was_deaf: called when a lost connection is back: what was said meanwhile has not been heard.
         """
 
@@ -186,21 +187,21 @@ class Delivery(Protocol):
 
     @property
     def is_ticket(self) -> bool:
-        """Whether it is a ticket; else it is a question of an evaluation."""
+        """Whether the message is a ticket; if not, it is a question of an evaluation."""
 
     @property
     def data(self) -> bytes: ...
 
     @property
     def sequence(self) -> int:
-        """Its place in the stream: a ticket's number."""
+        """The message's place in the stream: a ticket's number."""
 
     @property
     def is_redelivered(self) -> bool:
         """Whether somebody had it before: there may be a result, or a part of one."""
 
     async def acknowledge(self) -> None:
-        """Remove the message from the queue; where that cannot be had it comes again."""
+        """Remove the message from the queue; if that fails, the message comes again."""
 
     async def hand_back(self, delay_seconds: float = 0) -> None:
         """Give the message to the next worker that pulls."""
@@ -214,17 +215,17 @@ class DeliverySource(Protocol):
 
     @property
     def alive_seconds(self) -> float:
-        """How often a delivery of it must be kept alive, in seconds."""
+        """The time within which a delivery must be kept alive again, in seconds."""
 
     async def take(self) -> Delivery | None:
         """Wait a moment for one message; None if there is none, or no broker, or no stream yet."""
 
 
 class ResultStore(Protocol):
-    """Where a worker finds and leaves what became of a ticket."""
+    """The place where a worker finds and leaves what became of a ticket."""
 
     async def is_stored(self, ticket: int) -> bool:
-        """Return whether a trajectory of this ticket, whole, lies in the stream already."""
+        """Return whether a whole trajectory of this ticket is in the stream already."""
 
     async def publish_trajectory(
         self, ticket: int, sample: int | None, payload: bytes, message_id: str
@@ -232,7 +233,7 @@ class ResultStore(Protocol):
         """Store a message once, however often it is sent under this id.
 
         Args:
-            sample: None for a whole group.
+            sample: the sample's index; None for a whole group.
 
         Raises:
             PayloadTooLarge: nothing was sent.
@@ -243,17 +244,17 @@ class ResultStore(Protocol):
         """Store an answer to held-out prompts once; raises as `publish_trajectory` does."""
 
     async def write_resume_point(self, resume: ResumePoint) -> None:
-        """Keep what a ticket that is handed back has earned; where it is lost, its tokens are."""
+        """Keep what a ticket that is handed back has earned; if that fails, its tokens are lost."""
 
     async def read_resume_point(self, ticket: int) -> ResumePoint | None:
-        """Return what is kept of a ticket; None where nothing can be had."""
+        """Return what is kept of a ticket; None if nothing can be had."""
 
     async def delete_resume_point(self, ticket: int) -> None:
         """Forget what is kept of a ticket."""
 
 
 class WorkerBroker(Connection, ResultStore, Protocol):
-    """The end of a worker."""
+    """The broker as a worker uses it."""
 
     async def say(self, heartbeat: Heartbeat) -> None:
         """Tell the trainer that this worker lives.

@@ -33,10 +33,11 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 MAX_HEADER_BYTES = 1024
-"""Room left under max_payload: the server counts headers, the client does not."""
+"""The room left under max_payload: the server counts headers, but the client does not."""
 
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.1, 2.0
-"""Between two attempts, doubled each time; and up to twice as long, so that callers do not come in waves."""
+"""The pause between two attempts, doubled each time. It is drawn up to twice as long, so that callers do not
+come in waves."""
 
 STREAM_FULL = 10077
 WRONG_LAST_SEQUENCE = 10071
@@ -52,11 +53,11 @@ TRANSIENT = (
     nats.js.errors.ServerError,
     ConnectionError,
 )
-"""What passes by itself: an outage, a restart, a stream that is being made again."""
+"""The errors of what passes by itself: an outage, a restart, a stream that is being made again."""
 
 
 class StreamFull(Exception):
-    """The stream refuses more: its byte limit is reached. Retried; the reader's purge makes room."""
+    """The stream is at its byte limit and takes no more. It is tried again: the reader's purge makes room."""
 
 
 @contextlib.contextmanager
@@ -64,7 +65,7 @@ def asking(what: str) -> Iterator[None]:
     """Turn what NATS raises while it is asked for something into the one error that the runtime knows.
 
     Raises:
-        TransportError: names what was asked, and what was raised instead.
+        TransportError: the message names what was asked, and what was raised instead.
     """
     try:
         yield
@@ -96,7 +97,7 @@ class Broker:
         """Connect, waiting for a server that is still starting.
 
         Raises:
-            TransportError: no server answered within the deadline; names the address.
+            TransportError: no server answered within the deadline; the message names the address.
         """
         rng = rng or random.Random()
         closed = asyncio.Event()
@@ -139,9 +140,9 @@ class Broker:
         return broker
 
     async def close(self) -> None:
-        """Send what is buffered and disconnect; gives up after 2 s each.
+        """Send what is buffered and disconnect, giving up each after 2 s.
 
-        Not `drain`: it waits as long again for messages that have come and that nobody will take any more.
+        This is not `drain`, which waits as long again for messages that have come and that nobody will take.
         """
         for step in (self.client.flush, self.client.close):
             try:
@@ -164,7 +165,7 @@ class Broker:
         deadline_seconds: float = 300,
         attempt_timeout_seconds: float = 2,
     ) -> PubAck:
-        """Store a message once, however often it must be sent: the id is the same at every attempt.
+        """Store a message once, however often it must be sent: every attempt has the same id.
 
         Returns:
             The acknowledgement; `duplicate` is set where the stream had the message already.
@@ -178,7 +179,7 @@ class Broker:
 
         async def attempt() -> PubAck:
             headers = {"Nats-Msg-Id": message_id}  # fresh each time: nats-py mutates what it is given
-            # As `jetstream.publish` does, but for its parsing of the answer, a fifth of what a message costs.
+            # This is `jetstream.publish` without its parsing of the answer, a fifth of what a message costs.
             reply = await self.client.request(
                 subject, payload, timeout=attempt_timeout_seconds, headers=headers
             )
@@ -196,7 +197,7 @@ class Broker:
 
         Args:
             payloads: sent without waiting for one another; at most 64, the client's window.
-            last_sequence: of the stream before the first of them.
+            last_sequence: the stream's last sequence before the first of them.
 
         Returns:
             The stream's last sequence after them.
@@ -263,7 +264,7 @@ class Broker:
 
 
 class _PublishAnswer(msgspec.Struct):
-    """To a publish: where it is stored, or the error that it is not."""
+    """The answer to a publish: where the message is stored, or why it is not."""
 
     stream: str = ""
     seq: int = 0
@@ -275,10 +276,10 @@ _answers = msgspec.json.Decoder(_PublishAnswer)
 
 
 def _credentials(address: NatsAddress) -> dict[str, Any]:
-    """Return what `connect` takes to say who we are.
+    """Return the arguments with which `connect` says who we are.
 
     Raises:
-        TransportError: the file is missing or is not understood.
+        TransportError: the file is missing or cannot be understood.
     """
     path = address.credentials_file
     if not path or path.endswith(".creds"):

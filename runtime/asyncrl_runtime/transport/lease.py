@@ -1,4 +1,4 @@
-"""One controller at a time: a key with a time to live, renewed by compare-and-set.
+"""Keeps a job to one controller at a time: a key with a time to live, renewed by compare-and-set.
 
 The lease keeps two trainers of one attempt apart; between attempts the higher number wins at once, because
 whoever starts a later attempt has made sure, or does not care, that the earlier one is gone. The ticket
@@ -28,15 +28,15 @@ class Holder(msgspec.Struct, frozen=True):
 
     attempt: int
     identity: str
-    """Of the process, so that two of one attempt are told apart."""
+    """The name of the process, so that two processes of one attempt are told apart."""
 
 
 class _HeldByAnother(Exception):
-    """Waited for: the time to live ends it if the holder is gone."""
+    """Another process holds the lease. The time to live ends that if the process is gone."""
 
 
 class Lease:
-    """Held by the controller from `acquire` on, as long as `keep` runs."""
+    """The lease on a job, held by the controller from `acquire` on as long as `keep` runs."""
 
     def __init__(self, broker: Broker, names: JobNames, holder: Holder) -> None:
         self._broker = broker
@@ -46,7 +46,7 @@ class Lease:
         self._revision = 0
 
     async def acquire(self, deadline_seconds: float = 60) -> None:
-        """Take the lease: at once from a lower attempt, after its time to live from one's own attempt.
+        """Take the lease: at once from a lower attempt, after its time to live from the same attempt.
 
         Raises:
             Superseded: a higher attempt holds it.
@@ -61,6 +61,9 @@ class Lease:
 
     async def keep(self) -> None:
         """Renew for ever. A lease that merely ran out, or was lost with the broker's files, is taken again.
+
+        Consumes nothing; produces a newer revision of the key every RENEW_SECONDS. It waits for the broker's
+        answer and for the next turn; nobody wakes it. An outage is waited for.
 
         Raises:
             Superseded: a higher attempt, or another process of this one, holds it.

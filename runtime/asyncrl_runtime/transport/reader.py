@@ -1,8 +1,8 @@
 """Reads the trajectory stream in order, every message once, whatever happens to the connection.
 
-An ack-none consumer is fast and leaves the position with the reader, but the server believes delivered
-what a cut connection or a full client buffer has dropped. So consumer sequences must have no hole; after
-one, or after silence, the consumer is opened again behind the last message seen. With 42 cuts in 300
+An ack-none consumer is fast and leaves the position with the reader, but the server counts as
+delivered what a cut connection or a full client buffer has dropped. So consumer sequences must have no hole;
+after a hole, or after silence, the consumer is opened again behind the last message seen. With 42 cuts in 300
 messages all were received once and in order (docs/decisions/0002-position-in-the-checkpoint.md).
 """
 
@@ -24,19 +24,20 @@ log = logging.getLogger(__name__)
 
 PULL_MESSAGES = 256
 PULL_BYTES = 32 * 2**20
-"""Of one pull; two of them are far below what the client buffers, since it drops what does not fit."""
+"""The bounds of one pull. Two pulls stay far below what the client buffers, as it drops what does not fit."""
 PULL_AHEAD = PULL_MESSAGES // 2
-"""With no more than this left of one pull the next is sent, so that the server need not wait for it."""
+"""How few messages may be left of a pull when the next is sent, so that the server need not wait for it."""
 PULL_SECONDS = 5.0
 HEARTBEAT_SECONDS = 0.5
 HEARTBEAT = "100"
-"""Status of a heartbeat, which also tells the last consumer sequence: what was lost last shows only there."""
+"""The status of a heartbeat. Its last consumer sequence alone shows the loss of the newest messages."""
 
 
 class OrderedReader:
     """Iterates over a stream's messages from a sequence on, for ever.
 
-    Waits for new messages, and through an outage; while the stream is gone it waits for one of the same
+    Consumes the stream; produces each message once and in order. Waits for new messages, with which the
+    server answers its pulls, and through an outage; while the stream is gone, it waits for one of the same
     name that has the next sequence. Ends only when its task is cancelled or `stop` is called.
     """
 
@@ -44,7 +45,7 @@ class OrderedReader:
         self._broker = broker
         self._stream = stream
         self.next_sequence = start_sequence
-        """Of the first message not seen yet."""
+        """The sequence of the first message not seen yet."""
         self.num_holes = 0
         self.num_reopened = 0
         self._stopped = False
@@ -62,7 +63,7 @@ class OrderedReader:
                 continue
             inbox = self._broker.client.new_inbox()
             arrivals: asyncio.Queue[Msg] = asyncio.Queue()  # bounded by the pulls
-            # Not `next_msg`: it makes a task and a timer for every message, which triples what reading costs.
+            # `next_msg` makes a task and a timer for every message, which would triple what reading costs.
             subscription = await self._broker.client.subscribe(inbox, cb=arrivals.put)
             try:
                 async for message in self._consume(consumer, inbox, arrivals):
@@ -90,7 +91,7 @@ class OrderedReader:
     ) -> AsyncIterator[StreamMessage]:
         """Yield messages until the consumer cannot be trusted any more."""
         consumer_sequence = 0
-        left = 0  # of what was pulled, of two pulls at most
+        left = 0  # messages still to come of what was pulled, two pulls at most
         while not self._stopped:
             if left <= PULL_AHEAD:
                 await self._pull(consumer, inbox)
@@ -156,8 +157,8 @@ async def _next(arrivals: asyncio.Queue[Msg]) -> Msg | None:
 def _sequences(reply: str) -> tuple[int, int]:
     """Return a message's place in the stream and in the consumer, from its reply subject (NATS ADR-15).
 
-    `Msg.metadata` makes more of it, a date among others, and takes as long as to decode the message.
+    `Msg.metadata` parses more of it, a date among others, and takes as long as decoding the message does.
     """
     tokens = reply.split(".")
-    place = 5 if len(tokens) == 9 else 7  # behind a domain and an account where servers tell them
+    place = 5 if len(tokens) == 9 else 7  # after a domain and an account where servers name them
     return int(tokens[place]), int(tokens[place + 1])

@@ -1,4 +1,4 @@
-"""What is kept of a ticket that was handed back, for whoever takes it next: key `part.<ticket>`."""
+"""Keeps what a ticket had earned when it was handed back, for whoever takes it next: key `part.<ticket>`."""
 
 import logging
 
@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 class ResumePoints:
-    """Losing a part costs its tokens and nothing else, so no failure here is passed on."""
+    """The resume points of a job. Losing one costs its tokens and nothing else, so nothing here is raised."""
 
     def __init__(self, broker: Broker, names: JobNames, bucket: KeyValue) -> None:
         self._broker = broker
@@ -27,7 +27,7 @@ class ResumePoints:
             self._broker.check_size(data)
             await self._bucket.put(f"part.{resume.ticket}", data)
         except (PayloadTooLarge, *TRANSIENT, nats.js.errors.APIError) as error:
-            log.warning("ticket %d: what it had earned is lost: %s", resume.ticket, error)
+            log.warning("ticket %d: the resume point and its tokens are lost: %s", resume.ticket, error)
 
     async def read(self, ticket: int) -> ResumePoint | None:
         try:
@@ -37,9 +37,9 @@ class ResumePoints:
         return decode(entry.value, ResumePoint) if entry.value else None
 
     async def delete(self, ticket: int) -> None:
-        """Leave not even a marker: there would be one for every ticket that ever came back."""
+        """Delete without leaving a marker: there would be one for every ticket that ever came back."""
         bucket = self._names.state_bucket
         try:
             await self._broker.jetstream.purge_stream(f"KV_{bucket}", subject=f"$KV.{bucket}.part.{ticket}")
         except (*TRANSIENT, nats.js.errors.APIError) as error:
-            log.info("ticket %d: part not deleted: %s", ticket, error)
+            log.info("ticket %d: the resume point was not deleted: %s", ticket, error)

@@ -1,4 +1,4 @@
-"""The streams and buckets of one job: how they are configured, made, recognised and made again."""
+"""The streams and buckets of one job: how they are configured, made, recognized and made again."""
 
 import asyncio
 import contextlib
@@ -15,15 +15,15 @@ from asyncrl_runtime.contract.broker import TransportError
 log = logging.getLogger(__name__)
 
 ACK_WAIT_SECONDS = 300.0
-"""Longest broker outage without redelivery: afterwards every prompt in flight would come again at once.
-Dead workers are noticed much sooner by the reaper."""
+"""The longest outage of the broker without redelivery: after it every prompt in flight comes again at once.
+Dead workers are noticed much sooner, by the reaper."""
 QUESTION_ACK_WAIT_SECONDS = 10.0
-"""Held-out prompts have no reaper; one that is answered twice costs little."""
+"""The same for held-out prompts, which have no reaper; one that is answered twice costs little."""
 
 NO_STORAGE = 10047
 
 TRAJECTORY_SHARE = 0.7
-"""Of the storage; the rest is for prompts, evaluation and buckets."""
+"""The share of the storage for trajectories; the rest is for prompts, evaluation and buckets."""
 
 
 def stream_configs(
@@ -76,9 +76,9 @@ def stream_configs(
 
 
 def _bucket(name: str, *, history: int, republish: str = "", has_ttl: bool = False) -> api.StreamConfig:
-    """A key-value bucket as the client would make it (NATS ADR-8), on file.
+    """Return a key-value bucket as the client would make it (NATS ADR-8), on file.
 
-    No limit markers on the lease: a `create` would have to wait until the marker has expired too.
+    The lease has no limit markers: a `create` would have to wait until the marker has expired too.
     """
     return api.StreamConfig(
         name=f"KV_{name}",
@@ -96,7 +96,7 @@ def _bucket(name: str, *, history: int, republish: str = "", has_ttl: bool = Fal
 
 
 def consumer_configs(names: JobNames) -> list[tuple[str, api.ConsumerConfig]]:
-    """The durable consumers. `max_deliver` is unlimited: kills must not use up a ticket's retry budget."""
+    """Return the durable consumers, with unlimited `max_deliver`: kills must not use up its retries."""
 
     def durable(name: str, ack_wait: float, filter_subject: str | None = None) -> api.ConsumerConfig:
         return api.ConsumerConfig(
@@ -126,7 +126,7 @@ async def make_streams(
     """Make what is missing of a job's streams, buckets and consumers; leave what is there.
 
     Raises:
-        nats.js.errors.APIError: the server refuses, a stream of other configuration included.
+        nats.js.errors.APIError: the server refuses, also because a stream has another configuration.
     """
     for config in stream_configs(names, storage_bytes, first_sequences):
         assert config.name
@@ -184,7 +184,7 @@ async def stream_info(jetstream: JetStreamContext, name: str) -> api.StreamInfo 
 
 
 def identity_of(info: api.StreamInfo) -> str:
-    """Return when a stream was made: one that was made again under its name is another."""
+    """Return when a stream was made, its identity: one made again under its name is another one."""
     moment = info.created
     assert isinstance(moment, datetime)
     return moment.isoformat()

@@ -1,4 +1,4 @@
-"""Workers pull tickets here: one at a time, oldest first, kept alive while they are worked on."""
+"""The queue that workers pull tickets from: one at a time, oldest first, kept alive while worked on."""
 
 import asyncio
 import logging
@@ -20,10 +20,10 @@ from asyncrl_runtime.transport.streams import (
 log = logging.getLogger(__name__)
 
 TAKE_SECONDS = 2.0
-"""Of one pull. A server restart loses a waiting pull without a word, so it must be short."""
+"""How long one pull waits. A server restart loses a waiting pull without a word, so it must be short."""
 TICKET_ALIVE_SECONDS = ACK_WAIT_SECONDS / 5
 QUESTION_ALIVE_SECONDS = QUESTION_ACK_WAIT_SECONDS / 5
-"""Between two signs that the work on a message goes on."""
+"""The time between two signs that the work on a message goes on."""
 
 
 class NatsDelivery:
@@ -32,7 +32,7 @@ class NatsDelivery:
     def __init__(self, message: Msg, is_ticket: bool) -> None:
         self._message = message
         self.is_ticket = is_ticket
-        """Of the prompt stream; not a question of an evaluation."""
+        """Whether the message is from the prompt stream, not a question of an evaluation."""
 
     @property
     def data(self) -> bytes:
@@ -40,7 +40,7 @@ class NatsDelivery:
 
     @property
     def sequence(self) -> int:
-        """In the stream: the ticket's number."""
+        """The message's place in the stream: the ticket's number."""
         return self._message.metadata.sequence.stream
 
     @property
@@ -51,7 +51,7 @@ class NatsDelivery:
     async def acknowledge(self, attempts: int = 3) -> None:
         """Remove the message from the queue, and know that it is.
 
-        Where the broker does not answer it is left: the message then comes again, and whoever gets it
+        If the broker does not answer, it is left there: the message then comes again, and whoever gets it
         finds the result stored.
         """
         for attempt in range(attempts):
@@ -101,7 +101,7 @@ class TicketQueue:
 
     @classmethod
     async def _bind(cls, broker: Broker, names: JobNames, stream: str, consumer: str) -> "TicketQueue":
-        # Binding asks the server nothing, so it works before the controller has made the stream.
+        # Binding asks nothing of the server, so it works before the controller has made the stream.
         prefix = f"{names.inbox_prefix}.".encode()
         subscription = await broker.jetstream.pull_subscribe_bind(
             consumer=consumer, stream=stream, inbox_prefix=prefix
@@ -124,7 +124,7 @@ class TicketQueue:
 
 
 async def is_stored(broker: Broker, names: JobNames, ticket: int) -> bool:
-    """Return whether a trajectory of this ticket, whole, lies in the stream already."""
+    """Return whether a whole trajectory of this ticket is in the stream already."""
     try:
         await broker.jetstream.get_last_msg(names.trajectory_stream, names.trajectory(ticket), direct=True)
     except (*TRANSIENT, nats.js.errors.APIError):

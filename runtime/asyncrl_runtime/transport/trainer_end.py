@@ -27,7 +27,7 @@ from asyncrl_runtime.transport.streams import (
 
 
 class TrainerEnd:
-    """A TrainerBroker.
+    """A TrainerBroker; make it with `connect`.
 
     Args:
         storage_bytes: what the job may use on the broker's disk.
@@ -46,7 +46,7 @@ class TrainerEnd:
         """Connect, waiting for a server that is still starting.
 
         Raises:
-            TransportError: no server answered within the deadline; names the address.
+            TransportError: no server answered within the deadline; the message names the address.
         """
         return cls(await Broker.connect(address, names, client_name), names, storage_bytes)
 
@@ -151,7 +151,10 @@ class TrainerEnd:
         return delivered.stream_seq
 
     async def hand_back(self, tickets: Iterable[int]) -> None:
-        """A delivery is known by its ticket; the consumer's sequence has only to be one it has reached."""
+        """See `TicketReturns`.
+
+        A delivery is known by its ticket; the consumer's sequence only has to be one that it has reached.
+        """
         delivered = (await self._prompt_consumer()).delivered
         assert delivered is not None
         prefix, reached = f"$JS.ACK.{self._names.prompt_stream}.{PROMPT_CONSUMER}", delivered.consumer_seq

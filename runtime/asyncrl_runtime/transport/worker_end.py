@@ -59,7 +59,7 @@ class WorkerEnd:
             await self._broker.client.publish(self._names.heartbeat(self._worker), encode(heartbeat))
 
     async def answer_requests(self, answer: Callable[[bytes], Awaitable[bytes]]) -> None:
-        async def on_message(message: Msg) -> None:  # nats-py calls it for one message after the other
+        async def on_message(message: Msg) -> None:  # nats-py calls it for one message after another
             await message.respond(await answer(message.data))
 
         with asking("requests"):
