@@ -35,17 +35,16 @@ async def run_worker(config: RunConfig, name: str, engine_url: str, host: str, h
     """Run a worker until SIGTERM.
 
     Args:
-        name: of the worker, the same for its successors: the pod's, say.
-        engine_url: of its one engine.
-        host, health_port: where it answers probes.
+        name: the worker's name, the same for its successors: the pod's name, say.
+        engine_url: the address of its only engine.
+        host, health_port: the address at which it answers probes.
 
     Raises:
-        ExitError: it cannot work; the message names the cause.
+        ExitError: the worker cannot work; the message names the cause.
     """
     spec = config.spec
-    listener = bind(
-        host, health_port, "worker", "--host and --health-port"
-    )  # first, since loading takes long
+    # First, since loading takes long.
+    listener = bind(host, health_port, "worker", "--host and --health-port")
     folder = await asyncio.to_thread(ensure_model, spec.model, config.model_cache, spec.training.seed)
     try:
         engine, updates_of = choose_engine(spec, engine_url, vocab_size(folder))
@@ -86,7 +85,7 @@ async def _run(
 
 
 def choose_engine(spec: Spec, url: str, vocabulary_size: int) -> tuple[Engine, UpdatesOf]:
-    """Return the engine, and what brings it the kind of weights that is trained: nobody else here asks."""
+    """Return the engine, and what brings it the kind of weights that is trained: no other code here asks."""
     if spec.training.trains_adapters:
         return EngineClient(url, vocabulary_size, samples_with_adapters=True), AdapterUpdates
     return EngineClient(url, vocabulary_size), WeightUpdates
@@ -102,7 +101,7 @@ def _scorer(config: RunConfig) -> Scorer:
 
 
 def _describe(config: RunConfig) -> str:
-    """Return what reward a job has, and where user code is looked for."""
+    """Return in words which reward a job has, and where user code is looked for."""
     reward = REWARD_TYPES[config.spec.reward.type]
     if not (isinstance(reward, ProcessReward) and reward.is_user_code):
         return f"spec.reward.type: {config.spec.reward.type}"

@@ -25,13 +25,14 @@ from asyncrl_runtime.rollout.session import PromptTooLong, SampleLimits, samplin
 log = logging.getLogger(__name__)
 
 MAX_GROUP_BYTES = 7 * 2**20
-"""Of one message; a larger group goes in parts."""
+"""The maximum size of a group in one message; a larger group is sent in parts."""
 MAX_REPORTED_FAILURES = 5
-"""Of a ticket's generation. Kills are not counted: chaos must not throw good tickets away."""
+"""How many failures of its generation make a ticket a tombstone. Kills are not counted: chaos must not throw
+away good tickets."""
 
 
 class TicketWork:
-    """Works on deliveries; `report_failure` is told in a sentence whatever fails."""
+    """Works on deliveries, and tells `report_failure`, in a sentence, whatever fails."""
 
     def __init__(
         self,
@@ -52,7 +53,8 @@ class TicketWork:
     async def sample(self, delivery: Delivery, slots: Taken) -> None:
         """Turn a ticket into a stored group, or a tombstone, and acknowledge it; or hand it back.
 
-        A message without data is a ticket that was closed before the stream was made again.
+        A message without data is a ticket that was closed before the stream was made again: it is only
+        acknowledged.
         """
         number, began = delivery.sequence, self._clock()
         resume = None
@@ -127,7 +129,7 @@ class TicketWork:
 
 
 async def publish_result(results: ResultStore, result: Group | Tombstone) -> None:
-    """Store what became of a ticket; the id is the ticket, so that whoever comes second changes nothing."""
+    """Store what became of a ticket; its id is the ticket, so that whoever comes second changes nothing."""
     data = encode(result)
     number = result.ticket
     if len(data) <= MAX_GROUP_BYTES:

@@ -1,4 +1,4 @@
-"""The rollout worker: pull a ticket, run its workflow on the engine, score, publish, acknowledge."""
+"""The rollout worker: it pulls a ticket, runs the workflow on the engine, scores, publishes, acknowledges."""
 
 import asyncio
 import json
@@ -33,9 +33,9 @@ log = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 1.0
 STATE_POLL_SECONDS = 15.0
-"""Changes of the state bucket are pushed; this repairs one that was missed."""
+"""How often the job's state is read. Changes of it are pushed; this makes up for one that was missed."""
 DRAIN_SECONDS = 30
-"""At the end, for samples that are being scored."""
+"""How long samples that are being scored are waited for at the end."""
 
 Work = Callable[[Delivery, Taken], Awaitable[None]]
 
@@ -43,8 +43,9 @@ Work = Callable[[Delivery, Taken], Awaitable[None]]
 class Worker:
     """One worker and its engine.
 
-    Consumes prompts and held-out questions, produces trajectories and answers. Waits for an engine with
-    weights and for room in it. `run` ends when `stop` was called and everything is put away.
+    Consumes tickets and held-out prompts; produces trajectories and answers. Waits for an engine with
+    weights, for room in it, and for messages, with which the broker wakes it. `run` ends when `stop` was
+    called and everything in hand is finished or handed back.
     """
 
     def __init__(
@@ -82,11 +83,11 @@ class Worker:
         self._last_error = ""
 
     def engine_fault(self) -> str | None:
-        """Why the engine must be restarted, for its liveness probe; None while it need not be."""
+        """Return why the engine must be restarted, for its liveness probe; None while it need not be."""
         return self._monitor.fault()
 
     def _cache_salt(self) -> str | None:
-        """Where KV is kept over updates, no new sample may reuse what older weights have left."""
+        """Return what keeps new samples from reusing KV of older weights, if KV is kept over updates."""
         return str(self._engine.weights.version) if self._spec.live.rollout.interrupt == "InPlace" else None
 
     def stop(self) -> None:
@@ -136,7 +137,11 @@ class Worker:
             raise TransportError("the broker closed this worker's connection for good")
 
     async def _pull(self, queue: DeliverySource, work: Work, size: int) -> None:
-        """Take one message at a time while there is room, and work on each beside the others."""
+        """Take one message at a time while there is room, and work on each beside the others.
+
+        Consumes the queue; produces a task for each message. Waits for a fit engine with room, which it looks
+        for every 10 ms, and for the next message, with which the broker wakes it. Ends after `stop`.
+        """
         while not self._stopping.is_set():
             if not (self.is_fit() and self._limit.has_room(self._slots.num_taken)):
                 await asyncio.sleep(0.01)
@@ -144,7 +149,7 @@ class Worker:
             delivery = await queue.take()
             if delivery is None:
                 continue
-            if self._stopping.is_set() or not self.is_fit():  # not any more; others may be
+            if self._stopping.is_set() or not self.is_fit():  # this worker is no longer fit; others may be
                 await delivery.hand_back()
                 continue
             task = asyncio.create_task(self._handle(delivery, work, self._slots.take(size)))
@@ -152,7 +157,7 @@ class Worker:
             task.add_done_callback(self._tasks.discard)
 
     def is_fit(self) -> bool:
-        """Whether the engine can sample, with weights that are not too old already."""
+        """Return whether the engine can sample, with weights that are not too old already."""
         mine, current = self._engine.weights.version, self._current
         if self._monitor.state != "ready" or mine is None:
             return False
@@ -172,14 +177,21 @@ class Worker:
             slots.close()
 
     async def _keep_alive(self, seconds: float, *, are_tickets: bool) -> None:
-        """Say again and again that what is in hand is being worked on."""
+        """Tell the broker every `seconds` that what is in hand is being worked on.
+
+        Consumes the deliveries in hand; produces a sign of life for each. Nobody wakes it earlier.
+        """
         while True:
             await asyncio.sleep(seconds)
             for delivery in [held for held in self._deliveries if held.is_ticket == are_tickets]:
                 await delivery.keep_alive()
 
     async def _send_heartbeats(self) -> None:
-        """Say once a second that this worker lives and how its engine is."""
+        """Say that this worker lives, how its engine is, and which tickets it holds.
+
+        Consumes the state of worker and engine; produces a heartbeat for the trainer every HEARTBEAT_SECONDS.
+        Nobody wakes it earlier.
+        """
         while True:
             beat = Heartbeat(
                 worker=self._name,
@@ -202,10 +214,11 @@ class Worker:
             await asyncio.sleep(HEARTBEAT_SECONDS)
 
     async def _update(self, request: bytes) -> bytes:
-        """One phase of an update."""
+        """Handle one phase of an update of the weights; return the reply."""
         return encode(await self._updates.handle(decode_request(request)))
 
     async def _poll_state(self) -> None:
+        """Act on the job's state, read every STATE_POLL_SECONDS, as on a change; nobody wakes it earlier."""
         while True:
             for key in ("live", "version"):
                 try:
