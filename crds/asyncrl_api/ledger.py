@@ -58,7 +58,7 @@ class History:
     """The recorded steps, from versions 0, 1, 2 and so on without a gap."""
     began: dict[int, int] = field(default_factory=dict)
     num_issued: int | None = None
-    """Set by the end line: the job is over."""
+    """The number of tickets that were issued, set by the end line: the job is over."""
     left_over: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property

@@ -36,7 +36,7 @@ def field(
         description: what `kubectl explain` shows, after the mark.
         mark: the change mark; None means that of the block above, or a block whose fields differ.
         default: a field without one is required.
-        list_type: who wins when two managers apply the list; `x-kubernetes-list-type` of the CRD.
+        list_type: how the list is merged when two managers apply it; `x-kubernetes-list-type` of the CRD.
         free_while_suspended: an exception to mark I: the field may change while the job is suspended, and
             in the update that sets or clears `suspend`.
         is_size: whether the field is an amount that the job has, not a setting: the operator decides on it

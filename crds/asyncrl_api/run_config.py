@@ -84,19 +84,19 @@ def with_live_values(spec: Spec, values: dict[str, Any]) -> Spec:
 
 
 class RunningSpec:
-    """A spec as an attempt began with it, and with the fields marked L as they are now."""
+    """The spec of an attempt, as the attempt began with it and with the fields marked L as they are now."""
 
     def __init__(self, spec: Spec) -> None:
         self._began = self._now = spec
 
     @property
     def frozen(self) -> FrozenSpec:
-        """What does not change while the attempt lasts."""
+        """The fields that do not change while the attempt lasts."""
         return self._began
 
     @property
     def live(self) -> LiveSpec:
-        """What may change at any time: read it anew at every use."""
+        """The fields that may change at any time; read them anew at every use."""
         return self._now
 
     def live_values(self) -> dict[str, Any]:
@@ -104,10 +104,10 @@ class RunningSpec:
         return live_values(self._now)
 
     def take_over(self, values: dict[str, Any]) -> str:
-        """Replace the fields marked L, but for a `training.maxSteps` that would shrink.
+        """Replace the fields marked L, except for a `training.maxSteps` that would shrink.
 
         Returns:
-            What was not taken over, in a sentence; empty if nothing.
+            What was not taken over, in a sentence; empty if everything was.
 
         Raises:
             SpecError: a value is out of bounds, or a field is not marked L; nothing is replaced.

@@ -1,4 +1,4 @@
-"""The spec as an attempt began, and as it is now. Made by `make crd`: change the types instead."""
+"""The spec as an attempt began, and as it is now. Made from the types by `make crd`."""
 
 from typing import Any, Literal, Protocol
 
@@ -16,14 +16,14 @@ from asyncrl_api.training_spec import AlgorithmSpec, LoRASpec, ScheduleSpec, Sta
 
 
 class FrozenSamplingSpec(Protocol):
-    """`spec.sampling`: its fields not marked L, as the attempt began."""
+    """The fields of `spec.sampling` not marked L, as the attempt began."""
 
     @property
     def group_size(self) -> int: ...
 
 
 class FrozenTrainingSpec(Protocol):
-    """`spec.training`: its fields not marked L, as the attempt began."""
+    """The fields of `spec.training` not marked L, as the attempt began."""
 
     @property
     def batch_size(self) -> int: ...
@@ -48,7 +48,7 @@ class FrozenTrainingSpec(Protocol):
 
 
 class FrozenEvaluationSpec(Protocol):
-    """`spec.evaluation`: its fields not marked L, as the attempt began."""
+    """The fields of `spec.evaluation` not marked L, as the attempt began."""
 
     @property
     def source(self) -> str: ...
@@ -61,14 +61,14 @@ class FrozenEvaluationSpec(Protocol):
 
 
 class FrozenSplitSpec(Protocol):
-    """`spec.gpuBudget.split`: its fields not marked L, as the attempt began."""
+    """The fields of `spec.gpuBudget.split` not marked L, as the attempt began."""
 
     @property
     def trainer(self) -> int: ...
 
 
 class FrozenGPUBudgetSpec(Protocol):
-    """`spec.gpuBudget`: its fields not marked L, as the attempt began."""
+    """The fields of `spec.gpuBudget` not marked L, as the attempt began."""
 
     @property
     def resource_name(self) -> str: ...
@@ -81,7 +81,7 @@ class FrozenGPUBudgetSpec(Protocol):
 
 
 class FrozenRolloutSpec(Protocol):
-    """`spec.rollout`: its fields not marked L, as the attempt began."""
+    """The fields of `spec.rollout` not marked L, as the attempt began."""
 
     @property
     def engine(self) -> EngineSpec: ...
@@ -92,7 +92,7 @@ class FrozenRolloutSpec(Protocol):
 
 
 class FrozenCheckpointSpec(Protocol):
-    """`spec.checkpoint`: its fields not marked L, as the attempt began."""
+    """The fields of `spec.checkpoint` not marked L, as the attempt began."""
 
     @property
     def location(self) -> LocationSpec: ...
@@ -103,7 +103,7 @@ class FrozenCheckpointSpec(Protocol):
 
 
 class FrozenSpec(Protocol):
-    """The fields not marked L, as the attempt began."""
+    """The fields of the spec not marked L, as the attempt began."""
 
     @property
     def model(self) -> ModelSpec: ...
@@ -140,7 +140,7 @@ class FrozenSpec(Protocol):
 
 
 class LiveSamplingSpec(Protocol):
-    """`spec.sampling`: its fields marked L, as they are now."""
+    """The fields of `spec.sampling` marked L, as they are now."""
 
     @property
     def max_new_tokens(self) -> int: ...
@@ -151,28 +151,28 @@ class LiveSamplingSpec(Protocol):
 
 
 class LiveTrainingSpec(Protocol):
-    """`spec.training`: its fields marked L, as they are now."""
+    """The fields of `spec.training` marked L, as they are now."""
 
     @property
     def max_steps(self) -> int: ...
 
 
 class LiveEvaluationSpec(Protocol):
-    """`spec.evaluation`: its fields marked L, as they are now."""
+    """The fields of `spec.evaluation` marked L, as they are now."""
 
     @property
     def every_steps(self) -> int: ...
 
 
 class LiveSplitSpec(Protocol):
-    """`spec.gpuBudget.split`: its fields marked L, as they are now."""
+    """The fields of `spec.gpuBudget.split` marked L, as they are now."""
 
     @property
     def rollout(self) -> int: ...
 
 
 class LiveGPUBudgetSpec(Protocol):
-    """`spec.gpuBudget`: its fields marked L, as they are now."""
+    """The fields of `spec.gpuBudget` marked L, as they are now."""
 
     @property
     def total(self) -> int: ...
@@ -185,7 +185,7 @@ class LiveGPUBudgetSpec(Protocol):
 
 
 class LiveRolloutSpec(Protocol):
-    """`spec.rollout`: its fields marked L, as they are now."""
+    """The fields of `spec.rollout` marked L, as they are now."""
 
     @property
     def min_replicas(self) -> int: ...
@@ -200,7 +200,7 @@ class LiveRolloutSpec(Protocol):
 
 
 class LiveCheckpointSpec(Protocol):
-    """`spec.checkpoint`: its fields marked L, as they are now."""
+    """The fields of `spec.checkpoint` marked L, as they are now."""
 
     @property
     def every_steps(self) -> int: ...
@@ -211,7 +211,7 @@ class LiveCheckpointSpec(Protocol):
 
 
 class LiveSpec(Protocol):
-    """The fields marked L, as they are now."""
+    """The fields of the spec marked L, as they are now."""
 
     @property
     def sampling(self) -> LiveSamplingSpec: ...

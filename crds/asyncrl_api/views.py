@@ -1,8 +1,8 @@
-"""From the change marks to two views of the spec: as an attempt began, and as it is now. See `make crd`.
+"""Makes two views of the spec from the change marks: as an attempt began, and as it is now (`make crd`).
 
 An attempt keeps the spec that it began with, and follows the fields marked L. Code that reads the one where
-it means the other is right until somebody edits the field. So each has a type of its own, which lacks what
-the other one has, and mypy tells them apart.
+it means the other works until somebody edits the field. So each view has a type of its own, which lacks the
+fields of the other, and mypy tells them apart.
 """
 
 import types
@@ -16,12 +16,12 @@ from asyncrl_api.marks import FieldNode, block_of, tree
 
 FILE_NAME = "spec_views.py"
 
-HEAD = '"""The spec as an attempt began, and as it is now. Made by `make crd`: change the types instead."""'
+HEAD = '"""The spec as an attempt began, and as it is now. Made from the types by `make crd`."""'
 LINE_LENGTH = 110
 
 
 def render_views() -> str:
-    """Return the module of both views."""
+    """Return the source of the module that has both views."""
     imports: set[tuple[str, str]] = {("typing", "Protocol")}
     classes = [*_render("Frozen", False, Spec, tree(Spec), imports)]
     classes += _render("Live", True, Spec, tree(Spec), imports)
@@ -49,7 +49,7 @@ def _render(
     nodes: tuple[FieldNode, ...],
     imports: set[tuple[str, str]],
 ) -> Iterator[str]:
-    """Yield the classes of one view, those first that others name."""
+    """Yield the classes of one view, each after the classes that it names."""
     attributes = {info.alias or name: name for name, info in model.model_fields.items()}
     lines = []
     for node in nodes:
@@ -67,8 +67,8 @@ def _render(
     for name, kind in computed(model, nodes, is_live):
         lines += ["    @property", f"    def {name}(self) -> {_source(kind, imports)}: ..."]
     where = nodes[0].path.rpartition(".")[0]
-    rest = "fields marked L, as they are now." if is_live else "fields not marked L, as the attempt began."
-    doc = f"`spec.{where}`: its {rest}" if where else f"The {rest}"
+    rest = "marked L, as they are now." if is_live else "not marked L, as the attempt began."
+    doc = f"The fields of `spec.{where}` {rest}" if where else f"The fields of the spec {rest}"
     yield "\n".join([f"class {_class_name(prefix, model)}(Protocol):", f'    """{doc}"""', "", *lines])
 
 
@@ -79,7 +79,7 @@ def _class_name(prefix: str, model: type[BaseModel]) -> str:
 def computed(
     model: type[BaseModel], nodes: tuple[FieldNode, ...], is_live: bool
 ) -> Iterator[tuple[str, Any]]:
-    """Yield name and type of the properties that are made of fields of this view alone."""
+    """Yield name and type of each property that is computed from fields of this view alone."""
     attributes = {info.alias or name: name for name, info in model.model_fields.items()}
     marks = {attributes[node.name]: node.mark for node in nodes}
     for name, member in vars(model).items():
@@ -91,7 +91,7 @@ def computed(
 
 
 def _source(annotation: Any, imports: set[tuple[str, str]]) -> str:
-    """Return an annotation as it is written, and note what must be imported for it."""
+    """Return an annotation as source code, and note what must be imported for it."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if annotation is None or annotation is types.NoneType:
         return "None"
