@@ -59,7 +59,7 @@ lint: $(STAMP) ## Check style, format, types and the boundaries between packages
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-crd: $(STAMP) ## Write the CRD, the chart's copy of it and docs/reference.md from the types.
+crd: $(STAMP) ## Write the CRD, the chart's copy of it, the spec's views and parts of the docs from the types.
 	$(BIN)/python -m asyncrl_api.crdgen
 	$(BIN)/python -m asyncrl_operator.docgen
 

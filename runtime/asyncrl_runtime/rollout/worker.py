@@ -149,7 +149,7 @@ class Worker:
             delivery = await queue.take()
             if delivery is None:
                 continue
-            if self._stopping.is_set() or not self.is_fit():  # this worker is no longer fit; others may be
+            if self._stopping.is_set() or not self.is_fit():  # not any more, but others may be
                 await delivery.hand_back()
                 continue
             task = asyncio.create_task(self._handle(delivery, work, self._slots.take(size)))

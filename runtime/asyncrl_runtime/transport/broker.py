@@ -104,7 +104,7 @@ class Broker:
         client = Client()
 
         async def on_error(error: Exception) -> None:
-            # Must never raise: nats-py's read loop would die while is_connected stays true.
+            # This must never raise: nats-py's read loop would die while is_connected stays true.
             log.warning("NATS: %s: %s", type(error).__name__, error)
 
         async def on_closed() -> None:
@@ -123,7 +123,7 @@ class Broker:
                 closed_cb=on_closed,
                 reconnected_cb=on_reconnected,
                 max_reconnect_attempts=-1,
-                # A random part, so that pods do not come back in one wave; floats work, the stub says int.
+                # Partly random, so that pods do not return in one wave; floats work, the stub says int.
                 reconnect_time_wait=0.5 + 0.25 * rng.random(),  # type: ignore[arg-type]
                 ping_interval=10,
                 max_outstanding_pings=2,
@@ -246,7 +246,7 @@ class Broker:
         Raises:
             TransportError: it still failed at the deadline, or the client is closed for good.
         """
-        # By hand: tenacity costs 28 us a call, a tenth of what the rest of a publish takes.
+        # Written by hand: tenacity costs 28 us a call, a tenth of what the rest of a publish takes.
         transient: tuple[type[Exception], ...] = (*TRANSIENT, *also)
         deadline = time.monotonic() + deadline_seconds
         pause = FIRST_PAUSE_SECONDS

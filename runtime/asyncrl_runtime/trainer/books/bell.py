@@ -22,4 +22,4 @@ class Bell:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._rung.wait()
-        self._rung.clear()  # before the listener looks: what changes from now on rings again
+        self._rung.clear()  # cleared before the listener looks: what changes from now on rings again

@@ -114,7 +114,7 @@ class Checkpoints:
             scratch.rename(place)
             _sync(self.folder)
         except (OSError, RuntimeError) as error:  # torch hides a full disk in a RuntimeError
-            free = _free_space(self._job_folder)  # before what was written is deleted
+            free = _free_space(self._job_folder)  # asked before what was written is deleted
             shutil.rmtree(scratch, ignore_errors=True)
             if replaced.exists() and not place.exists():
                 replaced.rename(place)
