@@ -57,7 +57,7 @@ class Counters:
 
 
 class Books:
-    """Holds the books. Others read them, and change them only by the methods that are verbs.
+    """Holds the books. Others may read them, and change them only through the methods here.
 
     Args:
         spec: the spec as the attempt begins; `use` replaces its live values as they change.
