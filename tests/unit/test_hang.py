@@ -48,7 +48,7 @@ def test_a_trainer_that_reports_but_makes_no_progress_is_restarted(clock_error: 
     assert attempt(cluster) == (2, "Hung", 1)
     [event] = [each for each in cluster.events if each.reason == "TrainerRestart"]
     assert event.message == (
-        "Hung: the trainer made no progress in 203 s, and it was its turn "
+        "Hung: the trainer made no progress in 203 s although it was its turn "
         "(failurePolicy.trainer.hangSeconds: 200)"
     )
 

@@ -1,1 +1,1 @@
-"""What is to be done about a job: plain values in, plain values out. Pure: imports no client of anything."""
+"""What to do about a job: plain values in, plain values out. Pure: it imports no client of anything."""

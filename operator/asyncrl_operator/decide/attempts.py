@@ -1,4 +1,4 @@
-"""How the present attempt of the trainer stands, and when there is a next one. Pure.
+"""Whether the trainer's present attempt goes on or ends, and whether and when another one follows. Pure.
 
 An attempt ends as a whole: collectives do not survive a lost rank. Why it ended is read from all its pods
 together, since the peers of a lost pod crash with ordinary exit codes at about the same moment.
@@ -25,12 +25,12 @@ TRAINER_CONTAINER = "trainer"
 UNSCHEDULABLE_SECONDS = 300.0
 """How long some pods of an attempt may hold GPUs while others find no node."""
 RETRY_SPREAD_SECONDS = 60.0
-"""After that, jobs that block each other try again at different times."""
+"""The span over which the retries are spread, so that jobs that block each other try at different times."""
 REPORT_DELAY_SECONDS = 60.0
-"""How late a report may be though the trainer is well: it is copied every 30 s, and the API server may be
+"""How late a report may be although the trainer is well: it is copied every 30 s, and the API server may be
 away for a moment."""
 REMEMBERED = {"last_reason", "restarts", "disruptions", "failures_in_a_row", "step"}
-"""What an attempt knows of those before it."""
+"""The fields that an attempt takes over from the one before it."""
 SIGNAL_CODES = {128 + signal.SIGKILL, 128 + signal.SIGTERM}
 
 Charge = Literal["", "restart", "disruption"]
@@ -38,20 +38,21 @@ Charge = Literal["", "restart", "disruption"]
 
 @dataclass(frozen=True)
 class Running:
-    """It goes on; when to look again though nothing has changed."""
+    """The attempt goes on."""
 
     wake_at: float | None = None
+    """When to look again even if nothing has changed."""
 
 
 @dataclass(frozen=True)
 class Ended:
-    """It has to end, or has ended."""
+    """The attempt has ended, or has to end."""
 
     reason: str
     message: str
     charge: Charge = ""
     code: int = 0
-    """Exit code that the restart policy judges; minus a signal's number for a disruption."""
+    """The exit code that the restart policy judges; for a disruption, minus the signal's number."""
     delay_seconds: float = 0.0
 
 
@@ -65,12 +66,12 @@ def judge(
     heard_at: float | None,
     now: float,
 ) -> Running | Ended:
-    """Return how the attempt stands, whose Job has been seen at least once and is not complete.
+    """Return whether an attempt goes on; its Job has been seen at least once and is not complete.
 
     Args:
-        trainer_gpus: what the split gives the trainer now.
-        uid: of the AsyncRLJob; spreads retries.
-        heard_at: when the attempt reported last, or began to run; None before that.
+        trainer_gpus: the GPUs that the split gives the trainer now.
+        uid: the AsyncRLJob's; it spreads the retries.
+        heard_at: when the attempt last reported, or else began to run; None before that.
     """
     job = job_of(attempt, seen)
     pods = pods_of(attempt, seen)
@@ -87,10 +88,10 @@ def judge(
 
 
 def end(spec: Spec, attempt: AttemptStatus, ended: Ended, step: int, now: float) -> AttemptStatus | GiveUp:
-    """Return the attempt as it is remembered once it has ended, or that there is none after it.
+    """Return the ended attempt as it is remembered, or `GiveUp` if no other follows it.
 
     Args:
-        step: of the policy, as far as reported.
+        step: the policy's last reported step.
     """
     if not ended.charge:
         changes = {"next_retry_time": to_text(now + ended.delay_seconds), "last_reason": ended.reason}
@@ -120,7 +121,7 @@ def end(spec: Spec, attempt: AttemptStatus, ended: Ended, step: int, now: float)
 def next_attempt(
     name: str, spec: Spec, before: AttemptStatus | None, seen: Observed, gpus: int
 ) -> AttemptStatus:
-    """Return the attempt after `before`; its number is above that of every Job there is."""
+    """Return the attempt after `before`; its number is higher than that of every existing Job."""
     number = max([before.number if before else 0, *(job.attempt for job in seen.trainer_jobs)]) + 1
     return AttemptStatus(
         number=number,
@@ -132,7 +133,7 @@ def next_attempt(
 
 
 def job_of(attempt: AttemptStatus, seen: Observed) -> TrainerJob | None:
-    """Return the Job of an attempt."""
+    """Return the Job of an attempt; None if there is none."""
     return next((job for job in seen.trainer_jobs if job.attempt == attempt.number), None)
 
 
@@ -144,9 +145,9 @@ def pods_of(attempt: AttemptStatus, seen: Observed) -> list[Pod]:
 
 
 def _disrupted(job: TrainerJob | None, pods: Sequence[Pod], seen: Observed, now: float) -> Ended | None:
-    """Nobody's fault: preempted, evicted, or its node is lost."""
+    """Return the end of an attempt that is nobody's fault: preemption, eviction, a lost node."""
     if job is None or job.is_deleting:
-        return _disruption(reasons.JOB_DELETED, "the Job of the trainer was deleted")
+        return _disruption(reasons.JOB_DELETED, "the trainer's Job was deleted")
     for pod in pods:
         if pod.disruption:
             return _disruption(reasons.DISRUPTED, f"pod {pod.name}: {pod.disruption}")
@@ -156,14 +157,15 @@ def _disrupted(job: TrainerJob | None, pods: Sequence[Pod], seen: Observed, now:
 
 
 def _vanished(job: TrainerJob | None, pods: Sequence[Pod]) -> Ended | None:
-    """A pod was deleted by hand; one that its Job deletes, since another failed, is none of these."""
+    """Return the end of an attempt one of whose pods was deleted by hand.
+
+    A pod that its Job deletes because another one failed does not count: `_failed` is asked first.
+    """
     for pod in pods:
         if pod.deleted_at is not None:
             return _disruption(reasons.POD_DELETED, f"pod {pod.name} was deleted")
     if job is not None and job.is_failed:
-        return _disruption(
-            reasons.PODS_LOST, f"the Job of the trainer failed without an exit code: {job.message}"
-        )
+        return _disruption(reasons.PODS_LOST, f"the trainer's Job failed without an exit code: {job.message}")
     return None
 
 
@@ -172,7 +174,10 @@ def _disruption(reason: str, message: str) -> Ended:
 
 
 def _failed(spec: Spec, pods: Sequence[Pod]) -> Ended | None:
-    """A rank ended with an exit code. A fatal one counts more than what its peers died of."""
+    """Return the end of an attempt one of whose ranks ended with an exit code.
+
+    A fatal exit code counts for more than whatever its peers died of.
+    """
     fatal = spec.failure_policy.trainer.fatal_exit_codes
     failures = [
         (each.exit_code in fatal, each.ran_out_of_memory, each.exit_code not in SIGNAL_CODES, pod, each)
@@ -196,7 +201,10 @@ def _failed(spec: Spec, pods: Sequence[Pod]) -> Ended | None:
 
 
 def _changed(spec: Spec, attempt: AttemptStatus, seen: Observed, trainer_gpus: int) -> Ended | None:
-    """A field marked R was edited, or the split gives the trainer another size: no fault, no charge."""
+    """Return the end of an attempt after an edit of a field marked R, or with a new size from the split.
+
+    Neither is a fault, so nothing is charged.
+    """
     if edit := trainer_edit(spec, seen.attempts_began.get(attempt.number), attempt.config_hash):
         return Ended(reasons.CONFIG_CHANGED, edit)
     if attempt.gpus != trainer_gpus:
@@ -207,7 +215,7 @@ def _changed(spec: Spec, attempt: AttemptStatus, seen: Observed, trainer_gpus: i
 def _signs(
     attempt: AttemptStatus, pods: Sequence[Pod], report: Report | None, heard_at: float | None
 ) -> Signs | None:
-    """Return what is known of a trainer all of whose pods run: it is nobody's turn before."""
+    """Return the signs of life of a trainer all of whose pods run; before that it cannot hang."""
     if heard_at is None or not pods or any(pod.phase != "Running" for pod in pods):
         return None
     is_present = report is not None and report.attempt == attempt.number
@@ -216,13 +224,13 @@ def _signs(
 
 
 def _hung(limit: float, signs: Signs | None, now: float) -> Ended | None:
-    """It makes no progress, or is not heard of: a failure of its own."""
+    """Return the end of an attempt that makes no progress or has fallen silent: the trainer's own failure."""
     why = hung(limit, signs, now) if signs is not None else ""
     return Ended(reasons.HUNG, why, "restart", code=HUNG_CODE) if why else None
 
 
 def began_at(attempt: AttemptStatus, seen: Observed) -> float | None:
-    """Return since when an attempt runs, or else when its Job was made; None before that."""
+    """Return when an attempt began to run, or else when its Job was created; None before that."""
     if attempt.start_time is None:
         return None
     running = [pod.ready_changed_at for pod in pods_of(attempt, seen) if pod.phase == "Running"]
@@ -230,7 +238,10 @@ def began_at(attempt: AttemptStatus, seen: Observed) -> float | None:
 
 
 def _partly_scheduled(attempt: AttemptStatus, pods: Sequence[Pod], uid: str, now: float) -> Ended | None:
-    """Some pods hold GPUs while others find no node, for too long: give them back."""
+    """Return the end of an attempt some of whose pods have held GPUs too long while others found no node.
+
+    Ending it gives the GPUs back.
+    """
     without = [pod for pod in pods if pod.unschedulable]
     if not without or len(without) == len(pods) or attempt.start_time is None:
         return None

@@ -1,7 +1,7 @@
-"""Since when a job has been active, pending or short of engines, and when that ends it. Pure.
+"""How long a job has been active, pending or short of engines, and when that ends it. Pure.
 
-One policy for operator and local runner, over plain values that both can give: seconds by the executor's own
-clock, and how many engines there are.
+Operator and local runner share this policy. It takes plain values that both can give: seconds by the
+executor's own clock, and how many engines there are.
 """
 
 from collections.abc import Iterator
@@ -13,18 +13,18 @@ from asyncrl_operator.decide import reasons
 
 @dataclass(frozen=True)
 class Parts:
-    """How much of a job there is, as its executor sees it."""
+    """The parts of a job that run or are ready, as its executor sees them."""
 
     trainer_runs: bool
     is_messaging_ready: bool
     ready_engines: int
     engines: int
-    """Engines that there should be."""
+    """The number of engines that there should be."""
 
 
 @dataclass(frozen=True)
 class Clocks:
-    """Since when something has been so; None while it is not. Seconds by the executor's clock."""
+    """When each state began, in seconds by the executor's clock; None while the job is not in that state."""
 
     active_since: float | None = None
     pending_since: float | None = None
@@ -33,7 +33,7 @@ class Clocks:
 
 @dataclass(frozen=True)
 class Deadline:
-    """When a clock will have run out, and how the job has failed then."""
+    """When a clock runs out, and why the job has then failed."""
 
     at: float
     reason: str
@@ -41,7 +41,7 @@ class Deadline:
 
 
 def is_up(parts: Parts, *, was_up: bool) -> bool:
-    """Whether a job is up: once trainer, broker and an engine are, then for as long as the trainer runs."""
+    """Whether a job is up: from when trainer, broker and one engine are, for as long as the trainer runs."""
     return parts.trainer_runs and (was_up or (parts.is_messaging_ready and parts.ready_engines > 0))
 
 
@@ -51,7 +51,7 @@ def is_below_minimum(spec: Spec, parts: Parts) -> bool:
 
 
 def advance(spec: Spec, before: Clocks, parts: Parts, *, was_up: bool, now: float) -> Clocks:
-    """Return the clocks as they run now. Whether there are enough engines is asked of a job that is up."""
+    """Return the clocks as they run now. Only a job that is up can be short of engines."""
     up = is_up(parts, was_up=was_up)
     is_below = up and is_below_minimum(spec, parts)
     return Clocks(
@@ -65,7 +65,7 @@ def deadlines(spec: Spec, clocks: Clocks, parts: Parts, last_words: str = "") ->
     """Yield the deadlines of the clocks that run, in the order in which they count.
 
     Args:
-        last_words: what a pending job waits for.
+        last_words: what a pending job is waiting for.
     """
     if spec.active_deadline_seconds and clocks.active_since is not None:
         text = f"spec.activeDeadlineSeconds: {spec.active_deadline_seconds} have passed"

@@ -1,6 +1,6 @@
-"""What a pass decides: plain values between planner and executor.
+"""What a pass decides: plain values that the planner hands to the executor.
 
-The executor renders `Desired` (render/manifests.py), applies what differs, and deletes what is to go.
+The executor renders `Desired` (render/manifests.py), applies what differs, and makes the deletions.
 """
 
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from asyncrl_operator.decide.observed import Seconds
 
 @dataclass(frozen=True)
 class DesiredTrainer:
-    """The Job that is to be there."""
+    """The trainer's Job that should exist."""
 
     number: int
     gpus: int
@@ -20,10 +20,11 @@ class DesiredTrainer:
 
 @dataclass(frozen=True)
 class Desired:
-    """What is to be there. None: left as it is, or not made."""
+    """The objects that should exist. None: an object is left as it is, or not created."""
 
     shared: bool = True
-    """Services, ConfigMaps, RBAC, Secret, PDB, NetworkPolicy."""
+    """Whether the objects that all groups share should: Services, ConfigMaps, RBAC, Secret, PDB,
+    NetworkPolicy."""
     messaging_replicas: int | None = None
     trainer: DesiredTrainer | None = None
     rollout_replicas: int | None = None
@@ -34,19 +35,19 @@ class DeletePod:
     name: str
     uid: str
     is_forced: bool
-    """Without grace: nobody answers for it any more."""
+    """Whether it is deleted without a grace period, since no kubelet answers for it any more."""
 
 
 @dataclass(frozen=True)
 class DeleteTrainerJob:
-    """In the foreground: the Job stays until its pods are gone."""
+    """Delete a trainer's Job in the foreground, so that the Job stays until its pods are gone."""
 
     name: str
 
 
 @dataclass(frozen=True)
 class DeleteChildren:
-    """All of them: the job has finished and its TTL is over."""
+    """Delete all objects of a job that has finished and whose time to live is over."""
 
 
 Deletion = DeletePod | DeleteTrainerJob | DeleteChildren
@@ -54,7 +55,7 @@ Deletion = DeletePod | DeleteTrainerJob | DeleteChildren
 
 @dataclass(frozen=True)
 class Event:
-    """What the user is told in `kubectl describe`."""
+    """What `kubectl describe` tells the user."""
 
     reason: str
     message: str
@@ -63,14 +64,15 @@ class Event:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one pass decides. The executor follows it in the order of the fields."""
+    """Everything that one pass decides. The executor carries it out in the order of the fields."""
 
     write_status_first: bool
-    """DesiredTrainer or split differ from what is stored: `status` is written before anything is done."""
+    """Whether `status` is written before anything is done, because the attempt or the split in it is new, or
+    the job ends."""
     desired: Desired | None
-    """None: nothing is applied, nor corrected."""
+    """None: nothing is applied or corrected."""
     deletions: tuple[Deletion, ...]
     status: Status
     wake_at: Seconds | None
-    """When to look again though nothing has changed."""
+    """When to look again even if nothing has changed."""
     events: tuple[Event, ...] = field(default=())

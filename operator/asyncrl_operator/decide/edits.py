@@ -1,25 +1,26 @@
-"""What an edit of the spec asks for, by change mark: a new attempt of the trainer, or new rollout pods. Pure.
+"""What an edit of the spec calls for, by change mark: a new trainer attempt, or new rollout pods. Pure.
 
 The values with which an attempt or a rollout template began are in its own configuration object, which is
-made before any pod that rests on it, never changes, and is there as long as such a pod. They are compared
-with the spec field by field, under the marks of today; never rendered objects, and never a hash over all
-fields, for a newer operator renders otherwise and knows other fields, and must not touch pods that run.
-After an upgrade of the types:
+created before any pod that depends on it, never changes, and exists as long as such a pod does. They are
+compared with the spec field by field, under today's marks. Rendered objects are never compared, nor is a hash
+over all fields, because a newer operator renders differently and knows other fields, and must not touch
+running pods. After an upgrade of the types:
 
 - A field that the remembered values lack counts as unchanged while it has its default.
 - A field that is gone from the types counts as unchanged.
-- A field with another mark is compared under the new one, with the value of the beginning. If it was L, was
-  edited meanwhile and is R now, the trainer is restarted once: it may still run with the value it began with.
-- A default that has changed acts on new objects alone. The API server stores defaults as values whenever it
-  writes an object, and be it the status alone; so spec and remembered values both keep the old one, and what
-  a user wrote cannot be told from it. Hence an attempt that is older than a field, and still runs when a
-  second upgrade changes the default of that field, is restarted once: the value that was stored for it
-  meanwhile is neither what it began with nor the default. Rollout pods likewise.
+- A field with another mark is compared under the new mark, with the value it had at the beginning. If it was
+  L, has been edited since and is R now, the trainer is restarted once: it may still run with the value it
+  began with.
+- A default that has changed affects new objects alone. The API server stores defaults as values whenever it
+  writes an object, even if only its status; so spec and remembered values both keep the old default, and it
+  cannot be told from what a user wrote. Hence an attempt that is older than a field, and still runs when a
+  second upgrade changes that field's default, is restarted once: the value that has been stored for it since
+  is neither what it began with nor the default. The same holds for rollout pods.
 
 A rollout template is named after a hash of its fields. When a newer operator gives it another name, pods that
-are made from then on get a configuration in its words, and those that run stay.
+are created from then on get a configuration of the new form, and running pods stay.
 
-Where a configuration object has been deleted by hand, the hash is all that is remembered: an equal one says
+If a configuration object has been deleted by hand, the hash is all that is remembered: an equal hash means
 that nothing has changed, and any other counts as a change.
 """
 
@@ -35,19 +36,19 @@ from asyncrl_api.structural import plain
 from asyncrl_operator.decide.observed import Values
 
 TRAINER_MARKS, ROLLOUT_MARKS = "RI", "UI"
-"""What a trainer is restarted for, and what rollout pods are replaced for. Some fields marked I may change
-while the job is suspended."""
+"""The marks that restart the trainer, and those that replace rollout pods. I is among them because some
+fields marked so may change while the job is suspended."""
 HASH_LENGTH = 10
 LONGEST_LIST = 5
-"""Changed fields that a message names."""
+"""The maximum number of changed fields that a message names."""
 
 
 def trainer_edit(spec: Spec, began: Values | None, began_hash: str) -> str:
-    """Return for which edit the trainer has to be restarted, in words; empty: for none.
+    """Return in words which edit calls for a restart of the trainer; empty if none does.
 
     Args:
-        began: the spec with which its attempt began, as in a manifest; None: its configuration is gone.
-        began_hash: what `trainer_hash` gave for it, or for the spec of shortly before.
+        began: the spec with which its attempt began, as in a manifest; None if its configuration is gone.
+        began_hash: what `trainer_hash` returned for that spec, or for the spec shortly before.
     """
     if began is None:
         return "" if began_hash == trainer_hash(spec) else "a field marked R was changed"
@@ -57,7 +58,7 @@ def trainer_edit(spec: Spec, began: Values | None, began_hash: str) -> str:
 
 
 def current_templates(spec: Spec, began: Mapping[str, Values]) -> frozenset[str]:
-    """Return the names of the templates whose pods need not be replaced, with that of the newest.
+    """Return the names of the templates whose pods need not be replaced, the newest included.
 
     Args:
         began: the spec with which each template began, by the template's name.
@@ -70,12 +71,12 @@ def current_templates(spec: Spec, began: Mapping[str, Values]) -> frozenset[str]
 
 
 def trainer_hash(spec: Spec) -> str:
-    """Return a hash over the fields that a trainer is restarted for."""
+    """Return a hash over the fields whose change restarts the trainer."""
     return _hash(spec, TRAINER_MARKS)
 
 
 def rollout_hash(spec: Spec) -> str:
-    """Return the name of the newest template: a hash over the fields that rollout pods are replaced for."""
+    """Return the name of the newest template: a hash over the fields whose change replaces rollout pods."""
     return _hash(spec, ROLLOUT_MARKS)
 
 
@@ -102,9 +103,9 @@ def _changed(nodes: Iterable[FieldNode], began: Values, now: Values) -> Iterator
 
 
 def _hash(spec: Spec, marks: str) -> str:
-    """Return a hash that differs wherever a field with one of `marks` does, or such fields are others.
+    """Return a hash that changes with the value of any field with one of `marks`, and with the set of them.
 
-    With an absent field as null, so that an equal hash means equal fields, under whatever marks it was made.
+    An absent field counts as null, so that equal hashes mean equal fields, whatever marks they were made for.
     """
     now = spec.model_dump(by_alias=True, exclude_none=True)
     values = {path: _at(now, path) for path in _paths(type(spec), marks)}
@@ -117,7 +118,7 @@ def _paths(model: type[Spec], marks: str) -> tuple[str, ...]:
 
 
 def _settings(nodes: Iterable[FieldNode]) -> Iterator[FieldNode]:
-    """Yield the fields that have a value of their own, without sizes."""
+    """Yield the fields that have values of their own, except sizes."""
     for node in nodes:
         if node.is_size:
             continue

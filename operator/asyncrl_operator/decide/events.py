@@ -1,4 +1,4 @@
-"""What the user is told of a pass: from two statuses to Events with fixed reasons. Pure."""
+"""What the user is told about a pass: Events with fixed reasons, found by comparing two statuses. Pure."""
 
 from collections.abc import Iterable
 
@@ -10,17 +10,17 @@ from asyncrl_operator.decide.desired import DeleteChildren, DeletePod, Deletion,
 from asyncrl_operator.decide.observed import Observed
 
 CHECKPOINT_SECONDS = 600.0
-"""Between two Events about checkpoints."""
+"""The shortest time between two Events about checkpoints."""
 PHASE_EVENTS = {reasons.RUNNING, reasons.SUSPENDING, reasons.SUSPENDED}
-"""Phases whose beginning is told by their own names."""
+"""The phases whose beginning is an Event with the phase's own name as its reason."""
 OBSTACLES = {reasons.UNSCHEDULABLE, reasons.IMAGE_PULL, reasons.QUOTA_EXCEEDED}
-"""Of what a job waits for when it starts, that for which somebody may have to act."""
+"""The reasons for which a starting job may wait until somebody acts."""
 
 
 def between(
     before: Status, after: Status, ended: Ended | None, deletions: Iterable[Deletion]
 ) -> tuple[Event, ...]:
-    """Return the Events of a pass; none where nothing has changed.
+    """Return the Events of a pass; none if nothing has changed.
 
     Args:
         ended: the attempt that ended in this pass.
@@ -36,7 +36,7 @@ def between(
 
 
 def after_the_end(seen: Observed, deletions: Iterable[Deletion]) -> tuple[Event, ...]:
-    """Return what is told of a finished job: once, though it takes passes until all children are gone."""
+    """Return the Event of an expired job, once, although it takes several passes to delete all children."""
     groups = [group for group in (seen.rollout, seen.messaging) if group is not None]
     begins = any(not group.is_deleting for group in groups)
     expired = begins and any(isinstance(each, DeleteChildren) for each in deletions)
@@ -82,7 +82,7 @@ def _sizes(before: Status, after: Status) -> list[Event]:
 
 
 def _warnings(before: Status, after: Status) -> list[Event]:
-    """Return what has become wrong: a reason that was not there before."""
+    """Return what has gone wrong: a warning for each reason that was not there before."""
     events = []
     for kind in ("Stalled", "Degraded", "Reconciling"):
         old, new = before.condition(kind), after.condition(kind)

@@ -1,4 +1,4 @@
-"""The health of a job that is to run: up or starting, at strength or degraded, and since when. Pure."""
+"""The health of a job that should run: up or starting, at full strength or degraded, and since when. Pure."""
 
 from dataclasses import dataclass, replace
 
@@ -20,17 +20,17 @@ from asyncrl_operator.decide.rolling import Wave
 from asyncrl_operator.decide.status import Memory, Standing
 
 REPORT_STALE_SECONDS = 300.0
-"""A trainer that runs and has not reported for so long is told of."""
+"""How long a running trainer may go without a report before the status says so."""
 ENGINE_SECONDS = 180.0
-"""For a new engine to become ready before a job counts as short of engines."""
+"""The time that a new engine has to become ready before the job counts as short of engines."""
 IMAGE_REASONS = ("ImagePullBackOff", "ErrImagePull", "InvalidImageName", "ErrImageNeverPull")
 NO_FAULT = ("", reasons.SUSPENDED)
-"""Reasons of an attempt's end after which the next is a start, not a restart."""
+"""The reasons for an attempt's end after which the next attempt is a start, not a restart."""
 
 
 @dataclass(frozen=True)
 class Health:
-    """How the job stands, what is remembered of it, and when it may change by itself."""
+    """The standing of a job, what is remembered of it, and when its standing may change by itself."""
 
     standing: Standing
     memory: Memory
@@ -38,9 +38,9 @@ class Health:
 
 
 def assess(state: PassState, memory: Memory, wave: Wave) -> Health:
-    """Return how a job stands whose pods are wanted.
+    """Return the health of a job that should have pods.
 
-    It is up once the trainer, the broker and an engine are; and stays so, degraded if need be, for as long
+    It is up once the trainer, the broker and one engine are, and stays up, degraded if need be, for as long
     as the trainer runs.
     """
     parts, was_up = _parts(state, memory), state.status.is_true("Running")
@@ -66,7 +66,7 @@ def assess(state: PassState, memory: Memory, wave: Wave) -> Health:
 
 
 def overdue(state: PassState, memory: Memory) -> Standing | None:
-    """Return the end of a job one of whose clocks has run out."""
+    """Return the failure of a job one of whose clocks has run out; None if none has."""
     over = (each for each in _deadlines(state, memory) if state.now >= each.at)
     return next((Standing("Failed", each.reason, each.message) for each in over), None)
 
@@ -104,7 +104,7 @@ def _text(seconds: float | None) -> str | None:
 def _not_up(state: PassState, attempt: AttemptStatus | None) -> Standing:
     last = attempt.last_reason if attempt is not None else ""
     if last == reasons.RESIZED:
-        return Standing("Resizing", last, "the trainer starts with another size from a checkpoint")
+        return Standing("Resizing", last, "the trainer starts from a checkpoint with another number of GPUs")
     starts = _what_starts(state, attempt)
     if last in NO_FAULT:
         return Standing("Starting", starts.reason, starts.message)
@@ -112,24 +112,25 @@ def _not_up(state: PassState, attempt: AttemptStatus | None) -> Standing:
     text = f"attempt {attempt.number} starts"
     if attempt.next_retry_time is not None:
         text = (
-            f"attempt {attempt.number} ended; the next waits for {attempt.next_retry_time} and its pods' end"
+            f"attempt {attempt.number} ended; the next waits until {attempt.next_retry_time} and for the old "
+            "pods to end"
         )
     return Standing("Restarting", last, f"{text}: {starts.message}")
 
 
 def _what_starts(state: PassState, attempt: AttemptStatus | None) -> Problem:
-    """Return what is waited for, in the words of who keeps it waiting."""
+    """Return what the job is waiting for, in the words of whatever keeps it waiting."""
     if obstacle := state.seen.blocked or _obstacle(state):
         return obstacle
     if not state.trainer_runs(attempt):
-        return Problem(reasons.TRAINER_STARTING, "the trainer starts")
+        return Problem(reasons.TRAINER_STARTING, "the trainer is starting")
     if not state.is_messaging_ready:
-        return Problem(reasons.MESSAGING_STARTING, "the NATS server starts")
-    return Problem(reasons.ROLLOUT_STARTING, "the trainer runs, no engine is ready yet")
+        return Problem(reasons.MESSAGING_STARTING, "the NATS server is starting")
+    return Problem(reasons.ROLLOUT_STARTING, "the trainer runs, and no engine is ready yet")
 
 
 def _obstacle(state: PassState) -> Problem | None:
-    """Return what keeps a pod from starting, as scheduler or kubelet say it."""
+    """Return what keeps a pod from starting, in the words of the scheduler or the kubelet."""
     pods = sorted(state.alive, key=lambda pod: pod.name)
     for pod in pods:
         if pod.unschedulable:
@@ -149,7 +150,7 @@ def _stale_at(state: PassState, attempt: AttemptStatus | None) -> float | None:
 
 
 def _due_ready(state: PassState) -> list[float]:
-    """Return when each engine that is not ready should have been."""
+    """Return, for each engine that is not ready, when it should be."""
     return [pod.created_at + ENGINE_SECONDS for pod in state.alive_in("rollout") if not pod.is_ready]
 
 
@@ -171,7 +172,9 @@ def _degraded(state: PassState, wave: Wave, below: bool, stale_at: float | None)
             reasons.REPORT_STALE, f"the trainer has not reported for {int(REPORT_STALE_SECONDS)} s or more"
         )
     if report is not None and report.staleness_p95 is not None and report.staleness_p95 > bound:
-        text = f"tokens of {report.staleness_p95} versions ago are trained; staleness.maxVersions is {bound}"
+        text = (
+            f"tokens of {report.staleness_p95} versions ago are trained on; staleness.maxVersions is {bound}"
+        )
         return Problem(reasons.STALENESS_EXCEEDED, text)
     if state.seen.blocked is not None:
         return state.seen.blocked

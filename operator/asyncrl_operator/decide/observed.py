@@ -1,4 +1,4 @@
-"""What one pass sees of a job: plain values that `api_server/observe.py` makes from the caches."""
+"""What one pass sees of a job: plain values that `api_server/observe.py` reads from the caches."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,22 +8,22 @@ from asyncrl_api.report import Report
 from asyncrl_operator.layout import Role
 
 Seconds = float
-"""Of Unix time."""
+"""Unix time, in seconds."""
 Values = Mapping[str, Any]
-"""A spec as in a manifest, perhaps of another version of the types."""
+"""A spec as in a manifest, perhaps made with another version of the types."""
 
 KUBELET_OOM = "OOMKilled"
-"""The kubelet's word; that it is also one of ours means nothing."""
+"""The kubelet's word; it is one of our reasons too, but only by coincidence."""
 
 
 @dataclass(frozen=True)
 class ContainerEnd:
-    """A container that has terminated, for the last time that is known of."""
+    """The last known termination of a container."""
 
     container: str
     exit_code: int
     reason: str = ""
-    """OOMKilled, Error, Completed ..."""
+    """The kubelet's reason: OOMKilled, Error, Completed ..."""
 
     @property
     def ran_out_of_memory(self) -> bool:
@@ -32,39 +32,39 @@ class ContainerEnd:
 
 @dataclass(frozen=True)
 class Pod:
-    """A pod with our label `asyncrl.dev/job`."""
+    """A pod with the job's label, `asyncrl.dev/job`."""
 
     name: str
     uid: str
     group: Role
     is_ours: bool = True
-    """False: made for an earlier object of the same name (label `asyncrl.dev/job-uid`)."""
+    """False if it was made for an earlier job of the same name (label `asyncrl.dev/job-uid`)."""
     attempt: int = 0
-    """Of the trainer; 0 in other groups."""
+    """The trainer's attempt; 0 in other groups."""
     template: str = ""
-    """Of a rollout pod: the name of its template, label `asyncrl.dev/template`."""
+    """The name of a rollout pod's template (label `asyncrl.dev/template`); empty in other groups."""
     gpus: int = 0
-    """Annotation `asyncrl.dev/gpus`: what it counts against the budget."""
+    """The GPUs that it counts against the budget (annotation `asyncrl.dev/gpus`)."""
     phase: Literal["Pending", "Running", "Succeeded", "Failed", "Unknown"] = "Pending"
     is_ready: bool = False
     ready_changed_at: Seconds = 0.0
-    """Since when it has been so."""
+    """When `is_ready` last changed."""
     node: str = ""
-    """Empty until it is scheduled."""
+    """The name of its node; empty until it is scheduled."""
     created_at: Seconds = 0.0
     deleted_at: Seconds | None = None
     """When its grace period ends, if it is being deleted (`deletionTimestamp`)."""
     disruption: str = ""
-    """Reason of its condition DisruptionTarget: preemption, eviction, a taint."""
+    """The reason of its condition DisruptionTarget: preemption, eviction, a taint."""
     unschedulable: str = ""
-    """The scheduler's message, while it finds no node."""
+    """The scheduler's message while no node is found for it."""
     waiting: str = ""
-    """Reason and message of a container that cannot start: `ImagePullBackOff: ...`."""
+    """The reason and message of a container that cannot start: `ImagePullBackOff: ...`."""
     ends: tuple[ContainerEnd, ...] = ()
 
     @property
     def is_alive(self) -> bool:
-        """Whether it may still run, hence counts against the budget."""
+        """Whether it may still run and hence counts against the budget."""
         return self.phase not in ("Succeeded", "Failed")
 
 
@@ -76,14 +76,14 @@ class TrainerJob:
     attempt: int
     is_complete: bool = False
     is_failed: bool = False
-    """It has condition Failed or FailureTarget."""
+    """Whether it has the condition Failed or FailureTarget."""
     message: str = ""
     is_deleting: bool = False
 
 
 @dataclass(frozen=True)
 class StatefulSet:
-    """The rollout or messaging group."""
+    """The StatefulSet of the rollout group or the messaging group."""
 
     name: str
     replicas: int
@@ -97,35 +97,36 @@ class Node:
 
     is_ready: bool
     since: Seconds
-    """When that changed last."""
+    """When `is_ready` last changed."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Why the operator cannot act on the spec as it is. A later pass may find it gone."""
+    """Something that is wrong, with the reason and message of a condition. A later pass may find it gone."""
 
     reason: str
-    """NameConflict, MissingReference, InvalidSpec, BudgetTooSmall, CRDTooOld: the reason of Stalled."""
+    """A reason of decide/reasons.py, or the kubelet's word for a container that cannot start."""
     message: str
 
 
 @dataclass(frozen=True)
 class Observed:
-    """All that a pass knows of the cluster."""
+    """Everything that a pass knows of the cluster."""
 
     trainer_jobs: tuple[TrainerJob, ...] = ()
     rollout: StatefulSet | None = None
     messaging: StatefulSet | None = None
     pods: tuple[Pod, ...] = ()
     nodes: Mapping[str, Node] | None = None
-    """The nodes of these pods; one that is missing is gone. None: the operator may not see nodes."""
+    """The nodes of these pods; a node that is missing here is gone. None: the operator may not see nodes."""
     report: Report | None = None
     attempts_began: Mapping[int, Values] = field(default_factory=dict)
-    """The spec with which an attempt began, by its number, as far as its configuration is there."""
+    """The spec with which each attempt began, by the attempt's number, if its configuration still exists."""
     templates_began: Mapping[str, Values] = field(default_factory=dict)
-    """The spec with which a rollout template began, by the template's name."""
+    """The spec with which each rollout template began, by the template's name."""
     problem: Problem | None = None
+    """What keeps the operator from acting on the spec as it is."""
     blocked: Problem | None = None
-    """A write that the API server refused in the last pass (QuotaExceeded, say): told, and tried again."""
+    """A write that the API server refused in the last pass (QuotaExceeded, say): reported, and retried."""
     has_children: bool = True
-    """Whether any object of ours is left, those without pods included."""
+    """Whether any object of the job is left, those without pods included."""

@@ -1,7 +1,8 @@
-"""What is to be done about a job now: spec, status, cluster, report and time in; an Outcome out. Pure.
+"""Decides what to do about a job now: spec, status, cluster, report and time in; an Outcome out. Pure.
 
-It asks what is, never what happened, so a pass may run at any time and any number of times. What it must
-remember (attempt, split, clocks) is in the status, stored before anything is done that rests on it.
+It looks at what is there, never at what happened, so a pass may run at any time and any number of times. What
+it must remember (attempt, split, clocks) is in the status, which is stored before anything is done that
+depends on it.
 """
 
 from collections.abc import Sequence
@@ -32,7 +33,7 @@ from asyncrl_operator.decide.status import JobObject, Memory, Standing, after_th
 
 @dataclass(frozen=True)
 class Decision:
-    """What a pass comes to."""
+    """What a pass decides, before the status and the Events are made of it."""
 
     standing: Standing
     memory: Memory
@@ -40,14 +41,14 @@ class Decision:
     deletions: tuple[Deletion, ...] = ()
     wakes: tuple[float | None, ...] = ()
     ended: attempts.Ended | None = None
-    """The attempt that ended in this pass, for the user to be told."""
+    """The end of the attempt that ended in this pass, so that the user is told."""
 
 
 def plan(job: JobObject, status: Status, seen: Observed, now: float) -> Outcome:
-    """Return what is to be done about a job.
+    """Return what to do about a job.
 
     Args:
-        status: as the API server holds it.
+        status: the status as the API server holds it.
         seen: the cluster, as far as it concerns the job.
         now: Unix time, seconds.
     """
@@ -71,7 +72,7 @@ def plan(job: JobObject, status: Status, seen: Observed, now: float) -> Outcome:
 
 
 def _decide(state: PassState) -> Decision:
-    """The order of what counts: an end, suspension, obstacles, then running."""
+    """Decide in the order of what takes precedence: an end, suspension, obstacles, then running."""
     attempt = state.status.attempt
     if attempt is not None and (job := attempts.job_of(attempt, state.seen)) and job.is_complete:
         return _finish(state, Standing("Succeeded", reasons.COMPLETE, _last_words(state)))
@@ -83,7 +84,7 @@ def _decide(state: PassState) -> Decision:
         return _stalled(state, state.seen.problem)
     earlier = [pod for pod in state.seen.pods if not pod.is_ours and pod.is_alive]
     if earlier and attempt is None:
-        message = f"{len(earlier)} pod(s) of an earlier job of this name still run: {earlier[0].name}"
+        message = f"{len(earlier)} pod(s) of an earlier job with this name still run: {earlier[0].name}"
         return Decision(Standing("Pending", reasons.WAITING_FOR_PREDECESSOR, message), state.memory)
     is_well = state.status.is_true("Running") and not state.status.is_true("Degraded")
     try:
@@ -97,8 +98,8 @@ def _decide(state: PassState) -> Decision:
 
 
 def _run(state: PassState, split: SplitStatus) -> Decision:
-    """Keep the trainer going, attempt by attempt, and rollout and messaging beside it."""
-    resumes = state.status.is_true("Suspended")  # the deadline's clock begins again
+    """Keep the trainer going, attempt by attempt, along with rollout and messaging."""
+    resumes = state.status.is_true("Suspended")  # then activeDeadlineSeconds counts from now
     started = to_text(state.now) if resumes else state.memory.start_time or to_text(state.now)
     memory, attempt = replace(state.memory, split=split, start_time=started), state.status.attempt
     if attempt is None or attempt.next_retry_time is not None:
@@ -129,7 +130,7 @@ def _run(state: PassState, split: SplitStatus) -> Decision:
 
 
 def _between_attempts(state: PassState, memory: Memory) -> Decision:
-    """Wait until the last attempt is gone, its backoff is over and there is room; then begin the next."""
+    """Wait until the last attempt is gone, its backoff is over and there is room; then begin the next one."""
     before, split = memory.attempt, memory.split
     assert split is not None
     trainers = state.alive_in("trainer")
@@ -153,15 +154,18 @@ def _between_attempts(state: PassState, memory: Memory) -> Decision:
 
 
 def _runs_unseen(attempt: AttemptStatus, state: PassState) -> bool:
-    """Whether an attempt's pods run on for a Job that is not seen: it has lost the label it is watched by."""
+    """Whether an attempt's pods keep running although its Job is not seen.
+
+    The Job has then lost the label that the operator watches Jobs by.
+    """
     is_unseen = attempts.job_of(attempt, state.seen) is None
     return is_unseen and any(pod.deleted_at is None for pod in state.alive_in("trainer"))
 
 
 def _ends_by_itself(state: PassState, job: TrainerJob) -> bool:
-    """Whether a Job has failed, or is about to say so: it stays, for its logs.
+    """Whether a Job has failed or is about to report so; such a Job is kept for its logs.
 
-    With a pod on a dead node it would wait for that pod for ever.
+    A Job with a pod on a dead node does not count: it would wait for that pod forever.
     """
     pods = [pod for pod in state.ours if pod.group == "trainer" and pod.attempt == job.attempt]
     if any(pod.is_alive and is_on_dead_node(pod, state.seen.nodes, state.now) for pod in pods):
@@ -170,7 +174,7 @@ def _ends_by_itself(state: PassState, job: TrainerJob) -> bool:
 
 
 def _go_on(state: PassState, memory: Memory) -> Decision:
-    """Have there what belongs to a job that runs, and say how far that is so."""
+    """Keep in place everything that a running job needs, and report how much of it is ready."""
     attempt, split = memory.attempt, memory.split
     assert split is not None
     is_between = attempt is None or attempt.next_retry_time is not None
@@ -195,7 +199,7 @@ def _go_on(state: PassState, memory: Memory) -> Decision:
 
 
 def _rollout_replicas(state: PassState, split: SplitStatus, attempt: AttemptStatus | None) -> int:
-    """Return how many engines there may be: none before the trainer has its GPUs, never above the budget."""
+    """Return how many engines may run: none before the trainer has its GPUs, never more than the budget."""
     if not state.replicas and not state.trainer_runs(attempt):
         return 0
     room = state.spec.gpu_budget.total - state.claim("trainer", split.trainer)
@@ -213,7 +217,7 @@ def _wave(state: PassState, replicas: int) -> Wave:
 
 
 def _outlived_jobs(state: PassState, attempt: AttemptStatus | None, is_between: bool) -> Sequence[Deletion]:
-    """Return the Jobs of earlier attempts; the last one that failed stays, for its logs."""
+    """Return the deletions of earlier attempts' Jobs; the last one is kept for its logs if it failed."""
     if is_between or attempt is None or attempts.job_of(attempt, state.seen) is None:
         return ()
     return [
@@ -229,18 +233,21 @@ def _outlived_jobs(state: PassState, attempt: AttemptStatus | None, is_between: 
 
 
 def _last_words(state: PassState) -> str:
-    return "the trainer has finished" if state.report is None else f"{state.report.step} steps are trained"
+    return "the trainer has finished" if state.report is None else f"{state.report.step} steps were trained"
 
 
 def _finish(state: PassState, standing: Standing) -> Decision:
-    """End the job: engines and broker go to zero pods at once, a trainer that still runs is stopped."""
+    """End the job: engines and broker go to zero pods at once, and a trainer that still runs is stopped."""
     memory = replace(state.memory, completion_time=to_text(state.now), clocks=ClocksStatus())
     desired, deletions = _at_rest(state, with_messaging=True)
     return Decision(standing, memory, desired, deletions, (state.now,))
 
 
 def _after_the_end(state: PassState) -> Outcome:
-    """A verdict stands. What is left of the job is kept at zero pods, and deleted when its time is over."""
+    """Keep what is left of a finished job at zero pods, and delete it when its time to live is over.
+
+    Its verdict stands, whatever happens.
+    """
     spec, completed = state.spec, state.status.completion_time
     expires = (to_seconds(completed) if completed else 0.0) + spec.ttl_seconds_after_finished
     delay = spec.failure_policy.dead_node_force_delete_seconds
@@ -262,10 +269,10 @@ def _after_the_end(state: PassState) -> Outcome:
 
 
 def _at_rest(state: PassState, *, with_messaging: bool) -> tuple[Desired, tuple[Deletion, ...]]:
-    """Return what brings a job to zero pods; nothing is made for it.
+    """Return what brings a job to zero pods; nothing is created for that.
 
     Args:
-        with_messaging: the broker goes too. A trainer that makes its last checkpoint still needs it.
+        with_messaging: whether the broker goes too. A trainer that makes its last checkpoint still needs it.
     """
     seen, is_over = state.seen, state.status.is_true("Finished")
     desired = Desired(
@@ -286,7 +293,7 @@ def _at_rest(state: PassState, *, with_messaging: bool) -> tuple[Desired, tuple[
 
 
 def _suspend(state: PassState) -> Decision:
-    """Zero pods: engines and trainer first, the trainer after a checkpoint, then the broker."""
+    """Bring the job to zero pods: first the engines and, after a checkpoint, the trainer; then the broker."""
     memory, attempt = replace(state.memory, clocks=ClocksStatus()), state.status.attempt
     if attempt is not None and attempt.next_retry_time is None:
         ended = attempts.end(
@@ -301,7 +308,7 @@ def _suspend(state: PassState) -> Decision:
         return Decision(Standing("Suspending", reasons.SUSPENDING, text), memory, desired, deletions)
     if memory.split is None:
         memory = replace(memory, split=_first_split(state))
-    text = "spec.suspend is set" if state.spec.suspend else "resumes"
+    text = "spec.suspend is set" if state.spec.suspend else "the job resumes"
     wake = None if state.spec.suspend else state.now
     return Decision(Standing("Suspended", reasons.SUSPENDED, text), memory, desired, deletions, (wake,))
 
@@ -315,7 +322,7 @@ def _first_split(state: PassState) -> SplitStatus | None:
 
 
 def _stalled(state: PassState, problem: Problem) -> Decision:
-    """Touch nothing: what runs goes on, what does not exist is not made."""
+    """Touch nothing: what runs goes on, and what does not exist is not created."""
     phase = state.status.phase or "Pending"
     return Decision(Standing(phase, problem.reason, problem.message, stalled=problem), state.memory)
 

@@ -1,8 +1,8 @@
-"""Who has how many GPUs, pass by pass: the first split, a changed budget, what measurements ask for. Pure.
+"""The split of the GPUs, pass by pass: the first one, a changed budget, what the measurements call for. Pure.
 
-In mode Auto GPUs move in whole rollout replicas. A move needs the same group to have been short, by every
-report, for half a cooldown, and a whole cooldown since the last move; nothing moves while a group is not
-well, for then reports say more about the fault than about the split.
+In mode Auto, GPUs move in whole rollout replicas. They move only if every report for half a cooldown has
+shown the same group to be short, and a whole cooldown has passed since the last move. Nothing moves while a
+group is not well, because reports then say more about the fault than about the split.
 """
 
 from dataclasses import dataclass
@@ -17,18 +17,20 @@ from asyncrl_operator.layout import Split, gpus_per_replica, plan_split, smalles
 Short = Literal["", "Rollout", "Trainer"]
 
 STARVED_SHARE = 0.25
-"""Of the trainer's time spent waiting for a batch: from there on, with an empty queue, rollout is short."""
+"""The share of its time that the trainer waits for a batch, from which on rollout is short if fewer groups
+than a batch are queued."""
 BUSY_SHARE = 0.05
-"""Up to there, with a full queue, the trainer is short.
+"""The share of its time that the trainer waits for a batch, up to which the trainer is short if the queue is
+full.
 
-A full queue has all that may wait at a time but one batch: tickets come as a step begins, and while it lasts
-engines are at work on them.
+A full queue holds everything that may wait at one time except one batch: tickets are issued as a step begins,
+and while it lasts engines are working on them.
 """
 
 
 @dataclass(frozen=True)
 class _Sizes:
-    """What the spec allows."""
+    """The sizes that the spec allows, in GPUs and, for `fewest` and `most`, in replicas."""
 
     total: int
     replica: int
@@ -37,25 +39,25 @@ class _Sizes:
     trainers: tuple[int, ...]
 
     def rollout(self, trainer: int) -> int:
-        """Return the GPUs of as many replicas as fit beside a trainer of that size."""
+        """Return the GPUs of as many replicas as fit beside a trainer of this size."""
         return max(0, min(self.most, (self.total - trainer) // self.replica)) * self.replica
 
 
 def decide_split(
     spec: Spec, before: SplitStatus | None, report: Report | None, is_well: bool, now: float
 ) -> SplitStatus:
-    """Return the split that holds from now on; `before` itself where nothing changes.
+    """Return the split that holds from now on; `before` itself if nothing changes.
 
     Args:
-        before: what was decided last; None for a job that begins.
-        report: of the attempt that runs, if there is one.
-        is_well: all groups run at strength.
+        before: the last decision; None for a new job.
+        report: the running attempt's report, if there is one.
+        is_well: whether all groups run at full strength.
         now: Unix time, seconds.
 
     Raises:
         SpecError: nothing fits into the budget.
     """
-    first = plan_split(spec)  # raises, whatever was decided before
+    first = plan_split(spec)  # may raise, whatever was decided before
     if spec.gpu_budget.mode == "Manual":
         return _unless_same(before, _status(first, spec, first.reason, now))
     if before is None:
@@ -82,7 +84,7 @@ def _sizes(spec: Spec) -> _Sizes:
 
 
 def _refit(before: SplitStatus, sizes: _Sizes) -> tuple[int, int] | None:
-    """Return the old split under new bounds: rollout grows and shrinks first; None if it cannot be kept."""
+    """Return the old split fitted to new bounds, None if that cannot be. Rollout grows and shrinks first."""
     if before.gpus_per_replica != sizes.replica:
         return None
     largest = sizes.total - sizes.fewest * sizes.replica
@@ -97,7 +99,7 @@ def _refit(before: SplitStatus, sizes: _Sizes) -> tuple[int, int] | None:
 
 
 def _short(spec: Spec, report: Report | None) -> Short:
-    """Return the group that is short by one report."""
+    """Return the group that is short according to one report."""
     if report is None or report.wait_share is None:
         return ""
     batch = spec.training.batch_size
@@ -125,14 +127,14 @@ def _follow_measurements(
 
 
 def next_move(spec: Spec, split: SplitStatus) -> float:
-    """Return when a split under pressure may change, as Unix time."""
+    """Return when a split under pressure may change, in Unix time."""
     cooldown = spec.gpu_budget.auto.cooldown_seconds
     since = to_seconds(split.pressure_time or split.last_change_time)
     return max(to_seconds(split.last_change_time) + cooldown, since + cooldown / 2)
 
 
 def _relieve(short: Short, spec: Spec, before: SplitStatus, sizes: _Sizes) -> tuple[int, int] | None:
-    """Return the next split in favour of the group that is short; None if there is none."""
+    """Return the next split that favors the group that is short; None if there is none."""
     may_resize = spec.gpu_budget.auto.trainer_resize == "AtCheckpoint"
     smaller = [size for size in sizes.trainers if size < before.trainer]
     larger = [size for size in sizes.trainers if size > before.trainer]
@@ -146,7 +148,7 @@ def _relieve(short: Short, spec: Spec, before: SplitStatus, sizes: _Sizes) -> tu
         if larger and sizes.rollout(larger[0]) >= sizes.fewest * sizes.replica:
             return larger[0], min(before.rollout, sizes.rollout(larger[0]))
         return None
-    # What the trainer may not take is given back: samples that only grow old are worth nothing.
+    # GPUs that the trainer may not take are given back: samples that only grow old are worth nothing.
     fewer = before.rollout - sizes.replica
     return (before.trainer, fewer) if fewer >= sizes.fewest * sizes.replica else None
 

@@ -1,7 +1,7 @@
-"""When a process that ended is started again, and when the job has failed. Pure.
+"""When a process that has ended is started again, and when the job has failed. Pure.
 
-Two budgets for the trainer: an exit code counts against `maxRestarts`, a signal (a kill, an eviction, the
-kernel's OOM killer) against `maxDisruptions`. Everything else is restarted like a pod's container.
+The trainer has two budgets: an exit code counts against `maxRestarts`, a signal (a kill, an eviction, the
+kernel's OOM killer) against `maxDisruptions`. All other processes are restarted like a pod's containers.
 """
 
 from dataclasses import dataclass, field
@@ -12,45 +12,46 @@ from asyncrl_api.job import TrainerFailureSpec
 CONTAINER_BACKOFF_SECONDS = 0.5
 CONTAINER_MAX_BACKOFF_SECONDS = 10.0
 CONTAINER_RESET_SECONDS = 60.0
-"""A process that lived so long begins again with the shortest backoff."""
+"""How long a process must have lived for its backoff to begin again with the shortest."""
 MESSAGING_MAX_FAILURES = 4
-"""In a row. Without its broker a job waits in silence, and what keeps one from starting (its port is taken,
-its files are unusable) seldom passes."""
+"""How often in a row the broker may fail. Without it a job waits in silence, and what keeps a broker from
+starting (its port is taken, its files are unusable) seldom goes away."""
 FINAL_CODES = frozenset({ExitCode.USAGE, ExitCode.UNUSABLE, ExitCode.REFUSED})
 
 
 @dataclass(frozen=True)
 class Restart:
-    """Start it again after so many seconds."""
+    """The process is to be started again after a delay."""
 
     delay_seconds: float
 
 
 @dataclass(frozen=True)
 class GiveUp:
-    """The job has failed; says why in one sentence."""
+    """The job has failed."""
 
     reason: str
+    """Why, in one sentence."""
 
 
 @dataclass
 class TrainerBudget:
-    """Counts the trainer's ends. The backoff begins at the second failure without a step in between."""
+    """Counts the trainer's ends. The backoff begins at the second end without a step in between."""
 
     spec: TrainerFailureSpec
     num_restarts: int = 0
     num_disruptions: int = 0
     failures_in_a_row: int = 0
-    """Ends since a step was made."""
+    """The number of ends since the last step that was made."""
     step: int = -1
-    """At the last end."""
+    """The policy's step at the last end."""
 
     def ended(self, code: int, step: int) -> Restart | GiveUp:
         """Decide on a trainer that ended.
 
         Args:
             code: its exit code; minus the signal's number if a signal ended it.
-            step: of the policy when it ended, as far as reported.
+            step: the policy's last reported step when it ended.
         """
         self.failures_in_a_row = 1 if step > self.step else self.failures_in_a_row + 1
         self.step = max(step, self.step)
@@ -69,21 +70,22 @@ class TrainerBudget:
     def _backoff(self) -> float:
         if self.failures_in_a_row < 2:
             return 0.0
-        doublings = min(self.failures_in_a_row - 2, 31)  # no bound is further than 2**31 from a second
+        doublings = min(self.failures_in_a_row - 2, 31)  # 2**31 seconds are above any bound
         return min(self.spec.backoff_seconds * 2.0**doublings, self.spec.max_backoff_seconds)
 
 
 @dataclass
 class ContainerBackoff:
-    """Restarts a process, ever more slowly while it keeps ending.
+    """Restarts a process, with ever longer delays while it keeps ending.
 
     Args:
-        max_failures: exit codes in a row that are borne; None: a process may fail for ever.
+        max_failures: how often in a row the process may end with an exit code; None: without limit.
     """
 
     max_failures: int | None = None
     num_failures: int = field(default=0, init=False)
-    """Exit codes in a row. A process that lived for long, or until it was killed, can be started."""
+    """The number of exit codes in a row. A process that lived for long, or was killed, can evidently start,
+    so it begins to count anew."""
     _delay: float = field(default=0.0, init=False)
 
     def ended(self, code: int, lived_seconds: float) -> Restart | GiveUp:

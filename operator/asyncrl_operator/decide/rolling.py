@@ -1,4 +1,4 @@
-"""Which rollout pods are replaced now, and which pods nobody answers for any more. Pure."""
+"""Which rollout pods are replaced now, and which pods no kubelet answers for any more. Pure."""
 
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
@@ -7,11 +7,12 @@ from asyncrl_operator.decide.desired import DeletePod
 from asyncrl_operator.decide.observed import Node, Pod
 
 STUCK_SECONDS = 900.0
-"""An updated pod that is not ready after so long has stopped the update."""
+"""How long an updated pod may take to become ready before the update counts as stuck."""
 PATIENCE_SECONDS = 10.0
-"""A pod of the older template that has not been ready for so long serves nobody."""
+"""How long a pod of an older template must have been unready to be replaced as one that serves nobody."""
 UNKNOWN_NODE_SECONDS = 60.0
-"""A node that is not known may be new, and the news of the pod have come first."""
+"""How old a pod on an unknown node must be for the node to count as gone: a new node may become known later
+than its pod."""
 
 
 @dataclass(frozen=True)
@@ -21,22 +22,23 @@ class Wave:
     deletions: tuple[DeletePod, ...] = ()
     is_under_way: bool = False
     stuck: str = ""
-    """The updated pod that does not become ready, and why; the old pods are kept."""
+    """The updated pod that does not become ready, and why; empty if there is none. The old pods are kept."""
     wake_at: float | None = None
 
 
 def next_wave(
     pods: Iterable[Pod], current: Set[str], replicas: int, max_unavailable_percent: int, now: float
 ) -> Wave:
-    """Return which pods of an outdated template go now: at most so many may be down at a time.
+    """Return which pods of an outdated template go now, so that no more than the allowed share is down.
 
-    Those that have not been ready for a while go first and cost nothing, so that an update that follows a
-    broken one gets through (kubernetes#67250). While updated pods fail, they use up what may be down, and no
-    more go.
+    Pods that have not been ready for a while go first and do not count, so that an update that follows a
+    broken one gets through (kubernetes#67250). Updated pods that fail use up what may be down, and then no
+    more pods go.
 
     Args:
-        current: names of the templates whose pods may stay; pods that are made again have the newest of them.
-        replicas: of the StatefulSet; at least one pod may always be down.
+        current: the names of the templates whose pods may stay; replaced pods get the newest of them.
+        replicas: those of the StatefulSet; at least one pod may always be down.
+        max_unavailable_percent: the share of the replicas that may be down.
     """
     alive = [pod for pod in pods if pod.is_alive and pod.deleted_at is None]
     outdated = [pod for pod in alive if pod.template not in current]
@@ -62,7 +64,7 @@ def next_wave(
 
 @dataclass(frozen=True)
 class Lost:
-    """Pods that only a forced deletion removes."""
+    """The pods that only a forced deletion removes."""
 
     deletions: tuple[DeletePod, ...]
     wake_at: float | None
@@ -71,12 +73,12 @@ class Lost:
 def lost_pods(
     pods: Iterable[Pod], nodes: Mapping[str, Node] | None, delay_seconds: float, now: float
 ) -> Lost:
-    """Return the pods that are being deleted on a dead node since `delay_seconds`, ended ones included.
+    """Return the pods that are being deleted on nodes dead for `delay_seconds`, those that ended included.
 
     Rollout pods and trainers are fenced (by ticket and by attempt), so one that lives on does no harm.
 
     Args:
-        nodes: None where the operator may not see them: then the end of the pod's grace counts.
+        nodes: None if the operator may not see nodes; the delay then begins when the pod's grace period ends.
     """
     deletions, wakes = [], []
     for pod in pods:
@@ -92,7 +94,7 @@ def lost_pods(
 
 
 def is_on_dead_node(pod: Pod, nodes: Mapping[str, Node] | None, now: float) -> bool:
-    """Whether the pod's node is gone or not ready; without sight of nodes, whether the pod is to go."""
+    """Whether the pod's node is gone or not ready; if nodes cannot be seen, whether it is being deleted."""
     if not pod.node:
         return False
     if nodes is None:

@@ -1,7 +1,7 @@
-"""From what a pass found to the status that users and tools read: conditions, phase, columns. Pure.
+"""Turns what a pass found into the status that users and tools read: conditions, phase, columns. Pure.
 
-The table of conditions and how kstatus, Argo CD and Flux read them is in docs/gitops.md. `Reconciling` and
-`Stalled` are there only while they are true, and never both; all others are always listed.
+docs/gitops.md has the table of conditions and how kstatus, Argo CD and Flux read them. `Reconciling` and
+`Stalled` are listed only while they are true, and never both; all others are always listed.
 """
 
 from dataclasses import dataclass
@@ -37,26 +37,27 @@ from asyncrl_operator.resources import JOB_LABEL
 
 LONGEST_MESSAGE = 1000
 REPORT_SECONDS = 30.0
-"""Between two changes of what the trainer reports."""
+"""The shortest time between two updates of what the trainer reports."""
 UNCHANGED_SECONDS = 240.0
-"""After so long `reportTime` moves though nothing else has changed: it is how a stale status is known."""
+"""How long `reportTime` stays as it is if nothing else changes. It then moves nevertheless, because it shows
+whether a status is stale."""
 
 Truth = Literal["True", "False", "Unknown"]
 Fact = tuple[Truth, str, str]
-"""Status, reason, message of a condition."""
+"""The status, reason and message of a condition."""
 
 
 @dataclass(frozen=True)
 class Standing:
-    """How the job stands after a pass."""
+    """How the job stands after a pass: the phase, with its reason and message, and what is wrong."""
 
     phase: Phase
     reason: str
     message: str
     stalled: Problem | None = None
-    """Nothing is done about it until the user acts."""
+    """Why nothing is done about the job until the user acts."""
     degraded: Problem | None = None
-    """It runs, but not as it should."""
+    """Why the job, although it runs, does not run as it should."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class JobObject:
-    """What of the object a status is about."""
+    """The part of an AsyncRLJob that its status depends on."""
 
     name: str
     uid: str
@@ -89,10 +90,10 @@ def describe(
     memory: Memory,
     now: float,
 ) -> Status:
-    """Return the status after a pass; equal to `before` where nothing that is shown has changed.
+    """Return the status after a pass; equal to `before` if nothing that is shown has changed.
 
     Args:
-        report: of the present attempt.
+        report: the present attempt's.
     """
     groups = _groups(job, seen, memory)
     allocated = sum(pod.gpus for pod in seen.pods if pod.is_alive)
@@ -125,7 +126,7 @@ def describe(
 
 
 def next_show(before: Status, report: Report) -> float:
-    """Return when a report may be shown: no more often than a reader follows, at once if its state is new.
+    """Return when a report may be shown: at once if its state is new, else only as often as a reader follows.
 
     Every change of a status is a message to everyone who watches (Argo CD compares the whole application).
     """
@@ -138,11 +139,12 @@ def next_show(before: Status, report: Report) -> float:
 def heard_at(status: Status, report: Report, now: float) -> float:
     """Return when a report was written, by the operator's clock.
 
-    The trainer's clock is another machine's. What the two differ by is remembered: `reportTime` is the
-    trainer's word, and `reportSeenTime` when it was seen. So only times of one clock are subtracted.
+    The trainer's clock is another machine's, so the difference between the two is remembered: `reportTime` is
+    the time that the trainer gave, and `reportSeenTime` is when the operator saw it. Only times by the same
+    clock are subtracted.
 
     Args:
-        report: of the present attempt.
+        report: the present attempt's.
     """
     if not report.time or status.report_time is None or status.report_seen_time is None:
         return now  # it has just come
@@ -153,7 +155,7 @@ def heard_at(status: Status, report: Report, now: float) -> float:
 
 
 def after_the_end(job: JobObject, before: Status, seen: Observed) -> Status:
-    """Return the status of a finished job: its verdict stands; what changes is which pods are left."""
+    """Return the status of a finished job. Its verdict stands; only the remaining pods change."""
     memory = Memory(before.attempt, before.split, ClocksStatus(), before.start_time)
     allocated = sum(pod.gpus for pod in seen.pods if pod.is_alive)
     budget = before.gpus.budget if before.gpus else job.spec.gpu_budget.total
@@ -205,7 +207,7 @@ def _group(name: str, kind: str, resource: str, desired: int, pods: list[Pod]) -
 def _pod_sets(
     spec: Spec, before: Status, standing: Standing, split: SplitStatus | None
 ) -> tuple[PodSetStatus, ...]:
-    """Return what a queue must find room for; it stays as it is while the job is suspended (Kueue)."""
+    """Return what a queue must find room for. It does not change while the job is suspended, for Kueue."""
     if split is None or (standing.phase == "Suspended" and before.phase == "Suspended" and before.pod_sets):
         return before.pod_sets
     resource = spec.gpu_budget.resource_name if spec.gpu_budget.allocation == "ExtendedResource" else ""
@@ -231,10 +233,10 @@ def _conditions(
 
 
 def renew(before: Status, kind: str, fact: Fact, generation: int, now: float) -> Condition:
-    """Return a condition as it is now; its time moves only when its status does.
+    """Return a condition as it is now; its transition time changes only when its status does.
 
     Args:
-        generation: of the spec that it is about.
+        generation: the generation of the spec that it is about.
         now: Unix time, seconds.
     """
     truth, reason, message = fact
@@ -297,7 +299,7 @@ def _facts(spec: Spec, groups: tuple[GroupStatus, ...], standing: Standing) -> d
 
 
 def _ready(standing: Standing) -> Fact:
-    """Return the summary that kstatus reads: True where there is nothing to wait for."""
+    """Return the summary that kstatus reads: True if there is nothing to wait for."""
     if standing.stalled is not None:
         return "False", standing.stalled.reason, standing.stalled.message
     if standing.phase == "Running":
@@ -376,7 +378,7 @@ def _whole(value: float | None) -> int | None:
 def unreadable(before: Status, generation: int, error: ValidationError, now: float) -> Status:
     """Return a status that says what is not understood; a verdict stands, and what runs goes on.
 
-    The API server has checked the spec against its CRD, so it comes of another version than the operator.
+    The API server has checked the spec against its CRD, so CRD and operator are of different versions.
     """
     if before.is_true("Finished"):
         return before.model_copy(update={"observed_generation": generation})
