@@ -1,4 +1,4 @@
-"""Carries out what a pass has decided: makes what is missing, corrects what differs, deletes the rest."""
+"""Carries out what a pass has decided: creates what is missing, corrects what differs, deletes the rest."""
 
 import asyncio
 import logging
@@ -46,12 +46,13 @@ logger = logging.getLogger(__name__)
 
 
 SECOND_WAVE = ("RoleBinding", "StatefulSet", "Job")
-"""Made once what they rest on is there: a binding is refused (404) before its Role; pods start at once."""
+"""The kinds that are created after what they depend on: a binding without its Role is refused (404), and pods
+start at once."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """The job that a pass works on, and what the pass wants of it."""
+    """The job that a pass works on, and what the pass wants it to have."""
 
     key: Key
     job: AsyncRLJob
@@ -63,13 +64,13 @@ class Target:
 
     @property
     def wanted(self) -> tuple[object, ...]:
-        """What the manifests follow from, the defaults apart."""
+        """Everything, apart from the defaults, that determines the manifests."""
         return (self.uid, self.generation, self.desired, self.gpus_per_replica)
 
 
 @dataclass(frozen=True)
 class Settled:
-    """That the children of a job were once as wanted: then nothing is rendered until one of them changes."""
+    """A state in which a job's children were as wanted; nothing is rendered until one of them changes."""
 
     wanted: tuple[object, ...]
     children: tuple[object, ...]
@@ -90,24 +91,24 @@ class Executor:
         self._tried_out: dict[Key, tuple[tuple[str, str, str], Problem | None]] = {}
 
     def forget(self, key: Key) -> None:
-        """Drop what is remembered of a job that is gone."""
+        """Drop what is remembered about a job that is gone."""
         self._settled.pop(key, None)
         self._tried_out.pop(key, None)
 
     async def act(
         self, target: Target, seen: Observed, deletions: tuple[Deletion, ...], *, is_verified: bool
     ) -> list[Event]:
-        """Apply, then delete; return what the user is told of children that others had changed.
+        """Apply, then delete; return the Events about children that others had changed.
 
-        What stands in the way of an apply does not keep the deletions from being done: they may remove it.
+        An obstacle to the apply does not keep the deletions from being made, since they may remove it.
 
         Args:
-            is_verified: the API server has just confirmed that the job is there.
+            is_verified: whether the API server has just confirmed that the job exists.
 
         Raises:
-            Obstacle: with what the user is to be told.
-            Gone: nothing is to be made any more.
-            ApiError: a call failed; the same may be tried again.
+            Obstacle: the API server refused an object; says what the user is to be told.
+            Gone: nothing must be created any more.
+            ApiError: a call failed; the same call may be tried again.
         """
         events: list[Event] = []
         obstacle = None
@@ -124,12 +125,12 @@ class Executor:
         return events
 
     async def problem_with_overlays(self, key: Key, uid: str, job: AsyncRLJob, number: int) -> Problem | None:
-        """Return what the API server has against the pod templates of a job that has overlays of its own.
+        """Return the API server's objection to the pod templates of a job with overlays of its own, if any.
 
-        Asked for once for each pair of templates, and before anything is done that rests on them.
+        It is asked once for each pair of templates, before anything is done that depends on them.
 
         Args:
-            number: of the next attempt of the trainer, whose Job is not there.
+            number: the number of the trainer's next attempt, whose Job does not exist yet.
 
         Raises:
             ApiError: a call failed.
@@ -184,12 +185,12 @@ class Executor:
                 changes = await self._apply_all(target, self._render(target, desired, seen), is_verified)
             except SpecError as error:
                 raise Obstacle(_problem_of(error), needs_user=True) from error
-        if self._children(key) == children:  # else the next pass looks: a child may have gone during this one
+        if self._children(key) == children:  # if not, a child may be gone, and the next pass looks again
             self._settled[key] = Settled(target.wanted, children)
         return changes if was_settled else []
 
     def _render(self, target: Target, desired: Desired, seen: Observed) -> list[Json]:
-        """Return what is to be there, in the order in which it is made.
+        """Return the objects that should exist, in the order in which they are created.
 
         Raises:
             SpecError: an overlay sets a field that the operator owns.
@@ -207,7 +208,7 @@ class Executor:
         return manifests
 
     async def _apply_all(self, target: Target, manifests: list[Json], is_verified: bool) -> list[Event]:
-        """Apply first what the others rest on, then those; within each wave, all at once."""
+        """Apply first what other objects depend on, then those others; each wave is applied all at once."""
         changes: list[Event] = []
         if not is_verified and self._lacks_any(target.key, manifests):
             await self._cluster.verify(target.key, target.uid)
@@ -226,7 +227,7 @@ class Executor:
         return changes
 
     def _lacks_any(self, key: Key, manifests: list[Json]) -> bool:
-        """Whether something would be made: only after the AsyncRLJob itself has been asked for."""
+        """Whether an apply would create an object, before which the AsyncRLJob itself must be looked up."""
         return any(
             resource_of(each) is SECRETS
             or self._cluster.child(resource_of(each), key.namespace, each["metadata"]["name"]) is None
@@ -252,9 +253,9 @@ class Executor:
             raise Obstacle(problem, needs_user=obstacle.needs_user) from error
 
     async def _apply_one(self, target: Target, manifest: Json) -> Event | None:
-        """Have one object as rendered; return what there is to tell of it if all was settled before."""
+        """Make one object as rendered; return an Event for the case that all children were settled before."""
         resource, metadata = resource_of(manifest), manifest["metadata"]
-        is_secret = resource is SECRETS  # made, and never read
+        is_secret = resource is SECRETS  # created, but never read
         place = (metadata["namespace"], metadata["name"])
         entry = None if is_secret else self._cluster.child(resource, *place)
         what = f"{resource.kind} {metadata['name']}"
@@ -262,7 +263,7 @@ class Executor:
             is_made = await self._cluster.make(manifest, target.uid)
             logger.debug("%s: %s %s", target.key, what, "made" if is_made else "was there")
             return (
-                Event(reasons.CHILD_RECREATED, f"{what} was missing and is made again")
+                Event(reasons.CHILD_RECREATED, f"{what} was missing and has been created again")
                 if is_made and not is_secret
                 else None
             )
@@ -276,10 +277,10 @@ class Executor:
             return None
         logger.info("%s: %s differs at %s: applied", target.key, what, path)
         await self._cluster.correct(manifest, entry.uid)
-        return Event(reasons.DRIFT_CORRECTED, f"{what}: {path.removeprefix('.')} is set back")
+        return Event(reasons.DRIFT_CORRECTED, f"{what}: the change to {path.removeprefix('.')} is undone")
 
     async def _scale(self, key: Key, desired: Desired, seen: Observed) -> None:
-        """Bring groups to their size, and leave all else as it is: a job at rest is not rendered anew."""
+        """Bring groups to their size and leave the rest as it is: a job at rest is not rendered anew."""
         wanted = (
             (seen.rollout, desired.rollout_replicas),
             (seen.messaging, desired.messaging_replicas),
@@ -290,7 +291,7 @@ class Executor:
             await self._cluster.scale(key.namespace, group.name, replicas)
 
     def _children(self, key: Key) -> tuple[object, ...]:
-        """Return what tells one state of the children from another; what a trainer reports is none of it."""
+        """Return what tells one state of the children from another; the trainer's report is left out."""
         report = report_name(key)
         return tuple(
             (each.entry.uid, each.entry.is_deleting, b"" if each.entry.name == report else each.entry.value)

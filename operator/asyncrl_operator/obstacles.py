@@ -1,6 +1,6 @@
-"""What keeps a job from going on that none of its objects says: the CRD, names in the spec, refused pods.
+"""Finds obstacles that a job's own objects do not show: an old CRD, missing objects, refused pods.
 
-What must be asked of the API server is asked seldom, and only while something is amiss.
+The API server is asked about them seldom, and only while something is amiss.
 """
 
 import asyncio
@@ -20,13 +20,13 @@ from asyncrl_operator.workqueue import Key
 logger = logging.getLogger(__name__)
 
 SCHEMA_SECONDS = 30.0
-"""Between two looks at the served CRD while it is too old."""
+"""The time between two looks at the served CRD while it is too old."""
 REFERENCE_SECONDS = 10.0
-"""Between two looks for an object that is missing."""
+"""The time between two looks for a missing object."""
 PODS_SECONDS = 10.0
-"""Between two looks for why pods are not made."""
+"""The time between two questions about why pods are not created."""
 EVENTS_SHARE = 0.05
-"""Of the time, that the API server may spend on Events of a namespace for our sake."""
+"""The share of its time that the API server may spend on listing a namespace's Events for the operator."""
 
 
 @dataclass(frozen=True)
@@ -40,18 +40,19 @@ class Found:
 
 @dataclass
 class Asked:
-    """What the last questions about a job came to."""
+    """The last answers about a job."""
 
     references: tuple[str, int] | None = None
-    """UID and generation of the spec whose names were all found."""
+    """The UID and generation of the spec whose references all existed."""
     pods_at: float | None = None
-    """When it was last asked why pods are missing, or first seen that they are; None: none are."""
+    """When pods were first seen to be missing, or when the reason was last asked for; None if none are."""
     refusal: Problem | None = None
+    """Why the missing pods were refused, as far as it is known."""
 
 
 @dataclass(frozen=True)
 class Told:
-    """What Events of a namespace say of refused pods, by kind and name of what the pods were for."""
+    """What a namespace's Events say about refused pods, by kind and name of the object that owns them."""
 
     messages: dict[tuple[str, str], str]
     good_until: float
@@ -70,15 +71,15 @@ class Obstacles:
     _asked: dict[Key, Asked] = field(default_factory=dict)
     _schema: Problem | None = None
     _schema_at: float | None = None
-    """When the served CRD was looked at; None: not yet."""
+    """When the served CRD was last looked at; None: not yet."""
     _refusals: dict[str, Told] = field(default_factory=dict)
     _asking: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def find(self, key: Key, uid: str, generation: int, spec: Spec, seen: Observed) -> Found:
-        """Return the worst of what stands in the way.
+        """Return the most serious obstacle.
 
         Raises:
-            ApiError: a question was not answered.
+            ApiError: the API server did not answer a question.
         """
         now = self.clock()
         if problem := await self._with_schema(now):
@@ -96,7 +97,7 @@ class Obstacles:
         if not short:
             asked.pods_at = asked.refusal = None
             return Found()
-        if asked.pods_at is None:  # they have just been ordered
+        if asked.pods_at is None:  # they have only just been asked for
             asked.pods_at = now
         elif now >= asked.pods_at + PODS_SECONDS:
             asked.pods_at, asked.refusal = now, await self._refusal(key.namespace, short)
@@ -106,7 +107,7 @@ class Obstacles:
         self._asked.pop(key, None)
 
     async def _with_schema(self, now: float) -> Problem | None:
-        """Return what is wrong with the served CRD; one that was right is not looked at again."""
+        """Return what is wrong with the served CRD; once it is right it is not looked at again."""
         if self._schema_at is None or (self._schema is not None and now >= self._schema_at + SCHEMA_SECONDS):
             self._schema, self._schema_at = await self.cluster.served_problem(), now
             if self._schema is not None:
@@ -116,7 +117,10 @@ class Obstacles:
     async def _with_references(
         self, asked: Asked, namespace: str, subject: tuple[str, int], spec: Spec
     ) -> Problem | None:
-        """Return the first object named in the spec that is not there, once per generation if all are."""
+        """Return the first object that the spec names and that does not exist.
+
+        Once all of them exist, they are not looked for again until the spec changes.
+        """
         if asked.references == subject:
             return None
         for resource, path, name in references(spec):
@@ -126,7 +130,7 @@ class Obstacles:
         return None
 
     async def _refusal(self, namespace: str, owners: list[tuple[Resource, str]]) -> Problem | None:
-        """Return what the controller of Jobs or StatefulSets was told when it wanted to make pods."""
+        """Return what the controller of Jobs or StatefulSets was told when it tried to create pods."""
         told = await self._told(namespace)
         for resource, name in owners:
             if message := told.get((resource.kind, name)):
@@ -135,9 +139,10 @@ class Obstacles:
         return None
 
     async def _told(self, namespace: str) -> dict[tuple[str, str], str]:
-        """Return why pods of a namespace were refused, by kind and name of what they were for.
+        """Return why pods of a namespace were refused, by kind and name of the object that owns them.
 
-        Asked for seldom, for all jobs of the namespace: with many Events an answer takes seconds.
+        The question is asked seldom, and for all jobs of the namespace at once, because an answer with many
+        Events takes seconds.
         """
         async with self._asking:
             known = self._refusals.get(namespace)
@@ -153,9 +158,9 @@ class Obstacles:
 
 
 def references(spec: Spec) -> list[tuple[Resource, str, str]]:
-    """Return the objects that a spec names and the operator may look for: kind, field and name.
+    """Return the objects that a spec names and that the operator may look up: resource, field and name.
 
-    Secrets and claims are not among them: kubelet and scheduler say what is missing of those.
+    Secrets and claims are not among them; kubelet and scheduler report those that are missing.
     """
     found = []
     if spec.workflow.config_map_ref is not None:
@@ -169,7 +174,7 @@ def references(spec: Spec) -> list[tuple[Resource, str, str]]:
 
 
 def pods_missing(seen: Observed) -> list[tuple[Resource, str]]:
-    """Return the Job and StatefulSets that have fewer pods than they are told to."""
+    """Return the Jobs without pods, and the StatefulSets with fewer pods than their size."""
     ours = [pod for pod in seen.pods if pod.is_ours]
     found: list[tuple[Resource, str]] = []
     for job in seen.trainer_jobs:

@@ -73,7 +73,7 @@ class Passes:
                 pass
 
     async def _pass(self, key: Key, reconcile: Reconcile) -> None:
-        """Run one pass; any failure is logged and tried again, and holds up no other job."""
+        """Run one pass; a failure is logged, is followed by another try, and does not hold up other jobs."""
         try:
             async with asyncio.timeout(PASS_SECONDS):
                 wake_at = await reconcile(key)

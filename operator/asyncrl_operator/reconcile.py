@@ -1,7 +1,7 @@
 """One pass over one job: look, decide, act, report.
 
-It asks what is, never what happened, so it may run at any time and any number of times; a pass that is cut
-off after any of its calls is made good by the next.
+A pass looks at what is there, never at what happened, so it may run at any time and any number of times. If
+one is cut off after any of its calls, the next one makes up for it.
 """
 
 import logging
@@ -31,17 +31,18 @@ from asyncrl_operator.workqueue import Key
 logger = logging.getLogger(__name__)
 
 BLOCKED_SECONDS = 10.0
-"""After which a write that the API server has refused is tried again, if nothing has changed by then."""
+"""The time after which a write that the API server refused is tried again, if nothing changes before that."""
 
 
 @dataclass
 class Pass:
-    """What one pass knows of its job; `entry` is the object as it was last read or written."""
+    """What one pass knows of its job."""
 
     key: Key
     entry: Entry[bytes]
+    """The object as it was last read or written."""
     stored: dict[str, Any]
-    """The status that `entry` has."""
+    """The status in `entry`."""
     job: AsyncRLJob
     generation: int
 
@@ -51,7 +52,7 @@ class Pass:
 
 
 class Reconciler:
-    """Brings jobs to where their specs want them.
+    """Brings jobs to the state that their specs ask for.
 
     Args:
         clock: Unix time, seconds.
@@ -74,17 +75,17 @@ class Reconciler:
         self._clock = clock
 
     async def reconcile(self, key: Key) -> float | None:
-        """Take one step towards what a job asks for, say where it stands, and return when to look again.
+        """Take one step toward what a job asks for, write its status, and return when to look again.
 
         Raises:
-            ApiError: the API server failed, or the job has changed under the pass; the next makes it good.
+            ApiError: the API server failed, or the job changed during the pass; the next makes up for it.
         """
         entry = self._cluster.jobs.get(*key)
         if entry is None:
             self._forget(key)
             return None
         if entry.is_deleting:
-            return None  # its children go with it, without us
+            return None  # the garbage collector deletes its children
         try:
             return await self._reconcile(key, entry)
         except Gone:
@@ -128,7 +129,7 @@ class Reconciler:
         return earliest(outcome.wake_at, wake_at)
 
     async def _observe(self, one: Pass, *, is_over: bool) -> tuple[Observed, float | None]:
-        """Return what there is, with what stands in the way, and when to look for the latter again."""
+        """Return what there is, including what stands in the way, and when to look for obstacles again."""
         seen = self._cluster.observe(one.key, one.entry.uid)
         if is_over:
             return seen, None
@@ -153,7 +154,7 @@ class Reconciler:
     async def _write(
         self, entry: Entry[bytes], stored: dict[str, Any], status: Status
     ) -> tuple[Entry[bytes], dict[str, Any]]:
-        """Write the status if it differs, against the object as this pass has read it."""
+        """Write the status if it differs, on condition that the object is still as this pass has read it."""
         patch = merge_patch(stored, status.to_json())
         if not patch:
             return entry, stored
@@ -167,7 +168,7 @@ class Reconciler:
 
 
 def with_obstacle(seen: Observed, obstacle: Obstacle) -> Observed:
-    """Return what was seen, and with it what was met while acting on it."""
+    """Return what was seen, together with the obstacle that was met while acting on it."""
     if obstacle.needs_user:
         return replace(seen, problem=obstacle.problem)
     return replace(seen, blocked=obstacle.problem)

@@ -39,7 +39,7 @@ _MISSING = re.compile(r'(secret|configmap|persistentvolumeclaim|serviceaccount) 
 
 
 class Remembered(msgspec.Struct):
-    """What is read of a run configuration."""
+    """The part of a run configuration that is read."""
 
     spec: dict[str, Any]
 
@@ -172,9 +172,9 @@ def _report(key: Key, children: Iterable[Child]) -> Report | None:
 
 
 def _began(children: Iterable[Child], prefix: str) -> Iterator[tuple[str, Values]]:
-    """Yield the rest of the name of each run configuration, and the spec in it.
+    """Yield each run configuration's name without the prefix, and the spec in it.
 
-    Read as it was written, perhaps by an earlier version, whose fields are not all ours.
+    The spec is returned as it was written, perhaps by another version, some of whose fields no longer exist.
     """
     for child in children:
         if child.resource is not CONFIG_MAPS or not child.entry.name.startswith(prefix):
@@ -182,7 +182,7 @@ def _began(children: Iterable[Child], prefix: str) -> Iterator[tuple[str, Values
         text = child.decode().get("data", {}).get(CONFIG_KEY, "")
         try:
             yield child.entry.name.removeprefix(prefix), msgspec.json.decode(text, type=Remembered).spec
-        except msgspec.DecodeError as error:  # not ours any more; the job goes on without
+        except msgspec.DecodeError as error:  # somebody else has changed it; the job goes on without it
             logger.warning("ConfigMap %s is not understood: %s", child.entry.name, error)
 
 
