@@ -1,7 +1,7 @@
-"""The second executor: the plan of a job as processes of this machine.
+"""The second executor: it runs a job's plan as processes on this machine.
 
-It starts the very commands that pods run, restarts what dies as the failure policy says, probes engines and
-workers as kubelet would, and shows how the job stands. One thread, one loop.
+It starts the same commands that pods run, restarts what dies according to the failure policy, probes engines
+and workers as the kubelet would, and shows the state of the job. It has one thread and one loop.
 """
 
 import importlib.util
@@ -45,18 +45,18 @@ from asyncrl_operator.render.messaging import render_nats_config
 LOOPBACK = "127.0.0.1"
 TICK_SECONDS = 0.1
 GRACE_SECONDS = 10.0
-"""For workers and engines to end; the trainer has `trainer.terminationGracePeriodSeconds`."""
+"""The time that workers and engines have to end; the trainer has `trainer.terminationGracePeriodSeconds`."""
 REPORT_DELAY_SECONDS = 15.0
-"""How late a report may be though the trainer is well: it is written every 5 s by a machine that is busy."""
+"""How late a report may be although the trainer is well: a busy machine writes it every 5 s."""
 LOG_LINES = 15
-"""Of a failed process's log, shown to the user."""
+"""The number of last lines of a failed process's log that are shown to the user."""
 LOG_BYTES = 2**16
-"""In which these lines are looked for."""
+"""The part of a log, at its end, in which these lines are looked for."""
 
 
 @dataclass(frozen=True)
 class LocalPlaces:
-    """Implements layout.Places: everything on loopback, on ports that were free."""
+    """Implements layout.Places: everything is on loopback, on ports that were free."""
 
     config: str
     nats_config: str | None
@@ -73,7 +73,7 @@ class LocalPlaces:
 
 
 def free_ports(spec: Spec) -> dict[str, int]:
-    """Return a port for each server of the job, all free at this moment."""
+    """Return a port for each server of the job; all of them are free at this moment."""
     names = ["nats"]
     for replica in range(plan_split(spec).num_replicas):
         names += [f"engine-{replica}", f"health-{replica}"]
@@ -88,7 +88,7 @@ def free_ports(spec: Spec) -> dict[str, int]:
 
 
 def local_refusals(spec: Spec, *, has_sglang: bool) -> list[FieldError]:
-    """Return what of a manifest cannot run on this machine, each with the remedy."""
+    """Return the fields of a manifest that cannot be honored on this machine, each with a remedy."""
     refusals = []
     if spec.rollout.engine.type == "SGLang" and not has_sglang:
         rule = f"{SGLANG_PYTHON} names no interpreter with SGLang: --set spec.rollout.engine.type=CPU"
@@ -103,7 +103,7 @@ def local_refusals(spec: Spec, *, has_sglang: bool) -> list[FieldError]:
 
 @dataclass
 class RunningProcess:
-    """A process of the plan, while it runs and between two lives."""
+    """A process of the plan, both while it runs and while it waits to be started again."""
 
     process: Process
     popen: subprocess.Popen[bytes] | None = None
@@ -114,12 +114,12 @@ class RunningProcess:
     probed_at: float = 0.0
     failed_probes: int = 0
     answered: bool = False
-    """Whether the probe of this life was ever good: until then it is still starting."""
+    """Whether a probe has succeeded since the last start; until then the process is still starting."""
     hangs: str = ""
     """Why it was killed, if it hung."""
 
     def is_up(self, now: float) -> bool:
-        """Whether it runs; one that has failed is believed only after a while, for it may fail again."""
+        """Whether it runs; after a failure it counts as up only after a while, because it may fail again."""
         has_failed = self.backoff.num_failures > 0 and now - self.started_at < CONTAINER_RESET_SECONDS
         return self.popen is not None and not has_failed
 
@@ -132,9 +132,9 @@ class LocalRun:
     """Runs one plan to its end.
 
     Args:
-        folder: prepared and locked by the caller.
-        clock: monotonic seconds.
-        verify_weights: have the trainer compare the engines' checksums.
+        folder: the run's folder, prepared and locked by the caller.
+        clock: monotonic time, in seconds.
+        verify_weights: whether the trainer compares the engines' checksums.
     """
 
     def __init__(
@@ -169,13 +169,13 @@ class LocalRun:
         self._http = httpx.Client(timeout=2, trust_env=False)
 
     def run(self) -> bool:
-        """Run until the trainer has finished, or was stopped with Ctrl-C.
+        """Run until the trainer has finished or has been stopped with Ctrl-C.
 
         Returns:
             Whether it has finished.
 
         Raises:
-            Failed: the job has failed; the message shows the log's last lines and names its file.
+            ProcessFailed: the job has failed; the message shows a log's last lines and names its file.
         """
         with self._signals():
             try:
@@ -183,7 +183,7 @@ class LocalRun:
                     self._start(running)
                 while not self._tick():
                     time.sleep(TICK_SECONDS)
-                self._display.show(Report.load(self._folder.report), self._attempt)  # its last word
+                self._display.show(Report.load(self._folder.report), self._attempt)  # the final report
             finally:
                 self._end_all()
                 self._display.close()
@@ -193,7 +193,7 @@ class LocalRun:
     # -- one round
 
     def _tick(self) -> bool:
-        """Look at every process once; True when the job is over."""
+        """Look at every process once; return True when the job is over."""
         now = self._clock()
         report = Report.load(self._folder.report)
         self._display.show(report, self._attempt)
@@ -236,7 +236,7 @@ class LocalRun:
         running.restart_at = self._clock() + decision.delay_seconds
 
     def _probe(self, running: RunningProcess, now: float) -> None:
-        """Ask a process's liveness as kubelet would; after too many bad answers it is killed."""
+        """Probe a process's liveness as the kubelet would, and kill it after too many bad answers."""
         probe = running.process.probe
         assert probe is not None and running.popen is not None
         if now - running.probed_at < probe.period_seconds:
@@ -247,7 +247,7 @@ class LocalRun:
         except httpx.HTTPError as error:
             is_starting = isinstance(error, httpx.ConnectError) and not running.answered
             if is_starting or running.process.name.endswith("-engine"):
-                return  # or it is the worker that answers for it who is down
+                return  # an engine's probe is answered by its worker, so it may be the worker that is down
             is_good = False
         running.answered |= is_good
         running.failed_probes = 0 if is_good else running.failed_probes + 1
@@ -257,7 +257,7 @@ class LocalRun:
             running.popen.kill()
 
     def _check_hang(self, report: Report | None, now: float) -> None:
-        """Kill a trainer that hangs; its end counts as a failure of its own."""
+        """Kill a trainer that hangs; its end counts as the trainer's own failure."""
         trainer, said = self._running["trainer"], None
         if trainer.popen is None or trainer.hangs:
             return
@@ -288,10 +288,10 @@ class LocalRun:
                 raise ProcessFailed(ExitCode.TRY_AGAIN, f"{deadline.reason}: {deadline.message}{tail}")
 
     def _parts(self, down: Sequence[str]) -> Parts:
-        """Return how much of the job runs: of a replica engine and worker must, as in a pod.
+        """Return which parts of the job are up; a replica is if both engine and worker are, as in a pod.
 
         Args:
-            down: processes of replicas that are not up.
+            down: the names of the replicas' processes that are not up.
         """
         nats = self._running.get("nats")
         total = self._plan.split.num_replicas
@@ -323,7 +323,7 @@ class LocalRun:
                 stderr=subprocess.STDOUT,
                 cwd=self._directory,
                 env=environment(),
-                start_new_session=True,  # Ctrl-C is ours; we stop the others in order
+                start_new_session=True,  # Ctrl-C reaches this process alone, which stops the others in order
                 preexec_fn=die_with_parent,  # noqa: PLW1509  # this process has one thread
             )
         running.started_at = self._clock()
@@ -331,7 +331,7 @@ class LocalRun:
         running.num_starts += 1
 
     def _stop_trainer(self) -> bool:
-        """Let the trainer make its checkpoint; True when it has ended."""
+        """Let the trainer make its checkpoint; return True when it has ended."""
         trainer = self._running["trainer"]
         if trainer.popen is None or trainer.popen.poll() is not None or self._stop_requests > 1:
             return True
@@ -342,7 +342,7 @@ class LocalRun:
         return trainer.restart_at is not None and self._clock() > trainer.restart_at
 
     def _end_all(self) -> None:
-        """End what still runs, workers before engines before the broker; nothing is left behind."""
+        """End what still runs: the trainer, then workers, engines and the broker. Nothing is left behind."""
         order = ("trainer", "-worker", "-engine", "nats")
         for kind in order:
             alive = [
@@ -376,11 +376,11 @@ class LocalRun:
         return f"the last lines of {self._folder.log(name)}:\n{shown}"
 
     def _last_line(self, name: str) -> str:
-        """Return a process's last words: ours end with one line that names the cause and the remedy."""
+        """Return the last line of a process's log. asyncrl's own name the cause and the remedy there."""
         return next((line for line in reversed(self._log_lines(name)) if line.strip()), "its log is empty")
 
     def _log_lines(self, name: str) -> list[str]:
-        """Return the last lines of a log; the first of them may be torn."""
+        """Return the last lines of a log; the first of them may be incomplete."""
         path = self._folder.log(name)
         if not path.exists():
             return []
@@ -422,12 +422,16 @@ def find_program(name: str) -> str:
 
 
 def environment() -> dict[str, str]:
-    """Return what processes find in their environment: one thread each, since there are many of them."""
+    """Return the environment of the processes; each gets one thread, because there are many of them."""
     return {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def check_runnable(job: AsyncRLJob) -> None:
-    """Raise SpecError for what cannot run on this machine."""
+    """Check that a job can run on this machine.
+
+    Raises:
+        SpecError: it cannot; names each field that stands in the way.
+    """
     has_sglang = SGLANG_PYTHON in os.environ or importlib.util.find_spec("sglang") is not None
     if refusals := local_refusals(job.spec, has_sglang=has_sglang):
         raise SpecError(refusals)
