@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""A Kubernetes control plane on loopback from programs that are there: a KUBEUP for tests that need no pods.
+"""Starts a Kubernetes control plane on loopback from installed programs: a KUBEUP for tests without pods.
 
-It needs `etcd` and `kube-apiserver`, and for `kubeconfig` to be of use `kubectl`: the three that envtest of
-kubernetes-sigs brings. With `kube-controller-manager` and `kube-scheduler` beside them it starts these too.
-They are looked for in KUBEBUILDER_ASSETS and on PATH. There are no nodes, neither real nor fake: what a kit
-must answer for the other tests is in docs/kube-kit.md. Standard library alone, and openssl.
+It needs `etcd` and `kube-apiserver`, and `kubectl` to make use of the kubeconfig: the three programs that
+come with envtest of kubernetes-sigs. If `kube-controller-manager` and `kube-scheduler` are beside them, it
+starts these too. It looks for them in KUBEBUILDER_ASSETS and on PATH. There are no nodes, neither real nor
+fake; docs/kube-kit.md says what a kit must answer for the other tests. The script itself needs only the
+standard library and openssl.
 """
 
 import argparse
@@ -29,11 +30,11 @@ STOP_SECONDS = 10.0
 
 
 class KubeupError(Exception):
-    """Something is not there or does not start; says what to do."""
+    """Something is missing or does not start; the message says what to do."""
 
 
 def find_program(name: str) -> str | None:
-    """Return the path of a program, from KUBEBUILDER_ASSETS before PATH."""
+    """Return the path of a program; KUBEBUILDER_ASSETS comes before PATH. None if it is in neither."""
     folders = [os.environ.get("KUBEBUILDER_ASSETS", ""), os.environ.get("PATH", "")]
     return shutil.which(name, path=os.pathsep.join(filter(None, folders)))
 
@@ -42,7 +43,7 @@ def program(name: str) -> str:
     """Return the path of a program.
 
     Raises:
-        KubeupError: it is not there.
+        KubeupError: there is no such program.
     """
     if found := find_program(name):
         return found
@@ -50,14 +51,14 @@ def program(name: str) -> str:
 
 
 def free_port() -> int:
-    """Return a port of loopback that nobody listens on now."""
+    """Return a loopback port that is free at this moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 class ControlPlane:
-    """One control plane; all that it has is in its folder, the command lines included."""
+    """One control plane. Everything that belongs to it is in its folder, including the command lines."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -80,7 +81,7 @@ class ControlPlane:
                 self._wait()
 
     def stop(self) -> None:
-        """Stop it; one that is not there is no matter."""
+        """Stop it; do nothing if there is none."""
         if not self._commands.exists():
             return
         for name in reversed(json.loads(self._commands.read_text())):
@@ -88,7 +89,7 @@ class ControlPlane:
         shutil.rmtree(self._folder)
 
     def restart(self, name: str, down_seconds: float) -> None:
-        """Kill a program without a word, and start it again after a while."""
+        """Kill a program with SIGKILL, and start it again after a while."""
         self._kill(name, signal.SIGKILL)
         time.sleep(down_seconds)
         self._run(name)
@@ -127,7 +128,7 @@ class ControlPlane:
                 "--service-account-issuer=https://kubernetes.default.svc",
                 f"--service-account-key-file={key}",
                 f"--service-account-signing-key-file={key}",
-                # nobody would make the accounts that it asks for
+                # Without the controllers nobody would create the accounts that this plugin asks for.
                 *([] if has_controllers else ["--disable-admission-plugins=ServiceAccount"]),
             ],
         }
@@ -193,10 +194,10 @@ class ControlPlane:
 
 
 def tools() -> None:
-    """Say which programs are there, and how the tests are told.
+    """Print which programs there are, and the variables that tell the tests about them.
 
     Raises:
-        KubeupError: one is missing that is needed.
+        KubeupError: a program that is needed is missing.
     """
     if not find_program("kube-apiserver") and (envtest := shutil.which("setup-envtest")):
         done = subprocess.run([envtest, "use", "-p", "path"], check=True, text=True, stdout=subprocess.PIPE)
@@ -212,24 +213,24 @@ def tools() -> None:
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="kubeup.py", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("tools", help="say which programs are there")
+    commands.add_parser("tools", help="print which programs there are, and how to tell the tests")
     commands.add_parser("bin", help="print the folder of the programs")
     for name, text in (
         ("start", "start a control plane"),
         ("stop", "stop it"),
         ("kubeconfig", "print the path of its kubeconfig"),
-        ("restart", "kill one of its programs, and start it again"),
+        ("restart", "kill one of its programs and start it again"),
     ):
         command = commands.add_parser(name, help=text)
         command.add_argument("--dir", type=Path, required=True)
         if name == "restart":
             command.add_argument("name")
-            command.add_argument("--down", type=float, default=0.0, help="seconds in between")
+            command.add_argument("--down", type=float, default=0.0, help="the seconds in between")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str]) -> int:
-    """Do what the command says; return the exit status."""
+    """Run a command; return the exit status."""
     if arguments and arguments[0] in ("kwok", "node", "volumes"):
         print(
             f"kubeup.py {arguments[0]}: this control plane has no nodes: see docs/kube-kit.md",

@@ -1,7 +1,7 @@
-"""Takes into the site what its pages link to outside of docs/, so that no link leads out of it.
+"""Adds to the site the files outside docs/ that its pages link to, so that no link leads out of the site.
 
-A file of the repository becomes `repository/<its path>` there: a page if it is Markdown, with what it links
-to in its turn, else a file as it is. A link to a folder becomes its text.
+A file of the repository becomes `repository/<its path>` there. Markdown becomes a page, and what it links to
+is added in turn; any other file stays as it is. A link to a folder becomes plain text.
 """
 
 import re
@@ -19,22 +19,22 @@ OUTSIDE_OF_CODE = re.compile(r"(^```.*?^```|`[^`\n]+`)", re.MULTILINE | re.DOTAL
 
 
 def source_of(uri: str) -> str:
-    """Return the path in the repository of a page or file of the site."""
+    """Return the repository path of a page or file of the site."""
     return uri.removeprefix(PREFIX) if uri.startswith(PREFIX) else f"docs/{uri}"
 
 
 def uri_of(path: str) -> str:
-    """Return where a file of the repository is in the site."""
+    """Return where in the site a file of the repository is."""
     return path.removeprefix("docs/") if path.startswith("docs/") else PREFIX + path
 
 
 def target_of(source: str, link: str) -> str:
-    """Return the path in the repository that a link in the file `source` leads to."""
+    """Return the repository path that a link in the file `source` leads to."""
     return normpath(str(PurePosixPath(source).parent / link))
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add what is linked to, and what that links to."""
+    """Add the files that are linked to, and the files that those link to."""
     waiting = [file.src_uri for file in files.documentation_pages()]
     while waiting:
         source = source_of(waiting.pop())
@@ -49,7 +49,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Turn the links of a page from the repository's paths to the site's."""
+    """Turn a page's links from paths in the repository into paths in the site."""
     source = source_of(page.file.src_uri)
     here = str(PurePosixPath(page.file.src_uri).parent)
 
@@ -59,5 +59,5 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             return link[1]
         return f"[{link[1]}]({relpath(uri_of(path), here)}{link[3] or ''})"
 
-    parts = OUTSIDE_OF_CODE.split(markdown)  # code stands at odd places
+    parts = OUTSIDE_OF_CODE.split(markdown)  # the odd parts are code
     return "".join(part if place % 2 else LINK.sub(turned, part) for place, part in enumerate(parts))

@@ -1,4 +1,4 @@
-"""Writes constraints.txt from pip's own resolution: the versions that the tests run with, without any host.
+"""Writes constraints.txt, the versions that the tests run with, from pip's own resolution; names no host.
 
 pip install --dry-run --ignore-installed --report REPORT --editable '.[local,dev,docs,hub]'
 python scripts/write_constraints.py REPORT > constraints.txt
@@ -15,7 +15,7 @@ OURS = "asyncrl"
 
 
 def constraint_lines(report: dict[str, list[dict[str, dict[str, str]]]]) -> list[str]:
-    """Return `name==version` for each distribution; a local version (`+cpu`) is a build's, not a version."""
+    """Return `name==version` for each distribution, without a local version (`+cpu`), which names a build."""
     found = {each["metadata"]["name"]: each["metadata"]["version"] for each in report["install"]}
     return sorted(f"{name}=={version.partition('+')[0]}" for name, version in found.items() if name != OURS)
 
