@@ -129,7 +129,7 @@ def test_an_exit_code_counts_against_max_restarts(tmp_path: Path) -> None:
     assert re.search(rf"trainer ended with exit code 65 after \d+ s; {restarted}", before)
     assert failure.startswith("trainer ended with exit code 65: it failed more than maxRestarts = 1 times\n")
     name, lines = shown_log(failure, folder)
-    assert name == "trainer" and "set spec.dataset.promptField, or mend the row" in lines[-1]
+    assert name == "trainer" and "set spec.dataset.promptField, or fix the row" in lines[-1]
 
 
 # Taken ports

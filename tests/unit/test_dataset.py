@@ -96,7 +96,7 @@ def test_the_message_for_a_row_without_its_prompt_says_which_field_to_set() -> N
     splits["train"] = rows("a")
     _, text = refusal("dataset.promptField=prompt")
     assert "row 1: field 'prompt' is missing; the row has answer, question" in text
-    assert text.endswith("set spec.dataset.promptField, or mend the row")
+    assert text.endswith("set spec.dataset.promptField, or fix the row")
 
 
 def test_a_parameter_that_the_factory_does_not_take_is_told() -> None:

@@ -1,4 +1,4 @@
-"""Copies the trainer's report into a ConfigMap, where the operator finds it, also one that was down.
+"""Copies the trainer's report into a ConfigMap, where the operator finds it even after it has been down.
 
 The trainer's service account may patch this one object. A report that cannot be written is logged and lost:
 training never waits for it.
@@ -24,21 +24,21 @@ log = logging.getLogger(__name__)
 ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 LOOK_SECONDS = 1.0
 CHANGED_SECONDS = 10.0
-"""Between two copies of a report that changes all the time; a new state is copied at once."""
+"""The time between two copies of a report that keeps changing; a new state is copied at once."""
 UNCHANGED_SECONDS = 30.0
-"""After which one that has not changed is copied again: its time says that the trainer lives."""
+"""The time after which an unchanged report is copied again, because its time shows that the trainer lives."""
 CALL_SECONDS = 5.0
-"""For one copy, the last included: it comes out of the pod's grace period."""
+"""The time limit of one copy. The last copy uses up part of the pod's grace period."""
 
 
 class ReportCopier:
     """Copies a report whenever it is due.
 
     Args:
-        client: of the API server, with the trainer's rights.
-        path: of the ConfigMap in the API.
+        client: a client of the API server with the trainer's rights.
+        path: the path of the ConfigMap in the API.
         read: returns the report as it is now; None while there is none.
-        clock: monotonic seconds.
+        clock: monotonic time, in seconds.
     """
 
     def __init__(
@@ -61,19 +61,19 @@ class ReportCopier:
         while True:
             try:
                 await self.copy_if_due()
-            except Exception:  # the edge of this task: the operator does without reports, training goes on
+            except Exception:  # the edge of this task: training goes on, and the operator manages without
                 log.exception("the report was not copied; it is tried again in %.0f s", CHANGED_SECONDS)
                 await asyncio.sleep(CHANGED_SECONDS)
             await asyncio.sleep(LOOK_SECONDS)
 
     async def copy_if_due(self) -> None:
-        """Copy the report if it says something new, or was not copied for long."""
+        """Copy the report if it says something new or has not been copied for long."""
         report = self._read()
         if report is not None and self._is_due(report):
             await self._copy(report)
 
     async def copy_last(self) -> None:
-        """Copy the last report, unless that has been done."""
+        """Copy the last report unless it has been copied already."""
         if (report := self._read()) is not None and report != self._sent:
             await self._copy(report)
 
@@ -101,15 +101,15 @@ class ReportCopier:
 
 
 def _news(report: Report) -> Report:
-    """Return a report without what changes though nothing has happened."""
+    """Return a report without the fields that change even if nothing has happened."""
     return report.model_copy(update={"time": "", "seconds_without_progress": None})
 
 
 @contextlib.asynccontextmanager
 async def copying_report(config: RunConfig, clock: Callable[[], float]) -> AsyncIterator[None]:
-    """Copy the report while the body runs, and once more at its end; nothing outside of a cluster.
+    """Copy the report while the body runs, and once more at its end; do nothing outside a cluster.
 
-    To be entered when this attempt has written a report: the file may hold an earlier object's.
+    Enter it only after this attempt has written a report: before that, the file may hold an earlier object's.
     """
     client = _client_for(config.report_config_map)
     if client is None:
@@ -128,7 +128,7 @@ async def copying_report(config: RunConfig, clock: Callable[[], float]) -> Async
 
 
 def _client_for(config_map: str) -> httpx.AsyncClient | None:
-    """Return a client; None outside of a cluster, or in a pod that was given no service account."""
+    """Return a client; None outside a cluster, or in a pod without a service account."""
     if not config_map:
         return None
     try:
@@ -139,7 +139,7 @@ def _client_for(config_map: str) -> httpx.AsyncClient | None:
 
 
 def in_cluster_client(account: Path = ACCOUNT) -> httpx.AsyncClient:
-    """Return a client of the pod's API server; the token is read anew for each call, for it is renewed."""
+    """Return a client of the pod's API server; it reads the token for every call, because that is renewed."""
 
     def authorize(request: httpx.Request) -> httpx.Request:
         request.headers["Authorization"] = f"Bearer {(account / 'token').read_text().strip()}"

@@ -1,6 +1,7 @@
-"""Rows to train on and rows held out: where they come from, and in which order tickets take them.
+"""The training rows and the held-out rows: where they come from, and in which order tickets take them.
 
-A new source is a function and its entry in `SOURCES`, here, and a form in `asyncrl_api.rules.ROW_SOURCES`.
+To add a source, write a function, enter it in `SOURCES` below, and add its form to
+`asyncrl_api.rules.ROW_SOURCES`.
 """
 
 import json
@@ -24,28 +25,29 @@ log = logging.getLogger(__name__)
 DictRow = dict[str, Any]
 
 REASONING_GYM_ROWS = 10_000
-"""Of a split, unless `parameters.size` says otherwise."""
+"""The number of rows of a split, unless `parameters.size` sets another."""
 REASONING_GYM_SPLIT_DISTANCE = 10**9
-"""Item i under seed s is `Random(s + i)` in several tasks: another seed is a shifted window of the same
-items. So splits begin far apart; what they have in common nevertheless is excluded by its text."""
+"""The distance between the seeds of two splits. In several tasks item i under seed s is `Random(s + i)`, so
+that another seed gives a shifted window of the same items. Splits therefore begin far apart, and what they
+nevertheless share is excluded by its text."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """What a job trains on and is measured with."""
+    """The rows that a job trains on, and those that it is evaluated with."""
 
     training: tuple[DictRow, ...]
-    """Without those whose prompt is held out."""
+    """The rows to train on, without those whose prompt is held out."""
     held_out: tuple[DictRow, ...]
     num_excluded: int
-    """Rows of the training source that were left out because their prompt is held out."""
+    """The number of training rows that were left out because their prompt is held out."""
 
 
 def load_rows(spec: FrozenSpec) -> Rows:
     """Load both splits; held-out prompts are excluded from training by their text.
 
     Raises:
-        ExitError: a source cannot be had, is empty, or has a row that makes no prompt.
+        ExitError: a source cannot be read, is empty, or has a row from which no prompt can be made.
     """
     held_out: tuple[DictRow, ...] = ()
     if spec.evaluation is not None:
@@ -65,7 +67,7 @@ def load_rows(spec: FrozenSpec) -> Rows:
 
 
 class PromptOrder:
-    """Which row a ticket gets: a new seeded permutation in every pass over the data."""
+    """Decides which row a ticket gets, by a new seeded permutation in every pass over the data."""
 
     def __init__(self, num_rows: int, seed: int) -> None:
         self._num_rows = num_rows
@@ -74,7 +76,7 @@ class PromptOrder:
         self._permutation = np.empty(0, dtype=np.int64)
 
     def index(self, ticket: int) -> int:
-        """Return the row of a ticket (from 1 on), the same whenever it is asked."""
+        """Return the row of a ticket (tickets count from 1); the answer for a ticket is always the same."""
         epoch, place = divmod(ticket - 1, self._num_rows)
         if epoch != self._epoch:
             generator = np.random.default_rng([self._seed, epoch])
@@ -92,7 +94,7 @@ def _load_split(dataset: DatasetSpec, evaluation: FrozenEvaluationSpec | None) -
     """Load one split and check every row.
 
     Args:
-        evaluation: load the held-out split that it names; None for training.
+        evaluation: names the held-out split to load; None to load the training split.
     """
     block = "spec.dataset" if evaluation is None else "spec.evaluation"
     chosen = dataset if evaluation is None else evaluation
@@ -111,11 +113,13 @@ def _load_split(dataset: DatasetSpec, evaluation: FrozenEvaluationSpec | None) -
         rows.append(row)
         try:
             prompt_text(row, dataset.prompt_field)
-            msgspec.msgpack.decode(msgspec.msgpack.encode(row), type=DictRow)  # as it reaches a worker
+            msgspec.msgpack.decode(
+                msgspec.msgpack.encode(row), type=DictRow
+            )  # the form in which it reaches a worker
         except (PromptError, TypeError, ValueError, OverflowError) as error:
             raise ExitError(
                 ExitCode.UNUSABLE,
-                f"{where}: row {number}: {error}; set spec.dataset.promptField, or mend the row",
+                f"{where}: row {number}: {error}; set spec.dataset.promptField, or fix the row",
             ) from error
     if not rows:
         raise ExitError(ExitCode.UNUSABLE, f"{where}: split {chosen.split!r} has no rows")
@@ -123,15 +127,15 @@ def _load_split(dataset: DatasetSpec, evaluation: FrozenEvaluationSpec | None) -
 
 
 class Wanted(NamedTuple):
-    """A split of a data set, as a source is asked for it."""
+    """A split of a data set, as it is requested from a source."""
 
     name: str
-    """What stands behind the scheme."""
+    """What follows the scheme in `source`."""
     split: str
     parameters: Mapping[str, Any]
     seed: int
     where: str
-    """The field and its value, which begin every message."""
+    """The field and its value, with which every message begins."""
 
 
 def _from_factory(wanted: Wanted) -> list[Any]:
@@ -152,7 +156,7 @@ def _from_file(wanted: Wanted) -> list[DictRow]:
     rows = []
     try:
         with path.open(encoding="utf-8") as file:
-            lines = list(file)  # splitlines() would cut at U+2028, which may stand within a string
+            lines = list(file)  # splitlines() would split at U+2028, which may occur within a string
     except OSError as error:
         raise ExitError(ExitCode.REFUSED, f"{where}: {error.strerror or error}: {path}") from error
     except UnicodeDecodeError as error:
@@ -177,7 +181,7 @@ def _from_reasoning_gym(wanted: Wanted) -> list[DictRow]:
 
     distance = 0 if wanted.split == "train" else REASONING_GYM_SPLIT_DISTANCE
     settings = {"size": REASONING_GYM_ROWS, "seed": wanted.seed + distance, **wanted.parameters}
-    # A worker's scorer makes the data set again, from what stands in the row.
+    # A worker's scorer makes the data set again from what is in the row.
     scored_by = {
         "source_dataset": wanted.name,
         "dataset_parameters": {
@@ -187,7 +191,7 @@ def _from_reasoning_gym(wanted: Wanted) -> list[DictRow]:
     try:
         items = reasoning_gym.create_dataset(wanted.name, **settings)
         return [{**item, "metadata": {**item["metadata"], **scored_by}} for item in items]
-    except Exception as error:  # its tasks check their parameters each in its own way
+    except Exception as error:  # each task checks its parameters in its own way
         raise ExitError(
             ExitCode.REFUSED,
             f"{wanted.where}: {type(error).__name__}: {error}; parameters are {dict(wanted.parameters)}",
@@ -215,7 +219,7 @@ SOURCES: Mapping[str, Callable[[Wanted], Iterable[Any]]] = {
     "hf": _from_hub,
     "reasoning-gym": _from_reasoning_gym,
 }
-"""By the scheme of `source`; without one it names a factory."""
+"""The sources by the scheme of `source`; a `source` without a scheme names a factory."""
 
 
 def _distinct(

@@ -1,7 +1,7 @@
 """Starts the ranks of one pod, or of this machine, and passes on how they ended.
 
-Not torchrun: it ends with 1 however a rank ended, while our exit codes say whether another attempt makes
-sense (asyncrl_api.exits), and a signal must count as a disruption, not as a failure of the trainer.
+torchrun would not do: it exits with 1 however a rank ended, while asyncrl's exit codes say whether another
+attempt makes sense (asyncrl_api.exits), and a signal must count as a disruption, not as a failure.
 """
 
 import logging
@@ -19,16 +19,16 @@ from asyncrl_api.processes import die_with_parent
 log = logging.getLogger(__name__)
 
 PEER_SECONDS = 5.0
-"""How long the other ranks get to end by themselves when one is gone."""
+"""The time that the other ranks have to end by themselves when one is gone."""
 
 
 def launch(num_ranks: int, arguments: Sequence[str], *, node: int = 0, num_nodes: int = 1) -> int:
     """Run `num_ranks` ranks with these command-line arguments; return the exit code of the first to fail.
 
-    The address of rank 0 is taken from MASTER_ADDR and MASTER_PORT where there are several nodes.
+    With several nodes, rank 0's address is taken from MASTER_ADDR and MASTER_PORT.
 
     Returns:
-        0 if all ended well; a rank's exit code; minus the signal's number if one was killed.
+        0 if all ranks ended well; otherwise a rank's exit code, or minus a signal's number if one was killed.
     """
     environment = dict(os.environ)
     environment.setdefault("MASTER_ADDR", "127.0.0.1")
@@ -43,7 +43,7 @@ def launch(num_ranks: int, arguments: Sequence[str], *, node: int = 0, num_nodes
             "WORLD_SIZE": str(num_nodes * num_ranks),
         }
         if num_nodes * num_ranks == 1:
-            os.execve(command[0], command, environment)  # nobody to watch over: become the rank
+            os.execve(command[0], command, environment)  # there are no ranks to watch over: become the rank
         # This process has one thread, so code between fork and exec is safe.
         ranks.append(
             subprocess.Popen(command, env=dict(environment), preexec_fn=die_with_parent)  # noqa: PLW1509
@@ -76,7 +76,7 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
             log.warning("rank %d did not end with its peer: killed", ranks.index(rank))
             rank.kill()
             rank.wait()
-    return int(min(failed))  # of those found together, one that a signal ended took the others with it
+    return int(min(failed))  # of those found at once, a rank ended by a signal took the others with it
 
 
 def _free_port() -> int:

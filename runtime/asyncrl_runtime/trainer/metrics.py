@@ -14,17 +14,17 @@ from asyncrl_api.report import Report
 log = logging.getLogger(__name__)
 
 RECENT_STEPS = 20
-"""Rates and shares in the report are over so many steps."""
+"""The number of steps over which the report's rates and shares are taken."""
 RENEW_SECONDS = 5.0
-"""After which a report says anew how far the trainer is, though nothing else has changed."""
+"""The time after which a report is renewed even if nothing has changed."""
 
 
 class Metrics:
     """Writes a job's metrics.jsonl and its report file.
 
     Args:
-        wall_clock: returns the time of day; it stands in what is written.
-        seconds_without_progress: as the report has it.
+        wall_clock: returns the time that is written into the files.
+        seconds_without_progress: returns the report's field of that name.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Metrics:
         self.report = report
 
     def rewind(self, version: int) -> None:
-        """Drop the lines of steps after `version`: they are trained, and written, again."""
+        """Drop the lines of steps after `version`, which will be trained and written again."""
         if not self._path.exists():
             return
         kept = []
@@ -53,7 +53,7 @@ class Metrics:
                 if json.loads(line)["step"] <= version:
                     kept.append(line)
             except (ValueError, KeyError):
-                continue  # torn by a crash
+                continue  # a crash left the line incomplete
         scratch = self._path.with_suffix(".tmp")
         scratch.write_text("".join(line + "\n" for line in kept))
         scratch.replace(self._path)
@@ -62,7 +62,7 @@ class Metrics:
         """Append one step's line and renew the report.
 
         Args:
-            values: with `step`, `step_seconds`, `wait_seconds`, `num_tokens` and whatever else there is.
+            values: `step`, `step_seconds`, `wait_seconds`, perhaps `num_tokens`, and any others.
         """
         line = {"time": self._wall_clock().isoformat(timespec="milliseconds"), **values}
         with self._path.open("a") as file:
@@ -96,7 +96,7 @@ class Metrics:
         self.report.save(self._report_file)
 
     async def keep_renewed(self) -> None:
-        """Renew the report every RENEW_SECONDS until cancelled: its time shows that the event loop turns."""
+        """Renew the report every RENEW_SECONDS until cancelled; its time shows that the event loop runs."""
         while True:
             await asyncio.sleep(RENEW_SECONDS)
             try:

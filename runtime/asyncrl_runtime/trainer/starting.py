@@ -1,4 +1,4 @@
-"""The reports of a trainer that starts: from a thread of its own, since nothing else turns while it loads."""
+"""The reports of a starting trainer, written by a thread of their own, since loading holds up all others."""
 
 import asyncio
 import contextlib
@@ -19,13 +19,14 @@ from asyncrl_runtime.trainer.turn_clock import TurnClock, disk_bytes
 log = logging.getLogger(__name__)
 
 END_SECONDS = 10.0
-"""For the last copy; a thread that a disk holds up is left behind."""
+"""The time for the last copy; a thread that a disk holds up is left behind."""
 
 
 class Start:
-    """A start, from the process's first moment until the attempt has metrics to report by.
+    """A start, from the process's first moment until the attempt has metrics to report with.
 
-    Consumes nothing; produces a report every RENEW_SECONDS, and its copy in a cluster. `end` wakes it.
+    Its thread consumes nothing and produces a report every RENEW_SECONDS, in a cluster also its copy. `end`
+    wakes it.
     """
 
     def __init__(self, config: RunConfig, attempt: int) -> None:
@@ -37,7 +38,7 @@ class Start:
 
     @contextlib.contextmanager
     def reporting(self) -> Iterator[None]:
-        """Report until the body ends, or `end` is called in it."""
+        """Report until the body ends or calls `end`."""
         self._thread.start()
         try:
             yield
@@ -45,14 +46,14 @@ class Start:
             self.end()
 
     def end(self) -> None:
-        """Report no more: whoever writes the report next is alone."""
+        """Stop reporting, so that whoever writes the report next is the only one."""
         self._is_over.set()
         self._thread.join(END_SECONDS)
 
     def _report_on(self) -> None:
         try:
             asyncio.run(self._report_until_over())
-        except Exception:  # the edge of this thread: without its reports a start is only not seen
+        except Exception:  # the edge of this thread: without its reports the start is merely not seen
             log.exception("a start is no longer reported; the trainer itself goes on")
 
     async def _report_until_over(self) -> None:
@@ -70,25 +71,25 @@ class Start:
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds_without_progress": self.clock.seconds_without_progress(),
         }
-        self._config.report_file.parent.mkdir(parents=True, exist_ok=True)  # a claim is empty at first
+        self._config.report_file.parent.mkdir(parents=True, exist_ok=True)  # a new claim is empty
         report.model_copy(update=changes).save(self._config.report_file)
 
 
 def what_moves() -> int:
-    """Return a number that changes while a trainer loads: its bytes, and the modules of its code."""
+    """Return a number that changes while a trainer loads: bytes read and written, plus imported modules."""
     return disk_bytes() + len(sys.modules)
 
 
 def first_report(config: RunConfig, attempt: int) -> Report:
     """Return the report of an attempt that has not loaded anything yet.
 
-    What an earlier attempt of this very object has reached stands in it; its rates and states do not.
+    It contains what an earlier attempt of this same object has reached, but not its rates and states.
     """
     report = Report(attempt=attempt, step=0, max_steps=config.spec.training.max_steps, state="Starting")
     try:
         is_ours = read_ledger(config.job_folder / "ledger.jsonl").uid == config.uid
         before = Report.load(config.report_file) if is_ours else None
-    except (OSError, ValueError, LedgerError):  # whoever needs them says what is wrong with them
+    except (OSError, ValueError, LedgerError):  # whoever needs these files will say what is wrong with them
         before = None
     if before is None:
         return report
