@@ -1,4 +1,4 @@
-"""What DeepSpeed is told. Pure."""
+"""Makes DeepSpeed's configuration. Pure."""
 
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -6,7 +6,7 @@ from typing import Any, Literal
 Dtype = Literal["BFloat16", "Float32"]
 
 BETAS = (0.9, 0.95)
-"""Of AdamW (AReaL, arXiv 2505.24298, table 3): a run has few updates, for which 0.999 remembers too long."""
+"""AdamW's betas (AReaL, arXiv 2505.24298, table 3): for a run's few updates 0.999 would remember too long."""
 
 
 def derive_config(
@@ -17,13 +17,14 @@ def derive_config(
     num_parameters: int,
     overrides: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return DeepSpeed's config: ours, with `spec.trainer.deepspeed.config` merged over it.
+    """Return DeepSpeed's config: the derived values, with `spec.trainer.deepspeed.config` merged over them.
 
-    Micro-batch size and accumulation steps mean nothing here: the policy tells where a minibatch ends, and
+    Micro-batch size and accumulation steps mean nothing here: the policy says where a minibatch ends, and
     scales its loss itself. The learning rate is set anew at each step.
 
     Args:
-        num_parameters: of the model. DeepSpeed's reduction buffers have room for 500 million otherwise.
+        num_parameters: the number of parameters that are trained. It keeps DeepSpeed's reduction buffers
+            small, which otherwise have room for 500 million.
     """
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
@@ -34,7 +35,7 @@ def derive_config(
             "reduce_bucket_size": min(num_parameters, 500_000_000),
             "allgather_bucket_size": min(num_parameters, 500_000_000),
         },
-        # torch's own AdamW: DeepSpeed's are compiled on first use.
+        # This is torch's own AdamW, because DeepSpeed's are compiled on first use.
         "optimizer": {
             "type": "AdamW",
             "params": {"lr": 0.0, "betas": list(BETAS), "eps": 1e-8, "torch_adam": True, "fused": True},
@@ -45,7 +46,7 @@ def derive_config(
     if dtype == "BFloat16":
         # Without the check a gradient that is not finite would be "clipped" to NaN and applied.
         config["bf16"] = {"enabled": True, "check_grad_overflow": True}
-        if zero_stage >= 1:  # stage 0 knows only the model's own dtype
+        if zero_stage >= 1:  # stage 0 supports only the model's own dtype
             config["data_types"] = {"grad_accum_dtype": "fp32"}
     return deep_merge(config, overrides)
 

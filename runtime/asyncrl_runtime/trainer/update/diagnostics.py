@@ -1,8 +1,8 @@
-"""What a training step tells about itself, as numbers that JSON can hold.
+"""The diagnostics of a training step, as numbers that JSON can represent.
 
-What concerns tokens is kept as sums: a float64 vector that adds up over micro-batches and, by one all-reduce,
-over ranks. Quantiles come from histograms in such a vector. A number that cannot be had (of no tokens, or
-not finite) is absent from a report, never NaN.
+Values per token are kept as sums: a float64 vector that adds up over micro-batches and, by one all-reduce,
+over ranks. Quantiles come from histograms in such a vector. A number that does not exist (because there are
+no tokens, or it is not finite) is absent from a report, never NaN.
 """
 
 import math
@@ -19,7 +19,8 @@ SCALARS = ("loss", "tokens", "live", "clipped", "capped", "weight", "squared_wei
 
 _MAGNITUDES = torch.logspace(-6, math.log10(20), 147, dtype=torch.float64)
 _EDGES = torch.cat([-_MAGNITUDES.flip(0), _MAGNITUDES])
-"""Of the histogram's bins, in log-ratio: 20 per decade on either side, one for what is within 1e-6 of 0."""
+"""The edges of the histogram's bins, as log-ratios: 20 bins per decade on either side, and one bin for what
+is within 1e-6 of 0."""
 _CENTERS = torch.cat([_EDGES[:1], (_EDGES[:-1] + _EDGES[1:]) / 2, _EDGES[-1:]])
 NUM_BINS = len(_CENTERS)
 
@@ -44,14 +45,14 @@ def token_sums(
 
     Args:
         loss: scalar, the micro-batch's share of the minibatch's mean.
-        log_ratios: [R] current policy against the one that the update is measured from.
-        log_weights: [R] importance weights before their bound.
+        log_ratios: [R] current policy against the policy that the update is measured from.
+        log_weights: [R] logarithms of the importance weights before they are bounded.
         weights: [R] importance weights as applied.
-        clipped: [R] bool, tokens whose gradient the clip takes away or bounds.
-        capped: [R] bool, tokens whose importance weight met its bound.
+        clipped: [R] bool, tokens whose gradient the clip removes or bounds.
+        capped: [R] bool, tokens whose importance weight reached its bound.
         entropies: [R].
-        kl: [R] to the reference policy, zeros without one.
-        loss_mask: [R] bool; masked tokens enter none of these but `tokens`.
+        kl: [R] to the reference policy; zeros if there is none.
+        loss_mask: [R] bool; masked tokens count in `tokens` only.
     """
     live = loss_mask.to(torch.float64)
     columns = torch.stack([live, clipped, capped, weights, weights.square(), entropies, kl]).double()
@@ -71,8 +72,8 @@ def histogram(values: Tensor, mask: Tensor) -> Tensor:
 def report_tokens(sums: Tensor) -> Numbers:
     """Turn the summed vector of a minibatch or step into a report.
 
-    `loss` adds up as it is, so over several minibatches it is their sum; the caller divides. The effective
-    sample size (Kish) is a share of the tokens in the loss: (sum w)^2 / (n sum w^2).
+    `loss` is the sum over the minibatches, which the caller divides by their number. The effective sample
+    size (Kish) is a share of the tokens in the loss: (sum w)^2 / (n sum w^2).
     """
     values = dict(zip(SCALARS, sums.tolist(), strict=False))
     ratios, weights = sums[len(SCALARS) :].cpu().view(2, NUM_BINS)
@@ -93,7 +94,7 @@ def report_tokens(sums: Tensor) -> Numbers:
 
 
 def _quantiles(counts: Tensor) -> Numbers:
-    """Return quantiles of exp(x) for a histogram of x; each is off by half a bin at most."""
+    """Return quantiles of exp(x) from a histogram of x; each is off by at most half a bin."""
     cumulative = counts.cumsum(0)
     ranks = torch.tensor(list(QUANTILES.values()), dtype=torch.float64) * (cumulative[-1] - 1) + 1
     bins = torch.searchsorted(cumulative, ranks).clamp(max=NUM_BINS - 1)
@@ -105,8 +106,8 @@ def mismatch_sums(logprobs: Tensor, behavior_logprobs: Tensor, staleness: Tensor
 
     Args:
         logprobs: [R] under the trainer's weights at the version that trains, before any update.
-        behavior_logprobs: [R] as the engine sampled.
-        staleness: [R]; only tokens with 0 were sampled with these weights, the others do not count.
+        behavior_logprobs: [R] as the engine gave them when it sampled.
+        staleness: [R]; only tokens with 0 were sampled with these weights, so the others do not count.
     """
     same = (staleness == 0).cpu().double()
     gap = (logprobs.detach().cpu().double() - behavior_logprobs.cpu().double()).clamp(-20, 20)
@@ -115,9 +116,9 @@ def mismatch_sums(logprobs: Tensor, behavior_logprobs: Tensor, staleness: Tensor
 
 
 def report_mismatch(sums: Tensor) -> Numbers:
-    """KL of the engine's policy from the trainer's at one version, estimated on the engine's tokens.
+    """Return the KL of the engine's policy from the trainer's at one version, from the engine's tokens.
 
-    Zero if both computed the same numbers. k1 is unbiased and may be negative; k3 is unbiased, never
+    It is zero if both computed the same numbers. k1 is unbiased and may be negative; k3 is unbiased, never
     negative, and less noisy (Schulman 2020, http://joschu.net/blog/kl-approx.html).
     """
     num_tokens, k1, k3, gap = sums.tolist()
@@ -130,10 +131,10 @@ def report_mismatch(sums: Tensor) -> Numbers:
 
 
 def report_batch(samples: Sequence[TrainingSample], rewards: NDArray[np.float64]) -> Numbers:
-    """Rewards, lengths and staleness of a step's batch.
+    """Return what there is to report about a step's batch: rewards, lengths and staleness.
 
     Args:
-        samples: N of them.
+        samples: the N samples of the batch.
         rewards: [N] as the verifier gave them.
     """
     lengths = np.array([s.num_sampled_tokens for s in samples])
@@ -160,7 +161,7 @@ def report_batch(samples: Sequence[TrainingSample], rewards: NDArray[np.float64]
 
 
 def _staleness_quantile(histogram: dict[int, int], share: float) -> int:
-    """Return the least age that `share` of the tokens do not exceed."""
+    """Return the lowest staleness that `share` of the tokens do not exceed."""
     total, seen = sum(histogram.values()), 0
     for versions in sorted(histogram):
         seen += histogram[versions]
@@ -170,7 +171,7 @@ def _staleness_quantile(histogram: dict[int, int], share: float) -> int:
 
 
 def staleness_histogram(samples: Iterable[TrainingSample]) -> dict[int, int]:
-    """Return versions of staleness -> sampled tokens, ascending; of the samples that know theirs."""
+    """Return the sampled tokens' number by staleness, ascending, over samples whose staleness is known."""
     known = [s.staleness[s.sampled_mask] for s in samples if s.staleness is not None]
     if not known:
         return {}
@@ -179,5 +180,5 @@ def staleness_histogram(samples: Iterable[TrainingSample]) -> dict[int, int]:
 
 
 def finite(values: Mapping[str, float]) -> Numbers:
-    """Return what of `values` JSON can hold."""
+    """Return the finite numbers of `values`, which are those that JSON can represent."""
     return {name: value for name, value in values.items() if math.isfinite(value)}

@@ -1,9 +1,9 @@
 """Policy losses on flat tensors of R sampled tokens. Pure; each says which paper's equation it is.
 
-What all have in common: one denominator, the sampled tokens of the minibatch over all micro-batches and
-ranks, counted before anything is masked. So a token that leaves the loss (stale, or its weight above the
-cap) dilutes the gradient, does not inflate that of the others, and the split into micro-batches changes
-nothing.
+All losses have the same denominator: the sampled tokens of the minibatch over all micro-batches and ranks,
+counted before anything is masked. So a token that leaves the loss (because it is stale, or its weight exceeds
+the cap) dilutes the gradient and does not inflate that of the others, and the split into micro-batches
+changes nothing.
 
 | loss | objective per token, to be maximized |
 |---|---|
@@ -13,7 +13,8 @@ nothing.
 | CISPO | sg(clip(u)) A log pi_theta, u = pi_theta / pi_behav |
 | TIS | sg(min(u, max)) A log pi_theta, u = pi_theta / pi_behav |
 
-A new one is a function and its entry in `POLICY_LOSSES`, here, and a name in `AlgorithmSpec.policy_loss`.
+To add a loss, write a function, enter it in `POLICY_LOSSES` below, and add its name to
+`AlgorithmSpec.policy_loss`.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,14 +29,15 @@ from asyncrl_runtime.trainer.update.diagnostics import token_sums
 from asyncrl_runtime.trainer.update.packing import MicroBatch
 
 MAX_LOG_RATIO = 20.0
-"""Log-ratios are cut here, without gradient beyond: exp(90) is infinite and infinity times 0 no gradient."""
+"""The bound at which log-ratios are cut off, with no gradient beyond it: exp(90) is infinite, and infinity
+times 0 is no gradient."""
 
 
 class Loss(NamedTuple):
     value: Tensor
-    """Scalar; summed over the micro-batches and ranks of a minibatch it is the mean per sampled token."""
+    """A scalar; summed over the micro-batches and ranks of a minibatch it is the mean per sampled token."""
     sums: Tensor
-    """Detached, see diagnostics.token_sums."""
+    """The micro-batch's diagnostics, detached; see diagnostics.token_sums."""
 
 
 class Surrogate(NamedTuple):
@@ -64,15 +66,15 @@ def compute_loss(
     Args:
         logprobs: [R] under the policy being updated; carries the gradient.
         entropies: [R] of the same distributions.
-        proximal_logprobs: [R] under the policy at the step's start; None where that is the policy itself, as
-            in a step's first minibatch, and for losses that do not need it (`POLICY_LOSSES`).
-        reference_logprobs: [R]; None without KL term.
-        num_tokens: sampled tokens of the minibatch over all ranks and micro-batches.
+        proximal_logprobs: [R] under the policy at the step's start; None if that is the policy itself, as in
+            a step's first minibatch, and for losses that do not need it (`POLICY_LOSSES`).
+        reference_logprobs: [R]; None without a KL term.
+        num_tokens: the sampled tokens of the minibatch over all ranks and micro-batches.
 
     Regularizers see every token of the loss mask, whatever its importance weight: they compare the policy
     with the reference or with itself, not with the behavior policy.
     """
-    # Detached: neither the trust region's center nor an importance weight carries a gradient.
+    # Detached, since neither the trust region's center nor an importance weight carries a gradient.
     proximal = (logprobs if proximal_logprobs is None else proximal_logprobs).detach()
     surrogate = POLICY_LOSSES[algorithm.policy_loss].surrogate(algorithm, batch, logprobs, proximal)
     per_token = -surrogate.objective
@@ -102,8 +104,8 @@ def decoupled_ppo(
 ) -> Surrogate:
     """Decoupled PPO (AReaL, arXiv 2505.24298, eq. 5; Hilton et al., arXiv 2110.00641, section 2).
 
-    The weight corrects for who sampled the token; the clip limits movement from this step's start. The paper
-    does not bound the weight.
+    The weight corrects for the policy that sampled the token; the clip limits movement from this step's
+    start. The paper does not bound the weight.
     """
     return _decoupled(
         algorithm,
@@ -163,8 +165,8 @@ def cispo(algorithm: AlgorithmSpec, batch: MicroBatch, logprobs: Tensor, _: Tens
 def tis(algorithm: AlgorithmSpec, batch: MicroBatch, logprobs: Tensor, _: Tensor) -> Surrogate:
     """REINFORCE with truncated importance sampling (IMPALA, arXiv 1802.01561, section 4.2; Ionides 2008).
 
-    rho = min(pi_theta / pi_behav, importanceWeight.max). To truncate is the method, so `onExceed` has no
-    part in it. (Truncating pi_prox / pi_behav in front of PPO's objective is DecoupledPPO with `Clamp`.)
+    rho = min(pi_theta / pi_behav, importanceWeight.max). Truncation is the method itself, so `onExceed` plays
+    no part in it. (Truncating pi_prox / pi_behav in front of PPO's objective is DecoupledPPO with `Clamp`.)
     """
     log_ratios = _log_ratio(logprobs, batch.behavior_logprobs).detach()
     ratios = log_ratios.exp()
@@ -176,9 +178,9 @@ def tis(algorithm: AlgorithmSpec, batch: MicroBatch, logprobs: Tensor, _: Tensor
 
 
 def clipped_objective(ratios: Tensor, advantages: Tensor, clip: ClipSpec) -> tuple[Tensor, Tensor]:
-    """Return min(u A, clip(u) A), [R], and where the bound took the gradient away, [R] bool.
+    """Return min(u A, clip(u) A), [R], and where the bound removed the gradient, [R] bool.
 
-    With `dual`, what a negative advantage can cost is bounded too: max(that, dual A) where A < 0 (dual-clip
+    With `dual`, the cost of a negative advantage is bounded too: max(that, dual A) where A < 0 (dual-clip
     PPO, arXiv 1912.09729, eq. 5).
     """
     free = ratios * advantages
@@ -191,7 +193,7 @@ def clipped_objective(ratios: Tensor, advantages: Tensor, clip: ClipSpec) -> tup
 def bounded_weights(log_weights: Tensor, rule: ImportanceWeightSpec) -> tuple[Tensor, Tensor]:
     """Return importance weights within their cap, [R], and where they exceeded it, [R] bool.
 
-    `Mask`: such a token leaves the loss (weight 0), as in AReaL's code. `Clamp`: it stays with the cap.
+    With `Mask` such a token leaves the loss (weight 0), as in AReaL's code; with `Clamp` it gets the cap.
     """
     weights = log_weights.exp()
     exceeded = weights > rule.max
@@ -213,12 +215,12 @@ def _decoupled(
 
 
 def _log_ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    # Not clamp, whose gradient at NaN is 0: a model gone bad would look like one with nothing to learn.
+    # clamp would not do: its gradient at NaN is 0, so a broken model would seem to have nothing to learn.
     return F.hardtanh(numerator - denominator, -MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
 def _sequence_mean(values: Tensor, batch: MicroBatch) -> Tensor:
-    """Return [R]: for each token the mean of `values` over its sequence's tokens in the loss."""
+    """Return [R]: for each token, the mean of `values` over its sequence's tokens in the loss."""
     live = batch.loss_mask.to(values.dtype)
     totals = values.new_zeros(batch.num_sequences).index_add(0, batch.sequences, values * live)
     counts = live.new_zeros(batch.num_sequences).index_add(0, batch.sequences, live)
@@ -229,10 +231,10 @@ class PolicyLoss(NamedTuple):
     """A value of `spec.algorithm.policyLoss`."""
 
     surrogate: Callable[[AlgorithmSpec, MicroBatch, Tensor, Tensor], Surrogate]
-    """Called with algorithm, micro-batch, log-probs and proximal log-probs, both [R]; these are detached."""
+    """The function, called with algorithm, micro-batch, log-probs [R] and detached proximal log-probs [R]."""
     needs_proximal: bool
     """Whether it compares with the proximal policy, so that a step of several minibatches needs the log-probs
-    under it. Without them a minibatch has the policy itself for its proximal policy, and no trust region."""
+    under it. Without them the policy itself would be a minibatch's proximal policy, with no trust region."""
 
 
 POLICY_LOSSES: Mapping[str, PolicyLoss] = {

@@ -1,7 +1,7 @@
-"""From samples to micro-batches: who goes where, and the flat tensors that a model and a loss read.
+"""Turns samples into micro-batches: which sample goes where, and the flat tensors for model and loss.
 
 There is no padding: the sequences of a micro-batch lie end to end in one row of T tokens, and everything a
-loss needs exists only for the R tokens that the policy sampled. Pure but for the tensors it makes.
+loss needs exists only for the R tokens that the policy sampled. Pure, apart from the tensors it makes.
 """
 
 from collections.abc import Sequence
@@ -19,19 +19,19 @@ from asyncrl_runtime.model.attention import AttentionPlan, plan_attention
 
 @dataclass(frozen=True, eq=False)
 class TrainingSample:
-    """One response with its advantage, ready to be trained on. R counts the tokens after the prompt."""
+    """One response with its advantage, ready to be trained on. R is the number of tokens after the prompt."""
 
     ticket: int
     index: int
     prompt_ids: NDArray[np.int32]
     response_ids: NDArray[np.int32]
-    """[R] everything after the prompt, what the environment told between turns included."""
+    """[R] everything after the prompt, including what the environment said between turns."""
     behavior_logprobs: NDArray[np.float32]
-    """[R] natural log at `temperature`; 0 where the policy did not sample."""
+    """[R] natural logarithms at `temperature`; 0 for tokens that the policy did not sample."""
     sampled_mask: NDArray[np.bool_]
-    """[R] tokens that the policy sampled. They make up the loss's denominator."""
+    """[R] the tokens that the policy sampled. They make up the loss's denominator."""
     loss_mask: NDArray[np.bool_]
-    """[R] tokens that the policy sampled and that are not masked as stale."""
+    """[R] the tokens that the policy sampled and that are not masked as stale."""
     advantage: float
     temperature: float
     staleness: NDArray[np.int32] | None = None
@@ -62,7 +62,7 @@ class TrainingSample:
 
     @property
     def num_tokens(self) -> int:
-        """Prompt and response: what the sample takes of a micro-batch."""
+        """The tokens of prompt and response together, which the sample takes up in a micro-batch."""
         return len(self.prompt_ids) + len(self.response_ids)
 
     @property
@@ -75,12 +75,12 @@ def allocate(
 ) -> list[list[int]]:
     """Distribute sequences over micro-batches of at most `capacity` tokens (AReaL, arXiv 2505.24298, alg. 1).
 
-    Longest first, a sequence opens a micro-batch if there are fewer than k_min or none has room; otherwise
-    it joins, of those with room, the one with the fewest sequences. k_min grows until the number of
-    micro-batches is a multiple of `multiple_of`. Deterministic.
+    The longest sequence comes first. A sequence opens a micro-batch if there are fewer than k_min or none has
+    room; otherwise it joins, of those with room, the one with the fewest sequences. k_min grows until the
+    number of micro-batches is a multiple of `multiple_of`. The result is deterministic.
 
     Returns:
-        Indices into `lengths` by micro-batch; some are empty where there are too few sequences.
+        Indices into `lengths` by micro-batch; some are empty if there are too few sequences.
 
     Raises:
         ValueError: a sequence is longer than `capacity`.
@@ -93,7 +93,7 @@ def allocate(
         bins = _allocate_at_least(lengths, capacity, min_bins)
         if len(bins) % multiple_of == 0 and len(bins) >= min_bins:
             return bins
-        if len(bins) == len(lengths):  # each has one of its own
+        if len(bins) == len(lengths):  # each sequence has a micro-batch of its own
             return bins + [[] for _ in range(max(min_bins, _round_up(len(bins), multiple_of)) - len(bins))]
         min_bins = _round_up(len(bins), multiple_of)
 
@@ -104,7 +104,7 @@ def _round_up(number: int, multiple_of: int) -> int:
 
 def _allocate_at_least(lengths: Sequence[int], capacity: int, min_bins: int) -> list[list[int]]:
     bins: list[list[int]] = []
-    # As arrays, since B*G sequences times as many micro-batches is too much for Python at full size.
+    # These are arrays, since B*G sequences times as many micro-batches are too much for Python at full size.
     num_tokens, num_sequences = (np.zeros(len(lengths), dtype=np.int64) for _ in range(2))
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         has_room = np.flatnonzero(num_tokens[: len(bins)] + lengths[index] <= capacity)
@@ -123,9 +123,10 @@ def distribute(lengths: Sequence[int], capacity: int, num_ranks: int) -> list[li
     """Distribute one minibatch's sequences over data-parallel ranks.
 
     Returns:
-        [rank][micro-batch] -> indices into `lengths`. Every rank has the same number of micro-batches, at
-        least one, and the i-th are of like size on all ranks, since under ZeRO 2 and 3 they wait for each
-        other in each. Empty ones are packed and run like others, so that collectives stay collective.
+        Indices into `lengths`, by rank and micro-batch. Every rank has the same number of micro-batches, at
+        least one, and the i-th ones are of similar size on all ranks, because under ZeRO 2 and 3 the ranks
+        wait for each other in every one. Empty micro-batches are packed and run like the others, so that
+        collectives stay collective.
     """
     bins = allocate(lengths, capacity, min_bins=num_ranks, multiple_of=num_ranks)
     bins.sort(key=lambda indices: -sum(lengths[i] for i in indices))  # stable, hence deterministic
@@ -136,12 +137,15 @@ def split_minibatches(tickets: Sequence[int], count: int) -> list[list[int]]:
     """Split a step's samples into minibatches of whole prompt groups, so that each is centered by itself.
 
     Args:
-        tickets: of each sample.
-        count: at most the number of groups.
+        tickets: the ticket of each sample.
+        count: the number of minibatches, at most the number of groups.
 
     Returns:
-        Indices into `tickets` by minibatch, groups in order of first appearance; the numbers of groups differ
-        by one at most.
+        Indices into `tickets` by minibatch, with groups in order of first appearance. The numbers of groups
+        differ by at most one.
+
+    Raises:
+        ValueError: `count` is below 1 or above the number of groups.
     """
     groups: dict[int, list[int]] = {}
     for index, ticket in enumerate(tickets):
@@ -155,37 +159,37 @@ def split_minibatches(tickets: Sequence[int], count: int) -> list[list[int]]:
 
 @dataclass(frozen=True, eq=False)
 class MicroBatch:
-    """What one forward and backward pass sees: T tokens in a row, R of them sampled by the policy.
+    """The input of one forward and backward pass: T tokens in a row, R of them sampled by the policy.
 
-    An empty micro-batch has one dummy token (T = 1), R = 0, and hence a loss and gradients of zero.
+    An empty micro-batch has one dummy token (T = 1) and R = 0, and hence a loss and gradients of zero.
     """
 
     input_ids: Tensor
-    """[T] int64, sequences end to end, longest first."""
+    """[T] int64: the sequences end to end, longest first."""
     position_ids: Tensor
-    """[T] int64, from 0 in each sequence."""
+    """[T] int64: the positions, from 0 in each sequence."""
     attention_plan: AttentionPlan
     positions: Tensor
-    """[R] int64: where in the row stand the logits that predict each sampled token."""
+    """[R] int64: the place in the row of the logits that predict each sampled token."""
     targets: Tensor
     """[R] int64: the sampled tokens."""
     temperatures: Tensor
-    """[R] float32, by which the logits are divided."""
+    """[R] float32: the temperatures by which the logits are divided."""
     behavior_logprobs: Tensor
     """[R] float32."""
     advantages: Tensor
     """[R] float32, equal within a sequence."""
     loss_mask: Tensor
-    """[R] bool, False where a token is masked as stale; it counts in the denominator all the same."""
+    """[R] bool: False for a token that is masked as stale; it still counts in the denominator."""
     staleness: Tensor
-    """[R] int32, -1 where not known."""
+    """[R] int32: -1 if it is not known."""
     sequences: Tensor
-    """[R] int64: the sequence a token belongs to, 0 <= sequence < num_sequences."""
+    """[R] int64: the sequence that a token belongs to, 0 <= sequence < num_sequences."""
     num_sequences: int
 
     @property
     def num_sampled_tokens(self) -> int:
-        """R. Summed over the micro-batches and ranks of a minibatch it is the loss's denominator."""
+        """R; summed over the micro-batches and ranks of a minibatch, it is the loss's denominator."""
         return len(self.targets)
 
     def to(self, device: torch.device) -> "MicroBatch":
@@ -195,7 +199,7 @@ class MicroBatch:
 
 
 def pack(samples: Sequence[TrainingSample]) -> MicroBatch:
-    """Lay `samples` end to end, longest first (which the attention plan likes); none makes an empty one."""
+    """Lay `samples` end to end, longest first, as suits the attention plan; no samples give an empty one."""
     ordered = sorted(samples, key=lambda s: (-s.num_tokens, s.ticket, s.index))
     lengths = [s.num_tokens for s in ordered]
     starts = np.cumsum([0, *lengths[:-1]])

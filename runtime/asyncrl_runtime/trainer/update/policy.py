@@ -1,7 +1,7 @@
 """The policy: a Hugging Face causal LM under DeepSpeed, one code path for CPU (gloo) and GPU (nccl).
 
-Every data-parallel rank has one, and all ranks call the same methods with as many micro-batches: DeepSpeed's
-collectives are inside. DeepSpeed is imported on first use, since that takes seconds.
+Every data-parallel rank has one, and all ranks call the same methods with the same number of micro-batches,
+because the methods contain DeepSpeed's collectives. DeepSpeed is imported on first use, which takes seconds.
 """
 
 import contextlib
@@ -40,21 +40,21 @@ from asyncrl_runtime.weights.bucket import Bucket, BucketBuffer
 
 _TAG = "policy"
 CONVERSION_SECONDS = 540
-"""Less than the other ranks wait for rank 0."""
+"""The time limit of a conversion, shorter than the other ranks' wait for rank 0."""
 _TORCH_DTYPES = {"BFloat16": torch.bfloat16, "Float32": torch.float32}
 
 
 class ResponseModel(nn.Module):
-    """A causal LM that says how probable the sampled tokens of a micro-batch are."""
+    """A causal LM that returns the log-probs of a micro-batch's sampled tokens."""
 
     def __init__(self, causal_lm: PreTrainedModel) -> None:
         super().__init__()
         self.causal_lm = causal_lm
 
     def forward(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        """Return log-probs and entropies, [R] float32, at the rows' temperatures.
+        """Return log-probs and entropies, both [R] float32, at the rows' temperatures.
 
-        Logits exist only where they predict a sampled token.
+        Logits are computed only where they predict a sampled token.
         """
         output = self.causal_lm(
             input_ids=batch.input_ids[None],
@@ -69,7 +69,7 @@ class ResponseModel(nn.Module):
 class Policy:
     """The model being trained, its optimizer, and the frozen reference if the algorithm has a KL term.
 
-    See `policy_api.TrainedPolicy` for what its calls mean.
+    `policy_api.TrainedPolicy` says what its methods mean.
     """
 
     def __init__(
@@ -82,14 +82,14 @@ class Policy:
         deepspeed: DeepSpeedSpec,
         recompute_activations: bool | None = None,
     ) -> None:
-        """Load the model; collective. The caller has made the process group (gloo or nccl) before.
+        """Load the model; collective. The caller has already made the process group (gloo or nccl).
 
         Args:
-            folder: Hugging Face model, the same on all ranks; also the reference of the KL term.
-            recompute_activations: in the backward pass, layer by layer. By default on a GPU, whose memory
-                bounds `tokensPerMicroBatch`, and not on a CPU.
+            folder: the folder of a Hugging Face model, the same on all ranks; also the KL term's reference.
+            recompute_activations: whether the backward pass recomputes them, layer by layer. By default it
+                does on a GPU, whose memory bounds `tokensPerMicroBatch`, and does not on a CPU.
         """
-        library = _import_deepspeed()  # before transformers does, and chooses the accelerator for us
+        library = _import_deepspeed()  # before transformers does so and chooses the accelerator itself
         self.device = _local_device()
         self.world_size = dist.get_world_size()
         self._algorithm = algorithm
@@ -135,7 +135,7 @@ class Policy:
         sums, logprobs = [], []
         for number, batch in enumerate(micro_batches):
             batch = batch.to(self.device)
-            # Before each: DeepSpeed's own count knows no minibatch of varying size.
+            # Set before each, because DeepSpeed's own count does not allow minibatches of varying size.
             self._engine.set_gradient_accumulation_boundary(number == len(micro_batches) - 1)
             new_logprobs, entropies = self._engine(batch)
             loss = compute_loss(
@@ -147,7 +147,7 @@ class Policy:
                 reference_logprobs=self._reference_logprobs(batch),
                 num_tokens=num_tokens,
             )
-            # DeepSpeed takes the mean of the ranks' gradients, where ours is a sum.
+            # DeepSpeed takes the mean of the ranks' gradients, while this loss needs their sum.
             self._engine.backward(loss.value * self.world_size)
             sums.append(loss.sums)
             logprobs.append(new_logprobs.detach())
@@ -164,7 +164,8 @@ class Policy:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         if self._zero_stage == 0 and self._dtype == "Float32":
-            # Here DeepSpeed keeps no norm, and applies what is not finite. All ranks hold the same gradient.
+            # Here DeepSpeed keeps no norm, and applies a gradient that is not finite. All ranks have the same
+            # gradient.
             grads = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
             norm = float(nn.utils.get_total_norm(grads))
             if not math.isfinite(norm):
@@ -203,19 +204,19 @@ class Policy:
 
     @torch.no_grad()
     def bucket(self, names: Sequence[str]) -> Bucket | None:
-        """See the protocol. A rank holds its share and one whole weight beside, rank 0 the bucket too."""
+        """See the protocol. A rank holds its share and one whole weight; rank 0 also holds the bucket."""
         weights = self.weights(names)
         if dist.get_rank() != 0:
-            for _ in weights:  # this rank's shares are needed
+            for _ in weights:  # rank 0 needs this rank's shares
                 pass
             return None
         num_bytes = sum(_num_bytes(self._parameters[name]) for name in names)
         return self._buffer.fill(weights, num_bytes, self.device)
 
     def weights(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-        """Yield weights by their Hugging Face names; of a sharded policy every rank goes through all of them.
+        """Yield weights by their Hugging Face names. If the policy is sharded, every rank must exhaust this.
 
-        A tensor is not to be changed; of a sharded policy it is whole until the next one is asked for.
+        A tensor must not be changed. If the policy is sharded, it is whole until the next one is asked for.
         """
         found = self._parameters
         for name in names:
@@ -223,7 +224,7 @@ class Policy:
                 yield name, found[name].detach()
 
     def _whole(self, parameter: nn.Parameter) -> contextlib.AbstractContextManager[object]:
-        """Have a parameter whole on every rank for a while; collective where it lies in shares."""
+        """Make a parameter whole on every rank during the body; collective if the policy is sharded."""
         if not self.is_sharded:
             return contextlib.nullcontext()
         from deepspeed.runtime.zero import GatheredParameters
@@ -247,7 +248,7 @@ class Policy:
         return Adapter(config, safetensors.torch.save(weights))
 
     def export(self, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
-        """See the protocol. Where the policy is sharded rank 0 has room for all weights on the CPU."""
+        """See the protocol. If the policy is sharded, rank 0 needs room for all weights on the CPU."""
         state: dict[str, Tensor] | None = None
         if self.is_sharded:
             state = {}
@@ -260,10 +261,10 @@ class Policy:
                 tokenizer.save_pretrained(folder)
 
     def export_whole(self, base: Path, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Write a folder that an engine samples from as it is: with adapters worked into the model.
+        """Write a folder that an engine can sample from as it is, with adapters merged into the model.
 
         Args:
-            base: folder of the model that training started from.
+            base: the folder of the model that training started from.
         """
         if not self.trains_adapters:
             self.export(folder, tokenizer)
@@ -293,7 +294,7 @@ class Policy:
         _set_random_state(torch.load(folder / f"random_{source}.pt", weights_only=True))
 
     def _load_shares_of_others(self, folder: Path, scratch: Path) -> None:
-        """Load a ZeRO checkpoint of another number of ranks by way of DeepSpeed's universal form."""
+        """Load a ZeRO checkpoint of another number of ranks by way of DeepSpeed's universal format."""
         if dist.get_rank() == 0:
             shutil.rmtree(scratch, ignore_errors=True)
             make_universal(folder / _TAG, scratch / _TAG, is_sharded=self.is_sharded)
@@ -317,10 +318,10 @@ class Policy:
 
 
 def _mend_optimizer(optimizer: torch.optim.Optimizer, decays: Sequence[float]) -> None:
-    """Undo what DeepSpeed 0.19.8 does to an optimizer of several groups as it loads ZeRO 3's universal form.
+    """Undo what DeepSpeed 0.19.8 does to an optimizer of several groups on loading ZeRO 3's universal format.
 
-    All groups get the settings of the first, and all states one and the same count of steps, which each of
-    them would then advance.
+    It gives all groups the settings of the first, and all states the same tensor as their count of steps,
+    which each of them would then advance.
     """
     for group, decay in zip(optimizer.param_groups, decays, strict=True):
         group["weight_decay"] = decay
@@ -329,17 +330,17 @@ def _mend_optimizer(optimizer: torch.optim.Optimizer, decays: Sequence[float]) -
 
 
 def make_universal(checkpoint: Path, target: Path, *, is_sharded: bool) -> None:
-    """Convert a ZeRO checkpoint into DeepSpeed's universal form, which any number of ranks can load.
+    """Convert a ZeRO checkpoint into DeepSpeed's universal format, which any number of ranks can load.
 
-    In a process of its own: the conversion starts workers, and prints.
+    The conversion runs in a process of its own, because it starts workers, and prints.
 
     Raises:
-        OSError: with the last lines of what it printed, as when the disk is full.
+        OSError: the conversion failed, because the disk is full for example; has the last lines it printed.
     """
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
     command += [] if is_sharded else ["--inject_missing_state"]
     command += ["--input_folder", str(checkpoint), "--output_folder", str(target)]
-    what = f"checkpoint {checkpoint} was not cut anew for another number of ranks"
+    what = f"checkpoint {checkpoint} was not converted for another number of ranks"
     try:
         done = subprocess.run(
             command, check=False, capture_output=True, text=True, timeout=CONVERSION_SECONDS
@@ -351,15 +352,15 @@ def make_universal(checkpoint: Path, target: Path, *, is_sharded: bool) -> None:
 
 
 def load_model(folder: Path, dtype: Dtype, *, sharded_by: Mapping[str, Any] | None = None) -> ResponseModel:
-    """Load a causal LM whose passes over the same tokens all give the same log-probs: dropout is off.
+    """Load a causal LM whose passes over the same tokens always give the same log-probs: dropout is off.
 
-    It is in training mode nevertheless, in which alone transformers recomputes activations.
+    It is in training mode nevertheless, because transformers recomputes activations only in that mode.
 
     Args:
-        sharded_by: DeepSpeed's config for ZeRO 3: each weight is cut into shares as it is made.
+        sharded_by: DeepSpeed's config for ZeRO 3, by which each weight is cut into shares as it is made.
     """
     transformers_logging.disable_progress_bar()
-    # transformers asks for it by a weak reference, so it lives as long as this call.
+    # transformers finds it by a weak reference, so it must live as long as this call.
     sharding = HfDeepSpeedConfig(dict(sharded_by)) if sharded_by is not None else None
     causal_lm = AutoModelForCausalLM.from_pretrained(
         folder, dtype=_TORCH_DTYPES[dtype], attn_implementation=attention.IMPLEMENTATION
@@ -372,13 +373,13 @@ def load_model(folder: Path, dtype: Dtype, *, sharded_by: Mapping[str, Any] | No
 
 
 def add_adapters(model: ResponseModel, lora: LoRASpec, seed: int) -> int:
-    """Freeze the model, and put small factors beside its linear layers that change nothing at first.
+    """Freeze the model, and add small factors to its linear layers that change nothing at first.
 
     Returns:
-        How many parameters are trained.
+        The number of parameters that are trained.
 
     Raises:
-        ExitError: no layer is called like one of `target_modules`.
+        ExitError: no layer has a name in `target_modules`.
     """
     settings = LoraConfig(
         r=lora.rank,
@@ -390,7 +391,7 @@ def add_adapters(model: ResponseModel, lora: LoRASpec, seed: int) -> int:
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        try:  # in the model's dtype: DeepSpeed keeps masters in fp32
+        try:  # in the model's dtype, since DeepSpeed keeps the fp32 master weights
             model.causal_lm = get_peft_model(model.causal_lm, settings, autocast_adapter_dtype=False)
         except ValueError as error:
             message = f"spec.training.lora.targetModules: {str(error).splitlines()[0]}"
@@ -400,27 +401,27 @@ def add_adapters(model: ResponseModel, lora: LoRASpec, seed: int) -> int:
 
 
 def merge_adapter(base: Path, adapter: Path, folder: Path) -> None:
-    """Write a Hugging Face folder of a model with its adapters worked in."""
+    """Write a Hugging Face folder of a model with its adapters merged in."""
     causal_lm = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
     PeftModel.from_pretrained(causal_lm, adapter).merge_and_unload().save_pretrained(folder)
 
 
 def count_parameters(folder: Path) -> int:
-    """Return the number of a model's parameters, tied ones once, without making any."""
+    """Return the number of a model's parameters, counting tied ones once, without creating any."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _num_bytes(parameter: nn.Parameter) -> int:
-    """Return the bytes of the whole parameter, of which ZeRO 3 leaves a share."""
+    """Return the bytes of the whole parameter, of which ZeRO 3 leaves only a share here."""
     return int(getattr(parameter, "ds_numel", parameter.numel())) * parameter.element_size()
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Return AdamW's groups: weight decay for matrices and embeddings, none for norms and biases.
 
-    Decay pulls to zero, which is no neutral place for the scale of a norm.
+    Decay pulls toward zero, which is not a neutral value for the scale of a norm.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     parameters = [(p, len(getattr(p, "ds_shape", p.shape))) for p in trained]
@@ -438,22 +439,22 @@ def _local_device() -> torch.device:
 
 
 def _import_deepspeed() -> Any:
-    """Import DeepSpeed such that it needs no compiler and says only what is wrong."""
+    """Import DeepSpeed in such a way that it needs no compiler and logs only warnings and errors."""
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"
-    os.environ.setdefault("LOCAL_RANK", "0")  # required, though nothing but torchrun sets it
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed requires it, but only torchrun sets it
     import deepspeed
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
-    # Else the first process group compiles a shared-memory all-reduce with g++, for minutes.
+    # Otherwise the first process group compiles a shared-memory all-reduce with g++, which takes minutes.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
 
 @contextlib.contextmanager
 def _without_prints() -> Iterator[None]:
-    """Hide what DeepSpeed prints past its logger, whose warnings go on."""
+    """Hide what DeepSpeed prints without its logger; the logger's warnings still appear."""
     with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
         yield
 

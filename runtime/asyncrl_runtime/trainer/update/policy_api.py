@@ -1,6 +1,6 @@
-"""What steps, ranks and their assembly ask of the policy that is trained; DeepSpeed's is in policy.py.
+"""What steps, ranks and their assembly need from the trained policy. The one with DeepSpeed is in policy.py.
 
-Every data-parallel rank has one, and where a call is collective all ranks make it.
+Every data-parallel rank has a policy; a collective call must be made by all ranks.
 """
 
 from collections.abc import Sequence
@@ -20,24 +20,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Update:
-    """What one optimizer update was like."""
+    """The results of one optimizer update."""
 
     sums: Tensor
-    """Diagnostics of the minibatch, summed over all ranks (diagnostics.report_tokens)."""
+    """The minibatch's diagnostics, summed over all ranks (diagnostics.report_tokens)."""
     gradient_norm: float
-    """Before clipping; not finite if the gradient was not, in which case the weights stayed as they were."""
+    """The norm before clipping. If it is not finite, nor was the gradient, and the weights are unchanged."""
     logprobs: list[Tensor]
-    """[R] of each micro-batch of this rank, under the weights before the update; detached."""
+    """[R] for each micro-batch of this rank, under the weights before the update; detached."""
 
 
 class StepPolicy(Protocol):
-    """What a training step asks."""
+    """What a training step needs from a policy."""
 
     @property
     def world_size(self) -> int: ...
 
     def logprobs(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
-        """Return [R] float32 of each micro-batch under the weights as they are."""
+        """Return the log-probs of each micro-batch under the present weights, [R] float32 each."""
         ...
 
     def update(
@@ -51,10 +51,10 @@ class StepPolicy(Protocol):
         """Make one optimizer update from one minibatch; collective.
 
         Args:
-            micro_batches: this rank's; every rank has as many.
-            proximal_logprobs: [R] of each, from `logprobs` before the step's first update; None in the first,
-                whose proximal policy is the policy itself, and where the loss needs none (loss.py).
-            num_tokens: sampled tokens of the minibatch over all ranks, at least 1.
+            micro_batches: this rank's micro-batches; every rank has the same number.
+            proximal_logprobs: [R] for each, from `logprobs` before the step's first update; None for the
+                first update, whose proximal policy is the policy itself, and if the loss needs none.
+            num_tokens: the sampled tokens of the minibatch over all ranks, at least 1.
         """
         ...
 
@@ -67,7 +67,7 @@ class TrainedPolicy(StepPolicy, Protocol):
     """The policy of one rank."""
 
     trains_adapters: bool
-    """Whether adapters are trained, and the model stays; asked of the policy by whoever must know."""
+    """Whether adapters are trained while the model stays as it is. Whoever must know this asks the policy."""
 
     @property
     def is_sharded(self) -> bool:
@@ -76,33 +76,34 @@ class TrainedPolicy(StepPolicy, Protocol):
 
     @property
     def num_bytes(self) -> int:
-        """Size of all weights that are trained, tied ones once."""
+        """The size of all weights that are trained; tied ones count once."""
         ...
 
     def buckets(self, max_bytes: int) -> list[tuple[str, ...]]:
-        """Return the names of the weights in buckets, always in the same order; tied ones once.
+        """Return the names of the weights by bucket, always in the same order; tied ones appear once.
 
         Args:
-            max_bytes: of a bucket; a tensor larger than that comes alone.
+            max_bytes: the size limit of a bucket; a larger tensor gets a bucket of its own.
         """
         ...
 
     def bucket(self, names: Sequence[str]) -> Bucket | None:
-        """Return weights as engines are sent them, good until the next bucket; collective where sharded.
+        """Return weights in the form in which engines get them; collective if the policy is sharded.
 
         Returns:
-            None on the other ranks.
+            The bucket, valid until the next call, on rank 0; None on the other ranks.
         """
         ...
 
     def adapter(self) -> Adapter:
-        """Return the adapters as an engine loads them; of a policy that trains such, on any rank alone."""
+        """Return the adapters as an engine loads them; not collective. The policy must train adapters."""
         ...
 
     def export(self, folder: Path, tokenizer: "PreTrainedTokenizerBase | None") -> None:
-        """Write a folder that `from_pretrained` loads, in the model's dtype. Rank 0 writes, nobody waits.
+        """Write a folder that `from_pretrained` loads, in the model's dtype; collective if it is sharded.
 
-        Of a policy that trains adapters it holds these alone, as PEFT loads them. Collective where sharded.
+        Rank 0 writes, and the other ranks do not wait. If the policy trains adapters, the folder has only
+        these, as PEFT loads them.
         """
         ...
 
@@ -111,13 +112,13 @@ class TrainedPolicy(StepPolicy, Protocol):
         ...
 
     def load(self, folder: Path, scratch: Path) -> None:
-        """Take up what `save` wrote, to the bit, be it by another number of ranks; collective.
+        """Restore exactly what `save` wrote, even if another number of ranks wrote it; collective.
 
         Args:
-            scratch: folder that all ranks see, made and deleted here where the shares of the optimizer's
-                state have to be cut anew.
+            scratch: a folder that all ranks see; it is created and deleted here if the optimizer's state has
+                to be divided anew.
 
         Raises:
-            ValueError: it was written under another ZeRO stage or dtype.
+            ValueError: it was written with another ZeRO stage or dtype, or other adapters.
         """
         ...

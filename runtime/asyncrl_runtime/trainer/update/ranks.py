@@ -1,7 +1,7 @@
-"""Rank 0 decides, all ranks do: collectives stay collective because every rank runs the same commands.
+"""Rank 0 decides, and all ranks act: collectives stay collective because every rank runs the same commands.
 
 Rank 0 runs its event loop (tickets, lease, weights) in the main thread and commands in one other thread, so
-that a backward pass never holds up a heartbeat. The other ranks have nothing but the loop of `follow`.
+that a backward pass never holds up a heartbeat. The other ranks only run the loop of `follow`.
 """
 
 import asyncio
@@ -27,9 +27,9 @@ from asyncrl_runtime.weights.bucket import Bucket
 log = logging.getLogger(__name__)
 
 COMMAND_SECONDS = 600
-"""Longest a rank waits for the others within a command, and for the next command."""
+"""The longest time that a rank waits for the others within a command, and for the next command."""
 PING_SECONDS = 60.0
-"""While rank 0 waits for a batch it says so, or the others would take it for dead."""
+"""The time between two pings of a rank 0 that waits for a batch; without them it would be taken for dead."""
 
 
 @dataclass(frozen=True)
@@ -55,14 +55,14 @@ class Export:
 
 @dataclass(frozen=True)
 class Logprobs:
-    """Log-probs of samples under the weights as they are; every rank computes them all."""
+    """Compute the log-probs of samples under the present weights; every rank computes all of them."""
 
     samples: tuple[TrainingSample, ...]
 
 
 @dataclass(frozen=True)
 class Gather:
-    """A bucket of weights that lie in shares on all ranks, by their names."""
+    """Gather a bucket of weights, given by name, of which every rank has a share."""
 
     names: tuple[str, ...]
 
@@ -88,9 +88,9 @@ class Ranks:
     """All ranks of the trainer, as rank 0 sees them.
 
     Args:
-        commands_group: group over which commands travel: gloo, whatever the policy's backend is.
-        tokenizer: written into exports.
-        clock: told of every command. While one is carried out it is the trainer's turn.
+        commands_group: the group over which commands travel; it is gloo, whatever the policy's backend is.
+        tokenizer: the tokenizer that exports contain.
+        clock: is told of every command; while one is carried out it is the trainer's turn.
     """
 
     def __init__(
@@ -111,14 +111,14 @@ class Ranks:
         self._idle = asyncio.Event()
 
     async def run(self, command: Command) -> Any:
-        """Have every rank do `command`; return rank 0's result, or raise what it raised."""
+        """Let every rank carry out `command`; return rank 0's result, or raise what it raised."""
         loop = asyncio.get_running_loop()
         self._idle.set()
         with self._clock.turn(_written_by(command)):
             return await loop.run_in_executor(self._thread, self._run_everywhere, command)
 
     async def bucket(self, names: tuple[str, ...]) -> Bucket:
-        """Return weights by name, good until the next bucket."""
+        """Return the weights of these names, valid until the next bucket."""
         bucket: Bucket
         if self.policy.is_sharded:
             bucket = await self.run(Gather(names))
@@ -141,16 +141,16 @@ class Ranks:
             await self.run(Ping())
 
     async def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Run something of rank 0 alone in the policy's thread, so that no command runs beside it."""
+        """Run a function on rank 0 alone, in the policy's thread, so that no command runs beside it."""
         loop = asyncio.get_running_loop()
         with self._clock.turn():
             return await loop.run_in_executor(self._thread, function, *arguments)
 
     def follow(self) -> None:
-        """The other ranks: do what rank 0 says until it says stop.
+        """Carry out rank 0's commands until it says stop; the other ranks call this.
 
         Raises:
-            PeerLost: rank 0 is gone, or has said nothing for COMMAND_SECONDS.
+            PeerLost: rank 0 is gone, or has sent nothing for COMMAND_SECONDS.
         """
         while True:
             box: list[Command | None] = [None]
@@ -186,12 +186,12 @@ class Ranks:
 
 
 def _written_by(command: Command) -> Measure | None:
-    """Return what shows that a command which writes for long gets on: a disk may be slow."""
+    """Return a measure of the progress of a command that may write for long, since a disk may be slow."""
     return folder_bytes(command.folder) if isinstance(command, Save | Export) else None
 
 
 def make_commands_group() -> dist.ProcessGroup:
-    """Make the group for commands; collective, called once by every rank."""
+    """Make the group for commands; collective, and called once by every rank."""
     group = dist.new_group(backend="gloo", timeout=timedelta(seconds=COMMAND_SECONDS))
     assert isinstance(group, dist.ProcessGroup)
     return group
@@ -199,7 +199,7 @@ def make_commands_group() -> dist.ProcessGroup:
 
 @contextlib.contextmanager
 def _naming_lost_peers() -> Iterator[None]:
-    """Raise PeerLost for what collectives raise then: gloo has no type of its own for it."""
+    """Turn what collectives raise when a rank is lost into PeerLost; gloo has no exception type for that."""
     try:
         yield
     except RuntimeError as error:

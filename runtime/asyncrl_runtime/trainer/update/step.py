@@ -25,12 +25,12 @@ from asyncrl_runtime.trainer.update.policy_api import StepPolicy, Update
 
 
 class NumbersUnusable(Exception):
-    """The weights or gradients are not finite any more; going on would train on nothing."""
+    """The weights or gradients are no longer finite, so going on would train nothing."""
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What every rank needs to make the step; small enough to be sent to each."""
+    """Everything that every rank needs for a step; small enough to be sent to each."""
 
     samples: tuple[TrainingSample, ...]
     rewards: tuple[float, ...]
@@ -77,7 +77,7 @@ def plan_step(
 
 
 def _nothing() -> None:
-    """The listener of a caller that wants to hear of no progress."""
+    """Do nothing: the listener for a caller that does not want to hear about progress."""
 
 
 def train_step(
@@ -88,13 +88,14 @@ def train_step(
     clock: Callable[[], float] = time.perf_counter,
     made: Callable[[], None] = _nothing,
 ) -> dict[str, float]:
-    """Make all optimizer updates of one step; collective. Returns its diagnostics, the same on all ranks.
+    """Make all optimizer updates of one step; collective. Return its diagnostics, the same on all ranks.
 
-    The proximal policy is where the step starts. For the first minibatch it is the policy itself, and the
-    others get theirs in one pass before the first update; so a single minibatch costs none.
+    The proximal policy is the policy at the start of the step. For the first minibatch it is the policy
+    itself, and for the others one pass before the first update computes its log-probs; so a step of a single
+    minibatch needs no such pass.
 
     Args:
-        made: called whenever a minibatch is done with, for whoever asks whether the step gets on.
+        made: called whenever a minibatch is done, so that the step's progress can be followed.
 
     Raises:
         NumbersUnusable: a gradient is not finite.
@@ -167,8 +168,9 @@ def _report(
 def learning_rate(schedule: ScheduleSpec, step: int, max_steps: int, base: float) -> float:
     """Return the learning rate of step `step`, 0 <= step < `max_steps`; all its minibatches share it.
 
-    No step has a rate of zero, which would be a step wasted: the warm-up begins at `base / warmup_steps` and
-    reaches `base` with its last step, and a decay would reach zero at `max_steps`, the step after the last.
+    No step has a rate of zero, since that would waste the step: the warm-up begins at `base / warmup_steps`
+    and reaches `base` with its last step, and a decay would reach zero at `max_steps`, the step after the
+    last.
 
     Args:
         max_steps: the value in force. It may grow, and the decay then stretches from that step on.

@@ -1,7 +1,7 @@
 """Log-probs and entropies of chosen tokens, in float32, without float32 copies of all logits.
 
-At a vocabulary of 150 000, log-softmax by autograd keeps three float32 tensors of the size of the logits.
-Here only the logits stay, in the model's own dtype; the backward pass computes the softmax again, a block
+With a vocabulary of 150,000, log-softmax by autograd keeps three float32 tensors of the size of the logits.
+Here only the logits are kept, in the model's own dtype. The backward pass computes the softmax again, a block
 of rows at a time, and writes the gradient in that dtype.
 """
 
@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 BLOCK_ELEMENTS = 1 << 24
-"""Logits that are float32 at one time: 64 MB."""
+"""The number of logits that are in float32 at one time, in 64 MB."""
 
 
 def token_logprobs(logits: Tensor, targets: Tensor, temperatures: Tensor) -> tuple[Tensor, Tensor]:
-    """Return log-probs of `targets` and entropies, both of softmax(logits / temperature).
+    """Return the log-probs of `targets` and the entropies, both of softmax(logits / temperature).
 
     Args:
         logits: [R, V] in the model's dtype; carries the gradient.
