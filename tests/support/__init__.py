@@ -1,1 +1,1 @@
-"""What tests stand on, by what it stands for. Imported by its full name."""
+"""Helpers of the tests, in folders by what they stand for. Import them by their full names."""

@@ -1,4 +1,4 @@
-"""The commands that a page of the docs shows, and what it says of who runs them.
+"""The commands that a page of the docs shows, and what the page says about who runs them.
 
 A block of commands is fenced as `console`, and the line before it is `<!-- run by FILE -->`, for a test that
 runs the block as it stands, or `<!-- not run: WHY -->`.
@@ -23,7 +23,7 @@ class CommandBlock:
     mark: str
     """The text of the comment before it; empty if there is none."""
     commands: tuple[str, ...]
-    """Each with the lines that belong to it: those that do not begin with `$ `."""
+    """The commands, each with the lines that belong to it: those that do not begin with `$ `."""
 
 
 def blocks_of(page: str) -> list[CommandBlock]:

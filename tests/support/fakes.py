@@ -1,4 +1,4 @@
-"""Small stand-ins with state, for tests of one part without the others."""
+"""Small fakes with state, for tests of one part without the others."""
 
 import asyncio
 import json
@@ -46,7 +46,7 @@ class Cut:
 
 
 class FakeEngine:
-    """Samples as an engine whose noise is a function of seed and absolute position.
+    """Samples like an engine whose noise is a function of seed and absolute position.
 
     A token depends on everything before it as well, so a sample that goes on wrongly differs at once.
     """
@@ -57,7 +57,7 @@ class FakeEngine:
     def __init__(self, vocab_size: int = 256, num_tokens_mean: int = 12) -> None:
         self.version = PolicyVersion(1, 0)
         self.faults: deque[Cut | Exception | None] = deque()
-        """What happens to the next calls; None: nothing."""
+        """The faults of the next calls; None: no fault."""
         self.calls: list[list[SamplingRequest]] = []
         self.salts: list[str | None] = []
         self.streams = 0
@@ -115,7 +115,7 @@ class FakeEngine:
 
 
 class FakeBackend:
-    """Scores as told; remembers which responses came together."""
+    """Scores as told, and remembers which responses came together."""
 
     def __init__(self, judge: Callable[[ScoreRequest], Score | RewardFailure]) -> None:
         self._judge = judge
@@ -135,7 +135,7 @@ class FakeBackend:
 
 
 class _JumpingSelector(selectors.DefaultSelector):
-    """Where it would wait for a timer it moves the clock instead."""
+    """Moves the clock where it would otherwise wait for a timer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -151,7 +151,7 @@ class _JumpingSelector(selectors.DefaultSelector):
 
 
 class VirtualTimeLoop(asyncio.SelectorEventLoop):
-    """An event loop whose hours take no time. For code that waits for timers, not for sockets."""
+    """An event loop whose hours take no time, for code that waits for timers and not for sockets."""
 
     def __init__(self) -> None:
         self._clock = _JumpingSelector()
@@ -256,9 +256,9 @@ class UpdatableEngine:
         self.is_in_doubt = False
         self.num_requests = 0
         self.calls: list[tuple[str, Any]] = []
-        """Which call was made with what, in order; not those that ask for the engine's health."""
+        """The calls with their bodies, in order, except those that ask for the engine's health."""
         self.faults: dict[str, Exception] = {}
-        """What a call fails with."""
+        """The exceptions that calls fail with, by the call."""
         self.hangs = False
         self.tp_size = 1
         self.digest = "c0ffee"
@@ -266,7 +266,7 @@ class UpdatableEngine:
         self.start()
 
     def start(self) -> None:
-        """As a new process, which knows nothing of what was before."""
+        """Start as a new process, which knows nothing of the one before."""
         self.own_label = "default"
         self.is_paused = self.has_session = self.has_all = False
         self.groups: set[str] = set()
@@ -274,7 +274,7 @@ class UpdatableEngine:
 
     @property
     def made(self) -> list[str]:
-        """Which calls were made."""
+        """The calls that were made."""
         return [call for call, _ in self.calls]
 
     async def generate(
@@ -383,7 +383,7 @@ def _names_in(folder: Path) -> set[str]:
 
 
 class FakeEvaluator:
-    """Has the same answers to every evaluation; `may_end` says when."""
+    """Gives the same answers to every evaluation, as soon as `may_end` allows."""
 
     def __init__(self, evaluated: Any) -> None:
         self.evaluated = evaluated

@@ -1,4 +1,4 @@
-"""Where things are in the checkout."""
+"""The paths of things in the checkout."""
 
 import subprocess
 from pathlib import Path
@@ -7,7 +7,7 @@ ROOT = Path(__file__).parents[2]
 CHART = ROOT / "charts" / "asyncrl"
 EXAMPLES = ROOT / "examples"
 USER_CODE = ROOT / "tests" / "support" / "user_code"
-"""On the import path of jobs under test, as what lies beside a manifest is."""
+"""A folder on the import path of jobs under test, just as the folder of a manifest is."""
 
 
 def files_of_the_checkout() -> list[str]:

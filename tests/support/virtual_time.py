@@ -9,7 +9,7 @@ T = TypeVar("T")
 
 
 class _Jumps(selectors.SelectSelector):
-    """Waits for nothing: where there is nothing to read, time jumps to the next timer."""
+    """Never waits: when there is nothing to read, time jumps to the next timer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class _Jumps(selectors.SelectSelector):
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
-    """A loop for tasks of this process alone; `time()` begins at 0."""
+    """A loop for tasks of this process only; `time()` begins at 0."""
 
     def __init__(self) -> None:
         self._jumps = _Jumps()

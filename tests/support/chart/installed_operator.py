@@ -9,16 +9,16 @@ NAMESPACE, RELEASE, DEPLOYMENT = "asyncrl", "asyncrl", "deployment/asyncrl-opera
 
 
 class Operator(Protocol):
-    """An operator that a test may end without a word."""
+    """An operator that a test may kill at any time."""
 
     def start(self) -> None:
-        """Return once it is at work."""
+        """Return once it is working."""
 
     def kill(self) -> None: ...
 
 
 class InstalledOperator:
-    """A release in a namespace of the restricted level; its pod is made again whenever it is deleted."""
+    """A release in a namespace of the restricted level; its pod is created again whenever it is deleted."""
 
     def __init__(self, nodes: NodeCluster) -> None:
         self._nodes = nodes

@@ -12,13 +12,13 @@ from support.paths import CHART
 
 RELEASE, NAMESPACE = "asyncrl", "asyncrl-system"
 NAME = "asyncrl-operator"
-"""Of the release's Deployment, ServiceAccount and Roles."""
+"""The name of the release's Deployment, ServiceAccount and Roles."""
 
 Object = dict[str, Any]
 
 
 def helm(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run helm without a cluster; the caller looks at how it ended."""
+    """Run helm without a cluster; the caller checks how it ended."""
     folder = os.environ.get("KUBEBUILDER_ASSETS")
     if not folder:
         pytest.skip("KUBEBUILDER_ASSETS is not set: it names the folder with helm")
@@ -34,12 +34,12 @@ def render(*settings: str, chart: Path = CHART) -> list[Object]:
 
 
 def sets(settings: tuple[str, ...]) -> list[str]:
-    """Return values as helm's options."""
+    """Return values as options for helm."""
     return [part for setting in settings for part in ("--set", setting)]
 
 
 def only(objects: list[Object], kind: str, suffix: str = "") -> Object:
-    """Return the one object of a kind whose name ends so."""
+    """Return the only object of a kind whose name ends with this."""
     [found] = [each for each in objects if each["kind"] == kind and each["metadata"]["name"].endswith(suffix)]
     return found
 

@@ -1,4 +1,4 @@
-"""What a call of the API in memory is about, what its answer says, and what a watch tells. Pure."""
+"""The calls of the API in memory: what each is about, its answer, and the events of a watch. Pure."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,11 +11,11 @@ from support.cluster.field_managers import LackingError
 
 T = TypeVar("T")
 Place = tuple[str, str, str]
-"""Plural, namespace, name."""
+"""The plural, namespace and name of an object."""
 
 
 class RefusalError(Exception):
-    """An answer of status 400 or more."""
+    """An answer with a status of 400 or more."""
 
     def __init__(self, status: int, reason: str, message: str, *causes: str) -> None:
         super().__init__(message)
@@ -53,7 +53,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Target:
-    """What a path is about."""
+    """The collection or object that a path stands for."""
 
     resource: Resource
     namespace: str
@@ -66,23 +66,23 @@ class Target:
 
     @property
     def quoted(self) -> str:
-        """As errors name it."""
+        """The name that errors use for it."""
         return f'{".".join(filter(None, (self.resource.plural, self.group)))} "{self.name}"'
 
     @property
     def group(self) -> str:
-        """Empty for the first kinds of Kubernetes."""
+        """The API group; empty for the core kinds of Kubernetes."""
         return self.resource.api_version.rpartition("/")[0]
 
 
 def invalid(target: Target, message: str) -> RefusalError:
-    """Return the refusal of an object that is not valid."""
+    """Return the refusal of an invalid object."""
     kind = ".".join(filter(None, (target.resource.kind, target.group)))
     return RefusalError(422, "Invalid", f'{kind} "{target.name}" is invalid: {message}')
 
 
 def conflict(target: Target, why: str) -> RefusalError:
-    """Return the refusal of a write that is about another state of an object."""
+    """Return the refusal of a write that was made for another state of the object."""
     message = f"Operation cannot be fulfilled on {target.quoted}: {why}"
     return RefusalError(409, "Conflict", message)
 
@@ -93,7 +93,7 @@ def is_within(body: Json, target: Target) -> bool:
 
 
 def event_of(change: Change, target: Target, matches: Callable[[Json], bool]) -> Json | None:
-    """Return what a watch tells of a change: an object that no longer matches its selector is gone."""
+    """Return the event that a watch gets for a change; what its selector no longer matches is gone."""
     if change.resource is not target.resource or not is_within(change.after or change.before or {}, target):
         return None
     was_in = change.before is not None and matches(change.before)
@@ -105,7 +105,7 @@ def event_of(change: Change, target: Target, matches: Callable[[Json], bool]) ->
 
 
 def selection(query: dict[str, str]) -> Callable[[Json], bool]:
-    """Return whether an object is asked for by labels and fields."""
+    """Return whether an object matches the label and field selectors."""
     labels = [each.partition("=") for each in query.get("labelSelector", "").split(",") if each]
     fields = [each.partition("=") for each in query.get("fieldSelector", "").split(",") if each]
     is_simple = not any(set(name) & set("!() ") for name, _, _ in (*labels, *fields))
@@ -128,7 +128,7 @@ def _field(body: Any, path: str) -> str:
 
 
 def stored_by(schema: Json, value: Any) -> Any:
-    """Return a value as a structural schema has it stored: defaults put in, unknown fields left out."""
+    """Return a value as it is stored under a structural schema: with defaults, without unknown fields."""
     if isinstance(value, list):
         return [stored_by(schema.get("items", {}), each) for each in value]
     if not isinstance(value, dict):
@@ -149,7 +149,7 @@ def stored_by(schema: Json, value: Any) -> Any:
 
 
 def copied(body: T) -> T:
-    """Return an object of its own with the same in it, as one that has been sent and read."""
+    """Return an independent copy of an object, as if it had been sent and read."""
     copy: T = msgspec.json.decode(encoded(body))
     return copy
 

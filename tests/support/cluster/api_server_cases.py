@@ -1,6 +1,7 @@
 """What the operator relies on in an API server, asked through its own client.
 
-The same cases for the API server in memory, which unit tests use, and for a real one, which it is held to.
+The same cases run against the API server in memory, which unit tests use, and against a real one, by which it
+is judged.
 """
 
 import asyncio
@@ -34,7 +35,7 @@ QUOTA_TRIES = 100
 
 
 def case(function: Case) -> Case:
-    """Note a case; it is given a client and a namespace of its own."""
+    """Register a case; it gets a client, and a namespace of its own."""
     CASES.append(function)
     return function
 
@@ -65,7 +66,7 @@ CONFINED = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}
 
 
 async def refused(call: Awaitable[Any]) -> ApiError:
-    """Return what a call is refused with."""
+    """Return the error with which a call is refused."""
     with pytest.raises(ApiError) as error:
         await call
     return error.value
@@ -436,7 +437,7 @@ async def a_watch_from_a_version_that_is_forgotten_is_expired(api: Api, ns: str)
 
 
 async def as_somebody(api: Api, path: str, patch: Json) -> Json:
-    """Change an object as another client does."""
+    """Change an object as another client would."""
     body = await api._call("PATCH", path, {"fieldManager": "somebody"}, patch, "application/merge-patch+json")
     return body
 

@@ -14,7 +14,7 @@ from typing import Any
 NODES, GPUS = 4, 8
 WAIT_SECONDS = 60
 SIZE = {"storage": "1Gi"}
-"""Of a claim; nobody looks."""
+"""The size of a claim, which nobody checks."""
 
 
 class Cluster:
@@ -34,7 +34,7 @@ class Cluster:
         return done.stdout.strip()
 
     def start(self, nodes: int = NODES) -> None:
-        """Start it; without nodes, any API server will do."""
+        """Start it; for tests without nodes any API server will do."""
         self.kubeup("start")
         if nodes:
             self.kubeup("kwok", "start", "--nodes", str(nodes), "--gpus", str(GPUS))
@@ -46,12 +46,12 @@ class Cluster:
 
     @property
     def environment(self) -> dict[str, str]:
-        """For programs that talk to this cluster."""
+        """The environment of programs that talk to this cluster."""
         path = f"{self.programs}{os.pathsep}{os.environ['PATH']}"
         return {**os.environ, "KUBECONFIG": self.kubeconfig, "PATH": path}
 
     def run(self, *command: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
-        """Run a program (kubectl, helm) against this cluster; the caller looks at how it ended."""
+        """Run a program (kubectl, helm) against this cluster; the caller checks how it ended."""
         return subprocess.run(
             command,
             check=False,
@@ -75,7 +75,7 @@ class Cluster:
         return self.kubectl(*where, "apply", "-f", "-", stdin=text)
 
     def apply_crd(self, path: Path) -> None:
-        """Apply a CRD, and wait until its objects are served; just made, it has no condition to wait for."""
+        """Apply a CRD, and wait until its objects are served; at first it has no condition to wait for."""
         self.kubectl("apply", "--server-side", "-f", str(path))
         deadline = time.monotonic() + WAIT_SECONDS
         established = ["wait", "--for=condition=Established", "--timeout=5s", "-f", str(path)]
@@ -97,7 +97,7 @@ class Cluster:
 
     @contextmanager
     def proxy(self) -> Iterator[str]:
-        """Give the address of a `kubectl proxy`: the API over plain HTTP, with the rights of the tests."""
+        """Provide the address of a `kubectl proxy`: the API over plain HTTP, with the rights of the tests."""
         command = ["kubectl", "proxy", "--port=0"]
         process = subprocess.Popen(command, env=self.environment, text=True, stdout=subprocess.PIPE)
         try:
@@ -137,14 +137,14 @@ def claim_of_folder(namespace: str, name: str, folder: str, modes: list[str]) ->
 
 @contextmanager
 def making_namespace(cluster: Cluster) -> Iterator[str]:
-    """Make a namespace of the restricted pod security level, and delete it without waiting for that."""
+    """Provide a namespace of the restricted pod security level; delete it at the end without waiting."""
     name = f"t-{uuid.uuid4().hex[:8]}"
     labels = {"pod-security.kubernetes.io/enforce": "restricted"}
     cluster.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}})
     wait = ["wait", "--for=create", "serviceaccount/default", "--timeout=30s"]
     cluster.kubectl("-n", name, *wait)  # pods need it
     yield name
-    # Jobs first: a namespace waits for the grace of its pods before it deletes the rest, and until then an
+    # Jobs first: a namespace waits for its pods' grace periods before it deletes the rest, and until then an
     # operator is refused there.
     cluster.run("kubectl", "-n", name, "delete", "asyncrljobs", "--all", "--wait=false")
     cluster.kubectl("delete", "namespace", name, "--wait=false")

@@ -1,7 +1,7 @@
 """What Kubernetes does with the objects of an API server in memory: its controllers, scheduler and kubelets.
 
-As far as the operator can tell. They act when they are told, once for each call of `settle`, so a test
-decides what happens between which two passes.
+They are complete as far as the operator can tell. They act only when told, once for each call of `settle`, so
+that a test decides what happens between which two passes.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ MERGE = "application/merge-patch+json"
 
 
 class Controllers:
-    """Everybody who acts in a cluster but its users and the operator.
+    """Everybody who acts in a cluster except its users and the operator.
 
     Args:
         clock: Unix time, seconds.
@@ -41,15 +41,15 @@ class Controllers:
         self._clock = clock
         self._numbers = count(1)
         self._held: set[str] = set()
-        """Groups whose new pods find no node."""
+        """The groups whose new pods find no node."""
         self._settled_at = 0
-        """Version of the server at which there was nothing left to do; 0: none."""
+        """The server's version at which there was nothing left to do; 0: none so far."""
         for number in range(NUM_NODES):
             node: Json = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": f"n{number}"}}
             self._ask("POST", NODES.path(None), node | {"status": self._ready()})
 
     def settle(self) -> None:
-        """Let each of them do what there is to do now."""
+        """Let each of them do everything that there is to do now."""
         if (version := self._server.version) == self._settled_at:
             return
         self._collect_garbage()
@@ -85,7 +85,7 @@ class Controllers:
             self.say(PODS, pod, {"phase": phase, "conditions": conditions, "containerStatuses": [status]})
 
     def set_ready(self, pod: Json, is_ready: bool) -> None:
-        """Have kubelet find a pod ready, or not."""
+        """Let the kubelet find a pod ready or not ready."""
         self.say(PODS, pod, {"conditions": [self._condition("Ready", is_ready)]})
 
     def say(self, resource: Resource, body: Json, status: Json) -> None:
@@ -97,7 +97,7 @@ class Controllers:
     # -- controllers
 
     def _collect_garbage(self) -> None:
-        """Delete what has lost its owner, and let go what only waited for its dependents."""
+        """Delete objects whose owners are gone, and release those that only waited for their dependents."""
         owned = [
             (resource, body) for resource in (*CHILDREN, SECRETS, PODS) for body in self._server.all(resource)
         ]
@@ -161,7 +161,7 @@ class Controllers:
                 self._make_pod(STATEFUL_SETS, group, pod_name)
 
     def _make_pod(self, resource: Resource, owner: Json, name: str) -> None:
-        """Make a pod, or say on the owner why it is refused."""
+        """Create a pod, or report why it is refused in the status of its owner."""
         metadata, template = owner["metadata"], owner["spec"]["template"]
         reference = {"apiVersion": resource.api_version, "kind": resource.kind, "controller": True}
         reference |= {"name": metadata["name"], "uid": metadata["uid"]}

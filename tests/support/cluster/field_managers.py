@@ -1,6 +1,6 @@
-"""Server-side apply: who set which field, and what an object is once one of them has applied. Pure.
+"""Server-side apply: who set which field, and what an object becomes when a manager applies. Pure.
 
-Enough for the objects that the operator renders: a list whose kind of merge is not in the tables is an error.
+It suffices for the objects that the operator renders; a list that no table says how to merge is an error.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -8,9 +8,9 @@ from typing import Any
 
 Json = dict[str, Any]
 Path = tuple[object, ...]
-"""Names of fields; an entry of a list that is merged by keys is a tuple of their values."""
+"""The names of fields; an entry of a list that is merged by keys appears as the tuple of their values."""
 Manager = tuple[str, str]
-"""Name and operation, Apply or Update: the same client is two managers if it does both."""
+"""A name and an operation, Apply or Update; a client that does both is two managers."""
 Owners = dict[Manager, frozenset[Path]]
 
 KEYS: Mapping[tuple[str, str], tuple[str, ...]] = {
@@ -24,29 +24,29 @@ KEYS: Mapping[tuple[str, str], tuple[str, ...]] = {
     ("containers", "ports"): ("containerPort", "protocol"),
     ("containers", "volumeMounts"): ("mountPath",),
 }
-"""Lists that are merged, by the field that they are in: their entries are known by these fields."""
+"""The lists that are merged, by the field that they are in, with the fields that identify their entries."""
 KEY_DEFAULTS = {"protocol": "TCP"}
 ATOMIC = {
     *("accessModes", "envFrom", "from", "ingress", "items", "onPodConditions", "rules", "subjects"),
     *("preferredDuringSchedulingIgnoredDuringExecution", "tolerations", "volumeClaimTemplates"),
 }
-"""Lists of maps that are replaced as a whole, as all lists of numbers and strings are taken to be."""
+"""The lists of maps that are replaced as a whole, as all lists of numbers and strings are."""
 NOT_OWNED = {
     *(("apiVersion",), ("kind",), ("status",)),
     *(("metadata", name) for name in ("name", "namespace", "uid", "resourceVersion", "generation")),
     *(("metadata", name) for name in ("creationTimestamp", "deletionTimestamp", "managedFields")),
 }
-"""Fields that are the server's; and the status, which nobody applies here."""
+"""The fields that belong to the server, and the status, which nobody applies here."""
 
 
 class LackingError(NotImplementedError):
-    """The API server in memory does not know how Kubernetes does this: it is to be taught, or left alone."""
+    """The API server in memory does not know how Kubernetes does this: teach it, or do without."""
 
 
 def applied(live: Json, owners: Owners, wanted: Json, name: str) -> tuple[Json, Owners]:
-    """Return an object once a manager has applied `wanted` by force, and who owns what then.
+    """Return an object after a manager has applied `wanted` by force, and who then owns what.
 
-    What the manager applied before and leaves out now goes, unless somebody else owns it too.
+    What the manager applied before and now leaves out is removed, unless somebody else owns it too.
     """
     manager = (name, "Apply")
     fields = frozenset(leaves_of(wanted))
@@ -63,7 +63,7 @@ def applied(live: Json, owners: Owners, wanted: Json, name: str) -> tuple[Json, 
 
 
 def updated(live: Json, owners: Owners, result: Json, name: str) -> Owners:
-    """Return who owns what once a manager has changed an object without applying: what it has changed."""
+    """Return who owns what after a manager changed an object without applying: it owns what it changed."""
     before, after = leaves_of(live), leaves_of(result)
     changed = (after.keys() - before.keys()) | _differences(before, after)
     found = {each: held - changed - (before.keys() - after.keys()) for each, held in owners.items()}
@@ -73,7 +73,7 @@ def updated(live: Json, owners: Owners, result: Json, name: str) -> Owners:
 
 
 def _differences(before: Mapping[Path, Any], after: Mapping[Path, Any]) -> set[Path]:
-    """Return the leaves that have another value; entries of a list several may own, whatever is in them."""
+    """Return the leaves whose values differ; several managers may own a list's entry, whatever is in it."""
     return {path for path, value in after.items() if path not in before or value != before[path]} - {
         path for path in after if isinstance(path[-1], tuple)
     }
@@ -113,10 +113,10 @@ def _leaves(value: Any, path: Path) -> Iterator[tuple[Path, Any]]:
 
 
 def _keys(path: Path, value: Iterable[Any]) -> tuple[str, ...]:
-    """Return what the entries of a list are known by; empty for a list that is one value.
+    """Return the fields that identify the entries of a list; empty for a list that is one value.
 
     Raises:
-        LackingError: of a list that is in neither table.
+        LackingError: the list is in neither table.
     """
     names = [each for each in path if isinstance(each, str)]
     name, parent = names[-1], names[-2] if len(names) > 1 else ""
@@ -151,7 +151,7 @@ def _merged(under: Any, over: Any, path: Path = ()) -> Any:
 
 
 def _without(value: Any, path: Path, done: Path = ()) -> Any:
-    """Return a document without what stands at a path, and without the maps and lists that this empties."""
+    """Return a document without the value at a path, and without the maps and lists that this empties."""
     step, rest = path[0], path[1:]
     if isinstance(value, list) and isinstance(step, tuple):
         keys = _keys(done, value)

@@ -1,7 +1,8 @@
 """AsyncRLJobs as GitOps tools find them: one for each row of the table in docs/gitops.md.
 
-The objects are what the operator writes: each row is brought about in the cluster in memory and has the
-status of the planner's last pass. Only a queue is not there yet, so that status comes from `describe` alone.
+The objects are as the operator writes them: each row's situation is brought about in the cluster in memory,
+and has the status of the planner's last pass. There is no queue yet, so the status of its row comes from
+`describe` alone.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,7 +20,7 @@ Object = dict[str, Any]
 
 @dataclass(frozen=True)
 class Row:
-    """A situation, and how each tool is to read it."""
+    """A situation, and how each tool should read it."""
 
     make: Callable[[], Object]
     kstatus: str
@@ -62,12 +63,12 @@ def _at_rest(cluster: ModelCluster, phase: str) -> Object:
 
 
 def just_created() -> Object:
-    """As the API server stores it, with the default of `status`."""
+    """Return the object as the API server stores it, with the default of `status`."""
     return _object(make_spec(), Status(), 1) | {"status": {"observedGeneration": -1}}
 
 
 def edited() -> Object:
-    """A spec that the operator has not come to yet."""
+    """A spec that the operator has not seen yet."""
     cluster = _running()
     cluster.edit(training={"maxSteps": 20})
     return _seen(cluster)
@@ -166,7 +167,7 @@ def failed() -> Object:
 
 
 def deleted() -> Object:
-    """While its children are being deleted in the foreground."""
+    """A job whose children are being deleted in the foreground."""
     found = running()
     found["metadata"] |= {
         "deletionTimestamp": "2027-01-15T08:00:00Z",

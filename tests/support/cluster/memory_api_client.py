@@ -1,4 +1,4 @@
-"""What stands below `Api` in a test: a client that asks the API server in memory, and can fail on the way."""
+"""The client below `Api` in a test: it asks the API server in memory, and its calls can fail on the way."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing
@@ -54,13 +54,13 @@ Send = Callable[[Request], Awaitable[MemoryResponse]]
 
 @dataclass(frozen=True)
 class Answer:
-    """What `call_api` gives."""
+    """The result of `call_api`."""
 
     response: MemoryResponse
 
 
 async def pass_on(request: Request, send: Send) -> MemoryResponse:
-    """Carry a call out, and nothing else."""
+    """Carry out a call, and nothing else."""
     return await send(request)
 
 
@@ -68,7 +68,7 @@ class MemoryApiClient:
     """Does for `Api` what `kubernetes.aio.ApiClient` does.
 
     Args:
-        on_the_way: is given each call and what carries it out; decides what comes of it.
+        on_the_way: gets each call with the function that carries it out, and decides what comes of it.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class MemoryApiClient:
         """Send a call.
 
         Raises:
-            aiohttp.ClientError: it does not arrive, or its answer does not.
+            aiohttp.ClientError: the call or its answer does not arrive.
         """
         parts = urlsplit(url)
         query = dict(parse_qsl(parts.query, keep_blank_values=True))

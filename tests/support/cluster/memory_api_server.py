@@ -1,10 +1,10 @@
 """An API server in memory, for tests in which the operator's own client, caches and passes are at work.
 
-It knows what the operator uses, as Kubernetes does it: server-side apply by force, merge patches, the status
+It does what the operator uses, as Kubernetes does it: server-side apply by force, merge patches, a status
 apart from the rest, deletion, quotas of counts, pages, watches from a version on. `api_server_cases.py` holds
-it to a real one. What it lacks it refuses with a LackingError, which no test survives. Of built-in kinds it
-has neither schemas nor defaults, but for what may not change; it does not show `managedFields`; and whoever
-asks may do anything (RBAC is for tests/cluster). A quota counts as soon as it is there.
+it to a real one. It refuses what it lacks with a LackingError, which no test survives. For built-in kinds it
+has neither schemas nor defaults, only what must not change; it does not show `managedFields`; and everybody
+may do anything (RBAC is left to tests/cluster). A quota counts as soon as it exists.
 """
 
 import asyncio
@@ -83,9 +83,9 @@ class MemoryApiServer:
     def __init__(self, crd: Json, clock: Callable[[], float]) -> None:
         self.crd = copied(crd)
         self.lacked: list[LackingError] = []
-        """What was asked for and is not there."""
+        """What was asked for and does not exist."""
         self.made: list[str] = []
-        """Kind and name of all objects that there have ever been."""
+        """The kind and name of every object that there has ever been."""
         self._clock = clock
         self._objects: dict[Place, Stored] = {}
         self._changes: list[Change] = []
@@ -95,7 +95,7 @@ class MemoryApiServer:
         self._watches: list[asyncio.Queue[Change | None]] = []
 
     def answer(self, request: Request) -> tuple[int, Json]:
-        """Return status and body of the answer to a call that is no watch."""
+        """Return the status and body of the answer to a call that is not a watch."""
         try:
             return self._answer(request)
         except RefusalError as refusal:
@@ -106,7 +106,7 @@ class MemoryApiServer:
 
     @property
     def version(self) -> int:
-        """Of the last change."""
+        """The version of the last change."""
         return self._version
 
     def all(self, resource: Resource) -> list[Json]:
@@ -115,19 +115,19 @@ class MemoryApiServer:
         return [copied(self._objects[place].body) for place in found]
 
     def store(self, resource: Resource, body: Json) -> None:
-        """Put an object as it is over the one of its name, as one that an earlier version has written."""
+        """Replace the object of this name by one as it is, as if an earlier version had written it."""
         place = (resource.plural, body["metadata"].get("namespace", ""), body["metadata"]["name"])
         owners = self._objects[place].owners if place in self._objects else {}
         self._commit(resource, place, Stored(copied(body), owners))
 
     def forget(self) -> None:
-        """Drop what has happened so far, as etcd does in time: watches and pages from then are expired."""
+        """Drop the history so far, as etcd does in time: older watches and pages are then expired."""
         self._changes.clear()
         self._pages.clear()
         self._forgotten = self._version
 
     def end_watches(self) -> None:
-        """End all watches, as the end of a connection does."""
+        """End all watches, as the loss of a connection would."""
         for each in self._watches:
             each.put_nowait(None)
 
@@ -288,7 +288,7 @@ class MemoryApiServer:
         return gone if target.resource is PODS else done
 
     def _grace(self, resource: Resource, body: Json, options: Json) -> float:
-        """Return for how long a pod goes on; one that has no node, or has ended, goes at once."""
+        """Return how long a deleted pod goes on; one that has no node, or has ended, goes at once."""
         spec, phase = body.get("spec", {}), body.get("status", {}).get("phase")
         if resource is not PODS or not spec.get("nodeName") or phase in ("Succeeded", "Failed"):
             return 0.0
@@ -322,7 +322,7 @@ class MemoryApiServer:
         return self._commit(target.resource, target.place, Stored(body, made.owners))
 
     def _change(self, target: Target, live: Stored, changed: Stored, sent: Json, *, is_dry_run: bool) -> Json:
-        """Keep what a write may change of an object; one that changes nothing leaves its version."""
+        """Store what a write may change of an object; a write that changes nothing keeps the version."""
         old, given = live.body["metadata"], sent.get("metadata", {})
         if given.get("resourceVersion", old["resourceVersion"]) != old["resourceVersion"]:
             what = (
@@ -349,7 +349,7 @@ class MemoryApiServer:
         return self._commit(target.resource, target.place, Stored(body, changed.owners))
 
     def _commit(self, resource: Resource, place: Place, stored: Stored | None) -> Json:
-        """Carry a change out, tell of it, and return the object as it is then, or was last."""
+        """Make a change, tell the watches, and return the object as it is then or was last."""
         self._version += 1
         before = self._objects[place].body if place in self._objects else None
         if stored is None:
@@ -370,10 +370,10 @@ class MemoryApiServer:
     # -- rules
 
     def _checked(self, target: Target, body: Json, live: Json | None) -> Json:
-        """Return an object with what its kind makes of it.
+        """Return an object after the rules of its kind.
 
         Raises:
-            RefusalError: it is not valid, or has changed where it may not.
+            RefusalError: it is invalid, or a field has changed that must not.
         """
         resource = target.resource
         if resource is ASYNCRL_JOBS:

@@ -1,7 +1,7 @@
 """A cluster in memory for the planner: its controllers, kubelets and nodes, as far as it matters.
 
-Everything happens one step at a time and only when told, so that a test decides what happens between which
-two passes of the operator.
+Everything happens one step at a time and only when a test says so; it decides what happens between which two
+passes of the operator.
 """
 
 from collections.abc import Callable, Mapping
@@ -66,7 +66,7 @@ class ModelCluster:
     report: Report | None = None
     attempts_began: dict[int, Values] = field(default_factory=dict)
     templates_began: dict[str, Values] = field(default_factory=dict)
-    """What the run configurations hold, which are made once."""
+    """The contents of the run configurations, which never change."""
     problem: Problem | None = None
     has_children: bool = False
     events: list[Event] = field(default_factory=list)
@@ -95,7 +95,7 @@ class ModelCluster:
         """Run one pass.
 
         Args:
-            dies_after: the operator is killed after so many writes; None: it is not.
+            dies_after: the number of writes after which the operator is killed; None: it is not killed.
         """
         outcome = self.decide()
         writes = self._writes(outcome)
@@ -164,7 +164,7 @@ class ModelCluster:
     # -- the cluster's controllers, kubelets and nodes
 
     def settle(self) -> None:
-        """Let controllers and kubelets do what there is to do."""
+        """Let controllers and kubelets do everything that there is to do."""
         self._run_jobs()
         self._run_set(self.messaging, "messaging", 0)
         self._run_set(self.rollout, "rollout", gpus_per_replica(self.spec))
@@ -238,7 +238,7 @@ class ModelCluster:
         self.replace(parse_spec(merge(self.values, overrides)))
 
     def replace(self, spec: Spec) -> None:
-        """Have another spec in place of the one there is, as `kubectl replace` would."""
+        """Replace the spec with another one, as `kubectl replace` would."""
         self.spec = spec
         self.generation += 1
 
@@ -257,7 +257,7 @@ class ModelCluster:
                 self.delete_pod(pod.name)
 
     def trainer_exits(self, code: int, reason: str = "Error") -> None:
-        """End the running trainer: all its pods with 0, else the first."""
+        """End the running trainer: with code 0 all its pods end, with another code only the first."""
         pods = [pod for pod in self.pods.values() if pod.group == "trainer" and pod.phase == "Running"]
         for pod in pods if code == 0 else pods[:1]:
             self.pods[pod.name] = replace(
@@ -274,13 +274,13 @@ class ModelCluster:
         self.nodes[name] = Node(True, self.now)
 
     def reports(self, **values: Any) -> None:
-        """Have the present attempt report."""
+        """Let the present attempt report."""
         number = self.status.attempt.number if self.status.attempt else 1
         base = {"attempt": number, "step": 1, "max_steps": 9, "state": "Training", "time": to_text(self.now)}
         self.report = Report.model_validate(base | values)
 
     def run_until_still(self, rounds: int = 60) -> None:
-        """Let everything happen until nothing does, time passing where the operator waits for it.
+        """Run until nothing happens any more, letting time pass whenever the operator waits for it.
 
         Raises:
             AssertionError: it does not come to rest.
@@ -297,12 +297,12 @@ class ModelCluster:
 
     @property
     def phase(self) -> str:
-        """Of the status, anew each time."""
+        """The status, parsed anew each time."""
         return str(self.status.phase)
 
     @property
     def is_at_rest(self) -> bool:
-        """Whether the job is where only its user or a fault moves it on, whatever clocks still run."""
+        """Whether only its user or a fault can move the job on, whatever clocks still run."""
         is_settled = self.status.phase in ("Running", "Suspended", "Succeeded", "Failed")
         return is_settled and not any(pod.deleted_at for pod in self.pods.values())
 
@@ -324,7 +324,7 @@ class ModelCluster:
 
     @property
     def claimed(self) -> int:
-        """GPUs that pods hold, or will once the controllers have acted."""
+        """The GPUs that pods hold, or will hold once the controllers have acted."""
         trainers = sum(pod.gpus for pod in self.pods.values() if pod.group == "trainer" and pod.is_alive)
         rollouts = sum(pod.gpus for pod in self.pods.values() if pod.group == "rollout" and pod.is_alive)
         jobs = [

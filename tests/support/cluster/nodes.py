@@ -1,7 +1,7 @@
 """A Kubernetes with real nodes for tests: pods run, from our images or on the checkout's own `.venv`.
 
 In the second case the image holds nothing: /usr, the environment and the checkout are mounted read-only, by
-claims, which namespaces of the restricted level allow. An edit is in the next pod, and no image is built.
+claims, which namespaces of the restricted level allow. The next pod has every edit, and no image is built.
 """
 
 import os
@@ -63,7 +63,7 @@ class NodeCluster(Cluster):
         self.kubeup("volumes", str(VOLUMES))
 
     def start_node(self, *names: str, images: list[str] | None = None) -> None:
-        """Start nodes; one that has died boots again with its disk."""
+        """Start nodes; a node that has died boots again with its disk."""
         more = ["--image", *images] if images else []
         self.kubeup("node", "start", *names, "--gpus", str(GPUS), *more)
 
@@ -71,12 +71,12 @@ class NodeCluster(Cluster):
         self.kubeup("node", "kill", name)
 
     def kill_process(self, node: str, pattern: str) -> None:
-        """SIGKILL the processes of a node whose command line matches; they need not be there."""
+        """Kill with SIGKILL those processes of a node whose command line matches, if there are any."""
         done = self._on_node(node, "pkill", "-9", "-f", pattern)
         assert done.returncode in (0, 1), done.stderr
 
     def tag_image(self, image: str, name: str) -> None:
-        """Give an image that the nodes have one more name."""
+        """Give another name to an image that the nodes have."""
         for node in NODES:
             done = self._on_node(node, "ctr", "-n", "k8s.io", "images", "tag", "--force", image, name)
             assert done.returncode == 0, done.stderr

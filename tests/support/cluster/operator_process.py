@@ -19,7 +19,7 @@ from support.cluster.control_plane import Cluster, claim_of_folder
 from support.paths import ROOT
 
 HOME = "asyncrl-system"
-"""Namespace of the operator's ServiceAccount."""
+"""The namespace of the operator's ServiceAccount."""
 SECONDS = 60.0
 STOP_SECONDS = 10.0
 
@@ -54,7 +54,7 @@ def eventually(what: str, holds: Callable[[], Any], seconds: float = SECONDS) ->
     """Return what `holds` returns once it is true.
 
     Raises:
-        AssertionError: it is not within the time; says what was waited for.
+        AssertionError: it has not become true in time; says what was waited for.
     """
     deadline = time.monotonic() + seconds
     while not (found := holds()):
@@ -114,13 +114,13 @@ class OperatorProcess:
         return self._popen.pid
 
     def kill(self) -> None:
-        """End it without a word."""
+        """Kill it."""
         assert self._popen is not None
         self._popen.kill()
         self._popen.wait()
 
     def stop(self) -> float:
-        """End it as kubelet does; return how many seconds it took."""
+        """End it as the kubelet does; return how many seconds that took."""
         assert self._popen is not None
         began = time.monotonic()
         self._popen.send_signal(signal.SIGTERM)
@@ -148,7 +148,7 @@ class OperatorProcess:
         )
 
     def is_healthy(self) -> bool:
-        """Whether its liveness endpoint answers that it is."""
+        """Whether its liveness endpoint answers that it is alive."""
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{self._liveness}/healthz", timeout=5) as answer:
                 return int(answer.status) == 200
@@ -162,7 +162,7 @@ class OperatorProcess:
 
 @contextlib.contextmanager
 def running_operator(kubeconfig: Path, folder: Path, **settings: str) -> Iterator[OperatorProcess]:
-    """Run an operator for a while; one that the test has ended already is no matter."""
+    """Run an operator during the body, which may end it itself."""
     operator = OperatorProcess(kubeconfig, folder, **settings)
     try:
         operator.start()
@@ -200,7 +200,7 @@ class Job:
         self.kubectl("patch", "asyncrljob", self.name, "--type=merge", "-p", json.dumps({"spec": spec}))
 
     def delete(self) -> None:
-        """Delete it, without waiting; one that is gone is no matter."""
+        """Delete it if it still exists, without waiting."""
         self.kubectl("delete", "asyncrljob", self.name, "--wait=false", "--ignore-not-found")
 
     def report(self, step: int = 1, **values: Any) -> bool:
@@ -233,7 +233,7 @@ class Job:
         return str(self.condition(condition)["message"])
 
     def condition(self, kind: str) -> dict[str, Any]:
-        """Return a condition; one that is not there is Absent."""
+        """Return a condition; Absent if there is none."""
         found = self.status().get("conditions", ())
         absent = {"status": "Absent", "reason": "", "message": ""}
         return next((each for each in found if each["type"] == kind), absent)
@@ -252,7 +252,7 @@ class Job:
         return sorted(each["metadata"]["name"] for each in self.children(kind))
 
     def events(self) -> dict[str, int]:
-        """Return how often each reason was told about the job."""
+        """Return how many Events about the job have each reason."""
         counts: dict[str, int] = {}
         for event in self._cluster.list(self.namespace, "events"):
             if event["involvedObject"]["kind"] == "AsyncRLJob":

@@ -17,7 +17,7 @@ from support.paths import EXAMPLES
 
 GRACE_SECONDS = 20
 STEP_SECONDS = 180
-"""For the next step, the start of all pods included."""
+"""The time for the next step, including the start of all pods."""
 
 
 class RunningJob(Job):
@@ -33,7 +33,7 @@ class RunningJob(Job):
 
     @property
     def folder(self) -> Path:
-        """Where its checkpoints lie on this machine."""
+        """The folder of its checkpoints on this machine."""
         return self._nodes.folder_of(self.namespace, "checkpoints") / self.namespace / self.name
 
     def step(self) -> int:
@@ -59,12 +59,12 @@ class RunningJob(Job):
         ]
 
     def ready_pods(self, group: str) -> dict[str, dict[str, Any]]:
-        """Return those of a group that are ready, by their names."""
+        """Return the pods of a group that are ready, by their names."""
         found = {str(pod["metadata"]["name"]): pod for pod in self.pods(group)}
         return {name: pod for name, pod in found.items() if ready_at(pod)}
 
     def execute(self, group: str, container: str, code: str) -> str:
-        """Run Python in the first pod of a group, with all that the pod has, and return what it prints."""
+        """Run Python code in the first pod of a group, with everything the pod has; return what it prints."""
         [name, *_] = sorted(pod["metadata"]["name"] for pod in self.pods(group))
         return self.kubectl("exec", name, "-c", container, "--", "python3", "-c", code).strip()
 
@@ -74,7 +74,7 @@ class RunningJob(Job):
         return self.kubectl("logs", "-l", labels, "--all-containers", "--tail=20")
 
     def describe(self) -> str:
-        """Return all that there is to see of the job, for the reader of a failed test."""
+        """Return everything that there is to see of the job, for the reader of a failed test."""
         questions = [
             ["get", "arl,jobs,statefulsets,pods", "-o", "wide"],
             ["get", "events", "--sort-by=.lastTimestamp"],
@@ -99,7 +99,7 @@ def ready_at(pod: dict[str, Any]) -> float:
 
 
 def prepare(nodes: NodeCluster, namespace: str) -> None:
-    """Make what the examples find in their namespace."""
+    """Create what the examples need in their namespace."""
     folders = [] if USES_IMAGES else host_claims(namespace)
     nodes.apply(claim("checkpoints"), claim("models"), *folders, namespace=namespace)
 

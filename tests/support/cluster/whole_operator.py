@@ -1,4 +1,4 @@
-"""The whole operator but for kopf, on an API server in memory, in virtual time.
+"""The whole operator except kopf, on an API server in memory, in virtual time.
 
 Caches, passes, reconciler, executor and recorder are the product's, put together as `main.run` does; a task
 that lists and watches AsyncRLJobs stands for kopf.
@@ -49,7 +49,7 @@ BEGAN = 1_800_000_000.0
 """Unix time at which every world begins."""
 NAMESPACE, NAME = "team", "gsm8k"
 TURN_SECONDS = 0.5
-"""Between two turns of the controllers."""
+"""The time between two turns of the controllers."""
 LOOK_SECONDS = 0.25
 WAIT_SECONDS = 120.0
 QUIET_SECONDS = 30.0
@@ -69,14 +69,14 @@ class Operator:
     tasks: list[asyncio.Task[None]] = field(default_factory=list)
 
     async def end(self) -> None:
-        """End it without a word."""
+        """Kill it."""
         for task in self.tasks:
             task.cancel()
         await asyncio.gather(*self.tasks, return_exceptions=True)
 
 
 class World:
-    """A cluster in which the operator runs, and one job of it."""
+    """A cluster in which the operator runs, with one job."""
 
     def __init__(self, on_the_way: OnTheWay = pass_on) -> None:
         self.on_the_way = on_the_way
@@ -84,9 +84,9 @@ class World:
         self.writes: list[str] = []
         """All calls of the operator that change something: verb and path, and status of the answer."""
         self.defaults = DEFAULTS
-        """Of the operator that is started next."""
+        """The defaults of the operator that is started next."""
         self.num_lists = 0
-        """Pages that the operator has asked for."""
+        """The number of pages that the operator has asked for."""
         self.server = MemoryApiServer(CRD, self.now)
         self.server.store(NAMESPACES, {"metadata": {"name": NAMESPACE, "uid": "n1"}})
         self.controllers = Controllers(self.server, self.now)
@@ -144,7 +144,7 @@ class World:
         """Return what `holds` returns once it is true.
 
         Raises:
-            AssertionError: it is not within the time.
+            AssertionError: it has not become true in time.
         """
         deadline = self.now() + seconds
         while not (found := holds()):
@@ -157,7 +157,7 @@ class World:
         """Return once the operator has changed nothing for a while.
 
         Raises:
-            AssertionError: it goes on and on.
+            AssertionError: it does not come to rest.
         """
         for _ in range(20):
             before = len(self.writes)
@@ -232,7 +232,7 @@ class World:
         return str(next(found, ""))
 
     def events(self) -> dict[str, int]:
-        """Return how often each reason was told about the job."""
+        """Return how many Events about the job have each reason."""
         counts: dict[str, int] = {}
         for event in self.server.all(EVENTS):
             if event["involvedObject"]["kind"] == "AsyncRLJob":
@@ -248,13 +248,13 @@ class World:
         return self.groups() == {"messaging": "1/1", "trainer": "1/1", "rollout": "2/2"}
 
     def made(self) -> list[str]:
-        """Return all pods that there have ever been, without what a Job makes up, and what they were for."""
+        """Return all pods and their owners that have ever existed, without the names' random parts."""
         kinds = ("Job ", "StatefulSet ", "Pod ")
         made = (re.sub(r"(-trainer-\d+-\d+)-\d+$", r"\1", each) for each in self.server.made)
         return sorted(each for each in made if each.startswith(kinds))
 
     def outcome(self) -> Json:
-        """Return what the job has come to, and on what ways."""
+        """Return what the job has come to, and how it got there."""
         attempt = self.status()["attempt"]
         return {
             "children": {kind.plural: self.names(kind) for kind in (*CHILDREN, SECRETS)},
@@ -271,7 +271,7 @@ class World:
 
 @asynccontextmanager
 async def running_world(on_the_way: OnTheWay = pass_on) -> AsyncIterator[World]:
-    """Give a world in which controllers and operator run; at the end nothing must have gone wrong in it."""
+    """Provide a world in which controllers and operator run; at its end nothing must have gone wrong."""
     world = World(on_the_way)
 
     async def turn() -> None:

@@ -1,1 +1,1 @@
-"""Engines: tiny models, real processes that serve them, weight groups, workers around them."""
+"""Engines: tiny models, real processes that serve them, weight groups, and workers beside them."""

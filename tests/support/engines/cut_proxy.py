@@ -8,7 +8,7 @@ from typing import Self
 
 
 class CutProxy:
-    """Cuts all connections when so many bytes have come from the server; the bytes at hand are lost."""
+    """Cuts all connections once a number of bytes have come from the server; the bytes at hand are lost."""
 
     def __init__(self, host: str, port: int, cut_after_bytes: Sequence[int]) -> None:
         self._target = (host, port)
@@ -34,7 +34,7 @@ class CutProxy:
         return f"nats://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
 
     def cut(self) -> None:
-        """Reset every connection; what is buffered anywhere on the way is lost."""
+        """Reset every connection; whatever is buffered on the way is lost."""
         for writer in self._writers:
             writer.transport.abort()
         self._writers.clear()

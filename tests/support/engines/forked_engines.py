@@ -25,7 +25,7 @@ class ForkedEngine:
     """An engine on a port of its own, which it keeps when it is started again.
 
     Args:
-        tp_size: it poses as one over so many GPUs.
+        tp_size: the number of GPUs that the engine pretends to have.
     """
 
     def __init__(self, model_folder: Path, tp_size: int = 1) -> None:
@@ -44,19 +44,19 @@ class ForkedEngine:
         self._process.start()
 
     def freeze(self) -> None:
-        """As a process that hangs: it is there, and does not answer."""
+        """Stop it, so that it is like a process that hangs: it exists and does not answer."""
         self._signal(signal.SIGSTOP)
 
     def thaw(self) -> None:
         self._signal(signal.SIGCONT)
 
     def kill(self) -> None:
-        """SIGKILL, and wait for its end."""
+        """Kill it, and wait for its end."""
         self._process.kill()
         self._process.join()
 
     def restart(self) -> None:
-        """As kubelet does for a liveness probe that fails."""
+        """Restart it as the kubelet does when a liveness probe fails."""
         self.kill()
         self._start()
 
@@ -80,21 +80,21 @@ class ForkedEngine:
                 await asyncio.sleep(0.02)
 
     async def post(self, path: str, body: Any = None) -> Any:
-        """The answer to a control call, which must be a 200."""
+        """Return the answer to a control call, which must be a 200."""
         response = await self._http.post(path, json={} if body is None else body)
         assert response.status_code == 200, response.text
         return response.json() if response.content else None
 
     async def load(self, model_folder: Path) -> None:
-        """Replace its weights behind everybody's back."""
+        """Replace its weights without anybody's knowledge."""
         await self.post("/update_weights_from_disk", {"model_path": str(model_folder)})
 
     async def slow_down(self, seconds: float) -> None:
-        """Let each forward pass last so much longer."""
+        """Make each forward pass last this much longer."""
         await self.post("/slow_down", {"forward_sleep_time": seconds})
 
     async def label(self) -> str:
-        """Of the weights it samples with."""
+        """Return the label of the weights that it samples with."""
         label: str = (await self._http.get("/model_info")).json()["weight_version"]
         return label
 
@@ -108,7 +108,7 @@ class ForkedEngine:
             await asyncio.sleep(0.02)
 
     async def checksums(self) -> dict[str, str]:
-        """SHA-256 of each parameter's bytes."""
+        """Return the SHA-256 of each parameter's bytes."""
         answer = await self.post("/weights_checker", {"action": "checksum"})
         checksums: dict[str, str] = answer["ranks"][0]["checksums"]
         return checksums

@@ -61,9 +61,9 @@ class PolicyAndEngines:
         self.publisher = publisher
         self._fleet = fleet
         self.version = PolicyVersion(1, 0)
-        """The one that was published last."""
+        """The version that was published last."""
         self.urls = urls
-        """Of the engines."""
+        """The URLs of the engines."""
 
     @property
     def num_bytes(self) -> int:

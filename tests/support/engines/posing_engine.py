@@ -1,4 +1,4 @@
-"""A CPU engine that poses as one over several GPUs: in a weight group it is that many members.
+"""A CPU engine that poses as one on several GPUs: in a weight group it is that many members.
 
 They are ranks as SGLang's tensor-parallel processes are, one behind the other, each with its own connection
 and buffer. The weights that the model gets are those of the first, once all have received the same.
@@ -25,7 +25,7 @@ SECONDS = timedelta(seconds=60)
 
 
 def pose(tp_size: int) -> None:
-    """Let the engine of this process be one over `tp_size` GPUs."""
+    """Make the engine of this process pose as one on `tp_size` GPUs."""
     PosingLoader.tp_size = tp_size
     vars(app)["WeightLoader"] = PosingLoader
 
@@ -70,7 +70,7 @@ class PosingLoader(WeightLoader):
 
 
 def _join(body: InitGroup, rank: int) -> dist.ProcessGroupGloo:
-    """As `join_group` does, without torch's registry, which takes a group's name once in a process."""
+    """Join as `join_group` does, but without torch's registry, which takes a name only once per process."""
     store: Store = TCPStore(
         body.master_address, body.master_port, body.world_size, is_master=False, timeout=SECONDS
     )

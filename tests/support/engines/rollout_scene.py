@@ -1,4 +1,4 @@
-"""A controller that has nothing but weights, and workers in this process whose engines are real processes.
+"""A controller that only publishes weights, and workers in this process whose engines are real processes.
 
 Faults strike at exact points: right before a worker's n-th call of one of its engine's endpoints.
 """
@@ -56,13 +56,14 @@ from support.jobs.job_harness import build_job
 from support.user_code.harness_data import reward
 
 PHASE_SECONDS = 3.0
-"""Deadline of a phase: short, and long enough for a busy machine."""
+"""The deadline of a phase: short, but long enough for a busy machine."""
 TENSORS_PER_BUCKET = 4
 STORAGE_BYTES = 2**26
 SPEC = build_job(rollout={"maxConcurrency": 4}).spec
 
 attempts = itertools.count(1)
-"""Of the trainer, which this process is again and again: a group's name may not come twice in a process."""
+"""The numbers of the trainer's attempts. This process plays them all, and a group's name must not occur twice
+in a process."""
 
 Strike = Callable[[], Awaitable[None] | None]
 
@@ -76,7 +77,7 @@ class StruckClient(EngineClient):
         self._num_calls: dict[str, int] = {}
 
     def strike(self, path: str, nth: int, strike: Strike) -> None:
-        """Let `strike` happen right before the n-th call of `path` from now on, and raise what it raises."""
+        """Call `strike` right before the n-th call of `path` from now on; what it raises is raised there."""
         self._strikes[path, self._num_calls.get(path, 0) + nth] = strike
 
     async def call(
@@ -91,7 +92,7 @@ class StruckClient(EngineClient):
 
 
 def score(request: ScoreRequest) -> Score | RewardFailure:
-    """As user code would: by the response, but for rows that it cannot score."""
+    """Score as user code would: by the response, except for rows that it cannot score."""
     if "unscorable" in request.row:
         return RewardFailure("reward_error", "told to")
     return Score(reward(request.prompt, request.response, request.row))
@@ -123,7 +124,7 @@ class Replica:
         self._running = asyncio.create_task(self.worker.run(), name=self.name)
 
     async def kill_worker(self) -> None:
-        """It says nothing more, and hands nothing back."""
+        """End the worker so that it says nothing more and hands nothing back."""
         self._running.cancel()
         await asyncio.gather(self._running, return_exceptions=True)
         await self._broker.close()
@@ -136,13 +137,13 @@ class Replica:
 
 
 class ScenePublisher(WeightPublisher):
-    """A publisher of what it is told to publish."""
+    """A publisher of the buckets that a test gives it."""
 
     buckets: Sequence[LoadBucket] = ()
 
 
 class Scene:
-    """What the trainer's rank 0 has of the workers; to be made by `open_scene`."""
+    """Everything that the trainer's rank 0 has to do with workers; made by `open_scene`."""
 
     def __init__(self, address: NatsAddress, names: JobNames, broker: Broker) -> None:
         self.names = names
@@ -152,7 +153,7 @@ class Scene:
         self.joins: list[JoinGroup] = []
         """Every request to join a group."""
         self.groups: dict[int, Group] = {}
-        """What became of the tickets."""
+        """The groups that came of the tickets."""
         self.replicas: dict[str, Replica] = {}
         self._address = address
         self.publishers: list[ScenePublisher] = []
@@ -188,11 +189,11 @@ class Scene:
         return added
 
     def beat(self, name: str) -> Heartbeat:
-        """A living worker's last word."""
+        """Return a living worker's last heartbeat."""
         return next(beat for beat in self.fleet.living if beat.worker == name)
 
     def state(self, name: str) -> str:
-        """Of an engine, as its worker said last; "" if that is silent."""
+        """Return an engine's state as its worker last reported it; "" if the worker is silent."""
         return next((beat.engine_state for beat in self.fleet.living if beat.worker == name), "")
 
     @property
@@ -201,7 +202,7 @@ class Scene:
         return {ticket for beat in self.fleet.living for ticket in beat.held}
 
     async def restart_engine(self, replica: Replica) -> None:
-        """As a failed liveness probe does; waits until the worker knows the new process."""
+        """Restart an engine as a failed liveness probe does; wait until the worker knows the new process."""
         replica.engine.kill()
         await self.until(f"{replica.name} is down", lambda: self.state(replica.name) == "down")
         replica.engine.restart()
@@ -215,7 +216,7 @@ class Scene:
             await asyncio.sleep(0.02)
 
     async def hear(self, name: str, num_beats: int) -> None:
-        """Wait until a worker has spoken so often: what it was about to do it has done."""
+        """Wait for a number of a worker's heartbeats, by which time it has done what it was about to do."""
         heard: list[Heartbeat] = []
         while len(heard) < num_beats:
             heard += [b for b in self.fleet.living if b.worker == name and (not heard or b is not heard[-1])]
@@ -237,7 +238,7 @@ class Scene:
         return list(issued)
 
     async def sampled(self, tickets: list[int]) -> list[Group]:
-        """Wait for what the workers make of tickets."""
+        """Wait for the groups that the workers make of tickets."""
         await self.until(f"tickets {tickets} are sampled", lambda: set(tickets) <= self.groups.keys())
         return [self.groups[ticket] for ticket in tickets]
 
@@ -282,7 +283,7 @@ def weights_of(seed: int) -> dict[str, Tensor]:
 
 
 def checksums_of(weights: Mapping[str, Tensor]) -> dict[str, str]:
-    """As an engine that holds `weights` has them."""
+    """Return the checksums of an engine that holds `weights`."""
     return {
         name: hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().data).hexdigest()
         for name, tensor in weights.items()
@@ -316,5 +317,5 @@ async def holds(replica: Replica, version: PolicyVersion, seed: int) -> bool:
 
 
 def versions(group: Group) -> set[PolicyVersion]:
-    """Which policies sampled a group's tokens."""
+    """Return the versions of the policies that sampled a group's tokens."""
     return {span.policy_version for sample in group.samples for span in sample.version_spans}

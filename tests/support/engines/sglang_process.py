@@ -69,7 +69,7 @@ class SGLangProcess(EngineProcess):
 
 
 def run_config(model_folder: Path, folder: Path, dtype: str) -> RunConfig:
-    """Return what the process of a job whose engines are SGLang on CPUs is told."""
+    """Return the run configuration of a job whose engines are SGLang on CPUs."""
     changes: dict[str, Any] = {
         "model": {"source": f"file://{model_folder}", "dtype": dtype, "contextLength": 1024},
         "sampling": {"maxNewTokens": 512},

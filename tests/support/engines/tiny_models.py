@@ -80,7 +80,7 @@ def build_model(
 ) -> Path:
     """Write a random model and its tokenizer into `folder`; equal arguments give equal files.
 
-    Weights are spread so far that predictions are far from uniform, and a wrong log-prob shows.
+    The weights are spread so widely that predictions are far from uniform, and a wrong log-prob shows.
     """
     kind, config_kind = {
         "llama": (LlamaForCausalLM, LlamaConfig),
@@ -158,7 +158,7 @@ class EngineProcess:
         return self.http.post(path, json={} if body is None else body, **options)
 
     def generate(self, **body: Any) -> Any:
-        """The answer to one `/generate`, which must be a 200."""
+        """Return the answer to one `/generate`, which must be a 200."""
         response = self.http.post("/generate", json=body)
         assert response.status_code == 200, response.text
         return response.json()

@@ -1,4 +1,4 @@
-"""Rank 0 of a weight group for tests of engines, and what they look at in an engine's answers."""
+"""Rank 0 of a weight group for tests of engines, and what they check in an engine's answers."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -32,7 +32,7 @@ class Trainer:
     """Rank 0 of a weight group, in this process, as the trainer will be.
 
     Args:
-        tp_size: ranks of each engine.
+        tp_size: the number of ranks of each engine.
     """
 
     def __init__(

@@ -1,1 +1,1 @@
-"""Jobs: their real processes, what a bystander sees of them, and what they are held against."""
+"""Jobs: their real processes, what a bystander sees of them, and what they are compared with."""

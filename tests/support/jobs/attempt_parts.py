@@ -24,7 +24,7 @@ def make_attempt_parts(
     evaluator: FakeEvaluator | None,
     clock: Callable[[], float],
 ) -> AttemptParts:
-    """Return what an Attempt is made of: books and files are real, what is around them is not."""
+    """Return the parts of an Attempt: books and files are real, everything around them is fake."""
     ledger = Ledger(folder / "ledger.jsonl", 1)
     ledger.claim("uid")
     report = Report(attempt=1, step=0, max_steps=1, state="Training")

@@ -29,13 +29,13 @@ KINDS = {
     "worker": {"worker"},
     "trainer": {"trainer", "rank"},
 }
-"""How the processes of a run are told apart: by one of the first words of their command lines."""
+"""The first words of command lines by which the processes of a run are told apart."""
 
 
 def asyncrl(
     *arguments: object, cwd: Path | None = None, seconds: float = 120
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end; whatever it was given, it must not show a traceback."""
+    """Run a command to its end; whatever its input, it must not show a traceback."""
     command = [find_program("asyncrl"), *map(str, arguments)]
     ended = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=seconds, check=False)
     assert "Traceback" not in ended.stdout + ended.stderr, ended.stderr
@@ -123,7 +123,7 @@ class CliRun:
             time.sleep(POLL_SECONDS)
 
     def interrupt(self) -> None:
-        """Ctrl-C."""
+        """Press Ctrl-C."""
         self.process.send_signal(signal.SIGINT)
 
     def wait(self, seconds: float = 120) -> int:
@@ -180,7 +180,7 @@ class Terminal:
                 return
 
     def rows(self) -> list[str]:
-        """Return all that was ever drawn, row by row, without colours and movements."""
+        """Return everything that was ever drawn, row by row, without colors and movements."""
         plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", self.text)
         return re.split(r"[\r\n]+", plain)
 

@@ -1,7 +1,7 @@
 """Processes of a job that start in a moment: each is forked from one that has imported everything.
 
-They run the very command, in an environment, a folder and with a log of their own; only the interpreter's
-start and its imports are shared. On two cores these take longer than most tests.
+They run the actual command, with an environment, a folder and a log of their own; they share only the
+interpreter's start and its imports, which on two cores take longer than most tests.
 """
 
 import contextlib

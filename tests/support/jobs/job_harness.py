@@ -1,6 +1,6 @@
 """A job's real processes under a test's control: started one by one, killed, started again.
 
-Commands, files and ports are those of the local runner; only who starts what, and when, is the test's.
+Commands, files and ports are those of the local runner; the test alone decides what is started when.
 """
 
 import asyncio
@@ -138,7 +138,7 @@ class JobHarness:
         self._running[name].send_signal(number)
 
     def kill(self, name: str) -> None:
-        """SIGKILL, and wait for its end."""
+        """Kill it, and wait for its end."""
         process = self._running.pop(name)
         process.send_signal(signal.SIGCONT)
         process.kill()

@@ -1,4 +1,4 @@
-"""What a bystander of a job sees: the workers' words, what they put away, what its engines do."""
+"""What a bystander of a job sees: the workers' heartbeats and resume points, and what its engines do."""
 
 import asyncio
 import time
@@ -15,13 +15,13 @@ from support.jobs.job_harness import JobHarness, Recorder
 
 
 class Witness(Recorder):
-    """Keeps every group, every worker's last word, and what of a ticket was put away first."""
+    """Keeps every group, every worker's last heartbeat, and the first resume point of every ticket."""
 
     def __init__(self, harness: JobHarness) -> None:
         super().__init__(harness)
         self.said: dict[str, Heartbeat] = {}
         self.parts: dict[int, ResumePoint] = {}
-        """Of each ticket the first."""
+        """The first resume point of each ticket."""
 
     async def __aenter__(self) -> Self:
         await super().__aenter__()
@@ -32,7 +32,7 @@ class Witness(Recorder):
         return self
 
     def held(self, replica: int) -> set[int]:
-        """Tickets in a worker's hands, as it said last."""
+        """Return the tickets in a worker's hands, as it last reported them."""
         beat = self.said.get(f"rollout-{replica}")
         return set(beat.held) if beat is not None else set()
 
@@ -88,7 +88,7 @@ class Engine:
         )
 
     async def slow_down(self, seconds: float) -> None:
-        """Let each forward pass last so much longer; waits for an engine that still starts."""
+        """Make each forward pass last this much longer; wait for an engine that is still starting."""
         for _ in range(1200):
             try:
                 await self._http.post("/slow_down", json={"forward_sleep_time": seconds})
@@ -108,7 +108,7 @@ class Engine:
         return float(value)
 
     async def until(self, name: str, reached: Callable[[float], bool], seconds: float = 120) -> None:
-        """Wait for a metric to come to a value."""
+        """Wait until a metric reaches a value."""
         deadline = time.monotonic() + seconds
         while not reached(value := await self.metric(name)):
             assert time.monotonic() < deadline, f"{name} is {value} after {seconds} s"

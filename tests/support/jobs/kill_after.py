@@ -1,4 +1,4 @@
-"""Has this process kill itself after the n-th call of one function."""
+"""Makes this process kill itself after the n-th call of one function."""
 
 import functools
 import importlib

@@ -1,7 +1,7 @@
-"""Policy-gradient training the slow and obvious way, to hold the trainer against.
+"""Policy-gradient training the slow and obvious way, with which the trainer is compared.
 
 Losses loop over tokens in Python floats; the training reference runs each sequence by itself through a plain
-Hugging Face model. Nothing here imports what it checks, but for the type of a sample.
+Hugging Face model. Nothing here imports what it checks, except the type of a sample.
 """
 
 import math
@@ -37,7 +37,7 @@ def naive_loss(
 ) -> float:
     """Return the mean loss per token at `logprobs`.
 
-    What carries no gradient stays at `token.logprob`, so that moving `logprobs` a little gives the gradient.
+    Values without a gradient stay at `token.logprob`, so that moving `logprobs` a little gives the gradient.
     """
     total = 0.0
     for token, logprob in zip(tokens, logprobs, strict=True):

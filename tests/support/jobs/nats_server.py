@@ -27,7 +27,7 @@ def nats_binary() -> str:
 
 
 class NatsServer:
-    """May be killed, stopped for a while, and started again with or without its files."""
+    """A server that can be killed, stopped for a while, and started again with or without its files."""
 
     def __init__(
         self,
@@ -66,14 +66,14 @@ class NatsServer:
         self._wait_until_it_listens()
 
     def kill(self) -> None:
-        """SIGKILL."""
+        """Kill it with SIGKILL."""
         if self._process is not None:
             self._process.send_signal(signal.SIGKILL)
             self._process.wait()
             self._process = None
 
     def lose_files(self) -> None:
-        """Only while it is down."""
+        """Delete its files; it must be down."""
         assert self._process is None
         shutil.rmtree(self.folder / "store")
 

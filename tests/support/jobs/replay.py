@@ -1,4 +1,4 @@
-"""Trains a ledger's recorded batches one after the other, in one process that nothing interrupts."""
+"""Trains on a ledger's recorded batches one after the other, in one process that nothing interrupts."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -60,7 +60,7 @@ def _weights(policy: Policy) -> dict[str, torch.Tensor]:
 def logprob_error(
     model: torch.nn.Module, versions: Sequence[Mapping[str, torch.Tensor]], sample: Sample
 ) -> float:
-    """Return how far a sample's log-probs are from those computed again under the versions it attests."""
+    """Return how far a sample's log-probs are from those computed anew under the versions that it attests."""
     prompt, response = ids_from_bytes(sample.prompt_ids), ids_from_bytes(sample.response_ids)
     ids = torch.tensor(np.concatenate([prompt, response]))[None].long()
     behavior = torch.tensor(floats_from_bytes(sample.behavior_logprobs))

@@ -1,1 +1,1 @@
-"""Manifests of all shapes, and what each rule makes of them."""
+"""Manifests of all shapes, and what each rule says about them."""

@@ -1,4 +1,4 @@
-"""The values that the API lets a field have, to hold tables of the runtime to."""
+"""The values that the API lets a field have, with which the runtime's tables are compared."""
 
 from typing import get_args
 

@@ -122,4 +122,4 @@ SPELLINGS: dict[object, str] = {
     "+1": "1",
     "05": "5",
 }
-"""Of memory: as written, and as it is sent to the API server, which keeps it so."""
+"""Quantities of memory, as written and as they are sent to the API server, which keeps them so."""

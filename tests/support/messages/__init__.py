@@ -1,1 +1,1 @@
-"""Messages, made in a line."""
+"""Messages, each made in one line."""

@@ -11,7 +11,7 @@ SCORING_SECONDS = 3.0
 
 
 def some_too_long(*, split: str, seed: int, size: int = 40) -> Iterable[dict[str, Any]]:
-    """Every fourth prompt fills the context of a small job."""
+    """Return rows of which every fourth has a prompt that fills the context of a small job."""
     return [{"question": "7 + " * (100 if n % 4 == 0 else 1) + f"{n} ="} for n in range(size)]
 
 
@@ -20,7 +20,7 @@ def all_too_long(*, split: str, seed: int) -> Iterable[dict[str, Any]]:
 
 
 class FirstGroupShort:
-    """One answer: of few tokens in a worker's first group of two, of as many as are allowed in all others."""
+    """Gives one answer: short in a worker's first group of two, as long as is allowed in all others."""
 
     def __init__(self) -> None:
         self._num_samples = 0

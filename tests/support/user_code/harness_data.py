@@ -10,5 +10,5 @@ def rows(*, split: str, seed: int, size: int = 40) -> Iterable[dict[str, Any]]:
 
 
 def reward(prompt: str, response: str, row: Mapping[str, Any]) -> float:
-    """Something that varies within a group and that a random model can get better at."""
+    """Return a reward that varies within a group, and that a random model can improve."""
     return float(sum(character.isdigit() for character in response)) / 4
