@@ -26,7 +26,7 @@ class SlowStreams(FakeStreams):
 
 
 def test_a_recorded_step_that_is_read_while_it_is_looked_for_is_repeated(tmp_path: Path) -> None:
-    """Else a busy machine would give up what was trained."""
+    """Otherwise a busy machine would give up steps that were trained."""
 
     async def check() -> None:
         spec = make_job("training.batchSize=2", "training.minibatches=1").spec

@@ -22,7 +22,7 @@ GAP = 0.25
 
 
 def answer(command: Command) -> Any:
-    """The trainer is off by GAP, each token."""
+    """Answer with log-probs that are off by GAP at each token."""
     match command:
         case Logprobs(samples):
             return [torch.tensor(s.behavior_logprobs[s.sampled_mask]) + GAP for s in samples]
@@ -32,7 +32,7 @@ def answer(command: Command) -> Any:
 
 
 def at_version(version: int) -> Evaluated:
-    """What engines answer that all have the same version."""
+    """Return the evaluation by engines that all have the same version."""
     samples = tuple(make_sample(index, spans=[(1, version, 4)]) for index in range(3))
     report = EvaluationReport(
         step=version, accuracy=1.0, num_prompts=3, lowest_version=version, highest_version=version
@@ -62,7 +62,7 @@ class Rig:
 
 
 def test_engine_and_trainer_are_compared_while_the_trainer_waits_alone(tmp_path: Path) -> None:
-    """Beside training the weights may be a step ahead of the version that they are still called by."""
+    """During training the weights may be one step ahead of the version that they are still named after."""
 
     async def check() -> None:
         rig = Rig(tmp_path, FakeEvaluator(at_version(0)))
@@ -92,7 +92,7 @@ def test_the_first_policy_is_measured_once_and_the_checkpoint_says_how_it_did(tm
 
 
 def test_the_first_policy_is_not_measured_where_steps_are_to_be_repeated(tmp_path: Path) -> None:
-    """Engines have a later one, or none, and nobody gives them any before that."""
+    """Engines have a later policy, or none, and get no other before the steps are repeated."""
 
     async def check() -> None:
         evaluator = FakeEvaluator(at_version(0))
@@ -104,7 +104,7 @@ def test_the_first_policy_is_not_measured_where_steps_are_to_be_repeated(tmp_pat
 
 
 def test_engines_that_come_late_are_updated_while_the_end_waits_for_an_evaluation(tmp_path: Path) -> None:
-    """It began beside training, and its last engine has died since."""
+    """The evaluation began during training, and its last engine has died since."""
 
     async def check() -> None:
         evaluator = FakeEvaluator(at_version(0))

@@ -72,7 +72,7 @@ def packed_logits(model: Any, ids: Tensor, lengths: list[int]) -> Tensor:
 
 
 def padded_logits(model: Any, ids: Tensor, lengths: list[int]) -> Tensor:
-    """Of the real tokens, one sequence a row, by transformers' own attention and mask."""
+    """Return the logits of the real tokens, with one sequence per row, by transformers' own attention."""
     model.set_attn_implementation("eager")
     rows = torch.nn.utils.rnn.pad_sequence(list(torch.split(ids, lengths)), batch_first=True)
     mask = torch.arange(rows.shape[1])[None, :] < torch.tensor(lengths)[:, None]

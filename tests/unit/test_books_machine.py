@@ -2,7 +2,7 @@
 
 The model around it is the smallest that is true: a prompt queue whose last sequence is N, a trajectory
 stream with sequences, a ledger of lines, checkpoints that hold a position. What the real ones do over NATS
-and on disk is tested elsewhere; here the decisions are.
+and on disk is tested elsewhere; this is about the decisions.
 """
 
 from dataclasses import dataclass, field
@@ -312,7 +312,7 @@ class BooksMachine(RuleBasedStateMachine):
         batch_size=st.integers(1, 4),
     )
     def fault(self, kind: str, checkpoint: int, batch_size: int) -> None:
-        """One rule for all faults, so that they are rarer than what they meet.
+        """One rule for all faults, so that faults are rarer than the events that they disturb.
 
         A crash may come at any point, and the newest checkpoint may turn out not to be whole.
         """

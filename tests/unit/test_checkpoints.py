@@ -1,4 +1,4 @@
-"""Checkpoints are there whole or not at all, whatever fails while one is written, a full disk among it."""
+"""A checkpoint is either whole or absent, whatever fails while it is written, even if the disk is full."""
 
 import contextlib
 import json
@@ -206,7 +206,7 @@ async def test_a_checkpoint_that_is_not_whole_is_skipped_and_told(
 
 
 async def test_a_checkpoint_of_another_version_is_not_passed_over(checkpoints: Checkpoints) -> None:
-    """Training would begin anew beside it."""
+    """If it were, training would begin anew beside it."""
     await save_all(checkpoints, 2)
     path = checkpoints.folder / "step-000002" / "position.json"
     path.write_bytes(json.dumps({**json.loads(path.read_bytes()), "colour": "red"}).encode())
@@ -361,7 +361,7 @@ def saving(write: Callable[[Path], None]) -> SavePolicy:
 
 
 async def failure_of(checkpoints: Checkpoints, save_policy: SavePolicy) -> str:
-    """The message alone: the error itself would keep the files open that it came from."""
+    """Return only the error's message, since the error itself would keep its files open."""
     try:
         await checkpoints.save(position(4), save_policy)
     except CheckpointFailed as error:
@@ -399,7 +399,7 @@ def contents(folder: Path) -> dict[Path, bytes]:
 
 
 async def test_a_device_that_is_full_at_the_first_byte_fails_the_checkpoint(checkpoints: Checkpoints) -> None:
-    """Needs no right to mount anything."""
+    """This test needs no right to mount anything."""
     await save_all(checkpoints, 2)
     message = await failure_of(checkpoints, saving(write_to_a_full_device))
     assert "step-000004: [Errno 28] No space left on device; " in message

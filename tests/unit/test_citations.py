@@ -27,11 +27,11 @@ SOURCES = [
 ENDS = {
     path[start:] for path in (*FILES, *COMING) for start in [0, *(m.end() for m in re.finditer("/", path))]
 }
-"""Every path, and what it ends with after a slash."""
+"""Every path, and every part of it that begins after a slash."""
 
 
 def is_there(name: str) -> bool:
-    """Whether a file is called so, or one whose path ends so."""
+    """Whether there is a file whose path is this or ends with this."""
     return re.sub(r"^(\.\.?/)+", "", name) in ENDS
 
 

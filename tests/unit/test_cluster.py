@@ -70,7 +70,7 @@ class Scene:
 
 
 async def test_a_job_is_looked_at_again_after_a_write_for_it() -> None:
-    """The watch tells nothing new of it then; without this an update would stop after its first write."""
+    """The watch brings no news of the write then; without this an update would stop after its first write."""
     scene = Scene()
     wanted = scene.manifest(STATEFUL_SETS, spec={"replicas": 2})
     assert await scene.cluster.make(wanted, scene.uid)
@@ -84,7 +84,7 @@ async def test_a_job_is_looked_at_again_after_a_write_for_it() -> None:
 
 
 async def test_what_is_not_watched_is_not_kept() -> None:
-    """Nothing would tell of its end."""
+    """Without a watch nothing would tell of the object's end."""
     scene = Scene()
     wanted = scene.manifest(STATEFUL_SETS, spec={"replicas": 2})
     del wanted["metadata"]["labels"]

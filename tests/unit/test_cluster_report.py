@@ -52,7 +52,7 @@ class Scene:
         self.copier = ReportCopier(client, "/report", lambda: self.report, lambda: self.now)
 
     async def after(self, seconds: float, **changes: object) -> int:
-        """Let time pass and the report change; return how many calls that makes."""
+        """Let time pass and the report change; return how many calls that leads to."""
         before = self.server.num_calls
         self.now += seconds
         self.report = self.report.model_copy(update=changes)

@@ -1,4 +1,4 @@
-"""Calls made side by side go out as one, and each caller gets what is its own."""
+"""Calls made at the same time go out as one, and each caller gets its own answer."""
 
 import asyncio
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from asyncrl_runtime.rollout.coalesce import Coalescer
 
 
 class Doubler:
-    """Doubles numbers; remembers what came together."""
+    """Doubles numbers, and remembers which came together."""
 
     def __init__(self) -> None:
         self.calls: list[list[int]] = []

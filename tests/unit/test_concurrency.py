@@ -16,7 +16,7 @@ def load(kv_usage: float = NORMAL, queued: int = 0, retracted: int = 0) -> Engin
 
 
 def adaptive(group_size: int = 8, limit: int = 64) -> ConcurrencyLimit:
-    """A limit that has seen its engine once."""
+    """Return a limit that has observed its engine once."""
     made = ConcurrencyLimit(group_size)
     made.limit = limit
     made.observe(load(), 0)
@@ -68,7 +68,7 @@ def test_what_an_engine_did_before_this_worker_came_is_not_held_against_it() -> 
 
 @pytest.mark.parametrize("group_size", [1, 2, 3, 8])
 def test_the_limit_never_sticks(group_size: int) -> None:
-    """At 1 and 2 a quarter more rounds to nothing."""
+    """For 1 and 2, a quarter more would be rounded to nothing."""
     concurrency = adaptive(group_size)
     for _ in range(60):
         concurrency.observe(load(0.9), concurrency.limit)

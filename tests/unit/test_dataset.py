@@ -145,7 +145,7 @@ def test_held_out_prompts_are_excluded_from_training_by_their_text() -> None:
 
 
 def test_a_conversation_is_excluded_by_its_last_message() -> None:
-    """As it is rendered without a chat template, and as a plain row of the other split has it."""
+    """That is how it is rendered without a chat template, and how a plain row of the other split has it."""
     conversation = [{"role": "system", "content": "Add."}, {"role": "user", "content": "1+1"}]
     splits.update(train=[{"question": conversation}, {"question": "2+2"}], test=rows("1+1"))
     assert prompts(load_rows(spec(samples=9)).training) == ["2+2"]
@@ -187,7 +187,7 @@ def test_shared_prompts_are_counted_once_each() -> None:
 
 
 def gym(*overrides: str, samples: int | None = 60) -> Any:
-    """Rows of a task so small that it repeats itself."""
+    """The rows of a task that is so small that it repeats itself."""
     sizes = ["dataset.parameters={size: 200, min_terms: 2, max_terms: 3, min_digits: 1, max_digits: 1}"]
     if samples is not None:
         sizes.append(

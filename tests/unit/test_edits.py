@@ -1,4 +1,4 @@
-"""What an edit asks for is what its mark says, field by field, and an upgrade of the types asks for nothing.
+"""An edit of each field leads to what its mark says, and an upgrade of the types leads to nothing.
 
 Every field of the API is tried: edited, and where it is optional added and removed.
 """
@@ -33,7 +33,7 @@ EXAMPLES = (
     *(True, False, 3, 4, 1, 0.5, 0.25, 2.5, "other", "7Gi", {"other": "x"}),
     *(["other"], [3], [{"key": "x"}], [{"name": "x"}]),
 )
-"""Each field takes some of them; strictly, so that only those of its type."""
+"""Values of which each field takes some; validation is strict, so it takes only those of its type."""
 
 
 def wire(spec: Spec) -> dict[str, Any]:
@@ -128,7 +128,7 @@ SIZES = {path for path, node in NODES.items() if node.is_size}
 
 
 def test_every_field_is_tried() -> None:
-    """But for words of which there is one alone."""
+    """The exceptions are choices with only one value."""
     edited = {edit.node.path for edit in EDITS.values() if edit.kind == "edited"}
     rest = {path: node for path, node in NODES.items() if not node.children and path not in edited}
     assert set(rest) == {"trainer.backend", "scheduling.startOrder"}
@@ -192,7 +192,7 @@ def test_the_operator_does_what_the_mark_says(clusters: Mapping[str, ModelCluste
 
 
 class LaterTraining(TrainingSpec):
-    """What a later version makes of the block."""
+    """The block in a later version of the types."""
 
     batch_size: int = field("", mark="L")
     minibatches: int = field("", mark="R", default=16)
@@ -206,7 +206,7 @@ class LaterEvaluation(EvaluationSpec):
 
 
 class LaterBlock(TrainingSpec):
-    """A block that is new: with a default of its own, other than those of its fields."""
+    """A new block, whose default differs from the defaults of its fields."""
 
     batch_size: int = field("", mark="R", default=1)
     max_steps: int = field("", mark="U", default=1)
@@ -219,7 +219,7 @@ class Later(Spec):
 
 
 def later(**training: Any) -> Later:
-    """Return what a later version reads of an object that the API server has stored with its defaults."""
+    """Return what a later version reads from an object that the API server has stored with its defaults."""
     return Later.model_validate({**BARE, "training": {**BARE["training"], **training}})
 
 
@@ -356,7 +356,7 @@ def test_an_edit_made_while_the_operator_was_upgraded_acts() -> None:
 
 
 def test_an_edit_between_the_status_and_the_job_of_an_attempt_is_not_taken_for_another() -> None:
-    """The hash in the status is then of a spec that the attempt never had."""
+    """The hash in the status is then that of a spec that the attempt never had."""
     cluster = ModelCluster(make_spec(training={"learningRate": 1e-5}))
     cluster.pass_once(dies_after=1)
     assert cluster.status.attempt is not None and not cluster.jobs

@@ -95,7 +95,7 @@ async def test_unloading_waits_for_all_users_and_newcomers_wait_for_it(
 
 
 async def test_who_waits_for_one_adapter_holds_no_other(registry: AdapterRegistry, folder: Path) -> None:
-    """Else the second unload would wait for the request, which waits behind it."""
+    """Otherwise the second unload would wait for the request, which waits behind that unload."""
     for name in ("a", "b"):
         await registry.load(name, str(folder))
     users = naming("b")

@@ -104,7 +104,7 @@ async def test_a_stream_is_asked_for_one_sequence_and_takes_the_last_piece() -> 
 
 
 async def test_no_request_id_is_the_beginning_of_another() -> None:
-    """An abort matches by prefix."""
+    """An abort matches every request id with its prefix."""
     async with talking(answering([chunk(1, "stop", [("1.3", 1)])] * 8)) as (client, server):
         for _ in range(4):
             await client.generate([REQUEST] * 8)
@@ -115,7 +115,7 @@ async def test_no_request_id_is_the_beginning_of_another() -> None:
 @pytest.mark.parametrize("token", [VOCAB_SIZE, -1])
 @pytest.mark.parametrize("is_streamed", [False, True])
 async def test_a_token_outside_the_vocabulary_never_leaves(token: int, is_streamed: bool) -> None:
-    """It would kill the engine."""
+    """Such a token would kill the engine."""
     bad = SamplingRequest([1, token, 3], 4, 1.0, 0)
     async with talking(drop) as (client, server):
         with pytest.raises(EngineRefused, match=f"token id {token} is outside the vocabulary of 50"):
@@ -156,7 +156,7 @@ async def changing_adapters(
 
 
 async def test_what_was_broken_off_for_a_newer_adapter_goes_on_under_it() -> None:
-    """Whatever label the engine had meanwhile: a token is of the adapter that its request named."""
+    """A token belongs to the adapter that its request named, whatever label the engine had at the time."""
     first, second = chunk(3, "abort", [("1.4", 3)]), chunk(2, "stop", [("1.4", 2)])
     async with changing_adapters(first, second, to=PolicyVersion(1, 4)) as (client, server):
         generation = await client.stream(REQUEST)
@@ -215,7 +215,7 @@ async def test_what_can_never_work_is_refused_with_the_engines_words(call: Any, 
 
 @calls
 async def test_a_failure_of_the_engines_own_is_reported(call: Any) -> None:
-    """So it uses up the ticket's retry budget, streamed or not."""
+    """It therefore uses up the ticket's retry budget, streamed or not."""
     async with talking(answering("scheduler: out of memory", 500)) as (client, _):
         with pytest.raises(EngineLost, match="500: scheduler: out of memory") as lost:
             await call(client)
@@ -501,7 +501,7 @@ async def test_nothing_is_kept_of_an_engine_whose_version_the_worker_never_saw()
 
 
 async def test_an_answer_that_was_whole_is_not_lost_with_its_connection() -> None:
-    """Nor is it broken off: whoever went on with it would sample behind its end."""
+    """Nor is it treated as broken off, because whoever continued it would sample beyond its end."""
 
     async def reply(exchange: Exchange) -> None:
         await exchange.events(chunk(2), chunk(3, "stop", [("1.3", 3)]))

@@ -1,4 +1,4 @@
-"""When an engine is another one, when it is down, and why it must be restarted."""
+"""When an engine counts as a new one, when as down, and why it must be restarted."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -37,14 +37,14 @@ class Rig:
         )
 
     def become_ready(self) -> None:
-        """As after an update."""
+        """Put the engine into the state after an update."""
         self.engine.weights.version, self.engine.own_label = V0, str(V0)
 
     def fail(self, error: Exception | None) -> None:
         self.engine.faults = {} if error is None else {"label": error}
 
     async def faults_after(self, seconds: float) -> tuple[str | None, str | None]:
-        """What is wrong shortly before so much time has passed, and shortly after."""
+        """Return what is wrong shortly before that time has passed, and shortly after."""
         await asyncio.sleep(seconds - A_FEW_POLLS)
         before = self.monitor.fault()
         await asyncio.sleep(2 * A_FEW_POLLS)

@@ -1,4 +1,4 @@
-"""What an executor takes for settled, and what it leaves as it was made."""
+"""What an executor considers settled, and which objects it leaves as they were created."""
 
 from dataclasses import replace
 from typing import Any, cast
@@ -88,7 +88,7 @@ def image_of(world: World, resource: Resource, name: str) -> str:
 
 
 def test_an_upgraded_operator_leaves_what_is_made_once_as_it_was_made() -> None:
-    """A Job cannot be changed: an apply over it would be refused for ever."""
+    """A Job cannot be changed, so every apply to it would be refused."""
 
     async def play() -> None:
         async with running_world() as world:
@@ -127,7 +127,7 @@ def test_what_is_made_once_and_edited_by_hand_is_left_alone() -> None:
 
 
 def test_what_stands_in_the_way_of_an_apply_does_not_keep_what_is_to_go() -> None:
-    """A quota, say: what goes may make room."""
+    """If a quota stands in the way, for example, the deletions may make room."""
 
     async def play() -> None:
         async def refuse(request: Request, send: Send) -> MemoryResponse:

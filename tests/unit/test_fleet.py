@@ -33,7 +33,7 @@ def test_a_ticket_of_a_worker_that_fell_silent_is_an_orphan() -> None:
 
 
 def test_a_delivery_that_nobody_has_told_of_is_an_orphan_after_a_while() -> None:
-    """Its worker was killed before its next word, or came back under the same name."""
+    """Its worker was killed before its next heartbeat, or came back under the same name."""
     world = World()
     for _ in range(3):
         world.hear("a", 1)
@@ -66,7 +66,7 @@ def test_a_ticket_that_was_taken_up_and_lost_again_counts_anew() -> None:
 
 
 def test_nobody_is_dead_for_what_could_not_be_heard() -> None:
-    """After an outage of the broker longer than a worker may be silent."""
+    """An outage of the broker that lasts longer than a worker may be silent kills nobody."""
     world = World()
     world.hear("a", 1)
     world.orphans.find([1, 2])

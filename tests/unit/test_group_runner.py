@@ -1,4 +1,4 @@
-"""From a ticket to what became of each of its samples, on an engine and a reward that fail as told."""
+"""What becomes of each sample of a ticket, with an engine and a reward that fail as told."""
 
 import asyncio
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""From a budget to groups, processes and commands."""
+"""How a budget becomes groups, processes and commands."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -43,7 +43,7 @@ def test_every_policy_loss_of_the_api_is_registered_and_compared_with_the_naive_
 
 
 def make_samples(lengths: list[int], seed: int = 0) -> list[TrainingSample]:
-    """Some tokens not sampled, some masked as stale."""
+    """Return samples in which some tokens were not sampled, and some are masked as stale."""
     rng = np.random.default_rng(seed)
     samples = []
     for number, length in enumerate(lengths):
@@ -134,7 +134,7 @@ def test_loss_and_gradient_agree_with_a_loop_over_tokens(case: Case, variant: di
 
 
 def test_the_variants_meet_their_bounds_in_the_case_above(case: Case) -> None:
-    """Else the comparison with the naive loss would say nothing about clip, cap and mask."""
+    """Otherwise the comparison with the naive loss would say nothing about clip, cap and mask."""
     assert not case.batch.loss_mask.all()
     for variant in VARIANTS:
         algorithm = algorithm_of(variant)
@@ -183,7 +183,7 @@ def test_without_proximal_logprobs_the_policy_is_its_own(case: Case, name: str) 
 
 @pytest.mark.parametrize("name", POLICY_LOSSES)
 def test_a_loss_needs_the_proximal_policy_if_it_depends_on_it(case: Case, name: str) -> None:
-    """Registered as one that needs none, it would lose its trust region from the second minibatch on."""
+    """If registered as not needing it, it would lose its trust region from the second minibatch on."""
     algorithm = algorithm_of({"policyLoss": name})
     before = case.loss(algorithm)
     gradient = torch.autograd.grad(before.value, case.logprobs)[0]

@@ -63,7 +63,7 @@ def test_what_holds_of_every_object_and_pod(shape: str) -> None:
 
 
 def test_commands_are_those_of_one_machine() -> None:
-    """But for paths and addresses: the same programs, the same options in the same order."""
+    """Except for paths and addresses, they are the same programs with the same options in the same order."""
     job = job_of("cpu")
     local = plan(job, LocalPlaces("config.json", "nats.conf", {}), attempt=3)
     words = {each.name.rpartition("-")[2]: each.command for each in local.processes}
@@ -204,7 +204,7 @@ def test_no_final_exit_codes_make_no_rule_of_them() -> None:
 
 
 def test_a_worker_is_given_its_own_password_and_no_other() -> None:
-    """And the rights of this job's names: those that its run configuration makes."""
+    """It also gets the rights to this job's names, which are those of its run configuration."""
     secrets = iter(["t-secret", "w-secret"])
     job = job_of("cpu")
     secret = render_credentials(job, lambda: next(secrets))["stringData"]

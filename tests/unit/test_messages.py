@@ -44,7 +44,7 @@ rows = st.dictionaries(
 
 
 def values(hint: Any) -> SearchStrategy[Any]:
-    """What a field of that type may hold."""
+    """Return a strategy for the values that a field of this type may have."""
     if hint in SCALARS:
         return SCALARS[hint]
     if hint in MADE_WHOLE:
@@ -116,7 +116,7 @@ SCALARS: dict[Any, SearchStrategy[Any]] = {
     type(None): st.none(),
 }
 MADE_WHOLE: dict[Any, SearchStrategy[Any]] = {Sample: samples(), Group: groups(), GroupPart: parts()}
-"""Those whose fields must agree."""
+"""The messages whose fields must agree with each other."""
 
 
 def tag_of(kind: type[Message]) -> str:
@@ -215,7 +215,7 @@ def test_one_of_several_kinds_is_told_apart_by_its_tag() -> None:
 @given(data=st.data())
 @settings(max_examples=3)
 def test_older_and_newer_processes_understand_each_other(kind: type[Message], data: st.DataObject) -> None:
-    """A field added later comes last, with a default: without it a message is read, and with it too."""
+    """A field that is added later comes last, with a default, so a message is read with it and without it."""
     message = make_group(1) if kind is Group else data.draw(values(kind))
     wire = msgspec.msgpack.decode(encode(message))
     assert decode(msgspec.msgpack.encode([*wire, "added later"]), kind) == message
@@ -291,7 +291,7 @@ def test_a_group_has_each_of_its_samples_once(sampled: list[int], failed: list[i
 
 @pytest.mark.parametrize("index", [-1, 2])
 def test_a_part_is_one_of_its_group(index: int) -> None:
-    """Else the trainer would put together a group that cannot exist."""
+    """Otherwise the trainer would put together a group that cannot exist."""
     with pytest.raises(ValueError, match=f"ticket 9: part {index} of a group of 2"):
         GroupPart(ticket=9, group_size=2, outcome=SampleFailure(index=index, reason="reward_error"))
 

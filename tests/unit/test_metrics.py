@@ -148,7 +148,7 @@ def test_there_need_not_be_a_file_to_rewind(metrics: Metrics, tmp_path: Path) ->
 def test_a_kill_while_rewinding_loses_no_line(
     metrics: Metrics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All lines are in place until all that are kept have been written."""
+    """The old file stays in place until all lines that are kept have been written."""
     for number in range(1, 4):
         metrics.log_step(step(number))
 

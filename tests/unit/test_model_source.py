@@ -136,7 +136,7 @@ def test_a_tokenizer_that_does_not_load_is_refused(tmp_path: Path, content: str 
 
 made: list[tuple[int, int]] = []
 script: list[Callable[[Path], object]] = []
-"""What the next calls of the factory do."""
+"""The actions of the factory's next calls."""
 
 
 @pytest.fixture(autouse=True)
@@ -217,7 +217,7 @@ def test_a_factory_that_raises_leaves_no_half_and_may_be_run_again(tmp_path: Pat
 
 
 def test_a_folder_that_nothing_loads_from_is_not_kept(tmp_path: Path) -> None:
-    """Or a factory that has been mended would never be asked again."""
+    """Otherwise a factory would never be asked again after it has been fixed."""
     script.append(forget_the_tokenizer)
     code, text = refusal(MADE_HERE, tmp_path)
     assert code == ExitCode.REFUSED and f"{__name__}:factory: no tokenizer in {tmp_path}" in text

@@ -77,7 +77,7 @@ def test_exit_codes_are_those_of_the_documentation() -> None:
 
 
 def test_what_is_final_is_final_for_every_process() -> None:
-    """The manifest's default for the trainer, and what other processes are held to."""
+    """The trainer's default in the manifest has the same codes as the rule for other processes."""
     default = make_job().spec.failure_policy.trainer.fatal_exit_codes
     assert set(default) == FINAL_CODES == set(ExitCode) - {ExitCode.DONE, ExitCode.TRY_AGAIN}
 

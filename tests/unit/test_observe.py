@@ -1,4 +1,4 @@
-"""From the caches to what a pass decides on."""
+"""What a pass sees of the caches."""
 
 import json
 from typing import Any

@@ -1,4 +1,4 @@
-"""From a file to a job, or to everything that is wrong with it."""
+"""How a file becomes a job, or a list of everything that is wrong with it."""
 
 import copy
 import math

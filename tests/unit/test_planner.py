@@ -20,7 +20,7 @@ def running(**overrides: object) -> ModelCluster:
 
 
 FULL = 4 * (4 - 1)
-"""Of these jobs: all that may wait while engines are at work on the newest batch."""
+"""The depth of a full queue in these jobs: all that may wait while engines work on the newest batch."""
 
 
 def reasons(cluster: ModelCluster) -> list[str]:
@@ -89,7 +89,7 @@ def test_a_trainer_that_a_signal_has_ended_was_disrupted_and_costs_no_restart(co
 
 
 def test_a_job_whose_pod_has_failed_is_left_to_fail_by_itself() -> None:
-    """The news of the pod come first; a Job deleted then would take its logs with it."""
+    """The pod's failure is seen before the Job's; deleting the Job then would delete its logs too."""
     for max_restarts in (0, 3):
         cluster = running(failurePolicy={"trainer": {"maxRestarts": max_restarts}})
         cluster.trainer_exits(1)
@@ -462,7 +462,7 @@ def test_too_few_engines_for_too_long_fail_the_job_unless_told_to_go_on() -> Non
 
 @pytest.mark.parametrize(("ready", "degraded"), [(3, "False/AsExpected"), (2, "True/RolloutBelowMinimum")])
 def test_as_many_engines_as_the_minimum_are_enough(ready: int, degraded: str) -> None:
-    """Half of six; their time to become ready has not passed."""
+    """Three is half of six, and the time for the others to become ready has not passed."""
     cluster = running(failurePolicy={"rollout": {"minAvailablePercent": 50}})
     for index in range(ready, 6):
         name = f"gsm8k-rollout-{index}"

@@ -56,7 +56,7 @@ class PlannerMachine(RuleBasedStateMachine):
 
     @rule(rounds=st.integers(2, 6), seconds=st.integers(1, 40))
     def all_is_calm_for_a_while(self, rounds: int, seconds: int) -> None:
-        """Else a job would hardly ever come to run."""
+        """Without this rule a job would hardly ever run."""
         for _ in range(rounds):
             self.operator_passes(None)
             self.cluster.settle()

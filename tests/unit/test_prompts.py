@@ -1,4 +1,4 @@
-"""From rows to token ids and back, with the chat template and without one."""
+"""How rows become token ids, and ids text, with the chat template and without one."""
 
 from typing import Any
 

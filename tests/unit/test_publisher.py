@@ -46,14 +46,14 @@ class Replica:
 
 
 class SleepingGroup:
-    """A weight group, and the place where it meets; broadcasts take as long as they are said to."""
+    """A weight group and the place where it meets; broadcasts take as long as a test says."""
 
     port = 1
 
     def __init__(self) -> None:
         self.num_broadcasts = 0
         self.breaks_at: int | None = None
-        """The number of the broadcast that fails, all epochs counted together."""
+        """The number of the broadcast that fails, counted over all epochs."""
         self.formed: list[tuple[str, int]] = []
         self.num_left = 0
         self.on_leave: Callable[[], None] = lambda: None
@@ -103,7 +103,7 @@ class Rig:
         )
 
     async def request(self, subject: str, payload: bytes, timeout_seconds: float) -> bytes | None:
-        """As the broker does it."""
+        """Pass on a request as the broker does."""
         [replica] = [each for name, each in self.replicas.items() if NAMES.control(name) == subject]
         request = decode_request(payload)
         replica.asked.append(request)
@@ -136,7 +136,7 @@ class Rig:
             await asyncio.sleep(1)
 
     def versions(self) -> dict[str, str]:
-        """What each engine says that it has."""
+        """Return the version that each engine reports."""
         return {name: replica.engine.own_label for name, replica in self.replicas.items()}
 
     async def _load(self, number: int) -> Bucket:
@@ -203,7 +203,7 @@ def test_after_a_broken_broadcast_all_who_still_answer_are_tried_again() -> None
 
 
 def test_who_refused_a_broadcast_that_broke_is_suspected_alone_and_tried_again() -> None:
-    """It may have had its data from one who is gone."""
+    """It may have had its data from an engine that is gone."""
 
     async def check() -> None:
         rig = Rig()

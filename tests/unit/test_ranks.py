@@ -1,4 +1,4 @@
-"""While the ranks carry out a command it is the trainer's turn, and only then."""
+"""It is the trainer's turn while the ranks carry out a command, and only then."""
 
 import asyncio
 import threading
@@ -11,7 +11,7 @@ from support.jobs.job_harness import build_job
 
 
 class HeldUpPolicy:
-    """Writes what it is told to, piece by piece."""
+    """A policy that writes piece by piece, when it is told to."""
 
     is_sharded = False
 

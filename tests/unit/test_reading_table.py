@@ -20,7 +20,7 @@ ANSWERS = {
     "a node dies": ["decide/rolling.py"],
     "field of the spec reach": ["run_config.py", "render/manifests.py", "trainer/assemble.py"],
 }
-"""A word of the question, and what must stand where the first link of its answer leads."""
+"""A word of each question, and what the page or file that its answer's first link leads to must contain."""
 
 
 def first_links() -> dict[str, str]:

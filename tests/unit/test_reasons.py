@@ -1,4 +1,4 @@
-"""Every reason stands in decide/reasons.py, and none is given that does not."""
+"""Every reason is defined in decide/reasons.py, and no other is given anywhere."""
 
 import ast
 import re
@@ -16,10 +16,10 @@ from support.paths import ROOT
 OPERATOR = ROOT / "operator" / "asyncrl_operator"
 HOME = OPERATOR / "decide" / "reasons.py"
 GIVES = {"Problem": 0, "Ended": 0, "_disruption": 0, "Event": 0, "Standing": 1, "Deadline": 1}
-"""Calls that give a reason, and which argument it is."""
+"""The calls that give a reason, and the position of that argument."""
 TRUTHS = {"True", "False", "Unknown"}
 OTHER_THINGS = {*get_args(Phase), "Complete", "Degraded", "Ready", "Shared", "OOMKilled"}
-"""Words that are also phases, conditions, a mode of messaging, and one of kubelet's."""
+"""The words that are also phases, conditions, a mode of messaging, or the kubelet's."""
 
 
 def free_reasons(code: str) -> Iterator[str]:
@@ -38,7 +38,7 @@ def _name(function: ast.expr) -> str:
 
 
 def _literals(node: ast.expr) -> list[str]:
-    """Return the strings that an expression may come to: not those that it only compares with."""
+    """Return the strings that an expression may evaluate to, but not those that it only compares with."""
     match node:
         case ast.Constant(value=str() as text) if text:
             return [text]

@@ -236,7 +236,7 @@ def test_an_object_that_is_not_ours_is_left_alone_and_named_until_it_is_gone() -
 
 
 def test_an_object_that_is_replaced_under_a_pass_is_no_matter_of_the_spec() -> None:
-    """The API server says Invalid of its UID, as it would of a field of the user's."""
+    """The API server then calls the UID invalid, just as it would a field of the user's."""
 
     async def scenario(world: World) -> None:
         await bring_up(world)

@@ -1,4 +1,4 @@
-"""Calls of the operator that fail, watches that break or are expired: the job comes to the same end."""
+"""Whatever calls of the operator fail, and whatever watches break or expire, a job comes to the same end."""
 
 import asyncio
 from collections import Counter
@@ -118,7 +118,7 @@ async def refuse_watches(request: Request, send: Send) -> MemoryResponse:
 
 
 def test_a_job_that_was_deleted_while_no_watch_was_there_is_forgotten_at_the_next_list() -> None:
-    """kopf does not tell of it."""
+    """kopf does not report this."""
 
     async def play() -> None:
         async with running_world() as world:

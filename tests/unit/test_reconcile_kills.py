@@ -1,7 +1,7 @@
 """The operator killed after each of its writes: the next one comes to the same end, nothing is done twice.
 
-The API server has carried a write out when the operator dies of it, before it has read the answer; another
-without any memory goes on. tests/cluster does the same on a real control plane.
+The operator dies after the API server has carried out a write and before it has read the answer. Another one
+without any memory then goes on. tests/cluster does the same on a real control plane.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ MAX_WRITES = 80
 
 @dataclass
 class Death:
-    """Of an operator after so many writes."""
+    """The death of an operator after a number of writes."""
 
     after: int
     num_writes: int = 0
@@ -39,7 +39,7 @@ class Death:
 
 
 async def mortal(world: World, after: int, act: Callable[[World], Awaitable[None]]) -> bool:
-    """Let something happen whose operator dies after so many writes; return whether it came to that."""
+    """Let something happen while the operator dies after a number of writes; return whether it did die."""
     on_the_way, death = world.on_the_way, Death(after)
 
     async def kill() -> None:
@@ -88,7 +88,7 @@ def test_a_kill_after_any_write_changes_nothing_in_the_end() -> None:
 
 
 def test_nor_does_one_while_a_job_is_suspended_and_resumes() -> None:
-    """Again and again in one world, with one more write before each kill."""
+    """This is repeated in one world, with one more write before each kill."""
 
     async def every_kill() -> int:
         async with running_world() as world:

@@ -1,4 +1,4 @@
-"""What lies where: the standard library stays visible, and the operator light."""
+"""Where things are in the repository: the standard library stays visible, and the operator stays light."""
 
 import ast
 import importlib
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PACKAGES = [ROOT / path for path in PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]]
 HIDDEN = {"types", "queue", "logging", "operator"}
-"""Modules of the standard library that one of ours would hide where a folder of ours is on the path."""
+"""Modules of the standard library that one of ours would hide if a folder of ours were on the path."""
 
 
 def python(*arguments: str, folder: Path = ROOT) -> str:
@@ -27,7 +27,7 @@ def python(*arguments: str, folder: Path = ROOT) -> str:
 
 
 def test_the_repository_does_not_hide_the_standard_library() -> None:
-    """Without site-packages, which on many machines imports `operator` early and so hides the damage."""
+    """Run without site-packages, which on many machines imports `operator` early and so hides the damage."""
     script = "import collections, operator; print(operator.__file__)"
     found = Path(python("-S", "-c", script).strip())
     assert found.name == "operator.py" and not found.is_relative_to(ROOT)
@@ -68,7 +68,7 @@ for package in map(importlib.import_module, sys.argv[1:]):
 
 
 def test_types_and_operator_are_imported_without_torch_and_without_nats() -> None:
-    """An operator's image has neither."""
+    """The operator's image has neither."""
     modules = python("-c", LIGHT, "asyncrl_api", "asyncrl_operator").split()
     assert {"asyncrl_api.job", "asyncrl_operator.layout", "asyncrl_operator.local.cli"} <= set(modules)
 
@@ -93,7 +93,7 @@ def test_every_console_script_leads_to_something(script: str) -> None:
 
 
 CLASSES_TWICE: dict[str, str] = {}
-"""Names that stand for two things, and why each may."""
+"""The names that may stand for two things, with the reasons."""
 FILES_TWICE = {
     "__init__.py": "a package's own",
     "__main__.py": "a package's own",

@@ -1,4 +1,4 @@
-"""Which end of a process costs what, and how long it waits before its next life."""
+"""What each end of a process costs, and how long the process waits before its next start."""
 
 import signal
 from typing import Any
@@ -104,7 +104,7 @@ def test_a_step_between_two_failures_begins_the_backoff_again() -> None:
 
 
 def test_going_back_to_a_checkpoint_is_no_step() -> None:
-    """A trainer that dies at the same place again and again has repeated old steps meanwhile."""
+    """A trainer that keeps dying at the same place has only repeated old steps in between."""
     trainer = budget(backoff_seconds=10)
     assert delays(trainer, [(KILLED, 8), (KILLED, 5), (KILLED, 8), (KILLED, 9)]) == [0, 10, 20, 0]
 
@@ -124,7 +124,7 @@ def test_a_container_is_restarted_for_ever_and_ever_more_slowly() -> None:
 
 
 def test_a_broker_that_cannot_be_started_ends_the_job() -> None:
-    """Without it a job would wait in silence."""
+    """Without a broker a job would wait in silence."""
     broker = ContainerBackoff(max_failures=MESSAGING_MAX_FAILURES)
     for _ in range(MESSAGING_MAX_FAILURES):
         assert isinstance(broker.ended(1, 0.1), Restart)

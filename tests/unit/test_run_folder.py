@@ -1,4 +1,4 @@
-"""The folder of a local run: who may use it, and what a run that goes on keeps."""
+"""The folder of a local run: who may use it, and what a resumed run keeps."""
 
 import json
 from pathlib import Path
@@ -65,7 +65,7 @@ def test_a_new_run_does_not_mix_with_another(folder: RunFolder) -> None:
 
 
 def test_a_run_that_was_refused_before_it_began_is_not_in_the_way(folder: RunFolder) -> None:
-    """It has left its lock alone: neither a new run nor --resume would go otherwise."""
+    """It has left only its lock, which must stop neither a new run nor --resume."""
     with run_folder.lock(folder):
         pass
     assert [path.name for path in folder.path.iterdir()] == [".lock"]
@@ -109,7 +109,7 @@ def test_a_run_does_not_go_on_under_another_manifest(folder: RunFolder, override
 
 
 def test_a_run_does_not_go_on_under_another_name(folder: RunFolder) -> None:
-    """Streams are named after the job, so it would look for its tickets where there are none."""
+    """Streams are named after the job, so the run would look for its tickets where there are none."""
     write(folder, make_job())
     run_folder.check_may_resume(folder, named(make_job(), namespace="default"))
     for other, full_name in (
@@ -159,7 +159,7 @@ def test_what_is_written_is_the_manifest_as_run_its_live_values_and_the_configur
 
 
 class Killed(BaseException):
-    """Stands for a SIGKILL: nobody handles it."""
+    """Stands for a SIGKILL, which nobody can handle."""
 
 
 @pytest.mark.parametrize("file", ["job.yaml", "live.json", "config.json"])

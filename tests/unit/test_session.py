@@ -1,4 +1,4 @@
-"""One sample over its turns: every token lined up, and the same however often it is broken off."""
+"""One sample over its turns: every token is in its place, however often the sample is broken off."""
 
 import asyncio
 import math
@@ -252,7 +252,7 @@ async def test_records_that_were_not_reached_yet_stay_in_the_progress() -> None:
 
 @pytest.mark.parametrize("error", [EngineLost("gone"), EngineRefused("never")])
 async def test_a_workflow_cannot_hide_that_the_engine_failed(error: Exception) -> None:
-    """Or what was not sampled would be scored as a bad answer."""
+    """Otherwise an answer that was not sampled would be scored as a bad one."""
     engine = FakeEngine()
     engine.faults += [None, error]
     session = open_session(engine)
@@ -335,7 +335,7 @@ lives = st.lists(
 def test_a_sample_is_the_same_however_it_was_broken_off(
     lives: list[tuple[int, Cut]], workflow: Workflow, room: int, are_weights_updated: bool
 ) -> None:
-    """But for who sampled which token, if the weights were updated: that is as each engine attested it."""
+    """If the weights were updated, who sampled which token may differ; it is as each engine attested it."""
     limits = SampleLimits(20, len(PROMPT) + room, 0.7)
 
     async def check() -> None:
@@ -362,7 +362,7 @@ def test_a_sample_is_the_same_however_it_was_broken_off(
 
 
 def recording(engine: FakeEngine, sampled_by: dict[int, int]) -> Sampler:
-    """A sampler that notes which version sampled each position, and that nobody samples one again."""
+    """A sampler that notes which version sampled each position, and checks that none is sampled twice."""
 
     def note(request: SamplingRequest, generation: Generation) -> None:
         for place in range(len(generation.output_ids)):

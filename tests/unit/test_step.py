@@ -19,14 +19,14 @@ NUM_MINIBATCHES = 3
 
 
 class RecordingPolicy:
-    """One rank whose log-probs say how many updates were made before they were asked for."""
+    """One rank, whose log-probs are the number of updates made before they were asked for."""
 
     world_size = 1
 
     def __init__(self, gradient_norm: float = 1.0) -> None:
         self.gradient_norm = gradient_norm
         self.proximal: list[list[Tensor] | None] = []
-        """What each update was given."""
+        """The proximal log-probs that each update was given."""
         self.num_tokens: list[int] = []
 
     def logprobs(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:

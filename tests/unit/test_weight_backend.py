@@ -1,4 +1,4 @@
-"""By which library weights travel, and how a group is left where there is no GPU to try it on."""
+"""The library by which weights travel, and how a group is left; tested where there is no GPU to try it on."""
 
 from typing import Any
 
@@ -29,7 +29,7 @@ def test_nccl_is_the_default_between_gpus(asked_for: str, engine: str, has_gpu: 
 
 @pytest.mark.parametrize(("backend", "way"), [("nccl", "aborted"), ("gloo", "destroyed")])
 def test_a_communicator_of_nccl_is_aborted(monkeypatch: pytest.MonkeyPatch, backend: str, way: str) -> None:
-    """It would wait for a peer that is dead."""
+    """Otherwise it would wait for a peer that is dead."""
     left: list[Any] = []
     monkeypatch.setattr(dist, "get_backend", lambda _: backend)
     monkeypatch.setattr(dist, "destroy_process_group", lambda group: left.append(("destroyed", group)))

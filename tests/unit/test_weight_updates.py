@@ -1,4 +1,4 @@
-"""A worker's part in weight epochs: in which state the engine is after whatever went wrong."""
+"""A worker's part in weight epochs: the state of the engine after whatever went wrong."""
 
 import asyncio
 
@@ -35,7 +35,7 @@ class Controller:
         self.updates = WeightUpdates(self.engine, lambda: self.num_running)
 
     async def ask(self, *requests: ControlRequest) -> list[ControlReply]:
-        """Stops at the first no, as the controller does."""
+        """Stop at the first no, as the controller does."""
         replies: list[ControlReply] = []
         for request in requests:
             replies.append(await self.updates.handle(request))
@@ -136,7 +136,7 @@ async def test_a_group_is_used_again_and_left_for_another() -> None:
 async def test_after_a_refusal_it_goes_on_at_the_old_version_or_waits_for_everything(
     path: str, num_earlier: int, state: str, is_paused: bool
 ) -> None:
-    """It goes on where no bucket had begun; else it is paused, and clean again after the next epoch."""
+    """It goes on if no bucket had begun; otherwise it is paused, and clean again after the next epoch."""
     controller = Controller()
     engine = controller.engine
     assert await controller.update(V0)
@@ -158,7 +158,7 @@ async def test_after_a_refusal_it_goes_on_at_the_old_version_or_waits_for_everyt
 
 
 async def test_an_epoch_that_was_given_up_elsewhere_is_followed_by_another() -> None:
-    """This engine was ready, or had a bucket, when another one failed: it hears of the next epoch alone."""
+    """This engine was ready, or had a bucket, when another one failed; it hears only of the next epoch."""
     for done in (2, 3):
         controller = Controller()
         await controller.ask(*epoch(V1, group="given-up")[:done])
@@ -208,7 +208,7 @@ async def test_the_probe_says_how_many_ranks_the_engine_takes() -> None:
     [(0, PHASE_SECONDS + 5), (1, CONTROL_SECONDS), (2, PHASE_SECONDS), (4, CONTROL_SECONDS)],
 )
 def test_an_engine_that_hangs_costs_one_deadline_and_is_to_be_restarted(place: int, seconds: float) -> None:
-    """No call follows the one that was not answered: each would last as long."""
+    """No call follows the one that was not answered, because each would take as long."""
 
     async def check() -> None:
         controller = Controller()

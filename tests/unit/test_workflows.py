@@ -1,4 +1,4 @@
-"""How a sample comes about: the built-in workflows on a session that answers as told, and the user's own."""
+"""How a sample is made, by the built-in workflows on a session that answers as told and by a user's own."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ from asyncrl_runtime.rollout.workflows import RETRY_MESSAGE, MultiTurn, SingleTu
 
 
 class ScriptedSession:
-    """Answers `answer 1`, `answer 2` ...; scores as told; remembers everything."""
+    """Answers with `answer 1`, `answer 2` ..., scores as told, and remembers everything."""
 
     def __init__(self, scores: Sequence[Score | Exception], num_answers: int = 99) -> None:
         self.row: Row = {"question": "?"}

@@ -84,7 +84,7 @@ steps = st.lists(
 
 @given(steps)
 def test_no_news_is_lost_and_no_key_is_in_two_passes(steps: list[tuple[str, Key, float]]) -> None:
-    """After any sequence, a key with news since its pass began gets another pass."""
+    """Whatever has happened, a key with news since its pass began gets another pass."""
     queue, now, active, owed = WorkQueue(), 0.0, set[Key](), set[Key]()
     for what, key, number in steps:
         now += number / 10
