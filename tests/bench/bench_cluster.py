@@ -35,7 +35,7 @@ from support.paths import EXAMPLES
 
 ROOT = Path(__file__).parents[2]
 WARM_STEPS = 20
-"""Left out of the rate."""
+"""The number of first steps that are left out of the rate."""
 SECONDS = 900
 
 LISTEN = """
@@ -141,7 +141,7 @@ class Watched(RunningJob):
 
 @contextmanager
 def cluster(folder: Path) -> Iterator[NodeCluster]:
-    """Give two nodes with an operator."""
+    """Provide two nodes with an operator."""
     nodes = NodeCluster(os.environ["KUBEUP"], folder / "cluster")
     operator: Operator | None = None
     try:

@@ -43,7 +43,8 @@ LONGEST = 1024
 
 class Setting(NamedTuple):
     sigma: float
-    """Of the logarithm of the response's length; with 1.0 the longest hundredth is 10 times the median."""
+    """The deviation of the logarithm of a response's length; with 1.0 the longest hundredth is 10 times the
+median."""
     budget: int
     """Tokens per micro-batch; padded ones count longest times number. The manifest's default is twice its
     default context."""

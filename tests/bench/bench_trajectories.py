@@ -49,13 +49,13 @@ NAMES = JobNames(job="bench")
 SPEC = make_job().spec
 STORAGE_BYTES = 2**30
 PUBLISH_SECONDS = 2.0
-"""As `Broker.publish` waits for an acknowledgement."""
+"""The time that `Broker.publish` waits for an acknowledgement."""
 
 
 class Case(NamedTuple):
     group_size: int
     num_tokens: int
-    """Of each response; 8 bytes each."""
+    """The tokens of each response, of 8 bytes each."""
     num_messages: int
 
 

@@ -1,4 +1,4 @@
-"""A real API server does what the one in memory is said to do: what unit tests rest on is true.
+"""A real API server does what the one in memory is said to do, so what unit tests rely on is true.
 
 It needs no nodes and no controllers: `scripts/kubeup.py` and the programs of envtest are enough.
 """

@@ -202,7 +202,7 @@ def test_alerts_ask_for_series_that_there_are() -> None:
 
 
 def test_alerts_reach_prometheus_as_they_are_written() -> None:
-    """Their templates are Prometheus' own and must not be taken for the chart's."""
+    """Their templates are Prometheus's own and must not be taken for the chart's."""
     written = YAML(typ="safe").load(CHART / "files" / "alerts.yaml")
     assert only(render(*ALL_ON), "PrometheusRule")["spec"] == written
     [endpoint] = only(render(*ALL_ON), "ServiceMonitor")["spec"]["endpoints"]

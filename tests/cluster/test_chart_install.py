@@ -202,7 +202,7 @@ def test_an_operator_that_finds_an_older_crd_touches_nothing(
 
 
 def what_there_is(job: Job) -> dict[str, tuple[str, str]]:
-    """Return UID and version of each child; of what has a status, the generation, since others write that."""
+    """Return the UID and version of each child; if it has a status, which others write, its generation."""
     return {
         f"{each['kind']}/{each['metadata']['name']}": (
             each["metadata"]["uid"],
@@ -213,7 +213,7 @@ def what_there_is(job: Job) -> dict[str, tuple[str, str]]:
 
 
 def without_field(path: Path, name: str) -> str:
-    """Return a CRD that knows nothing of a field, neither its schema nor in a default, as before it came."""
+    """Return a CRD from before a field came, which has it neither in its schema nor in a default."""
 
     def without(value: Any) -> Any:
         if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""The CRD on a real API server: it and `asyncrl validate` say the same of every field, rule and edit."""
+"""The CRD on a real API server says the same as `asyncrl validate` about every field, rule and edit."""
 
 import copy
 import uuid
@@ -33,7 +33,7 @@ class Server:
         self._path = f"/apis/{API_VERSION}/namespaces/{namespace}/{PLURAL}"
 
     def judge(self, manifest: dict[str, Any]) -> httpx.Response:
-        """Return what is said of a new job, without making it."""
+        """Return what the server says about a new job, without creating it."""
         query = {"fieldValidation": "Strict", "dryRun": "All"}
         return self._http.post(self._path, params=query, json=manifest)
 

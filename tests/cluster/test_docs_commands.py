@@ -1,4 +1,4 @@
-"""The commands of docs/kubernetes.md that say so, as they stand there, in order."""
+"""The commands of docs/kubernetes.md that name this test, run in order as they are there."""
 
 import shutil
 import subprocess

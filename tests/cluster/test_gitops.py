@@ -1,4 +1,4 @@
-"""What GitOps tools make of an AsyncRLJob, asked of their own engines, for every row of docs/gitops.md."""
+"""How GitOps tools read an AsyncRLJob, by their own engines, for every row of docs/gitops.md."""
 
 import json
 import os

@@ -117,7 +117,7 @@ def test_a_node_that_dies_under_the_trainer_is_a_disruption_and_costs_no_restart
 
 @contextmanager
 def node_dead(cluster: Cluster, name: str) -> Iterator[None]:
-    """Have a node's kubelet silent for a while, and the node not ready, as its controller says in the end."""
+    """Silence a node's kubelet for a while, so that the node's controller at last finds it not ready."""
     answers, now = "kwok.x-k8s.io/node", datetime.now(UTC).isoformat(timespec="seconds")
     unknown = {"type": "Ready", "status": "Unknown", "reason": "NodeStatusUnknown", "lastTransitionTime": now}
     cluster.kubectl("annotate", "node", name, f"{answers}-")

@@ -1,7 +1,7 @@
 """The operator killed after each of its writes: the next one comes to the same end, nothing is done twice.
 
-In this process, so that the place of the kill is exact: the API client dies after the k-th write has been
-carried out and before its answer is read; a reconciler without any memory goes on.
+The operator runs in this process, so that the place of the kill is exact: the API client dies after the k-th
+write has been carried out and before its answer is read. A reconciler without any memory then goes on.
 """
 
 import asyncio
@@ -37,27 +37,27 @@ DEFAULTS = Defaults(runtime_image="asyncrl/runtime:test", nats_image="nats:test"
 MAX_WRITES = 40
 SECONDS = 60.0
 AT_ONCE = 8
-"""Jobs that are brought up at a time; each with its own place of the kill."""
+"""The number of jobs that are brought up at a time, each with its own place of the kill."""
 
 
 class Killed(Exception):
-    """The operator is no more."""
+    """The operator has been killed."""
 
 
 @dataclass
 class Life:
-    """Of one operator: how much it has written, and after which write it dies."""
+    """The fate of one operator: how much it has written, and after which write it dies."""
 
     num_writes: int = 0
     dies_after: int | None = None
 
 
 LIFE: ContextVar[Life | None] = ContextVar("life", default=None)
-"""Of the operator that makes a call; the caches that all of them share have none."""
+"""The fate of the operator that makes a call; the caches that all of them share have none."""
 
 
 class MortalApi(Api):
-    """Dies after so many writes; the last one has reached the server."""
+    """Dies after a number of writes; the last one has reached the server."""
 
     async def _call(self, verb: str, *arguments: Any, **named: Any) -> Any:
         life = LIFE.get()
@@ -88,7 +88,7 @@ async def passes_until_running(api: Api, caches: Caches, key: Key) -> None:
     """Run passes of a reconciler that remembers nothing until the job runs and a pass writes nothing.
 
     Raises:
-        Killed: by the client.
+        Killed: the client has killed the operator.
     """
     reconciler = Reconciler(
         caches,

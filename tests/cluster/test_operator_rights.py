@@ -1,4 +1,4 @@
-"""Each right that the chart grants is one that the operator uses: one job is taken through all of them."""
+"""The operator uses each right that the chart grants: one job is taken through all of them."""
 
 import json
 from collections.abc import Iterator
@@ -13,9 +13,9 @@ from support.cluster.operator_process import Job, OperatorProcess, eventually, r
 pytestmark = pytest.mark.e2e
 
 BY_KOPF = {("asyncrljobs", "list"), ("asyncrljobs", "watch")}
-"""By the shell, over its own client; without them no job would be seen."""
+"""The rights that kopf uses with its own client; without them no job would be seen."""
 BY_THE_SERVER = {("asyncrljobs/finalizers", "update")}
-"""Asked for by OwnerReferencesPermissionEnforcement, which this control plane does not switch on."""
+"""The rights that OwnerReferencesPermissionEnforcement requires, which is off in this control plane."""
 BY_APPLY = {("jobs", "patch")}
 """An apply that makes an object needs both rights; a Job stays as it was made."""
 CHILDREN = "roles,rolebindings,serviceaccounts,services,configmaps,pdb,networkpolicies,statefulsets,jobs"
@@ -23,7 +23,7 @@ CHILDREN = "roles,rolebindings,serviceaccounts,services,configmaps,pdb,networkpo
 
 @pytest.fixture
 def operator(operator_rights: Path, tmp_path: Path) -> Iterator[OperatorProcess]:
-    """One whose calls are those of the test alone."""
+    """An operator whose calls are those of this test alone."""
     with running_operator(operator_rights, tmp_path) as running:
         yield running
 
@@ -51,7 +51,7 @@ def test_each_right_is_used(job: Job, operator: OperatorProcess) -> None:
 
 
 def take_labels_off(job: Job) -> None:
-    """Have the operator lose sight of all children: it asks for each when it makes it again."""
+    """Make the operator lose sight of all children, so that it looks up each one when it creates it again."""
     children = [each for each in job.children(CHILDREN) if each["kind"] != "Job"]
     for child in children:
         what = f"{child['kind']}/{child['metadata']['name']}"
@@ -73,7 +73,7 @@ def take_labels_off(job: Job) -> None:
 
 
 def roll(job: Job) -> None:
-    """Have the engines replaced: pods: delete."""
+    """Make the operator replace the engines (pods: delete)."""
     job.patch({"rollout": {"engine": {"type": "CPU", "args": ["--max-total-tokens", "4096"]}}})
 
     def is_rolled() -> bool:
@@ -84,7 +84,7 @@ def roll(job: Job) -> None:
 
 
 def end(job: Job) -> None:
-    """Finish the job, and have its children deleted."""
+    """Finish the job, so that its children are deleted."""
     pod = next(name for name in job.names("pods") if "trainer" in name)
     job.kubectl("annotate", "pod", pod, "kubeup/exit-code=0")
     job.wait("Complete")

@@ -11,7 +11,7 @@ from support.engines.sglang_process import SGLangProcess
 from support.engines.tiny_models import EngineProcess, running_engine, tiny_model
 
 STEP_SECONDS = 0.02
-"""Of a decoding step: slow enough to act between two."""
+"""The duration of a decoding step, slow enough to act between two."""
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,4 +1,4 @@
-"""What worker and weight sync rely on in an engine, over HTTP: of ours and of SGLang alike."""
+"""What worker and weight sync rely on in an engine, over HTTP, for the CPU engine and SGLang alike."""
 
 import json
 import subprocess
@@ -66,7 +66,7 @@ def test_several_prompts_are_answered_in_order_with_the_logprob_of_each_token(en
 def test_logprobs_are_those_of_the_distribution_that_was_sampled(
     engine: EngineProcess, temperature: float
 ) -> None:
-    """Divided by the temperature: the behavior policy is what the trainer must know."""
+    """They are divided by the temperature, because the trainer must know the behavior policy."""
     params = sampling(8, temperature=temperature)
     answer = engine.generate(input_ids=PROMPT, sampling_params=params, return_logprob=True)
     ids = [*PROMPT, *answer["output_ids"]]
@@ -155,7 +155,7 @@ def test_the_load_can_be_read(engine: EngineProcess, pool: ThreadPoolExecutor) -
 def test_new_weights_come_while_an_answer_is_under_way(
     engine: EngineProcess, pool: ThreadPoolExecutor
 ) -> None:
-    """Retracted, it goes on under the new weights, and each token says of which version it is."""
+    """A retracted answer goes on under the new weights, and each token says which version it comes from."""
     old, new = weights_of(0), weights_of(1)
     trainer = Trainer([engine], "contract-retract", pool)
     answer = begin(engine, pool)

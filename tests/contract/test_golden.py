@@ -78,7 +78,7 @@ def exchange(engine: EngineProcess, name: str) -> dict[str, Any]:
 
 
 def misfits(found: Any, wanted: Any, path: str = "") -> list[str]:
-    """Return where an answer is of another form than SGLang's; what it leaves out is no matter."""
+    """Return where an answer's form differs from SGLang's; fields that it leaves out do not matter."""
     if isinstance(found, dict) and isinstance(wanted, dict):
         unknown = [f"{path}.{name}: SGLang has none" for name in found if name not in wanted]
         return unknown + [

@@ -112,7 +112,7 @@ def test_a_policy_is_trained_on_samples_of_sglang(folder: Path) -> None:
 
 
 def test_weights_in_shares_reach_sglang(folder: Path) -> None:
-    """ZeRO 3 on two ranks: what is sampled is what is trained, to the rounding of fp32."""
+    """With ZeRO 3 on two ranks, the policy that is sampled is the one that is trained, to fp32's rounding."""
     settings = QUICKSTART | {
         "spec.gpuBudget": "{total: 3, allocation: None, mode: Manual, split: {trainer: 2, rollout: 1}}",
         "spec.trainer.deepspeed": (
@@ -131,7 +131,7 @@ def test_adapters_reach_sglang(folder: Path) -> None:
 
 @pytest.mark.parametrize(("dtype", "most"), [("Float32", 1e-3), ("BFloat16", 0.1)])
 def test_smollm2_is_trained_on_samples_of_sglang(folder: Path, dtype: str, most: float) -> None:
-    """In bf16 engine and trainer round the same sums in another order, at three decimal digits."""
+    """In bf16, engine and trainer round the same sums in different orders, to three decimal digits."""
     settings = {
         "spec.model.dtype": dtype,
         "spec.training.batchSize": 2,

@@ -80,7 +80,7 @@ for folder in pathlib.Path("/proc").glob("[0-9]*"):
 
 
 def test_a_trainer_one_of_whose_ranks_is_stopped_is_restarted(operator: Operator, job: RunningJob) -> None:
-    """The other rank reports all the while; it says that it gets nowhere."""
+    """The other rank keeps reporting, but says that it makes no progress."""
     job.apply(
         training={"maxSteps": MANY},
         evaluation={"samples": 50, "everySteps": 5000},
@@ -104,7 +104,7 @@ def test_a_trainer_one_of_whose_ranks_is_stopped_is_restarted(operator: Operator
 
 @pytest.mark.parametrize("storage", ["Ephemeral", "Persistent"])
 def test_messaging_is_lost_with_its_node(nodes: NodeCluster, job: RunningJob, storage: str) -> None:
-    """What was in it is made again from the checkpoint, or is there again."""
+    """What was in it is made again from the checkpoint, or has survived."""
     job.apply(
         training={"maxSteps": MANY},
         evaluation={"samples": 50, "everySteps": 5000},

@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900, func_o
 
 SECONDS = 300
 SLOW = "slow"
-"""A file on the models' volume; while it is there, engines have little to show for themselves."""
+"""A file on the models' volume; while it exists, engines produce little."""
 CODE = f'''"""The right sum, judged in no hurry."""
 
 import os

@@ -1,4 +1,4 @@
-"""From `kubectl apply` to a trained policy: pods that run, on nodes of their own."""
+"""A `kubectl apply` leads to a trained policy, in pods that run on nodes of their own."""
 
 import json
 import re

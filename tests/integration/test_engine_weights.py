@@ -42,7 +42,7 @@ def engines() -> Iterator[list[EngineProcess]]:
 
 @pytest.fixture
 def engine(engines: list[EngineProcess]) -> Iterator[EngineProcess]:
-    """Running, slow enough to act between steps, with the weights of seed 0 under the label `default`."""
+    """A running engine, slow enough to act between steps, with the weights of seed 0, labeled `default`."""
     engine = engines[0]
     engine.post("/slow_down", {"forward_sleep_time": STEP_SECONDS})
     yield engine

@@ -76,7 +76,7 @@ def versions(evaluated: Evaluated) -> tuple[int, int]:
 
 @torch.no_grad()
 def greedy(model: PreTrainedModel, sample: Sample) -> list[int]:
-    """A sample's response as the model alone gives it."""
+    """Return a sample's response as the model alone gives it."""
     ids = ids_from_bytes(sample.prompt_ids).tolist()
     first = len(ids)
     while len(ids) - first < MAX_NEW_TOKENS and not (len(ids) > first and ids[-1] == EOS):
@@ -107,7 +107,7 @@ async def test_every_prompt_is_answered_greedily_and_nothing_is_trained(scene: S
 
 
 async def test_answers_to_an_earlier_evaluation_are_not_mixed_in(scene: Scene) -> None:
-    """They were broken off with questions open, and with answers that nobody has fetched."""
+    """The earlier ones were broken off with questions open, and with answers that nobody has fetched."""
     [a] = await scene.add("a")
     publisher, exam = scene.publisher(), Exam(scene)
     await publish(publisher, V0, seed=1)
@@ -130,7 +130,7 @@ async def test_answers_to_an_earlier_evaluation_are_not_mixed_in(scene: Scene) -
 
 @pytest.mark.parametrize("loses_evaluation", [True, False])
 async def test_streams_that_are_made_again_lose_no_prompt(scene: Scene, loses_evaluation: bool) -> None:
-    """When all is answered, and not all of it fetched yet."""
+    """The streams are lost when everything has been answered and not everything has been fetched."""
     await scene.add("a")
     await publish(scene.publisher(), V0, seed=1)
     exam, jetstream, names = Exam(scene), scene.broker.jetstream, scene.names
@@ -263,7 +263,7 @@ async def test_a_job_measures_itself_on_prompts_that_it_does_not_train_on(
 async def test_the_first_policy_is_measured_once_though_the_trainer_dies(
     own_nats: NatsServer, tmp_path: Path
 ) -> None:
-    """With it dies its engine: until the recorded step is repeated nobody has weights to answer with."""
+    """Its engine dies with it, so until the recorded step is repeated nobody has weights to answer with."""
     job = build_job(
         evaluation={"source": "harness_data:rows", "samples": 8, "everySteps": 100},
         checkpoint={"everySteps": 100},

@@ -30,7 +30,7 @@ def path(request: pytest.FixtureRequest) -> Path:
 
 @pytest.fixture
 def folder(path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Where user code is imported from, as the processes of a run have it."""
+    """Provide the folder of user code, on the import path as in the processes of a run."""
     monkeypatch.syspath_prepend(str(path.parent))
     yield path.parent
     for module in path.parent.glob("*.py"):
@@ -85,7 +85,7 @@ def test_there_is_one_of_each_kind() -> None:
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the factories' models are kept, since two of them serve all examples."""
+    """The cache of the factories' models, shared since two of them serve all examples."""
     return tmp_path_factory.mktemp("models")
 
 

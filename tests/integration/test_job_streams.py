@@ -29,7 +29,7 @@ LONG_JOB: dict[str, Any] = {
 async def test_a_broker_that_comes_back_and_streams_that_are_lost(
     own_nats: NatsServer, tmp_path: Path
 ) -> None:
-    """One after the other in one job, in the middle of sampling: what is lost is made again."""
+    """They are lost one after the other in one job, while it samples, and each is made again."""
     with JobHarness(tmp_path / "run", own_nats, build_job(**LONG_JOB)) as harness:
         names = harness.config.names
         says = "the trajectory stream is lost: open tickets are issued again"
@@ -98,7 +98,7 @@ async def test_recorded_batches_that_are_lost_with_their_stream_leave_the_histor
 async def test_recorded_steps_are_given_up_before_a_checkpoint_knows_the_new_stream(
     own_nats: NatsServer, tmp_path: Path
 ) -> None:
-    """Killed in between, the next attempt would repeat them with whatever is sampled for their tickets."""
+    """If it were killed in between, the next attempt would repeat them with whatever is sampled then."""
     job = build_job(training={"maxSteps": 8}, checkpoint={"everySteps": 4})
     with JobHarness(tmp_path / "run", own_nats, job) as harness:
         harness.start_rollout(0)
@@ -153,7 +153,7 @@ async def test_a_stream_that_fills_up_is_purged_and_one_that_is_full_loses_nothi
 async def test_a_trajectory_stream_that_goes_while_the_other_is_made_again_is_noticed(
     nats_address: NatsAddress, names: JobNames, tmp_path: Path
 ) -> None:
-    """It would be made again with the other, and what had arrived through it be waited for for ever."""
+    """It would be made again with the other, and what had arrived through it would be awaited forever."""
     broker = await Broker.connect(nats_address, names, "controller")
     books = Books(build_job().spec)
     streams = JobStreams(TrainerEnd(broker, names, 2**28), books, {})

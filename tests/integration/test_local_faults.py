@@ -1,4 +1,4 @@
-"""What goes wrong in a local run: whoever fails is named, with its last words, and nothing hangs for ever."""
+"""What goes wrong in a local run: the process that fails is named, with its last words; nothing hangs."""
 
 import json
 import re
@@ -172,7 +172,7 @@ def test_a_broker_whose_port_is_taken_fails_the_run(tmp_path: Path) -> None:
 
 
 def test_a_broker_that_lived_or_was_killed_can_be_started() -> None:
-    """Only exit codes in a row, each soon after the start, speak of a broker that never will."""
+    """Only exit codes in a row, each soon after the start, show that a broker will never start."""
     backoff = ContainerBackoff(MESSAGING_MAX_FAILURES)
     soon, late = 1.0, CONTAINER_RESET_SECONDS
     failures = [(1, soon)] * MESSAGING_MAX_FAILURES
@@ -206,7 +206,7 @@ def test_a_replica_whose_port_is_taken_says_so_and_fails_the_run_in_time(
 
 
 def test_a_job_that_is_not_running_for_too_long_has_failed(tmp_path: Path) -> None:
-    """As in a cluster: a trainer that waits for its backoff is no running job."""
+    """As in a cluster, a job whose trainer waits for its backoff does not count as running."""
     code, before, failure = run_to_its_failure(
         tmp_path,
         "dataset.promptField=prompt",
@@ -230,7 +230,7 @@ def reward(prompt, response, row):
 
 
 HANG_SECONDS = 20
-"""Longer than a start of the trainer computes, on a machine that is busy."""
+"""A limit that is longer than a start of the trainer computes, even on a busy machine."""
 TWO_RANKS = "gpuBudget={total: 3, allocation: None, mode: Manual, split: {trainer: 2, rollout: 1}}"
 WITH_LIMIT = f"failurePolicy.trainer={{maxDisruptions: 0, hangSeconds: {HANG_SECONDS}}}"
 
@@ -239,7 +239,7 @@ WITH_LIMIT = f"failurePolicy.trainer={{maxDisruptions: 0, hangSeconds: {HANG_SEC
 def test_a_trainer_one_of_whose_ranks_is_stopped_is_restarted_at_its_own_cost(
     tmp_path: Path, stopped: int
 ) -> None:
-    """Rank 0 says that rank 1 keeps it waiting; of rank 0 itself nothing is heard any more."""
+    """If rank 1 is stopped, rank 0 reports that it waits; if rank 0 is stopped, nothing is heard any more."""
     manifest = write_job(tmp_path, JOB)
     with CliRun(manifest, tmp_path / "run", *settings(TWO_RANKS, WITH_LIMIT, "training.maxSteps=40")) as run:
         run.wait_for_step(3)

@@ -1,4 +1,4 @@
-"""A server that asks who one is: a job runs whole with its roles' rights, and a worker has no others."""
+"""A server that checks its clients: a job runs with the rights of its roles, and a worker has no others."""
 
 import asyncio
 import json
@@ -82,7 +82,7 @@ def test_a_job_runs_whole_with_the_rights_of_its_roles(guarded_nats: NatsServer,
 
 @pytest.mark.slow
 def test_a_job_keeps_to_the_subjects_of_its_account(tmp_path: Path) -> None:
-    """On a shared server, where the account has what begins with `team.` and JetStream's own."""
+    """A shared server is used, whose account has the subjects of `team.` and JetStream's own."""
     rights = {
         "publish": {"allow": ["team.>", "$JS.API.>", "$JS.ACK.>", "$KV.>"]},
         "subscribe": {"allow": ["team.>"]},

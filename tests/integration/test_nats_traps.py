@@ -1,6 +1,6 @@
 """One test for each trap of nats-py 2.16 and the server that transport/ steps around.
 
-Each shows the trap where that is possible, and that our way does not fall into it.
+Each shows the trap, where that is possible, and shows that our code does not fall into it.
 """
 
 import asyncio
@@ -244,7 +244,7 @@ async def test_reader_notices_that_the_last_message_was_lost(
 async def test_reader_never_has_more_than_one_pull_waiting(
     nats_address: NatsAddress, names: JobNames
 ) -> None:
-    """Trap: that a pull with a byte limit is complete is told when the next one is under way already."""
+    """Trap: a pull with a byte limit is reported complete when the next one is already under way."""
     broker = await broker_with_streams(nats_address, names)
     total = 4 * PULL_MESSAGES + 1
     for number in range(1, total + 1):

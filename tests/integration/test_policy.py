@@ -35,7 +35,7 @@ from support.jobs.naive_rl import NaiveTrainer
 
 STAGES = (0, 1, 2, 3)
 ALL_IN_SHARES = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
-"""Under ZeRO 3 weights as small as these would stay whole on each rank."""
+"""Settings without which weights as small as these would stay whole on each rank under ZeRO 3."""
 OFFLOADED: dict[int, dict[str, Any]] = {
     1: {"offload_optimizer": {"device": "cpu"}},
     2: {"offload_optimizer": {"device": "cpu"}},
@@ -415,7 +415,7 @@ def resized(
     sessions: dict[int, Session],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[Session, Session]:
-    """A session, and one that goes on from its checkpoints with another number of ranks."""
+    """A session, and another one that goes on from its checkpoints with a different number of ranks."""
     before, after = request.param
     source = sessions[before]
     folder = tmp_path_factory.mktemp("resized")

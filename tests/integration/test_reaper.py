@@ -25,7 +25,7 @@ async def take(queue: TicketQueue) -> NatsDelivery:
 async def test_what_nobody_holds_is_delivered_to_the_next_worker(
     nats_address: NatsAddress, names: JobNames
 ) -> None:
-    """Of five tickets one is done, one in a living worker's hands, two were never told of, one is queued."""
+    """One of five tickets is done, a living worker has one, two were never reported, and one is queued."""
     controller = await Broker.connect(nats_address, names, "controller")
     await make_streams(controller.jetstream, names, STORAGE_BYTES)
     for ticket in range(1, 6):

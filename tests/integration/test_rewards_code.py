@@ -60,9 +60,9 @@ class Program:
     feedback: str = PASSED
     """How the feedback ends, or begins if it passes."""
     tests: str | list[dict[str, str]] | None = None
-    """By default the program has to print `fine`."""
+    """The tests of the program; by default it has to print `fine`."""
     needs: str = ""
-    """Only where this protection is in force."""
+    """The protection without which the program is not tried; empty: none is needed."""
 
 
 DAEMON = f"""

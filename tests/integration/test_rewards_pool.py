@@ -19,7 +19,7 @@ from asyncrl_runtime.rollout.rewards.pool import RewardNotLoaded, RewardPool
 from asyncrl_runtime.rollout.rewards.scorer import Scorer, make_scorer
 
 DAEMON_SECONDS = f"{100_000 + os.getpid()}"
-"""By which a process left behind is recognized."""
+"""The mark by which a process that was left behind is recognized."""
 
 REWARDS = '''
 import asyncio, ctypes, os, signal, sys, threading, time
@@ -147,20 +147,20 @@ def processes_below(pid: int | None = None) -> set[psutil.Process]:
 
 
 def reward_processes() -> list[psutil.Process]:
-    """Of this test's pool: the outer process of each pair. Other fixtures have children too."""
+    """Return the outer process of each pair in this test's pool; other fixtures have children too."""
     return [
         p for p in psutil.Process().children() if "asyncrl_runtime.rollout.rewards.process" in p.cmdline()
     ]
 
 
 def daemons() -> list[psutil.Process]:
-    """What `start_daemon` has left running."""
+    """Return the processes that `start_daemon` has left running."""
     return [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] == ["sleep", DAEMON_SECONDS]]
 
 
 @pytest.fixture
 async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
-    """After each test, nothing of its processes may be left."""
+    """Check after each test that none of its processes is left."""
     (tmp_path / "rewards.py").write_text(REWARDS)
     before = processes_below()
     yield Bench(tmp_path)

@@ -74,10 +74,10 @@ class Off(NamedTuple):
     """Largest differences between a sample's log-probs and those computed again, whole prefix included."""
 
     first: float
-    """In its first span, which no update preceded."""
+    """The difference in its first span, which no update preceded."""
     later: float
     drift: float
-    """Of the later spans' tokens between the sample's first version and their own."""
+    """The difference of the later spans' tokens between the sample's first version and their own."""
 
 
 async def slow_down(harness: JobHarness, seconds: float) -> None:

@@ -89,7 +89,7 @@ async def test_an_engine_that_hangs_is_left_out_and_is_clean_or_restarted_afterw
 async def test_an_engine_that_received_a_part_stays_paused_until_it_has_everything_again(
     scene: Scene,
 ) -> None:
-    """It refuses a bucket whenever it is tried, which keeps no other engine from the version."""
+    """It refuses a bucket whenever it is tried; the other engines get the version nevertheless."""
     a, b = await scene.add("a", "b")
     publisher = scene.publisher()
     await publish(publisher, V0, seed=1)

@@ -1,4 +1,4 @@
-"""When the operator takes a trainer to be hung: it says so itself, or falls silent, whatever its clock shows."""
+"""When a trainer counts as hung for the operator: it says so, or falls silent, whatever its clock shows."""
 
 from dataclasses import replace
 from typing import Any
