@@ -63,7 +63,7 @@ def names() -> JobNames:
 
 
 @pytest.fixture(scope="session")
-def process_group() -> Iterator[None]:
+def process_group() -> None:
     """A torch process group of this process alone; one for all tests, since DeepSpeed keeps what it finds.
 
     Tests that host a weight group have made one already (weights.group), and it stays.
@@ -73,7 +73,6 @@ def process_group() -> Iterator[None]:
 
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
-    return
 
 
 @pytest.fixture(scope="session")

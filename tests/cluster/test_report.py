@@ -1,7 +1,6 @@
 """The trainer's report reaches its ConfigMap with the trainer's own rights, and nothing else does."""
 
 import base64
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -27,9 +26,7 @@ REPORT = Report(attempt=2, step=7, max_steps=9, state="Training", time="2026-01-
 
 
 @pytest.fixture
-def account(
-    cluster: Cluster, namespace: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Path]:
+def account(cluster: Cluster, namespace: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The service account's folder, as a pod of the trainer finds it."""
     owner = job_of("cpu", namespace=namespace).model_dump(by_alias=True, exclude_none=True)
     del owner["metadata"]["uid"]

@@ -1,7 +1,6 @@
 """GPUs move between trainer and rollout as the reports ask for it, while their pods run."""
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ def score(prompt, response, row):
 
 
 @pytest.fixture
-def patient(nodes: NodeCluster, operator: Operator, namespace: str, tmp_path: Path) -> Iterator[RunningJob]:
+def patient(nodes: NodeCluster, operator: Operator, namespace: str, tmp_path: Path) -> RunningJob:
     """A job whose reward can be made slow, not applied yet."""
     job = RunningJob(nodes, namespace, "custom_reward/job.yaml")
     code = tmp_path / "patience.py"

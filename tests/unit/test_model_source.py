@@ -4,7 +4,7 @@ import importlib.util
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -296,7 +296,7 @@ def test_processes_that_ask_at_once_get_one_model_and_a_kill_leaves_no_half(tmp_
 
 
 @pytest.fixture
-def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder `my_models` of a package `my-models`, as installed."""
     site = tmp_path / "site"
     information = site / "my_models-1.0.dist-info"
