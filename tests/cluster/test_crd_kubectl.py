@@ -47,7 +47,7 @@ def test_an_apply_that_breaks_a_rule_says_which(cluster: Cluster, namespace: str
 def test_explain_tells_the_mark(cluster: Cluster) -> None:
     told = cluster.kubectl("explain", "asyncrljob.spec.training.maxSteps")
     assert "FIELD: maxSteps <integer>" in told
-    assert "[L] Steps until the job is complete. May only grow." in " ".join(told.split())
+    assert "[L] Steps after which the job is complete; may only grow." in " ".join(told.split())
 
 
 def test_scale_changes_the_budget_within_its_rules(cluster: Cluster, namespace: str) -> None:

@@ -560,3 +560,29 @@ def test_reports_of_an_earlier_attempt_are_ignored_and_shown_ones_are_throttled(
     cluster.reports(step=1, attempt=0)
     cluster.pass_once()
     assert cluster.status.progress.summary == "4/9"
+
+
+def test_a_budget_lowered_before_a_trainers_job_was_made_is_not_exceeded() -> None:
+    """Its attempt is in the status; a Job that somebody deleted before the next pass is as one never made."""
+    cluster = ModelCluster(make_spec(gpuBudget={"total": 3}, trainer={"gpusPerNode": 2}))
+
+    def pass_and_settle() -> None:
+        cluster.pass_once()
+        cluster.settle()
+        cluster.now += 1
+
+    pass_and_settle()
+    pass_and_settle()
+    cluster.trainer_exits(1, "Error")
+    pass_and_settle()
+    pass_and_settle()
+    cluster.delete_job("gsm8k-trainer-2")
+    cluster.settle()
+    cluster.settle()
+    assert "gsm8k-trainer-2" not in cluster.jobs and cluster.held == 2
+    cluster.edit(gpuBudget={"total": 2})
+    cluster.pass_once()
+    assert cluster.claimed == 2
+    cluster.run_until_still()
+    assert (cluster.phase, cluster.held) == ("Running", 2)
+    assert cluster.status.attempt is not None and cluster.status.attempt.restarts == 1

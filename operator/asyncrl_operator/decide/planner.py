@@ -106,7 +106,11 @@ def _run(state: PassState, split: SplitStatus) -> Decision:
         return _between_attempts(state, memory)
     if attempt.start_time is None:
         if attempts.job_of(attempt, state.seen) is None:
-            return _go_on(state, memory)
+            if _has_room(state, split, attempt.gpus):
+                return _go_on(state, memory)
+            # The budget was lowered before its Job was made: it is given up, which costs nothing.
+            unmade = attempt.model_copy(update={"next_retry_time": to_text(state.now)})
+            return _between_attempts(state, replace(memory, attempt=unmade))
         attempt = attempt.model_copy(update={"start_time": to_text(state.now)})
         memory = replace(memory, attempt=attempt)
     verdict = attempts.judge(
@@ -143,14 +147,18 @@ def _between_attempts(state: PassState, memory: Memory) -> Decision:
         deletions = (*deletions, DeleteTrainerJob(before.job_name))
     is_gone = not trainers and not any(not job.is_failed for job in state.seen.trainer_jobs)
     due = to_seconds(before.next_retry_time) if before is not None and before.next_retry_time else 0.0
-    rollout = state.claim("rollout", state.replicas * split.gpus_per_replica)
-    has_room = rollout + split.trainer <= state.spec.gpu_budget.total
-    if is_gone and state.now >= due and has_room:
+    if is_gone and state.now >= due and _has_room(state, split, split.trainer):
         attempt = attempts.next_attempt(state.job.name, state.spec, before, state.seen, split.trainer)
         return _go_on(state, replace(memory, attempt=attempt))
     waiting = _go_on(state, memory)
     wakes = (*waiting.wakes, due if due > state.now else None)
     return replace(waiting, deletions=waiting.deletions + deletions, wakes=wakes)
+
+
+def _has_room(state: PassState, split: SplitStatus, trainer_gpus: int) -> bool:
+    """Whether the budget holds a trainer of this size beside the engines that are there."""
+    rollout = state.claim("rollout", state.replicas * split.gpus_per_replica)
+    return rollout + trainer_gpus <= state.spec.gpu_budget.total
 
 
 def _runs_unseen(attempt: AttemptStatus, state: PassState) -> bool:
