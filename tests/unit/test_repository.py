@@ -6,6 +6,8 @@ import subprocess
 import sys
 import tomllib
 from collections import Counter
+from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -123,3 +125,49 @@ def test_no_class_and_no_file_has_the_name_of_another() -> None:
     # quickstart.py has its former name for one release more.
     files = Counter(path.name for path in modules if path.parent.name != "asyncrl_examples")
     assert {name for name, count in files.items() if count > 1} <= FILES_TWICE.keys()
+
+
+PREPOSITIONS = {
+    "About",
+    "After",
+    "As",
+    "At",
+    "Before",
+    "Behind",
+    "Between",
+    "By",
+    "During",
+    "For",
+    "From",
+    "In",
+    "Of",
+    "On",
+    "Over",
+    "Per",
+    "Since",
+    "Under",
+    "Until",
+    "With",
+}
+
+
+def attribute_docstrings(module: Path) -> Iterator[tuple[int, str]]:
+    """Yield the strings that stand below an assignment, with their lines."""
+    for node in ast.walk(ast.parse(module.read_text())):
+        body = getattr(node, "body", None)
+        for before, after in pairwise(body if isinstance(body, list) else []):
+            match before, after:
+                case (ast.Assign() | ast.AnnAssign(), ast.Expr(value=ast.Constant(value=str() as text))):
+                    yield after.lineno, text
+
+
+def test_an_attributes_docstring_does_not_begin_with_a_preposition() -> None:
+    """It would complete a sentence whose head is the name: a noun phrase stands by itself."""
+    found = [
+        (path, line, text)
+        for package in PACKAGES
+        for path in package.rglob("*.py")
+        for line, text in attribute_docstrings(path)
+    ]
+    assert len(found) > 300
+    assert not [f"{path}:{line}" for path, line, text in found if text.split()[0] in PREPOSITIONS]

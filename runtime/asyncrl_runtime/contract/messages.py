@@ -341,7 +341,7 @@ class ControlReply(Message, frozen=True, kw_only=True, tag="reply.v1"):
     message: str = ""
     checksum: str = ""
     num_ranks: int = 1
-    """In answer to ProbeEngine: the engine's ranks in a weight group, one for each of its GPUs."""
+    """The engine's ranks in a weight group, one for each of its GPUs, in the answer to ProbeEngine."""
 
 
 def encode(message: Message) -> bytes:
