@@ -38,6 +38,7 @@ def test_an_applied_job_trains_a_policy_to_the_end(job: RunningJob) -> None:
         checkpoint={"everySteps": 10},
     )
     eventually("steps are shown", lambda: job.step() > 0, SECONDS)
+    job.wait("Running", SECONDS)  # an engine samples some seconds before the kubelet calls its pod ready
     row = job.kubectl("get", "arl", job.name).splitlines()[1].split()
     assert row[1] == "Running" and re.fullmatch(rf"\d+/{STEPS}", row[2])
     assert (row[3], row[5]) == ("1/1", "3/3") and re.fullmatch(r"[12]/2", row[4])
