@@ -12,8 +12,6 @@ from support.paths import ROOT, files_of_the_checkout
 FILES = files_of_the_checkout()
 OF_THE_PAST = {"docs/renames.md", "CHANGELOG.md"}
 """Pages that name files as they were."""
-COMING: set[str] = set()
-"""Named already, and written in the same release: an entry goes as soon as its file comes."""
 NAMED = re.compile(r"(?<![\w/])(?:[\w.-]+/)*[\w-]+\.(?:py|md)\b")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 PAGES = [path for path in FILES if path.endswith(".md")]
@@ -24,9 +22,7 @@ SOURCES = [
 ]
 
 
-ENDS = {
-    path[start:] for path in (*FILES, *COMING) for start in [0, *(m.end() for m in re.finditer("/", path))]
-}
+ENDS = {path[start:] for path in FILES for start in [0, *(m.end() for m in re.finditer("/", path))]}
 """Every path, and every part of it that begins after a slash."""
 
 
@@ -71,10 +67,6 @@ def test_new_names_of_what_was_renamed_are_there() -> None:
     assert [name for row in rows for name in NAMED.findall(row) if not is_there(name)] == []
 
 
-def test_what_has_come_is_no_longer_coming() -> None:
-    assert COMING.isdisjoint(FILES)
-
-
 def anchors(page: Path) -> set[str]:
     """Return the anchors of a page's headings, as GitHub and mkdocs make them."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
@@ -89,8 +81,7 @@ def broken_links(path: str) -> list[str]:
             continue
         target, _, anchor = link.partition("#")
         found = (page.parent / target).resolve() if target else page
-        is_coming = found.is_relative_to(ROOT) and str(found.relative_to(ROOT)) in COMING
-        if not (found.exists() or is_coming) or (anchor and anchor not in anchors(found)):
+        if not found.exists() or (anchor and anchor not in anchors(found)):
             broken.append(link)
     return broken
 
