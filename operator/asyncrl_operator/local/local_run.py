@@ -181,6 +181,7 @@ class LocalRun:
             try:
                 for running in self._running.values():
                     self._start(running)
+                self._check_deadlines(self._clock())  # all are up now; a probe may outlast the first of them
                 while not self._tick():
                     time.sleep(TICK_SECONDS)
                 self._display.show(Report.load(self._folder.report), self._attempt)  # the final report
