@@ -23,9 +23,9 @@ class Score(NamedTuple):
 class Reward(Protocol):
     """`spec.reward.function`: scores one response. It runs in processes of its own, several at a time.
 
-    It may be slow, it may block, it may raise: a call that raises, does not return a finite number, or takes
-    longer than `spec.reward.timeoutSeconds` is repeated until `maxAttempts` are used up; then the sample
-    leaves its group. An error never becomes a reward of zero.
+    It may be slow, it may block, it may raise: a call that raises, does not return a finite number (within
+    float32), or takes longer than `spec.reward.timeoutSeconds` is repeated until `maxAttempts` are used up;
+    then the sample leaves its group. An error never becomes a reward of zero.
     """
 
     def __call__(self, prompt: str, response: str, row: Row, /) -> float | Score:

@@ -42,6 +42,7 @@ def nothing(row): return None
 def text(row): return "1.0"
 def nan(row): return float("nan")
 def infinite(row): return float("inf")
+def beyond_float32(row): return 1e39
 def huge(row): return 10 ** 400
 def surrogate(row): return 1.0, "\\udc80"
 def raises(row): raise KeyError("gold")
@@ -200,6 +201,7 @@ async def test_an_empty_list_needs_no_process(bench: Bench) -> None:
         ("text", "TypeError: the reward returned '1.0', not a number"),
         ("nan", "ValueError: the reward is nan"),
         ("infinite", "ValueError: the reward is inf"),
+        ("beyond_float32", "ValueError: the reward is 1e+39; it must be a finite number within float32"),
         ("huge", "OverflowError"),
         ("surrogate", "UnicodeEncodeError"),
         ("raises", "KeyError: 'gold' ("),

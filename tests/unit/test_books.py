@@ -1,12 +1,23 @@
 """The books of rank 0: what may be issued, what arrives, what the next batch is."""
 
+import math
+
+import msgspec
 import pytest
 
 from asyncrl_api.job import Spec
 from asyncrl_api.ledger import RecordedStep
 from asyncrl_api.parsing import parse_spec
 from asyncrl_runtime.contract.broker import StreamMessage
-from asyncrl_runtime.contract.messages import Group, GroupPart, Message, SampleFailure, Tombstone, encode
+from asyncrl_runtime.contract.messages import (
+    Group,
+    GroupPart,
+    Message,
+    SampleFailure,
+    Tombstone,
+    encode,
+    floats_to_bytes,
+)
 from asyncrl_runtime.trainer.books.books import Books, RecordedBatchLost, recorded_values
 from asyncrl_runtime.trainer.books.inbox import Inbox
 from asyncrl_runtime.trainer.books.tickets import EndlessDiscards
@@ -73,6 +84,24 @@ def test_after_a_cut_what_can_never_be_trained_is_discarded() -> None:
     books.cut()
     assert books.is_closed(1) and not books.is_closed(2)
     assert books.left_over() == {"prompt_too_long": [1]}
+
+
+def test_a_recorded_group_with_a_number_that_cannot_be_trained_is_given_up_and_said(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """An earlier version recorded such steps, and could not train them at any attempt."""
+    spec = make_spec()
+    books = Books(spec, recorded=[recorded(spec, 1, 2)])
+    spoiled = floats_to_bytes([-1, -1, math.nan, -1])
+    samples = (make_sample(0), msgspec.structs.replace(make_sample(1), behavior_logprobs=spoiled))
+    books.take(message(1, Group(ticket=1, group_size=2, samples=samples), 1))
+    books.take(message(2, make_group(2), 2))
+    with pytest.raises(RecordedBatchLost, match="ticket 1 of step 0 cannot be trained: unusable_number"):
+        books.next_batch()
+    with caplog.at_level("INFO"):
+        books.cut()
+    assert books.left_over() == {"unusable_number": [1]} and not books.is_closed(2)
+    assert "ticket 1 is discarded: unusable_number: token 2 of sample 1 has log-prob nan" in caplog.text
 
 
 def test_steps_to_be_repeated_are_lost_with_the_stream_though_their_tickets_come_again() -> None:

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+import msgspec
 import pytest
 
 from asyncrl_api.protocols import Row, Score, Session, Workflow
@@ -20,6 +21,8 @@ from asyncrl_runtime.rollout.engine_api import (
     EngineFailed,
     EngineLost,
     EngineRefused,
+    Generation,
+    SamplingRequest,
 )
 from asyncrl_runtime.rollout.group_runner import (
     MAX_TOKENS_TOGETHER,
@@ -258,6 +261,32 @@ async def test_what_the_engine_refuses_is_a_failed_generation_with_the_engines_w
     outcomes = await Rig(engine).run(size=2)
     assert failures(outcomes) == dict.fromkeys([0, 1], ("generation_error", "/generate: too long"))
     assert len(engine.calls) == 1
+
+
+async def test_a_logprob_that_is_no_number_costs_its_sample_alone() -> None:
+    class Broken(FakeEngine):
+        def sample(self, request: SamplingRequest) -> Generation:
+            generation = super().sample(request)
+            if request.seed == sampling_seed(1, 7, 2, 0):
+                generation.logprobs[0] = cast(float, None)  # SGLang's JSON has null for NaN
+            return generation
+
+    outcomes = await Rig(Broken()).run()
+    [(reason, message)] = failures(outcomes).values()
+    assert list(failures(outcomes)) == [2] and reason == "generation_error"
+    assert message.startswith("the engine gave log-prob None to token 0 of turn 1")
+
+
+async def test_a_stored_outcome_with_a_number_that_cannot_be_trained_is_sampled_again() -> None:
+    whole = samples(await Rig().run())
+    spoiled = [
+        msgspec.structs.replace(sample, reward=reward)
+        for sample, reward in zip(whole[:2], (1e39, 0.5), strict=True)
+    ]
+    rig = Rig()
+    outcomes = samples(await rig.run(ResumePoint(ticket=7, outcomes=tuple(spoiled))))
+    assert outcomes == [whole[0], spoiled[1], *whole[2:]]
+    assert len(rig.engine.requests) == 3
 
 
 def test_a_workflow_that_does_nothing_for_long_ends() -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -128,12 +129,41 @@ async def test_a_sample_without_a_token_is_refused() -> None:
         open_session(FakeEngine()).sample(1.0)
 
 
-@pytest.mark.parametrize("reward", [math.nan, math.inf])
+@pytest.mark.parametrize("reward", [math.nan, math.inf, 1e39])
 async def test_a_reward_that_is_no_number_is_refused(reward: float) -> None:
     session = open_session(FakeEngine())
     await session.generate()
-    with pytest.raises(ValueError, match=f"returned {reward} as reward"):
+    with pytest.raises(ValueError, match=re.escape(f"returned {reward} as reward")):
         session.sample(reward)
+
+
+@pytest.mark.parametrize("logprob", [None, math.nan, -math.inf, 1e39])
+async def test_a_logprob_that_is_no_number_fails_the_sample(logprob: Any) -> None:
+    engine = FakeEngine()
+
+    async def sampler(request: SamplingRequest) -> Generation:
+        generation = await engine.stream(request)
+        generation.logprobs[1] = logprob
+        return generation
+
+    session = open_session(engine, sampler=sampler)
+    with pytest.raises(EngineRefused, match=re.escape(f"log-prob {logprob} to token 1 of turn 1;")):
+        await session.generate()
+    with pytest.raises(EngineRefused):  # also if the workflow goes on as if nothing had happened
+        session.sample(1.0)
+
+
+async def test_a_recorded_turn_with_a_logprob_that_is_no_number_is_sampled_again() -> None:
+    engine = FakeEngine()
+    engine.faults.append(Cut(4, "broken"))
+    broken = open_session(engine)
+    with pytest.raises(EngineLost):
+        await broken.generate()
+    [turn] = broken.progress.turns
+    spoiled = msgspec.structs.replace(turn, logprobs=floats_to_bytes([-1.0, math.nan, -1.0, -1.0]))
+    again = open_session(engine, [spoiled])
+    assert (await again.generate()).token_ids == (await open_session(FakeEngine()).generate()).token_ids
+    assert list(engine.requests[-1].input_ids) == PROMPT, "nothing of the record is kept"
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,23 @@
 """What may be trained of a group, and which groups form the next batch."""
 
+import math
+from typing import Any
+
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncrl_api.job import StalenessSpec
-from asyncrl_runtime.contract.messages import Group, PolicyVersion, SampleFailure, Tombstone
+from asyncrl_runtime.contract.messages import (
+    Group,
+    PolicyVersion,
+    SampleFailure,
+    Tombstone,
+    VersionSpan,
+    floats_to_bytes,
+)
 from asyncrl_runtime.trainer.books.staleness import (
     LiveGroup,
     assess,
@@ -89,6 +100,24 @@ def test_keep_trains_everything() -> None:
 )
 def test_a_group_with_too_little_left_is_discarded(group: Group, rule: StalenessSpec, reason: str) -> None:
     assert assess(group, 6, rule, {}, "None") == Discard(1, reason)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"reward": math.nan},
+        {"reward": -1e39},
+        {"temperature": 0.0},
+        {"temperature": math.inf},
+        {"behavior_logprobs": floats_to_bytes([-1, -1, math.inf, -1])},
+        {"version_spans": (VersionSpan(1, 2**31, 4),)},
+        {"version_spans": (VersionSpan(1, -1, 4),)},
+    ],
+)
+def test_a_group_with_a_number_that_cannot_be_trained_is_discarded(changes: dict[str, Any]) -> None:
+    samples = (make_sample(0, reward=0), msgspec.structs.replace(make_sample(1), **changes))
+    group = Group(ticket=1, group_size=2, samples=samples)
+    assert reject(group, "None") == assess(group, 6, MASK, {}, "None") == Discard(1, "unusable_number")
 
 
 def test_one_sample_is_enough_where_groups_have_one() -> None:

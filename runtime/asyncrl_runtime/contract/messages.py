@@ -15,6 +15,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from asyncrl_runtime.contract.numbers import is_usable
+
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=False):
     """The base of all messages; subclasses carry a tag."""
@@ -108,6 +110,25 @@ class Sample(Message, frozen=True, kw_only=True, tag="sample.v1"):
         """[num_tokens] bool, True where the policy sampled the token."""
         bits = np.frombuffer(self.response_mask, dtype=np.uint8)
         return np.unpackbits(bits, count=self.num_tokens, bitorder="little").astype(np.bool_)
+
+
+def unusable_number(sample: Sample) -> str:
+    """Return which number of a sample cannot be trained on, in words; empty if there is none.
+
+    Not part of the message's own checks: one such sample would take a whole group, resume point or
+    evaluation with it.
+    """
+    logprobs = floats_from_bytes(sample.behavior_logprobs)
+    if not np.isfinite(logprobs).all():
+        place = int(np.argmin(np.isfinite(logprobs)))
+        return f"token {place} of sample {sample.index} has log-prob {logprobs[place]}"
+    for name, value in (("reward", sample.reward), ("temperature", sample.temperature)):
+        if not is_usable(value):
+            return f"sample {sample.index} has {name} {value}"
+    for span in sample.version_spans:
+        if not (0 <= span.version < 2**31 and 0 <= span.attempt < 2**31):
+            return f"sample {sample.index} was sampled at version {span.policy_version}"
+    return ""
 
 
 class SampleFailure(Message, frozen=True, kw_only=True, tag="failure.v1"):

@@ -7,7 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from asyncrl_api.protocols import RewardFailed, Row, Score, Workflow
-from asyncrl_runtime.contract.messages import ResumePoint, Sample, SampleFailure, TurnRecord
+from asyncrl_runtime.contract.messages import (
+    ResumePoint,
+    Sample,
+    SampleFailure,
+    TurnRecord,
+    unusable_number,
+)
 from asyncrl_runtime.contract.rows import PromptError
 from asyncrl_runtime.rollout.coalesce import Coalescer
 from asyncrl_runtime.rollout.concurrency import Taken
@@ -90,7 +96,7 @@ class GroupRunner:
                 evaluation, the others are failures among the outcomes.
         """
         resume = task.resume or ResumePoint(ticket=task.ticket)
-        known = {outcome.index: outcome for outcome in resume.outcomes}
+        known = {outcome.index: outcome for outcome in resume.outcomes if _is_kept(outcome)}
         replays = {progress.index: progress.turns for progress in resume.progress}
         open_session = self._opener(task)
         opened = {
@@ -189,6 +195,11 @@ class GroupRunner:
 
     async def _generate_together(self, requests: Sequence[SamplingRequest]) -> list[Generation]:
         return await self._engine.generate(requests, cache_salt=self._cache_salt())
+
+
+def _is_kept(outcome: SampleOutcome) -> bool:
+    """Return whether an outcome in a resume point stands; an earlier version may have stored any."""
+    return isinstance(outcome, SampleFailure) or not unusable_number(outcome)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import hashlib
-import math
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from asyncrl_runtime.contract.messages import (
     ids_to_bytes,
     mask_to_bytes,
 )
+from asyncrl_runtime.contract.numbers import is_usable
 from asyncrl_runtime.rollout.engine_api import (
     BrokenStream,
     EngineLost,
@@ -146,10 +146,25 @@ class SampleSession:
             earned = Generation(earned.output_ids, earned.logprobs, earned.spans, "length")
         if earned.finish_reason == "abort":
             earned = await self._continue(before, earned, room)
+        self._refuse_unusable(earned)
         self._response.add_sampled(earned)
         self._turns.append(_record(before, earned))
         self._finish_reason = earned.finish_reason
         return Turn(self._renderer.decode(earned.output_ids), earned.output_ids, earned.finish_reason)
+
+    def _refuse_unusable(self, generation: Generation) -> None:
+        """Fail this sample if its engine gave a log-prob that cannot be trained on.
+
+        Raises:
+            EngineRefused: it did; the same request would bring the same numbers.
+        """
+        for place, logprob in enumerate(generation.logprobs):
+            if not is_usable(logprob):
+                self.engine_error = EngineRefused(
+                    f"the engine gave log-prob {logprob} to token {place} of turn {len(self._turns) + 1}; it "
+                    "must be a finite number"
+                )
+                raise self.engine_error
 
     def tell(self, message: str) -> None:
         """See the protocol."""
@@ -185,12 +200,14 @@ class SampleSession:
 
         Raises:
             EngineLost, EngineRefused: `generate` raised it; a workflow that hides that has made no sample.
-            ValueError: nothing was sampled, or the reward is not a finite number.
+            ValueError: nothing was sampled, or the reward is not a finite number within float32.
         """
         if self.engine_error is not None:
             raise self.engine_error
-        if not math.isfinite(reward):
-            raise ValueError(f"the workflow returned {reward} as reward; it must be a finite number")
+        if not is_usable(float(reward)):
+            raise ValueError(
+                f"the workflow returned {reward} as reward; it must be a finite number within float32"
+            )
         response = self._response
         end = max((place + 1 for place, sampled in enumerate(response.mask) if sampled), default=0)
         if not end:
@@ -213,10 +230,11 @@ class SampleSession:
         """Return what was already sampled of the turn that follows `before`; empty if nothing was."""
         if self._replay:
             record = self._replay.pop(0)
-            if ids_from_bytes(record.input_ids).tolist() == before:
+            logprobs = floats_from_bytes(record.logprobs).tolist()
+            if ids_from_bytes(record.input_ids).tolist() == before and all(map(is_usable, logprobs)):
                 return Generation(
                     ids_from_bytes(record.output_ids).tolist(),
-                    floats_from_bytes(record.logprobs).tolist(),
+                    logprobs,
                     record.version_spans,
                     record.finish_reason or "abort",
                 )

@@ -16,6 +16,7 @@ from asyncrl_runtime.contract.messages import (
     SampleFailure,
     decode,
     encode,
+    unusable_number,
 )
 
 log = logging.getLogger(__name__)
@@ -71,6 +72,7 @@ class Evaluator:
         outcomes = await self._collect(evaluation, max_new_tokens, tick)
         if outcomes is None:
             return None
+        outcomes = [_checked(outcome) for outcome in outcomes]
         samples = tuple(outcome for outcome in outcomes if isinstance(outcome, Sample))
         failures = [outcome for outcome in outcomes if isinstance(outcome, SampleFailure)]
         if failures:
@@ -137,6 +139,13 @@ class Evaluator:
         for start in range(0, len(self._rows), EVALUATION_ROWS):
             if start not in done:  # a ticket's rows are answered together
                 await self._ask(evaluation, start, max_new_tokens)
+
+
+def _checked(outcome: Sample | SampleFailure) -> Sample | SampleFailure:
+    """Return the outcome, or a failure in place of a sample with numbers that no mean may contain."""
+    if isinstance(outcome, Sample) and (fault := unusable_number(outcome)):
+        return SampleFailure(index=outcome.index, reason="unusable_number", message=fault)
+    return outcome
 
 
 async def _next_result(answers: Answers) -> EvaluationResult | None:

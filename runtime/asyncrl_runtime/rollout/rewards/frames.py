@@ -6,10 +6,11 @@ message.
 """
 
 import asyncio
-import math
 from typing import Any, BinaryIO, TypeVar
 
 import msgspec
+
+from asyncrl_runtime.contract.numbers import is_usable
 
 M = TypeVar("M")
 
@@ -52,12 +53,12 @@ class Scored(msgspec.Struct, frozen=True, array_like=True, tag="scored"):
     feedback: str
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.reward):
-            raise ValueError(f"the reward is {self.reward}")
+        if not is_usable(self.reward):
+            raise ValueError(f"the reward is {self.reward}; it must be a finite number within float32")
 
 
 class Failed(msgspec.Struct, frozen=True, array_like=True, tag="failed"):
-    """The reward raised, or did not return a finite number."""
+    """The reward raised, or did not return a finite number within float32."""
 
     message: str
 

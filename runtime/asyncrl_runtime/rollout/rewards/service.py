@@ -9,6 +9,7 @@ import httpx
 import msgspec
 
 from asyncrl_api.protocols import Score
+from asyncrl_runtime.contract.numbers import is_usable
 from asyncrl_runtime.rollout.rewards.backend import RewardFailure
 from asyncrl_runtime.rollout.rewards.frames import ScoreRequest
 
@@ -20,6 +21,10 @@ class ServiceAnswer(msgspec.Struct, frozen=True):
 
     reward: float
     feedback: str = ""
+
+    def __post_init__(self) -> None:
+        if not is_usable(self.reward):
+            raise ValueError(f"the reward is {self.reward}; it must be a finite number within float32")
 
 
 class RewardService:

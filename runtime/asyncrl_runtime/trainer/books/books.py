@@ -18,7 +18,7 @@ from asyncrl_runtime.contract.broker import StreamMessage
 from asyncrl_runtime.contract.messages import Group, Tombstone
 from asyncrl_runtime.trainer.books.bell import Bell
 from asyncrl_runtime.trainer.books.inbox import Inbox
-from asyncrl_runtime.trainer.books.staleness import LiveGroup, assess, form_batch, reject
+from asyncrl_runtime.trainer.books.staleness import LiveGroup, assess, cannot_be_trained, form_batch, reject
 from asyncrl_runtime.trainer.books.tickets import Discard, DiscardCount, TicketBook
 
 log = logging.getLogger(__name__)
@@ -254,7 +254,9 @@ class Books:
                 raise RecordedBatchLost(f"ticket {ticket} of step {step.version} is a tombstone now")
             verdict = assess(group, step.version, recorded.staleness, step.began, "None")
             if isinstance(verdict, Discard):
-                raise RecordedBatchLost(f"ticket {ticket} of step {step.version} is not what was recorded")
+                raise RecordedBatchLost(
+                    f"ticket {ticket} of step {step.version} cannot be trained: {verdict.reason}"
+                )
             groups.append(verdict)
         return Batch(step.version, tuple(groups), step.discards, recorded.max_steps, is_repeat=True)
 
@@ -350,6 +352,8 @@ def _causes(discard: Discard, group: Group | Tombstone) -> list[str]:
     """Return in words why a ticket was given up, if that was reported; of many failures, the first."""
     if isinstance(group, Tombstone):
         return [group.message] if group.message else []
+    if discard.reason == "unusable_number":
+        return [fault for sample in group.samples if (fault := cannot_be_trained(sample))][:1]
     if discard.reason != "failed":
         return []
     return [f"{failure.reason}: {failure.message}" for failure in group.failures[:1]]

@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from asyncrl_runtime.contract.messages import Group, PolicyVersion, Sample, Tombstone
+from asyncrl_runtime.contract.messages import Group, PolicyVersion, Sample, Tombstone, unusable_number
 from asyncrl_runtime.trainer.books.tickets import Discard
 
 
@@ -76,12 +76,24 @@ def reject(group: Group | Tombstone, sample_filter: str) -> Discard | None:
     """Return why a group can be trained at no version, or None. That is known on arrival."""
     if isinstance(group, Tombstone):
         return Discard(group.ticket, group.reason)
+    if any(map(cannot_be_trained, group.samples)):
+        return Discard(group.ticket, "unusable_number")
     if len(group.samples) < min(2, group.group_size):
         return Discard(group.ticket, "failed")
     rewards = {sample.reward for sample in group.samples}
     if sample_filter == "DropUniformGroups" and len(rewards) == 1:
         return Discard(group.ticket, "uniform")
     return None
+
+
+def cannot_be_trained(sample: Sample) -> str:
+    """Return why no step may be recorded with this sample, in words; empty if one may.
+
+    A worker refuses such numbers itself, but a stream may hold what an earlier version of it has stored.
+    """
+    if sample.temperature <= 0:
+        return f"sample {sample.index} has temperature {sample.temperature}"
+    return unusable_number(sample)
 
 
 def assess(

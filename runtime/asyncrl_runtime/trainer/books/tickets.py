@@ -18,7 +18,8 @@ class Discard(NamedTuple):
 
     ticket: int
     reason: str
-    """`stale`, `uniform`, `failed` (too few samples), a tombstone's reason, or `leftover`."""
+    """`stale`, `uniform`, `failed` (too few samples), `unusable_number`, `step_failed`, `out_of_memory`, a
+    tombstone's reason, or `leftover`."""
 
 
 class BookRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -138,6 +139,8 @@ REMEDIES = {
     "prompt_too_long": "raise spec.model.contextLength, or leave long prompts out of spec.dataset",
     "stale": "raise spec.staleness.maxVersions, or set spec.staleness.onExceed to Keep",
     "uniform": "set spec.sampling.filter to None, or choose prompts that are neither too easy nor too hard",
+    "unusable_number": "see the engines' logs for log-probs, and spec.reward for rewards: numbers must be "
+    "finite, and within float32",
     "unusable_row": "correct the rows of spec.dataset that the log lines above name",
 }
 """What to do about endless discards, by their reason."""
