@@ -95,7 +95,9 @@ class TrainerFailureSpec(ApiType):
     """When a failed trainer is restarted, and when the job has failed instead."""
 
     max_restarts: CountOrZero = field(
-        "Maximum number of restarts after failures of the trainer itself.", default=3
+        "Maximum number of restarts after failures of the trainer itself. A step that cannot be trained "
+        "takes two: it is tried twice before its prompt groups are discarded.",
+        default=3,
     )
     max_disruptions: CountOrZero = field(
         "Maximum number of restarts after lost nodes, preemptions and evictions, which are nobody's fault.",
@@ -111,6 +113,11 @@ class TrainerFailureSpec(ApiType):
         "progress, and so are bytes that are loaded, published or written: set more than the longest "
         "minibatch takes, and more than a model factory computes.",
         default=0,
+    )
+    max_skipped_updates: CountOrZero = field(
+        "Number of optimizer updates in a row that may be skipped because their gradient is not finite; one "
+        "more ends the job. A skipped update leaves the policy as it is.",
+        default=10,
     )
     fatal_exit_codes: Annotated[list[Annotated[int, Field(ge=1, le=255)]], Field(max_length=64)] = field(
         "Exit codes after which the trainer is not restarted. Ours are 64 (usage), 65 (data, model or "

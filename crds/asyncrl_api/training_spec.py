@@ -130,11 +130,18 @@ class AlgorithmSpec(ApiType):
     entropy_coefficient: NonNegative = field(
         "Weight of an entropy bonus per token, in nats; 0: off.", default=0.0
     )
-    reward_scale: Positive = field(
+    reward_scale: Annotated[float, Field(gt=0, le=1e30)] = field(
         "Factor of the rewards: advantages are computed from (reward + rewardShift) * rewardScale.",
         default=1.0,
     )
-    reward_shift: float = field("Number that is added to each reward before it is scaled.", default=0.0)
+    reward_shift: Annotated[float, Field(ge=-1e30, le=1e30)] = field(
+        "Number that is added to each reward before it is scaled.", default=0.0
+    )
+    reward_clip: Positive | None = field(
+        "Largest magnitude of a reward after shift and scale; what exceeds it is lowered to it, before "
+        "rewards are compared. AReaL's is 20. Absent: there is none.",
+        default=None,
+    )
     overlong_penalty: OverlongPenaltySpec | None = field(
         "Penalty for responses near the length limit. Absent: there is none.", default=None
     )

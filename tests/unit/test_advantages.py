@@ -20,11 +20,18 @@ groups_of_rewards = st.lists(
 
 
 def advantages(
-    groups: list[list[float]], kind: str, *, scale: float = 1.0, shift: float = 0.0
+    groups: list[list[float]],
+    kind: str,
+    *,
+    scale: float = 1.0,
+    shift: float = 0.0,
+    clip: float | None = None,
 ) -> list[list[float]]:
     """By group, with tickets that neither start at 0 nor ascend."""
     tickets = np.concatenate([[100 - 7 * n] * len(g) for n, g in enumerate(groups)]).astype(np.int64)
-    algorithm = AlgorithmSpec.model_validate({"advantage": kind, "rewardScale": scale, "rewardShift": shift})
+    algorithm = AlgorithmSpec.model_validate(
+        {"advantage": kind, "rewardScale": scale, "rewardShift": shift, "rewardClip": clip}
+    )
     values = compute_advantages(np.concatenate(groups), tickets, np.ones_like(tickets), 100, algorithm)
     ends = np.cumsum([len(g) for g in groups])[:-1]
     return [part.tolist() for part in np.split(values, ends)]
@@ -53,6 +60,38 @@ def test_batch_normalized_by_hand() -> None:
     deviation = (8 / 3) ** 0.5
     (first, second) = advantages([[0, 4], [2]], "BatchNormalized")
     assert first + second == pytest.approx([-2 / deviation, 2 / deviation, 0], rel=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e200, 1e300])
+def test_rewards_of_any_size_have_the_advantages_of_small_ones(scale: float) -> None:
+    """The square of 1e200 is infinite, and so would be the deviation."""
+    groups = np.array([0, 0, 0, 1, 1, 1])
+    rewards = np.array([1.0, 0.0, 0.0, 2.0, 4.0, 4.5])
+    for kind, compare in ADVANTAGES.items():
+        expected = compare(rewards * 1e3, groups)
+        if not kind.endswith("Normalized"):
+            expected = expected * (scale / 1e3)
+        assert compare(rewards * scale, groups) == pytest.approx(expected, rel=1e-2), kind
+
+
+def test_a_group_of_huge_rewards_leaves_the_others_as_they_are() -> None:
+    rewards, groups = np.array([1.0, 0.0, 1e300, -1e300]), np.array([0, 0, 1, 1])
+    assert ADVANTAGES["GroupNormalized"](rewards, groups) == pytest.approx([1, -1, 1, -1], rel=1e-5)
+    assert ADVANTAGES["GroupCentered"](rewards, groups)[:2].tolist() == [0.5, -0.5]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_advantage_is_finite_in_float32_whatever_the_manifest_may_say(kind: str) -> None:
+    rewards = [[3e38, -3e38], [1.0, 0.0]]
+    values = np.concatenate(advantages(rewards, kind, scale=1e30, shift=-1e30))
+    assert np.isfinite(values.astype(np.float32)).all() and values[0] > 0 > values[1]
+
+
+def test_rewards_are_clipped_after_scale_and_shift_and_before_the_comparison() -> None:
+    rewards = [[5.0, 1.0, -9.0]]
+    clipped = advantages(rewards, "GroupCentered", scale=10.0, shift=1.0, clip=20.0)
+    assert clipped == [pytest.approx([20 - 20 / 3, 20 - 20 / 3, -20 - 20 / 3])]
+    assert advantages(rewards, "GroupCentered", clip=9.0) == advantages(rewards, "GroupCentered")
 
 
 def test_scale_and_shift_come_before_the_comparison() -> None:

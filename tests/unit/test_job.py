@@ -137,6 +137,7 @@ DEFAULTS: dict[str, Any] = {
                 "backoffSeconds": 10,
                 "maxBackoffSeconds": 600,
                 "hangSeconds": 0,
+                "maxSkippedUpdates": 10,
                 "fatalExitCodes": [64, 65, 78],
             },
             "rollout": {"minAvailablePercent": 25, "belowMinimumSeconds": 900, "onBelowMinimum": "Fail"},
@@ -152,7 +153,11 @@ OPTIONAL: dict[str, Any] = {
     "dataset": {"secretRef": {"name": "hub"}},
     "workflow": {"class": "pkg.module:Class", "configMapRef": {"name": "code"}},
     "reward": {"function": "pkg.module:score", "configMapRef": {"name": "code"}},
-    "algorithm": {"clip": {"dual": 3.0}, "overlongPenalty": {"bufferTokens": 512, "penalty": 1.0}},
+    "algorithm": {
+        "clip": {"dual": 3.0},
+        "overlongPenalty": {"bufferTokens": 512, "penalty": 1.0},
+        "rewardClip": 20.0,
+    },
     "evaluation": {
         "source": "reasoning-gym://name",
         "split": "test",

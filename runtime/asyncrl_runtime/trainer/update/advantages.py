@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asyncrl_api.job import AlgorithmSpec, OverlongPenaltySpec
+from asyncrl_runtime.contract.numbers import MAX_FLOAT32
 
 EPSILON = 1e-6
 """The number added to a standard deviation, so that a group of equal rewards has advantage 0, not 0/0."""
@@ -33,14 +34,17 @@ def compute_advantages(
         max_new_tokens: the bound on that length, for the overlong penalty.
 
     Returns:
-        [N] of `(reward - penalty + rewardShift) * rewardScale`, compared as `algorithm.advantage` says.
+        [N] of `(reward - penalty + rewardShift) * rewardScale`, bounded by `rewardClip`, compared as
+        `algorithm.advantage` says. What float32 cannot hold, as the loss will, is its largest number.
     """
     shaped = rewards
     if algorithm.overlong_penalty is not None:
         shaped = shaped - overlong_penalty(num_sampled_tokens, max_new_tokens, algorithm.overlong_penalty)
     shaped = (shaped + algorithm.reward_shift) * algorithm.reward_scale
+    if algorithm.reward_clip is not None:
+        shaped = np.clip(shaped, -algorithm.reward_clip, algorithm.reward_clip)
     _, groups = np.unique(tickets, return_inverse=True)
-    return ADVANTAGES[algorithm.advantage](shaped, groups)
+    return np.clip(ADVANTAGES[algorithm.advantage](shaped, groups), -MAX_FLOAT32, MAX_FLOAT32)
 
 
 def overlong_penalty(num_sampled_tokens: Ints, max_new_tokens: int, rule: OverlongPenaltySpec) -> Floats:
@@ -59,15 +63,16 @@ def group_centered(rewards: Floats, groups: Ints) -> Floats:
         rewards: [N].
         groups: [N] in 0 .. number of groups - 1.
     """
-    centered: Floats = rewards - _group_means(rewards, groups)[groups]
-    return centered
+    centered, exponents = _centered(rewards, groups)
+    return np.ldexp(centered, exponents)
 
 
 def group_normalized(rewards: Floats, groups: Ints) -> Floats:
     """Return `group_centered` over the group's population deviation (GRPO, arXiv 2402.03300, 4.1.2)."""
-    centered = group_centered(rewards, groups)
+    centered, exponents = _centered(rewards, groups)
     deviations = np.sqrt(_group_means(centered**2, groups))
-    return centered / (deviations[groups] + EPSILON)
+    normalized: Floats = centered / (deviations[groups] + np.ldexp(EPSILON, -exponents))
+    return normalized
 
 
 def leave_one_out(rewards: Floats, groups: Ints) -> Floats:
@@ -84,8 +89,20 @@ def batch_normalized(rewards: Floats, _: Ints) -> Floats:
 
     Each sample counts once, whatever its length. The batch is the step's, over all ranks and minibatches.
     """
-    normalized: Floats = (rewards - rewards.mean()) / (rewards.std() + EPSILON)
-    return normalized
+    return group_normalized(rewards, np.zeros(len(rewards), dtype=np.int64))
+
+
+def _centered(rewards: Floats, groups: Ints) -> tuple[Floats, Ints]:
+    """Return rewards minus the group's mean, [N], divided by 2 to the power of the exponents, [N].
+
+    So the rewards of a group are below 1 before they are added up and squared: 1e200 squared is infinite,
+    and a deviation that is infinite would make every advantage 0. Powers of two change no other bit.
+    """
+    largest = np.zeros(groups.max() + 1)
+    np.maximum.at(largest, groups, np.abs(rewards))
+    exponents = np.maximum(np.frexp(largest)[1], 0).astype(np.int64)[groups]
+    scaled = np.ldexp(rewards, -exponents)
+    return scaled - _group_means(scaled, groups)[groups], exponents
 
 
 def _group_means(values: Floats, groups: Ints) -> Floats:
