@@ -45,6 +45,8 @@ class Report(Wire):
     tokens_per_second: float | None = None
     wait_share: float | None = None
     """The share of the last steps' time in which the trainer waited for a batch."""
+    skipped_updates: int = 0
+    """The number of optimizer updates of the last steps that were skipped: their gradient was not finite."""
     queue_depth: int = 0
     """The number of prompt groups that have arrived and are not trained yet."""
     num_engines: int = 0

@@ -19,6 +19,7 @@ from asyncrl_runtime.contract.broker import StreamMessage
 from asyncrl_runtime.contract.messages import Group, Sample, SampleFailure, Tombstone, VersionSpan, encode
 from asyncrl_runtime.history.audit import audit
 from asyncrl_runtime.trainer.books.books import Batch, Books, RecordedBatchLost, recorded_values
+from asyncrl_runtime.trainer.books.failed_steps import step_to_give_up
 from asyncrl_runtime.trainer.books.tickets import BookRecord, EndlessDiscards, TicketBook
 from support.messages.samples import make_sample
 
@@ -105,6 +106,10 @@ class BooksMachine(RuleBasedStateMachine):
         world = self.world
         self.attempt += 1
         world.write(LedgerLine(attempt=self.attempt, uid="u"))
+        if given_up := step_to_give_up(world.history):
+            world.write(
+                LedgerLine(attempt=self.attempt, cut=given_up.version, discards=dict(given_up.discards))
+            )
         history = world.history
         usable = [c for c in world.checkpoints if c.version <= history.version]
         world.checkpoints = usable
@@ -122,6 +127,7 @@ class BooksMachine(RuleBasedStateMachine):
                 began=history.began,
                 position=saved.position,
             )
+        self.books.add_discards(history.left_over)
         self.next_sequence = self.books.inbox.last_sequence + 1
         self.books.issued(world.last_ticket)
         self.has_begun = False
@@ -305,6 +311,17 @@ class BooksMachine(RuleBasedStateMachine):
         self.batch = None
         if save:
             self._save()
+
+    @rule(times=st.integers(1, 2), is_guilt_known=st.booleans(), checkpoint=st.sampled_from([-1, -1, -2]))
+    def fail(self, times: int, is_guilt_known: bool, checkpoint: int) -> None:
+        """The step under way raises an exception of its own, and the trainer restarts; perhaps twice."""
+        if self.batch is None:
+            return
+        tickets = self.batch.tickets[:1] if is_guilt_known else None
+        failed = self.batch.version
+        for _ in range(times):
+            self.world.write(LedgerLine(attempt=self.attempt, failed=failed, cause="error", tickets=tickets))
+        self._start(checkpoint)
 
     @rule(
         kind=st.sampled_from(["crash", "crash", "lose streams", "lose streams and crash", "batch size"]),

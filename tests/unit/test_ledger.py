@@ -1,10 +1,14 @@
 """The ledger's lines, what they amount to, and the audit of them."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
-from asyncrl_api.ledger import LedgerError, read_history, read_ledger
+from asyncrl_api.ledger import LedgerError, StepFailure, read_history, read_ledger
 from asyncrl_runtime.history.audit import audit, render
 from asyncrl_runtime.history.ledger_writer import Ledger, Superseded
 
@@ -118,3 +122,125 @@ def test_a_finished_job_that_goes_on_counts_its_left_over_once() -> None:
         '{"attempt":2,"issued":3,"discards":{}}',
     ]
     assert audit(read_history(lines)).is_clean
+
+
+# -- updates that were not applied, and steps that failed
+
+
+def test_a_skipped_update_is_a_note_to_its_step_and_the_last_note_counts(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    ledger = Ledger(path, 1)
+    ledger.claim("u")
+    for version in range(3):
+        record(ledger, version, [2 * version + 1, 2 * version + 2])
+    ledger.skip(1, [0], [3])
+    ledger.skip(1, [0, 1], [3, 4])  # it was repeated
+    history = read_ledger(path)
+    assert [step.skipped for step in history.steps] == [(), (0, 1), ()]
+    result = audit(history)
+    assert (result.num_trained, result.num_without_effect, result.is_clean) == (6, 2, True)
+    assert "  trained without effect: 2, since the gradient of their update was not finite" in render(result)
+    ledger.cut(1)
+    assert audit(read_ledger(path)).num_without_effect == 0
+
+
+def test_a_failure_is_about_its_step_until_a_later_one_is_recorded(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    ledger = Ledger(path, 1)
+    ledger.claim("u")
+    record(ledger, 0, [1, 2])
+    first = StepFailure(0, "IndexError: index out of range", (2,), None)
+    second = StepFailure(0, "OutOfMemoryError", (), 512)
+    ledger.fail(first)
+    ledger.fail(second)
+    assert read_ledger(path).failures == read_ledger(path).in_a_row == [first, second]
+    record(ledger, 1, [3, 4])
+    history = read_ledger(path)
+    assert history.failures == [first, second] and history.in_a_row == []
+    ledger.cut(0)
+    assert read_ledger(path).failures == []
+
+
+def test_what_a_cut_discards_is_closed_until_the_next_step_lists_it(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    ledger = Ledger(path, 1)
+    ledger.claim("u")
+    record(ledger, 0, [1, 2])
+    record(ledger, 1, [3, 4])
+    ledger.cut(1, {"step_failed": [4]})
+    ledger.cut(0)  # the streams were lost as well
+    result = audit(read_ledger(path))
+    assert (dict(result.discarded), result.num_open, result.is_clean) == ({"step_failed": 1}, 3, True)
+    record(ledger, 0, [1, 3], step_failed=[4])
+    result = audit(read_ledger(path))
+    assert (dict(result.discarded), result.num_open, result.is_clean) == ({"step_failed": 1}, 1, True)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['{"attempt":1,"version":1,"skipped":[0]}', '{"attempt":1,"failed":1}', '{"attempt":1,"failed":-1}'],
+)
+def test_a_note_to_a_step_that_was_not_recorded_is_not_guessed_at(line: str) -> None:
+    with pytest.raises(
+        LedgerError, match=r"ledger, line 2: about a step from version -?1, but 1 are recorded"
+    ):
+        read_history(['{"attempt":1,"version":0,"tickets":[1]}', line])
+
+
+OPTIONAL_TICKETS = st.none() | st.lists(st.integers(1, 20), max_size=3).map(sorted)
+NOTES = st.fixed_dictionaries(
+    {"kind": st.sampled_from(["uid", "began", "step", "step", "skipped", "failed", "cut", "issued"])},
+    optional={
+        "at": st.floats(0, 1, exclude_max=True),
+        "is_new_attempt": st.booleans(),
+        "tickets": OPTIONAL_TICKETS,
+        "memory": st.integers(1, 9),
+    },
+)
+
+
+def as_lines(notes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Lines as a trainer may write them: steps follow one another, notes are about recorded steps."""
+    lines: list[dict[str, Any]] = []
+    attempt, version, ticket = 1, 0, 0
+    for note in notes:
+        attempt += note.get("is_new_attempt", False)
+        place = int(note.get("at", 0) * version)
+        line: dict[str, Any] = {"attempt": attempt}
+        match note["kind"]:
+            case "uid":
+                line |= {"uid": "u"}
+            case "began":
+                line |= {"began": version}
+            case "step":
+                line |= {"version": version, "tickets": [ticket + 1, ticket + 2]}
+                version, ticket = version + 1, ticket + 2
+            case "skipped" if version:
+                line |= {"version": place, "skipped": [0], "tickets": note.get("tickets") or []}
+            case "failed" if version:
+                line |= {"failed": place, "cause": "c", "out_of_memory_at": note.get("memory")}
+            case "cut":
+                version = place
+                line |= {"cut": place, "discards": {"step_failed": note.get("tickets") or []}}
+            case "issued":
+                line |= {"issued": ticket}
+        lines.append({key: value for key, value in line.items() if value is not None})
+    return lines
+
+
+@given(st.lists(NOTES, max_size=25))
+@example([{"kind": "step"}, {"kind": "failed"}, {"kind": "failed"}, {"kind": "cut"}, {"kind": "step"}])
+def test_notes_change_nothing_about_which_steps_survive(notes: list[dict[str, Any]]) -> None:
+    lines = as_lines(notes)
+    history = read_history(map(json.dumps, lines))
+    is_note = [line.keys() & {"skipped", "failed"} for line in lines]
+    without = read_history(json.dumps(line) for line, note in zip(lines, is_note, strict=True) if not note)
+    assert [(step.version, step.tickets) for step in history.steps] == [
+        (step.version, step.tickets) for step in without.steps
+    ]
+    assert (history.num_issued, history.left_over) == (without.num_issued, without.left_over)
+    assert all(failure.version < history.version for failure in history.failures)
+    assert set(history.in_a_row) <= set(history.failures)
+    for place in range(len(lines)):  # whatever the trainer dies of, what it has written can be read
+        read_history(map(json.dumps, lines[:place]))
+    audit(history)

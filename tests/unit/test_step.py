@@ -1,7 +1,9 @@
 """A training step on a policy that only remembers what it was asked."""
 
+import asyncio
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,10 +12,11 @@ from torch import Tensor
 
 from asyncrl_api.job import AlgorithmSpec
 from asyncrl_runtime.trainer.update.diagnostics import NUM_BINS, SCALARS
+from asyncrl_runtime.trainer.update.failures import StepFailed
 from asyncrl_runtime.trainer.update.loss import POLICY_LOSSES
 from asyncrl_runtime.trainer.update.packing import MicroBatch, TrainingSample
-from asyncrl_runtime.trainer.update.policy_api import Update
-from asyncrl_runtime.trainer.update.step import NumbersUnusable, StepPlan, train_step
+from asyncrl_runtime.trainer.update.policy_api import StepPolicy, Update
+from asyncrl_runtime.trainer.update.step import StepOutcome, StepPlan, train_step
 
 NUM_MINIBATCHES = 3
 
@@ -23,8 +26,9 @@ class RecordingPolicy:
 
     world_size = 1
 
-    def __init__(self, gradient_norm: float = 1.0) -> None:
-        self.gradient_norm = gradient_norm
+    def __init__(self, gradient_norms: Sequence[float] = (1.0,) * NUM_MINIBATCHES) -> None:
+        self.gradient_norms = list(gradient_norms)
+        """The norms that the updates have, in their order."""
         self.proximal: list[list[Tensor] | None] = []
         """The proximal log-probs that each update was given."""
         self.num_tokens: list[int] = []
@@ -44,7 +48,9 @@ class RecordingPolicy:
         self.proximal.append(None if proximal_logprobs is None else list(proximal_logprobs))
         self.num_tokens.append(num_tokens)
         sums = torch.zeros(len(SCALARS) + 2 * NUM_BINS, dtype=torch.float64)
-        return Update(sums, self.gradient_norm, logprobs)
+        norm = self.gradient_norms.pop(0)
+        sums[0] = norm  # the loss
+        return Update(sums, norm, logprobs)
 
     def reduce(self, sums: Tensor) -> Tensor:
         return sums
@@ -66,10 +72,11 @@ def sample(ticket: int, num_tokens: int) -> TrainingSample:
     )
 
 
-def step(policy: RecordingPolicy, policy_loss: str) -> dict[str, float]:
-    plan = StepPlan(
-        tuple(sample(ticket, 2 + ticket) for ticket in range(6)), (0.0,) * 6, NUM_MINIBATCHES, 16, 0.5
-    )
+def step(
+    policy: StepPolicy, policy_loss: str, skipped: Sequence[int] = (), capacity: int = 16
+) -> StepOutcome:
+    samples = tuple(sample(ticket, 2 + ticket) for ticket in range(6))
+    plan = StepPlan(samples, (0.0,) * 6, NUM_MINIBATCHES, capacity, 0.5, frozenset(skipped))
     algorithm = AlgorithmSpec.model_validate({"policyLoss": policy_loss})
     seconds = iter((10.0, 12.5))
     return train_step(policy, plan, algorithm, rank=0, clock=lambda: next(seconds))
@@ -88,14 +95,95 @@ def test_all_minibatches_but_the_first_know_where_the_step_began_if_the_loss_nee
 
 def test_each_token_is_of_one_minibatch_and_the_report_is_of_the_step() -> None:
     policy = RecordingPolicy()
-    report = step(policy, "PPO")
+    report = step(policy, "PPO").report
     assert sum(policy.num_tokens) == sum(2 + ticket for ticket in range(6))
     assert (report["train_seconds"], report["num_samples"], report["learning_rate"]) == (2.5, 6, 0.5)
 
 
 @pytest.mark.parametrize("norm", [math.nan, math.inf])
-def test_a_gradient_that_is_not_finite_ends_the_step(norm: float) -> None:
-    policy = RecordingPolicy(gradient_norm=norm)
-    with pytest.raises(NumbersUnusable, match=r"the gradient of 2 samples is (nan|inf); lower"):
-        step(policy, "DecoupledPPO")
-    assert len(policy.proximal) == 1
+def test_an_update_whose_gradient_is_not_finite_is_counted_and_the_others_are_reported(norm: float) -> None:
+    policy = RecordingPolicy([2.0, norm, 4.0])
+    outcome = step(policy, "DecoupledPPO")
+    assert outcome.skipped == (1,) and len(policy.proximal) == NUM_MINIBATCHES
+    report = outcome.report
+    assert (report["skipped_updates"], report["gradient_norm"], report["loss"]) == (1, 3.0, 3.0)
+
+
+def test_a_step_none_of_whose_gradients_is_finite_has_a_report_all_the_same() -> None:
+    outcome = step(RecordingPolicy([math.nan] * 3), "DecoupledPPO")
+    assert outcome.skipped == (0, 1, 2)
+    assert outcome.report["reward_mean"] == 0 and "gradient_norm" not in outcome.report
+    assert all(map(math.isfinite, outcome.report.values()))
+
+
+@pytest.mark.parametrize("known", [(0,), (1, 2)])
+def test_an_update_that_was_skipped_before_is_not_made_when_the_step_is_repeated(
+    known: tuple[int, ...],
+) -> None:
+    policy = RecordingPolicy()
+    outcome = step(policy, "DecoupledPPO", known)
+    assert outcome.skipped == known and len(policy.proximal) == NUM_MINIBATCHES - len(known)
+
+
+class FailingPolicy(RecordingPolicy):
+    """Works on its micro-batches one by one, as the real one does, until the one of ticket 5."""
+
+    def __init__(self, error: Exception, where: str) -> None:
+        super().__init__()
+        self._error, self._where = error, where
+
+    def logprobs(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
+        return [self._forward(batch, "logprobs") for batch in micro_batches]
+
+    def update(self, micro_batches: Sequence[MicroBatch], **arguments: Any) -> Update:
+        for batch in micro_batches:
+            self._forward(batch, "update")
+        if self._where == "optimizer":
+            raise self._error
+        return super().update(micro_batches, **arguments)
+
+    def _forward(self, batch: MicroBatch, place: str) -> Tensor:
+        if place == self._where and batch.num_sampled_tokens == 7:  # ticket 5, alone in its micro-batch
+            raise self._error
+        return torch.zeros(batch.num_sampled_tokens)
+
+
+POISON = IndexError("index out of range in self")
+
+
+@pytest.mark.parametrize(
+    ("error", "where", "tickets", "is_out_of_memory"),
+    [
+        (POISON, "update", (5,), False),
+        (POISON, "logprobs", (5,), False),
+        (POISON, "optimizer", (), False),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "update", (5,), True),
+        (MemoryError(), "update", (5,), True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "update", (5,), True),
+        (RuntimeError("CUDA error: device-side assert triggered"), "update", (), False),
+    ],
+)
+def test_what_a_step_raises_by_its_own_fault_names_the_tickets_of_the_micro_batch(
+    error: Exception, where: str, tickets: tuple[int, ...], is_out_of_memory: bool
+) -> None:
+    with pytest.raises(StepFailed) as failed:
+        step(FailingPolicy(error, where), "DecoupledPPO", capacity=8)
+    assert (failed.value.tickets, failed.value.is_out_of_memory) == (tickets, is_out_of_memory)
+    assert failed.value.cause.startswith(f"{type(error).__name__}: ") and failed.value.__cause__ is error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError("No space left on device"),
+        ConnectionResetError(),
+        RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer"),
+        torch.distributed.DistBackendError("NCCL error"),
+        KeyboardInterrupt(),
+        asyncio.CancelledError(),
+    ],
+)
+def test_what_is_not_the_steps_fault_is_passed_on_as_it_is(error: Exception) -> None:
+    with pytest.raises(type(error)) as raised:
+        step(FailingPolicy(error, "update"), "DecoupledPPO", capacity=8)
+    assert raised.value is error

@@ -13,6 +13,8 @@ class Audit:
     num_issued: int
     num_steps: int
     num_trained: int
+    num_without_effect: int
+    """Those of the trained tickets whose update was not applied, since its gradient was not finite."""
     discarded: Counter[str]
     """The number of discarded tickets by reason."""
     missing: tuple[int, ...]
@@ -46,6 +48,7 @@ def audit(history: History) -> Audit:
         num_issued=num_issued,
         num_steps=len(history.steps),
         num_trained=len(trained),
+        num_without_effect=sum(len(step.without_effect) for step in history.steps),
         discarded=reasons,
         missing=unclosed if is_finished else (),
         twice=tuple(sorted(ticket for ticket, count in times.items() if count > 1)) + strangers,
@@ -63,6 +66,8 @@ def render(result: Audit) -> str:
         f"{result.num_issued} tickets, {result.num_steps} steps"
         + ("" if result.is_finished else f"; the job is not finished, {result.num_open} tickets are open"),
     ]
+    if count := result.num_without_effect:
+        lines.append(f"  trained without effect: {count}, since the gradient of their update was not finite")
     lines += [f"  discarded as {reason}: {count}" for reason, count in result.discarded.most_common()]
     lines += [f"  missing: {_list(result.missing)}"] if result.missing else []
     lines += [f"  twice: {_list(result.twice)}"] if result.twice else []

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from asyncrl_api.ledger import History, LedgerLine, decode_line, read_ledger
+from asyncrl_api.ledger import History, LedgerLine, StepFailure, decode_line, read_ledger
 
 log = logging.getLogger(__name__)
 
@@ -60,9 +60,34 @@ class Ledger:
             )
         )
 
-    def cut(self, version: int) -> None:
-        """Give up the recorded steps from `version` on, whose trajectories are lost."""
-        self._append(LedgerLine(attempt=self._attempt, cut=version))
+    def skip(self, version: int, minibatches: Sequence[int], tickets: Sequence[int]) -> None:
+        """Note which updates of the recorded step were not applied, and whose tickets they are."""
+        self._append(
+            LedgerLine(
+                attempt=self._attempt, version=version, skipped=tuple(minibatches), tickets=tuple(tickets)
+            )
+        )
+
+    def fail(self, failure: StepFailure) -> None:
+        """Note that a recorded step raised an exception of its own."""
+        self._append(
+            LedgerLine(
+                attempt=self._attempt,
+                failed=failure.version,
+                cause=failure.cause,
+                tickets=failure.tickets or None,
+                out_of_memory_at=failure.out_of_memory_at,
+            )
+        )
+
+    def cut(self, version: int, discards: Mapping[str, Sequence[int]] | None = None) -> None:
+        """Give up the recorded steps from `version` on, which cannot be repeated.
+
+        Args:
+            discards: the tickets of these steps that are discarded, by reason; the others are open again.
+        """
+        listed = {reason: tuple(tickets) for reason, tickets in (discards or {}).items()}
+        self._append(LedgerLine(attempt=self._attempt, cut=version, discards=listed or None))
 
     def end(self, num_issued: int, left_over: Mapping[str, Sequence[int]]) -> None:
         discards = {reason: tuple(numbers) for reason, numbers in left_over.items()}

@@ -38,6 +38,7 @@ from asyncrl_runtime.trainer.books.checkpoints import (
     Position,
     set_aside_strangers,
 )
+from asyncrl_runtime.trainer.books.failed_steps import MAX_FAILURES, step_to_give_up
 from asyncrl_runtime.trainer.books.tickets import EndlessDiscards, TicketBook
 from asyncrl_runtime.trainer.checkpointing import origin_of
 from asyncrl_runtime.trainer.cluster_report import copying_report
@@ -48,11 +49,12 @@ from asyncrl_runtime.trainer.metrics import Metrics
 from asyncrl_runtime.trainer.seams import AttemptParts
 from asyncrl_runtime.trainer.side_tasks import SideTasks
 from asyncrl_runtime.trainer.starting import Start
+from asyncrl_runtime.trainer.step_faults import NumbersUnusable
 from asyncrl_runtime.trainer.train import train
+from asyncrl_runtime.trainer.update.failures import StepFailed
 from asyncrl_runtime.trainer.update.policy import Policy
 from asyncrl_runtime.trainer.update.policy_api import TrainedPolicy
 from asyncrl_runtime.trainer.update.ranks import COMMAND_SECONDS, Load, PeerLost, Ranks, make_commands_group
-from asyncrl_runtime.trainer.update.step import NumbersUnusable
 from asyncrl_runtime.transport.trainer_end import TrainerEnd
 from asyncrl_runtime.weights.adapter_publisher import AdapterPublisher
 from asyncrl_runtime.weights.engines import Publisher
@@ -114,6 +116,10 @@ def run_rank(config: RunConfig, options: Options, start: Start) -> None:
             ranks.follow()
     except (Superseded, TransportError, CheckpointFailed, PeerLost, OSError) as error:
         raise ExitError(ExitCode.TRY_AGAIN, f"{type(error).__name__}: {error}") from error
+    except StepFailed as error:
+        raise ExitError(
+            ExitCode.TRY_AGAIN, f"a recorded step cannot be trained, and is tried once more: {error}"
+        ) from error
     except (EndlessDiscards, NumbersUnusable, ChecksumMismatch, LedgerError) as error:
         raise ExitError(ExitCode.UNUSABLE, str(error)) from error
     finally:
@@ -207,11 +213,17 @@ async def _open_parts(
     set_aside_strangers(config.job_folder, config.uid, read_ledger(ledger_path).uid)
     ledger = Ledger(ledger_path, options.attempt)
     history = ledger.claim(config.uid)
+    if given_up := step_to_give_up(history):
+        log.warning(
+            "step %d failed %d times and is given up: %s", given_up.version + 1, MAX_FAILURES, given_up.cause
+        )
+        ledger.cut(given_up.version, given_up.discards)
+        history = read_ledger(ledger_path)
     checkpoints = Checkpoints(config.job_folder, config.uid)
     checkpoint = choose_checkpoint(config, checkpoints, history)
     if checkpoint is None and history.steps:
         ledger.cut(0)
-        history.steps.clear()
+        history = read_ledger(ledger_path)
     await _load_policy(config, ranks, checkpoint)
 
     books = restore_books(config, checkpoint, history)
@@ -237,6 +249,7 @@ async def _open_parts(
         checkpoints=checkpoints,
         examiner=_make_evaluator(options, broker, streams, rows),
         metrics=_open_metrics(config, options, books, checkpoint, rows, model_folder, start),
+        failures=tuple(history.failures),
     )
     return parts, side_tasks, None if checkpoint is None else checkpoint.position
 
@@ -269,19 +282,19 @@ def choose_checkpoint(config: RunConfig, checkpoints: Checkpoints, history: Hist
 
 def restore_books(config: RunConfig, checkpoint: Checkpoint | None, history: History) -> Books:
     """Return the books as the checkpoint has them; later steps of the ledger are to be repeated."""
-    if checkpoint is None:
-        return Books(config.spec)
-    position = checkpoint.position
-    books = Books(
-        config.spec,
-        version=position.version,
-        book=TicketBook.restore(position.book),
-        recorded=history.steps[position.version :],
-        began=history.began,
-        position=position.stream_sequence,
-    )
-    if history.num_issued is not None:  # the job was over, and has been given more steps
-        books.add_discards(history.left_over)
+    books = Books(config.spec)
+    if checkpoint is not None:
+        position = checkpoint.position
+        books = Books(
+            config.spec,
+            version=position.version,
+            book=TicketBook.restore(position.book),
+            recorded=history.steps[position.version :],
+            began=history.began,
+            position=position.stream_sequence,
+        )
+    # The job was over, and has been given more steps; or a step was given up, with some of its tickets.
+    books.add_discards(history.left_over)
     return books
 
 

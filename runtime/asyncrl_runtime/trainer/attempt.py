@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+from dataclasses import replace
 
 from asyncrl_runtime.contract.messages import PolicyVersion
 from asyncrl_runtime.trainer.books.books import Batch, RecordedBatchLost, recorded_values
@@ -10,8 +11,10 @@ from asyncrl_runtime.trainer.books.checkpoints import Position
 from asyncrl_runtime.trainer.checkpointing import Checkpointing
 from asyncrl_runtime.trainer.evaluation_schedule import EvaluationSchedule
 from asyncrl_runtime.trainer.seams import AttemptParts
+from asyncrl_runtime.trainer.step_faults import StepFaults
+from asyncrl_runtime.trainer.update.failures import MicroBatchWatch, StepFailed
 from asyncrl_runtime.trainer.update.ranks import Stop, Train
-from asyncrl_runtime.trainer.update.step import learning_rate, plan_step
+from asyncrl_runtime.trainer.update.step import StepOutcome, learning_rate, plan_step
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +40,7 @@ class Attempt:
         self._stopping = asyncio.Event()
         self._checkpointing = Checkpointing(parts, restored)
         self._evaluations = EvaluationSchedule(parts, self._checkpointing)
+        self._faults = StepFaults(parts)
         self._step_began = parts.clock()
         self._waited = 0.0
         self._publish_seconds = 0.0
@@ -159,18 +163,26 @@ class Attempt:
         """Update the policy on every rank."""
         spec = self._parts.spec
         self._metrics.update(state="Training", queue_depth=len(self._books.inbox.arrived))
-        plan = plan_step(
-            batch.groups,
-            algorithm=spec.algorithm,
-            max_new_tokens=self._books.live.sampling.max_new_tokens,
-            num_minibatches=min(spec.training.minibatches, len(batch.groups)),
-            tokens_per_micro_batch=spec.training.tokens_per_micro_batch,
-            learning_rate=learning_rate(
-                spec.training.schedule, batch.version, batch.max_steps, spec.training.learning_rate
-            ),
-        )
-        report: dict[str, float] = await self._parts.ranks.run(Train(plan))
-        return report
+        tokens = self._faults.tokens_per_micro_batch(batch)
+        try:
+            with MicroBatchWatch().naming_failures():
+                plan = plan_step(
+                    batch.groups,
+                    algorithm=spec.algorithm,
+                    max_new_tokens=self._books.live.sampling.max_new_tokens,
+                    num_minibatches=min(spec.training.minibatches, len(batch.groups)),
+                    tokens_per_micro_batch=tokens,
+                    learning_rate=learning_rate(
+                        spec.training.schedule, batch.version, batch.max_steps, spec.training.learning_rate
+                    ),
+                )
+            plan = replace(plan, skipped=frozenset(batch.skipped))
+            outcome: StepOutcome = await self._parts.ranks.run(Train(plan))
+        except StepFailed as failed:
+            self._faults.failed(batch, failed, tokens)
+            raise
+        self._faults.skipped(batch, outcome.skipped, plan.num_minibatches)
+        return outcome.report
 
     async def advance(self, batch: Batch) -> None:
         """Offer the new version to the engines, then move the gate, so no new ticket meets old weights."""

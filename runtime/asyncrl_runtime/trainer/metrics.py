@@ -62,7 +62,8 @@ class Metrics:
         """Append one step's line and renew the report.
 
         Args:
-            values: `step`, `step_seconds`, `wait_seconds`, perhaps `num_tokens`, and any others.
+            values: `step`, `step_seconds`, `wait_seconds`, perhaps `num_tokens` and `skipped_updates`, and
+                any others.
         """
         line = {"time": self._wall_clock().isoformat(timespec="milliseconds"), **values}
         with self._path.open("a") as file:
@@ -82,6 +83,7 @@ class Metrics:
             tokens_per_second=tokens / seconds if seconds else None,
             wait_share=waited / seconds if seconds else None,
             remaining_seconds=remaining,
+            skipped_updates=sum(int(step.get("skipped_updates", 0)) for step in self._recent),
         )
 
     def log_evaluation(self, values: Mapping[str, Any]) -> None:

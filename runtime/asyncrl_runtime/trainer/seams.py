@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from asyncrl_api.ledger import StepFailure
 from asyncrl_api.spec_views import FrozenSpec
 from asyncrl_runtime.contract.messages import PolicyVersion
 from asyncrl_runtime.history.ledger_writer import Ledger
@@ -71,3 +72,5 @@ class AttemptParts:
     """None if nothing is held out."""
     metrics: Metrics
     clock: Callable[[], float] = time.monotonic
+    failures: tuple[StepFailure, ...] = ()
+    """The failures of recorded steps that earlier attempts have met."""

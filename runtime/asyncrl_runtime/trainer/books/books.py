@@ -36,6 +36,8 @@ class Batch:
     max_steps: int
     is_repeat: bool = False
     """Whether an earlier attempt recorded the step: it is trained again, but not recorded again."""
+    skipped: tuple[int, ...] = ()
+    """The minibatches that, as the ledger says, were not applied when the step was trained before."""
 
     @property
     def tickets(self) -> tuple[int, ...]:
@@ -258,7 +260,7 @@ class Books:
                     f"ticket {ticket} of step {step.version} cannot be trained: {verdict.reason}"
                 )
             groups.append(verdict)
-        return Batch(step.version, tuple(groups), step.discards, recorded.max_steps, is_repeat=True)
+        return Batch(step.version, tuple(groups), step.discards, recorded.max_steps, True, step.skipped)
 
     def missing_of_recorded(self) -> list[int]:
         """Return the tickets of the next step to be repeated that have not arrived."""

@@ -136,8 +136,10 @@ class EndlessDiscards(Exception):
 REMEDIES = {
     "failed": "see why samples fail in the log lines above: the reward or workflow raises or times out",
     "generation_error": "see the engines' logs",
+    "out_of_memory": "lower spec.training.tokensPerMicroBatch or spec.model.contextLength",
     "prompt_too_long": "raise spec.model.contextLength, or leave long prompts out of spec.dataset",
     "stale": "raise spec.staleness.maxVersions, or set spec.staleness.onExceed to Keep",
+    "step_failed": "see the exception in the trainer's log lines above",
     "uniform": "set spec.sampling.filter to None, or choose prompts that are neither too easy nor too hard",
     "unusable_number": "see the engines' logs for log-probs, and spec.reward for rewards: numbers must be "
     "finite, and within float32",

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from asyncrl_api.job import AlgorithmSpec
 from asyncrl_runtime.trainer.turn_clock import Measure, TurnClock, folder_bytes
+from asyncrl_runtime.trainer.update.failures import is_lost_peer
 from asyncrl_runtime.trainer.update.packing import TrainingSample, pack
 from asyncrl_runtime.trainer.update.policy_api import TrainedPolicy
 from asyncrl_runtime.trainer.update.step import StepPlan, train_step
@@ -199,10 +200,10 @@ def make_commands_group() -> dist.ProcessGroup:
 
 @contextlib.contextmanager
 def _naming_lost_peers() -> Iterator[None]:
-    """Turn what collectives raise when a rank is lost into PeerLost; gloo has no exception type for that."""
+    """Turn what collectives raise when a rank is lost into PeerLost."""
     try:
         yield
     except RuntimeError as error:
-        if isinstance(error, dist.DistError) or "/gloo/transport/" in str(error):
+        if is_lost_peer(error):
             raise PeerLost(f"another rank is gone; its log says why: {str(error).splitlines()[0]}") from error
         raise

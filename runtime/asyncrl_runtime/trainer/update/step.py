@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,7 @@ from asyncrl_runtime.contract.messages import floats_from_bytes, ids_from_bytes
 from asyncrl_runtime.trainer.books.staleness import LiveGroup
 from asyncrl_runtime.trainer.update import diagnostics
 from asyncrl_runtime.trainer.update.advantages import compute_advantages
+from asyncrl_runtime.trainer.update.failures import MicroBatchWatch
 from asyncrl_runtime.trainer.update.loss import POLICY_LOSSES
 from asyncrl_runtime.trainer.update.packing import (
     MicroBatch,
@@ -24,10 +25,6 @@ from asyncrl_runtime.trainer.update.packing import (
 from asyncrl_runtime.trainer.update.policy_api import StepPolicy, Update
 
 
-class NumbersUnusable(Exception):
-    """The weights or gradients are no longer finite, so going on would train nothing."""
-
-
 @dataclass(frozen=True)
 class StepPlan:
     """Everything that every rank needs for a step; small enough to be sent to each."""
@@ -37,6 +34,17 @@ class StepPlan:
     num_minibatches: int
     tokens_per_micro_batch: int
     learning_rate: float
+    skipped: frozenset[int] = frozenset()
+    """The minibatches that an earlier attempt made no update of: it made none, so none is made now."""
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What a step came to, the same on all ranks."""
+
+    report: dict[str, float]
+    skipped: tuple[int, ...]
+    """The minibatches whose update was not applied, since its gradient is not finite."""
 
 
 def plan_step(
@@ -87,8 +95,8 @@ def train_step(
     rank: int,
     clock: Callable[[], float] = time.perf_counter,
     made: Callable[[], None] = _nothing,
-) -> dict[str, float]:
-    """Make all optimizer updates of one step; collective. Return its diagnostics, the same on all ranks.
+) -> StepOutcome:
+    """Make all optimizer updates of one step; collective.
 
     The proximal policy is the policy at the start of the step. For the first minibatch it is the policy
     itself, and for the others one pass before the first update computes its log-probs; so a step of a single
@@ -98,58 +106,79 @@ def train_step(
         made: called whenever a minibatch is done, so that the step's progress can be followed.
 
     Raises:
-        NumbersUnusable: a gradient is not finite.
+        StepFailed: a micro-batch, or the whole, raised an exception that is its own fault.
     """
+    watch = MicroBatchWatch()
+    with watch.naming_failures():
+        return _train_step(policy, plan, algorithm, rank, clock, made, watch)
+
+
+def _train_step(
+    policy: StepPolicy,
+    plan: StepPlan,
+    algorithm: AlgorithmSpec,
+    rank: int,
+    clock: Callable[[], float],
+    made: Callable[[], None],
+    watch: MicroBatchWatch,
+) -> StepOutcome:
     began = clock()
     minibatches = [
         [plan.samples[index] for index in members]
         for members in split_minibatches([s.ticket for s in plan.samples], plan.num_minibatches)
     ]
-    packed = [_pack_for_rank(m, plan.tokens_per_micro_batch, policy.world_size, rank) for m in minibatches]
+    packed = [
+        _pack_for_rank(m, plan.tokens_per_micro_batch, policy.world_size, rank, watch) for m in minibatches
+    ]
     needs_proximal = POLICY_LOSSES[algorithm.policy_loss].needs_proximal
     proximal = []
     for batches in packed[1:]:
         proximal.append(policy.logprobs(batches) if needs_proximal else None)
         made()
-    updates = []
-    for samples, batches, proximal_logprobs in zip(minibatches, packed, [None, *proximal], strict=True):
-        update = policy.update(
-            batches,
-            proximal_logprobs=proximal_logprobs,
-            num_tokens=sum(s.num_sampled_tokens for s in samples),
-            learning_rate=plan.learning_rate,
-        )
-        if not np.isfinite(update.gradient_norm):
-            raise NumbersUnusable(
-                f"the gradient of {len(samples)} samples is {update.gradient_norm}; lower "
-                "training.learningRate, or look for rewards or log-probs that are not finite"
+    updates: dict[int, Update] = {}
+    for number, (batches, proximal_logprobs) in enumerate(zip(packed, [None, *proximal], strict=True)):
+        if number not in plan.skipped:
+            updates[number] = policy.update(
+                batches,
+                proximal_logprobs=proximal_logprobs,
+                num_tokens=sum(s.num_sampled_tokens for s in minibatches[number]),
+                learning_rate=plan.learning_rate,
             )
-        updates.append(update)
         made()
-    return _report(policy, plan, packed[0], updates, clock() - began)
+    applied = [number for number, update in updates.items() if math.isfinite(update.gradient_norm)]
+    skipped = tuple(number for number in range(len(packed)) if number not in applied)
+    report = _report(policy, plan, packed[0], updates, applied, clock() - began)
+    return StepOutcome(report | {"skipped_updates": len(skipped)}, skipped)
 
 
 def _pack_for_rank(
-    samples: Sequence[TrainingSample], capacity: int, num_ranks: int, rank: int
-) -> list[MicroBatch]:
+    samples: Sequence[TrainingSample], capacity: int, num_ranks: int, rank: int, watch: MicroBatchWatch
+) -> Sequence[MicroBatch]:
     bins = distribute([sample.num_tokens for sample in samples], capacity, num_ranks)[rank]
-    return [pack([samples[index] for index in members]) for members in bins]
+    tickets = [[samples[index].ticket for index in members] for members in bins]
+    return watch.over([pack([samples[index] for index in members]) for members in bins], tickets)
 
 
 def _report(
     policy: StepPolicy,
     plan: StepPlan,
     first_minibatch: Sequence[MicroBatch],
-    updates: Sequence[Update],
+    updates: Mapping[int, Update],
+    applied: Sequence[int],
     seconds: float,
 ) -> dict[str, float]:
-    sums = torch.stack([update.sums for update in updates]).sum(0)
-    tokens = diagnostics.report_tokens(sums)
-    tokens["loss"] = tokens.get("loss", 0.0) / len(updates)
+    """Return the diagnostics of a step; what an update that was not applied would say is left out."""
+    tokens = {}
+    if applied:
+        sums = torch.stack([updates[number].sums for number in applied]).sum(0)
+        tokens = diagnostics.report_tokens(sums)
+        tokens["loss"] = tokens.get("loss", 0.0) / len(applied)
+        tokens["gradient_norm"] = float(np.mean([updates[number].gradient_norm for number in applied]))
+    first_logprobs = updates[0].logprobs if 0 in updates else []
     mismatch = sum(
         (
             diagnostics.mismatch_sums(logprobs, batch.behavior_logprobs, batch.staleness)
-            for batch, logprobs in zip(first_minibatch, updates[0].logprobs, strict=True)
+            for batch, logprobs in zip(first_minibatch, first_logprobs, strict=False)
         ),
         start=torch.zeros(4, dtype=torch.float64),
     )
@@ -157,7 +186,6 @@ def _report(
         **diagnostics.report_batch(plan.samples, np.array(plan.rewards)),
         **tokens,
         **diagnostics.report_mismatch(policy.reduce(mismatch)),
-        "gradient_norm": float(np.mean([update.gradient_norm for update in updates])),
         "learning_rate": plan.learning_rate,
         "num_samples": len(plan.samples),
         "num_micro_batches": len(first_minibatch) * len(updates),

@@ -1,0 +1,99 @@
+"""Failures of a step that are its own fault: what was raised, and in which micro-batch.
+
+Its own fault is what the same samples would raise again, such as a token id that the model does not know, or
+too little memory. A lost peer, a disk and a stop are not, and a kill raises nothing.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import overload
+
+import torch
+import torch.distributed as dist
+
+from asyncrl_runtime.trainer.update.packing import MicroBatch
+
+
+class StepFailed(Exception):
+    """A step raised an exception that is its own fault.
+
+    Args:
+        cause: the exception in one line.
+        tickets: the tickets of the micro-batch that raised it; empty if that is not known.
+        is_out_of_memory: whether smaller micro-batches may help.
+    """
+
+    def __init__(self, cause: str, tickets: tuple[int, ...] = (), *, is_out_of_memory: bool = False) -> None:
+        super().__init__(cause)
+        self.cause = cause
+        self.tickets = tickets
+        self.is_out_of_memory = is_out_of_memory
+
+
+def is_lost_peer(error: Exception) -> bool:
+    """Return whether a collective raised this because a rank is lost; gloo has no exception type for that."""
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and "/gloo/transport/" in str(error)
+    )
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether memory ran out, on a GPU or a CPU, where torch has no exception type for it."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
+    )
+
+
+class MicroBatchWatch:
+    """Knows the tickets of the micro-batch that is being worked on."""
+
+    def __init__(self) -> None:
+        self._tickets: tuple[int, ...] = ()
+
+    def over(self, batches: Sequence[MicroBatch], tickets: Sequence[Sequence[int]]) -> Sequence[MicroBatch]:
+        """Return `batches` such that whoever iterates over them is watched.
+
+        Args:
+            tickets: the tickets of each.
+        """
+        return _Watched(batches, tickets, self)
+
+    def now_at(self, tickets: Sequence[int]) -> None:
+        self._tickets = tuple(sorted(set(tickets)))
+
+    @contextlib.contextmanager
+    def naming_failures(self) -> Iterator[None]:
+        """Turn what the body raises by its own fault into StepFailed."""
+        try:
+            yield
+        except Exception as error:
+            if isinstance(error, OSError | StepFailed) or is_lost_peer(error):
+                raise
+            # A GPU reports what a kernel met only later, perhaps in the next micro-batch.
+            is_late = "CUDA error" in str(error)
+            cause = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            tickets = () if is_late else self._tickets
+            raise StepFailed(cause[:500], tickets, is_out_of_memory=is_out_of_memory(error)) from error
+
+
+class _Watched(Sequence[MicroBatch]):
+    def __init__(
+        self, batches: Sequence[MicroBatch], tickets: Sequence[Sequence[int]], watch: MicroBatchWatch
+    ) -> None:
+        self._batches, self._tickets, self._watch = batches, tickets, watch
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    @overload
+    def __getitem__(self, place: int) -> MicroBatch: ...
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[MicroBatch]: ...
+    def __getitem__(self, place: int | slice) -> MicroBatch | Sequence[MicroBatch]:
+        return self._batches[place]
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        for batch, tickets in zip(self._batches, self._tickets, strict=True):
+            self._watch.now_at(tickets)
+            yield batch
+        self._watch.now_at(())  # what comes next, the optimizer say, is about all of them
