@@ -142,6 +142,13 @@ class SamplingSpec(ApiType):
         mark="L",
         default="None",
     )
+    max_discards_in_a_row: CountOrZero = field(
+        "Prompt groups that may be discarded in a row, with none kept between them, before the job ends: as "
+        "complete, with the reason Mastered, if nine in ten were solved by every sample, and otherwise as "
+        "failed. 0: no bound.",
+        mark="L",
+        default=1000,
+    )
 
 
 class EvaluationSpec(ApiType):

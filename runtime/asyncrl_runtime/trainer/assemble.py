@@ -279,6 +279,7 @@ def restore_books(config: RunConfig, checkpoint: Checkpoint | None, history: His
         recorded=history.steps[position.version :],
         began=history.began,
         position=position.stream_sequence,
+        rewards=position.rewards,
     )
     if history.num_issued is not None:  # the job was over, and has been given more steps
         books.add_discards(history.left_over)

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 
+from asyncrl_api.report import MASTERED_STATE
 from asyncrl_runtime.contract.messages import PolicyVersion
 from asyncrl_runtime.trainer.books.books import Batch, RecordedBatchLost, recorded_values
 from asyncrl_runtime.trainer.books.checkpoints import Position
@@ -51,6 +52,11 @@ class Attempt:
         """The number of steps to train, as it is now; it may grow while the job runs."""
         return self._books.live.training.max_steps
 
+    @property
+    def has_mastered(self) -> bool:
+        """Whether there is nothing left to learn: every prompt is solved, and a filter keeps none of them."""
+        return bool(self._books.mastered)
+
     def request_stop(self) -> None:
         """Have `next_batch` return None at the next boundary."""
         self._stopping.set()
@@ -94,7 +100,7 @@ class Attempt:
     # -- batches
 
     async def next_batch(self) -> Batch | None:
-        """Wait for the next batch and return it; None if the job is to stop."""
+        """Wait for the next batch and return it; None if the job is to stop, or has mastered its prompts."""
         began = self._parts.clock()
         while not self._stopping.is_set():
             try:
@@ -109,6 +115,9 @@ class Attempt:
                 self._has_begun = True
                 await self.publish_weights()
                 batch = self._books.next_batch()
+            if self.has_mastered:
+                log.info("step %d: %s", self.version, self._books.mastered)
+                return None
             if batch is not None:
                 self._waited = self._parts.clock() - began
                 return batch
@@ -235,7 +244,7 @@ class Attempt:
         self._metrics.update(state="Stopped", message=f"stopped at step {self.version}")
 
     async def finish(self) -> None:
-        """Measure, save, export and close the ledger, now that the last step is trained."""
+        """Measure, save, export and close the ledger: no step is left, or nothing to learn."""
         with contextlib.suppress(_StopRequested):
             await self._evaluations.measure_last(self._boundary)
         self._metrics.update(state="Exporting")
@@ -243,7 +252,9 @@ class Attempt:
         export = await self._checkpointing.export("final")
         self._parts.ledger.end(self._books.last_ticket, self._books.left_over())
         await self._leave()
-        self._metrics.update(state="Finished", export=str(export), remaining_seconds=0.0)
+        state = MASTERED_STATE if self.has_mastered else "Finished"
+        message = self._books.mastered
+        self._metrics.update(state=state, message=message, export=str(export), remaining_seconds=0.0)
 
     async def _leave(self) -> None:
         await self._parts.weights.leave()
