@@ -342,6 +342,8 @@ class ControlReply(Message, frozen=True, kw_only=True, tag="reply.v1"):
     checksum: str = ""
     num_ranks: int = 1
     """The engine's ranks in a weight group, one for each of its GPUs, in the answer to ProbeEngine."""
+    is_refusal: bool = False
+    """Whether the engine itself, alive and well, answered no (an HTTP 4xx, or no success)."""
 
 
 def encode(message: Message) -> bytes:

@@ -55,7 +55,7 @@ from asyncrl_runtime.trainer.update.ranks import COMMAND_SECONDS, Load, PeerLost
 from asyncrl_runtime.trainer.update.step import NumbersUnusable
 from asyncrl_runtime.transport.trainer_end import TrainerEnd
 from asyncrl_runtime.weights.adapter_publisher import AdapterPublisher
-from asyncrl_runtime.weights.engines import Publisher
+from asyncrl_runtime.weights.engines import Publisher, WeightsRefused
 from asyncrl_runtime.weights.fleet import Fleet
 from asyncrl_runtime.weights.group import TorchGroups
 from asyncrl_runtime.weights.publisher import ChecksumMismatch, LoadBucket, WeightPublisher
@@ -116,6 +116,8 @@ def run_rank(config: RunConfig, options: Options, start: Start) -> None:
         raise ExitError(ExitCode.TRY_AGAIN, f"{type(error).__name__}: {error}") from error
     except (EndlessDiscards, NumbersUnusable, ChecksumMismatch, LedgerError) as error:
         raise ExitError(ExitCode.UNUSABLE, str(error)) from error
+    except WeightsRefused as error:
+        raise ExitError(ExitCode.REFUSED, str(error)) from error
     finally:
         with contextlib.suppress(Exception):  # a lost peer must not hide the reason
             dist.destroy_process_group()
