@@ -3,7 +3,7 @@
 Each line is flushed to disk before what it announces begins:
 
     {"attempt": a, "uid": u}                      an attempt claims the ledger, before it reads it
-    {"attempt": a, "began": v}                    it has caught up and begins new steps at version v
+    {"attempt": a, "began": v, "frozen": {...}}   it has caught up and begins new steps at version v
     {"attempt": a, "version": v, "tickets": [...], "discards": {"reason": [...]}, "live": {...}}
                                                   the step from version v to v + 1
     {"attempt": a, "cut": v}                      recorded steps from version v on cannot be repeated
@@ -24,6 +24,7 @@ class LedgerLine(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, 
     attempt: int
     uid: str | None = None
     began: int | None = None
+    frozen: dict[str, Any] | None = None
     version: int | None = None
     tickets: tuple[int, ...] | None = None
     discards: dict[str, tuple[int, ...]] | None = None
@@ -45,6 +46,8 @@ class RecordedStep:
     """The values, at that time, of the live fields that decide what is trained."""
     began: Mapping[int, int]
     """The version at which each attempt began (attempt -> version), as known when the step was recorded."""
+    frozen: Mapping[str, Any] = field(default_factory=dict)
+    """The values, in that attempt, of the fields marked R that decide what is trained; none in older ledgers."""
 
 
 @dataclass
@@ -57,6 +60,8 @@ class History:
     steps: list[RecordedStep] = field(default_factory=list)
     """The recorded steps, from versions 0, 1, 2 and so on without a gap."""
     began: dict[int, int] = field(default_factory=dict)
+    frozen: dict[int, Mapping[str, Any]] = field(default_factory=dict)
+    """What the `began` line of each attempt says about the fields marked R."""
     num_issued: int | None = None
     """The number of tickets that were issued, set by the end line: the job is over."""
     left_over: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -104,6 +109,7 @@ def _apply(history: History, line: LedgerLine, where: str) -> None:
         history.uid = line.uid
     elif line.began is not None:
         history.began = {**history.began, line.attempt: line.began}
+        history.frozen[line.attempt] = line.frozen or {}
     elif line.cut is not None:
         del history.steps[line.cut :]
         history.num_issued, history.left_over = None, {}
@@ -118,6 +124,7 @@ def _apply(history: History, line: LedgerLine, where: str) -> None:
                 discards=line.discards or {},
                 live=line.live or {},
                 began=history.began,
+                frozen=history.frozen.get(line.attempt, {}),
             )
         )
         history.num_issued, history.left_over = None, {}  # a finished job whose maxSteps was raised

@@ -127,7 +127,8 @@ class SamplingSpec(ApiType):
         default=8,
     )
     max_new_tokens: Count = field(
-        "Maximum number of tokens of a response; less than model.contextLength, which includes the prompt.",
+        "Maximum number of tokens of an answer, each of them if a sample has several turns; less than "
+        "model.contextLength, which includes the prompt.",
         mark="L",
         default=1024,
     )

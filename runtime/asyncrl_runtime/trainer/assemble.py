@@ -105,7 +105,7 @@ def run_rank(config: RunConfig, options: Options, start: Start) -> None:
         if spec.rollout.engine.type == "SGLang" and not policy.trains_adapters:
             check_names(policy, folder)
         tokenizer = load_tokenizer(folder)
-        ranks = Ranks(policy, spec.algorithm, make_commands_group(), tokenizer, start.clock)
+        ranks = Ranks(policy, make_commands_group(), tokenizer, start.clock)
         if dist.get_rank() == 0:
             asyncio.run(_lead(config, options, folder, ranks, start))
         else:

@@ -8,9 +8,11 @@ from asyncrl_api.report import MASTERED_STATE
 from asyncrl_runtime.contract.messages import PolicyVersion
 from asyncrl_runtime.trainer.books.books import Batch, RecordedBatchLost, recorded_values
 from asyncrl_runtime.trainer.books.checkpoints import Position
+from asyncrl_runtime.trainer.books.step_values import StepValues
 from asyncrl_runtime.trainer.checkpointing import Checkpointing
 from asyncrl_runtime.trainer.evaluation_schedule import EvaluationSchedule
 from asyncrl_runtime.trainer.seams import AttemptParts
+from asyncrl_runtime.trainer.update.deepspeed_config import step_settings
 from asyncrl_runtime.trainer.update.ranks import Stop, Train
 from asyncrl_runtime.trainer.update.step import learning_rate, plan_step
 
@@ -34,6 +36,7 @@ class Attempt:
         self._books = parts.books
         self._streams = parts.streams
         self._metrics = parts.metrics
+        self._values = StepValues.of(parts.spec)
         self._has_begun = False
         self._stopping = asyncio.Event()
         self._checkpointing = Checkpointing(parts, restored)
@@ -110,7 +113,7 @@ class Attempt:
                 self._cut()
                 continue
             if not self._books.is_repeating and not self._has_begun:
-                self._parts.ledger.begin(self.version)
+                self._parts.ledger.begin(self.version, self._values.to_ledger())
                 self._books.begin(self._parts.attempt)
                 self._has_begun = True
                 await self.publish_weights()
@@ -166,16 +169,16 @@ class Attempt:
 
     async def train_step(self, batch: Batch) -> dict[str, float]:
         """Update the policy on every rank."""
-        spec = self._parts.spec
         self._metrics.update(state="Training", queue_depth=len(self._books.inbox.arrived))
+        values = self._values.as_recorded(batch.frozen)
         plan = plan_step(
             batch.groups,
-            algorithm=spec.algorithm,
-            max_new_tokens=self._books.live.sampling.max_new_tokens,
-            num_minibatches=min(spec.training.minibatches, len(batch.groups)),
-            tokens_per_micro_batch=spec.training.tokens_per_micro_batch,
+            settings=step_settings(values),
+            max_new_tokens=batch.max_new_tokens,
+            num_minibatches=min(values.minibatches, len(batch.groups)),
+            tokens_per_micro_batch=values.tokens_per_micro_batch,
             learning_rate=learning_rate(
-                spec.training.schedule, batch.version, batch.max_steps, spec.training.learning_rate
+                values.schedule, batch.version, batch.max_steps, values.learning_rate
             ),
         )
         report: dict[str, float] = await self._parts.ranks.run(Train(plan))

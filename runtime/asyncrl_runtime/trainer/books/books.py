@@ -41,6 +41,10 @@ class Batch:
     discards: Mapping[str, tuple[int, ...]]
     """Tickets that were discarded since the step before, by reason."""
     max_steps: int
+    max_new_tokens: int
+    """`spec.sampling.maxNewTokens`, for samples of older workers, which do not say what theirs was."""
+    frozen: Mapping[str, Any] = field(default_factory=dict)
+    """If the step is repeated, the values of the attempt that recorded it (`StepValues.as_recorded`)."""
     is_repeat: bool = False
     """Whether an earlier attempt recorded the step: it is trained again, but not recorded again."""
 
@@ -266,6 +270,7 @@ class Books:
             groups=tuple(groups),
             discards={reason: tuple(sorted(tickets)) for reason, tickets in sorted(by_reason.items())},
             max_steps=self._live.training.max_steps,
+            max_new_tokens=self._live.sampling.max_new_tokens,
         )
 
     def _recorded_batch(self, step: RecordedStep) -> Batch | None:
@@ -284,7 +289,15 @@ class Books:
             if isinstance(verdict, Discard):
                 raise RecordedBatchLost(f"ticket {ticket} of step {step.version} is not what was recorded")
             groups.append(verdict)
-        return Batch(step.version, tuple(groups), step.discards, recorded.max_steps, is_repeat=True)
+        return Batch(
+            version=step.version,
+            groups=tuple(groups),
+            discards=step.discards,
+            max_steps=recorded.max_steps,
+            max_new_tokens=recorded.max_new_tokens,
+            frozen=step.frozen,
+            is_repeat=True,
+        )
 
     def missing_of_recorded(self) -> list[int]:
         """Return the tickets of the next step to be repeated that have not arrived."""
@@ -389,6 +402,7 @@ class RecordedValues(NamedTuple):
 
     staleness: StalenessSpec
     max_steps: int
+    max_new_tokens: int
 
 
 def recorded_values(live: LiveSpec) -> dict[str, Any]:
@@ -396,10 +410,14 @@ def recorded_values(live: LiveSpec) -> dict[str, Any]:
     return {
         "staleness": live.staleness.model_dump(by_alias=True),
         "training": {"maxSteps": live.training.max_steps},
+        "sampling": {"maxNewTokens": live.sampling.max_new_tokens},
     }
 
 
 def with_recorded_values(live: LiveSpec, values: Mapping[str, Any]) -> RecordedValues:
-    """Return the values that were in force when a step was recorded; `live` supplies a missing maxSteps."""
-    staleness = live.staleness.model_validate(values.get("staleness", {}))
-    return RecordedValues(staleness, values.get("training", {}).get("maxSteps", live.training.max_steps))
+    """Return the values that were in force when a step was recorded; `live` supplies what is missing."""
+    return RecordedValues(
+        staleness=live.staleness.model_validate(values.get("staleness", {})),
+        max_steps=values.get("training", {}).get("maxSteps", live.training.max_steps),
+        max_new_tokens=values.get("sampling", {}).get("maxNewTokens", live.sampling.max_new_tokens),
+    )
