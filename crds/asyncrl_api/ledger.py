@@ -3,7 +3,7 @@
 Each line is flushed to disk before what it announces begins:
 
     {"attempt": a, "uid": u}                      an attempt claims the ledger, before it reads it
-    {"attempt": a, "began": v}                    it has caught up and begins new steps at version v
+    {"attempt": a, "began": v, "frozen": {...}}   it has caught up and begins new steps at version v
     {"attempt": a, "version": v, "tickets": [...], "discards": {"reason": [...]}, "live": {...}}
                                                   the step from version v to v + 1
     {"attempt": a, "version": v, "skipped": [m], "tickets": [...]}
@@ -33,6 +33,7 @@ class LedgerLine(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, 
     attempt: int
     uid: str | None = None
     began: int | None = None
+    frozen: dict[str, Any] | None = None
     version: int | None = None
     tickets: tuple[int, ...] | None = None
     discards: dict[str, tuple[int, ...]] | None = None
@@ -58,6 +59,8 @@ class RecordedStep:
     """The values, at that time, of the live fields that decide what is trained."""
     began: Mapping[int, int]
     """The version at which each attempt began (attempt -> version), as known when the step was recorded."""
+    frozen: Mapping[str, Any] = field(default_factory=dict)
+    """The values, in that attempt, of the fields marked R that decide what is trained."""
     skipped: tuple[int, ...] = ()
     """The minibatches whose update was not applied, since its gradient was not finite."""
     without_effect: tuple[int, ...] = ()
@@ -85,6 +88,8 @@ class History:
     steps: list[RecordedStep] = field(default_factory=list)
     """The recorded steps, from versions 0, 1, 2 and so on without a gap."""
     began: dict[int, int] = field(default_factory=dict)
+    frozen: dict[int, Mapping[str, Any]] = field(default_factory=dict)
+    """What the `began` line of each attempt says about the fields marked R."""
     failures: list[StepFailure] = field(default_factory=list)
     """The failures of surviving steps, in their order."""
     in_a_row: list[StepFailure] = field(default_factory=list)
@@ -139,6 +144,7 @@ def _apply(history: History, line: LedgerLine, where: str) -> None:
         history.uid = line.uid
     elif line.began is not None:
         history.began = {**history.began, line.attempt: line.began}
+        history.frozen[line.attempt] = line.frozen or {}
     elif line.cut is not None:
         _cut(history, line.cut, line.discards or {})
     elif line.skipped is not None or line.failed is not None:
@@ -154,6 +160,7 @@ def _apply(history: History, line: LedgerLine, where: str) -> None:
                 discards=line.discards or {},
                 live=line.live or {},
                 began=history.began,
+                frozen=history.frozen.get(line.attempt, {}),
             )
         )
         history.in_a_row.clear()

@@ -7,6 +7,9 @@ from pydantic import ConfigDict, Field
 
 from asyncrl_api.wire import Wire
 
+MASTERED_STATE = "Mastered"
+"""The state of a trainer that has finished before the last step, since nothing was left to learn."""
+
 
 class CheckpointReport(Wire):
     step: int
@@ -35,7 +38,8 @@ class Report(Wire):
     step: int
     max_steps: int
     state: str
-    """What the trainer is doing, in one word: Starting, Training, WaitingForBatch, Evaluating, Finished."""
+    """What the trainer is doing, in one word: Starting, Training, WaitingForBatch, Evaluating, Finished or
+    Mastered."""
     message: str = ""
     reward: float | None = None
     staleness_mean: float | None = None

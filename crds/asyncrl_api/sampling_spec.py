@@ -127,7 +127,8 @@ class SamplingSpec(ApiType):
         default=8,
     )
     max_new_tokens: Count = field(
-        "Maximum number of tokens of a response; less than model.contextLength, which includes the prompt.",
+        "Maximum number of tokens of an answer, each of them if a sample has several turns; less than "
+        "model.contextLength, which includes the prompt.",
         mark="L",
         default=1024,
     )
@@ -141,6 +142,13 @@ class SamplingSpec(ApiType):
         "they teach nothing (dynamic sampling, DAPO, arXiv 2503.14476).",
         mark="L",
         default="None",
+    )
+    max_discards_in_a_row: CountOrZero = field(
+        "Prompt groups that may be discarded in a row, with none kept between them, before the job ends: as "
+        "complete, with the reason Mastered, if nine in ten were solved by every sample, and otherwise as "
+        "failed. 0: no bound.",
+        mark="L",
+        default=1000,
     )
 
 

@@ -96,9 +96,11 @@ class OverlongPenaltySpec(ApiType):
     """A reward that falls before the length limit instead of at it (DAPO, arXiv 2503.14476, eq. 13)."""
 
     buffer_tokens: Count = field(
-        "Number of tokens before sampling.maxNewTokens over which the penalty grows linearly.", default=512
+        "Number of tokens before sampling.maxNewTokens over which the penalty grows linearly. What counts is "
+        "the longest answer of a sample, and the maxNewTokens under which it was sampled.",
+        default=512,
     )
-    penalty: NonNegative = field("Amount that a response of full length loses.", default=1.0)
+    penalty: NonNegative = field("Amount that a sample with an answer of full length loses.", default=1.0)
 
 
 class AlgorithmSpec(ApiType):
@@ -123,8 +125,9 @@ class AlgorithmSpec(ApiType):
         "Correction for stale tokens.", default=ImportanceWeightSpec()
     )
     kl_coefficient: NonNegative = field(
-        "Weight of a loss term: the KL divergence from the model that training began with (k3 estimator). 0: "
-        "off, and no reference policy is kept in memory.",
+        "Weight of a loss term: the KL divergence from model.source (k3 estimator), also if "
+        "checkpoint.resume FromPath begins with other weights. 0: off, and no reference policy is kept in "
+        "memory.",
         default=0.0,
     )
     entropy_coefficient: NonNegative = field(

@@ -126,12 +126,14 @@ async def test_a_prompt_longer_than_the_context_is_given_up_and_replaced(
 async def test_discards_without_end_end_the_job(
     own_nats: NatsServer, tmp_path: Path, overrides: dict[str, Any], reason: str, cause: str, remedy: str
 ) -> None:
-    with JobHarness(tmp_path / "run", own_nats, build_job(**overrides)) as harness:
+    with JobHarness(
+        tmp_path / "run", own_nats, build_job(**merge({"sampling": {"maxDiscardsInARow": 20}}, overrides))
+    ) as harness:
         harness.start_rollout(0)
         harness.start_trainer()
         await finish(harness, code=ExitCode.UNUSABLE)
         last_words = harness.log_tail("trainer", lines=1)
-        assert f"20 prompt groups in a row were discarded without a step ({reason}: 20)" in last_words
+        assert f"20 prompt groups in a row were discarded, and none was kept ({reason}: 20)" in last_words
         assert remedy in last_words
         log = harness.log_text("trainer")
         assert all(f"ticket {n} is discarded: {reason}" in log for n in (1, 2)) and cause in log

@@ -20,6 +20,7 @@ from asyncrl_operator.local.run_folder import RunFolder
 from support.engines.tiny_models import tiny_model
 from support.jobs.cli_runs import CliRun, Terminal, asyncrl, have_ended, write_job
 from support.jobs.job_harness import build_job
+from support.paths import USER_CODE
 
 pytestmark = pytest.mark.slow
 
@@ -62,6 +63,24 @@ def assert_books_close(folder: RunFolder, num_steps: int) -> None:
 
 
 # A run that comes to its end
+
+
+def test_a_policy_that_has_learned_its_prompts_ends_as_a_success(tmp_path: Path) -> None:
+    overrides: dict[str, Any] = {
+        "reward": {"function": "fault_data:learned"},
+        "sampling": {"filter": "DropUniformGroups", "maxDiscardsInARow": 20},
+        "training": {"maxSteps": 10_000},
+    }
+    shutil.copy(USER_CODE / "fault_data.py", tmp_path)
+    with CliRun(write_job(tmp_path, build_job(**overrides)), tmp_path / "run") as run:
+        assert run.wait() == ExitCode.DONE, run.output
+        assert "20 of the last 20 prompt groups had the top reward, 1, in every sample" in run.output
+        report = run.report
+        assert report is not None and report.state == "Mastered" and 0 < report.step < 10_000
+        assert report.last_checkpoint is not None and report.last_checkpoint.step == report.step
+        assert (Path(report.export) / "config.json").exists()
+        ended = asyncrl("audit", run.folder.path)
+        assert ended.returncode == 0 and "missing 0  twice 0" in ended.stdout, ended.stdout
 
 
 def test_without_a_terminal_plain_lines_show_how_it_stands(finished: CliRun) -> None:

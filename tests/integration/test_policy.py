@@ -29,7 +29,7 @@ from asyncrl_runtime.trainer.update.deepspeed_config import BETAS, deep_merge
 from asyncrl_runtime.trainer.update.diagnostics import report_tokens
 from asyncrl_runtime.trainer.update.packing import TrainingSample, distribute, pack, split_minibatches
 from asyncrl_runtime.trainer.update.policy import Policy
-from asyncrl_runtime.trainer.update.policy_api import Update
+from asyncrl_runtime.trainer.update.policy_api import StepSettings, Update
 from asyncrl_runtime.weights.bucket import Bucket
 from support.jobs.naive_rl import NaiveTrainer
 
@@ -41,6 +41,7 @@ OFFLOADED: dict[int, dict[str, Any]] = {
     2: {"offload_optimizer": {"device": "cpu"}},
     3: {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}},
 }
+REPEATED = ((0, "Float32"), (0, "BFloat16"), (2, "Float32"), (3, "Float32"))
 NUM_STEPS = 3
 LEARNING_RATE = 3e-3
 CAPACITY = 60
@@ -102,7 +103,7 @@ def make_policy(folder: Path, stage: int, *, dtype: Any = "Float32", **changes: 
         training=TrainingSpec(
             batch_size=3,
             max_steps=10,
-            weight_decay=0.1,
+            weight_decay=changes.pop("weight_decay", 0.1),
             gradient_clipping=0.5,
             lora=changes.pop("lora", LoRASpec()),
         ),
@@ -187,6 +188,36 @@ def run_resume(model: Path, folder: Path, stage: int, dtype: str) -> dict[str, A
         "restored": same(restored, before),
         "repeated": same(weights_of(resumed), weights_of(policy)),
         "random": torch.equal(noise, repeated_noise),
+    }
+
+
+def run_repeated(model: Path, folder: Path, stage: int, dtype: str) -> dict[str, Any]:
+    """Repeat a step under its own settings on a policy that began with others, then make one under those."""
+    recorded = StepSettings(algorithm_of(), 0.1, 0.5, BETAS, 1e-8)
+    edited = StepSettings(algorithm_of(klCoefficient=0.5), 0.4, 0.05, (0.8, 0.9), 1e-3)
+    policy = make_policy(model, stage, dtype=dtype)
+    policy.use(recorded)
+    train_step(policy, make_batch(0))
+    policy.save(folder / "checkpoint")
+    train_step(policy, make_batch(1))
+    expected = weights_of(policy)
+
+    other = make_policy(model, stage, dtype=dtype, algorithm={"klCoefficient": 0.5}, weight_decay=0.4)
+    other.load(folder / "checkpoint", folder / "scratch")
+    other.use(recorded)
+    repeated = [report_tokens(update.sums) for update in train_step(other, make_batch(1))]
+    is_repeated = same(weights_of(other), expected)
+    other.use(edited)
+    updates = train_step(other, make_batch(2))
+    policy.use(recorded)
+    train_step(policy, make_batch(2))
+    groups = other._engine.optimizer.param_groups
+    return {
+        "repeated": is_repeated,
+        "kl": [tokens["reference_kl"] for tokens in repeated],
+        "new kl": report_tokens(updates[-1].sums)["reference_kl"],
+        "differs": not same(weights_of(other), weights_of(policy)),
+        "constants": sorted((g["weight_decay"], *g["betas"], g["eps"]) for g in groups),
     }
 
 
@@ -322,6 +353,10 @@ SCENARIOS: dict[str, tuple[Scenario, dict[str, Any]]] = {
         for dtype in ("Float32", "BFloat16")
     },
     **{f"adapters-{stage}": (run_adapters, {"stage": stage}) for stage in (0, 1, 2)},
+    **{
+        f"repeated-{stage}-{dtype}": (run_repeated, {"stage": stage, "dtype": dtype})
+        for stage, dtype in REPEATED
+    },
     "foreign": (run_foreign_checkpoint, {}),
     "reference": (run_reference, {}),
     "export": (run_export, {}),
@@ -502,6 +537,17 @@ def test_another_number_of_ranks_goes_on_where_the_last_stopped(
         tolerance = 1e-5 if dtype == "Float32" else 2e-2
         torch.testing.assert_close(found["after"][name], weight, rtol=0, atol=tolerance)
     assert found["saved"] and not found["left over"]
+
+
+@pytest.mark.parametrize(("stage", "dtype"), REPEATED)
+def test_a_step_has_its_own_settings_whatever_the_policy_began_with(
+    session: Session, stage: int, dtype: str
+) -> None:
+    """A checkpoint brings the optimizer's constants with it: the process's own would not be in force."""
+    found = session[f"repeated-{stage}-{dtype}"]
+    assert found["repeated"] and found["kl"] == [0, 0, 0]
+    assert found["differs"] and found["new kl"] > 0
+    assert found["constants"] == [(0.0, 0.8, 0.9, 1e-3), (0.4, 0.8, 0.9, 1e-3)]
 
 
 def test_a_checkpoint_of_another_zero_stage_is_refused(session: Session) -> None:

@@ -1,5 +1,6 @@
 """Advantages of groups of all sizes, against hand-worked numbers."""
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
@@ -7,9 +8,15 @@ from hypothesis import strategies as st
 
 from asyncrl_api.job import AlgorithmSpec, OverlongPenaltySpec
 from asyncrl_api.parsing import apply_overrides, validate
-from asyncrl_runtime.trainer.update.advantages import ADVANTAGES, compute_advantages, overlong_penalty
+from asyncrl_runtime.trainer.update.advantages import (
+    ADVANTAGES,
+    compute_advantages,
+    longest_turn,
+    overlong_penalty,
+)
 from support.manifests.api_values import values_of
 from support.manifests.smallest import SMALLEST
+from support.messages.samples import make_sample
 
 KINDS = tuple(ADVANTAGES)
 WITHIN_GROUPS = [kind for kind in KINDS if kind != "BatchNormalized"]
@@ -32,7 +39,9 @@ def advantages(
     algorithm = AlgorithmSpec.model_validate(
         {"advantage": kind, "rewardScale": scale, "rewardShift": shift, "rewardClip": clip}
     )
-    values = compute_advantages(np.concatenate(groups), tickets, np.ones_like(tickets), 100, algorithm)
+    values = compute_advantages(
+        np.concatenate(groups), tickets, np.ones_like(tickets), np.full_like(tickets, 100), algorithm
+    )
     ends = np.cumsum([len(g) for g in groups])[:-1]
     return [part.tolist() for part in np.split(values, ends)]
 
@@ -142,7 +151,22 @@ def test_an_advantage_that_is_zero_in_groups_of_one_is_refused_with_them(kind: s
 def test_overlong_penalty_by_hand() -> None:
     rule = OverlongPenaltySpec(buffer_tokens=20, penalty=2.0)
     lengths = np.array([1, 80, 85, 90, 100, 120])
-    assert overlong_penalty(lengths, 100, rule).tolist() == [0, 0, 0.5, 1, 2, 2]
+    bounds = np.full(6, 100)
+    assert overlong_penalty(lengths, bounds, rule).tolist() == [0, 0, 0.5, 1, 2, 2]
+
+
+def test_overlong_penalty_goes_by_the_bound_of_each_sample() -> None:
+    rule = OverlongPenaltySpec(buffer_tokens=20, penalty=2.0)
+    lengths, bounds = np.array([90, 90, 5, 5]), np.array([100, 1000, 10, 5])  # two of them below the buffer
+    assert overlong_penalty(lengths, bounds, rule).tolist() == [1, 0, 1, 2]
+
+
+def test_of_several_turns_the_longest_counts() -> None:
+    """The bound is that of a turn."""
+    turns = [True] * 4 + [False] * 2 + [True] * 7 + [False] + [True] * 3
+    told = make_sample(spans=[(1, 0, len(turns))], mask=turns)
+    assert longest_turn(told) == 7, "by the mask, for samples of older workers"
+    assert longest_turn(msgspec.structs.replace(told, longest_turn=6)) == 6
 
 
 def test_overlong_penalty_is_taken_before_shift_and_scale() -> None:
@@ -152,5 +176,5 @@ def test_overlong_penalty_is_taken_before_shift_and_scale() -> None:
         overlong_penalty=OverlongPenaltySpec(buffer_tokens=10, penalty=1.0),
     )
     rewards, tickets = np.array([1.0, 1.0]), np.array([3, 3])
-    result = compute_advantages(rewards, tickets, np.array([95, 10]), 100, algorithm)
+    result = compute_advantages(rewards, tickets, np.array([95, 10]), np.array([100, 100]), algorithm)
     assert result.tolist() == [-2.5, 2.5]

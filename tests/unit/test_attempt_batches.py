@@ -3,14 +3,18 @@
 import asyncio
 from pathlib import Path
 
-from asyncrl_api.ledger import RecordedStep
+from asyncrl_api.ledger import RecordedStep, read_ledger
+from asyncrl_api.report import Report
 from asyncrl_runtime.contract.broker import StreamMessage
-from asyncrl_runtime.contract.messages import encode
+from asyncrl_runtime.contract.messages import Group, encode
+from asyncrl_runtime.history.audit import audit
 from asyncrl_runtime.trainer.attempt import Attempt
 from asyncrl_runtime.trainer.books.books import Books, recorded_values
+from asyncrl_runtime.trainer.train import train
+from asyncrl_runtime.trainer.update.ranks import Export
 from support.fakes import FakeRanks, FakeStreams, FakeWeights, run_in_virtual_time
 from support.jobs.attempt_parts import make_attempt_parts
-from support.messages.samples import make_group, make_job
+from support.messages.samples import make_group, make_job, make_sample
 
 
 class SlowStreams(FakeStreams):
@@ -42,3 +46,35 @@ def test_a_recorded_step_that_is_read_while_it_is_looked_for_is_repeated(tmp_pat
         assert '"cut"' not in (tmp_path / "ledger.jsonl").read_text()
 
     run_in_virtual_time(check())
+
+
+def test_a_job_whose_prompts_are_all_solved_ends_as_a_success(tmp_path: Path) -> None:
+    """With its checkpoint, its export and a closed ledger, though steps are left."""
+    spec = make_job(
+        "training.batchSize=2",
+        "training.minibatches=1",
+        "sampling.filter=DropUniformGroups",
+        "sampling.groupSize=2",
+    ).spec
+    books = Books(spec)
+    for ticket in range(1, 1001):
+        group = Group(ticket=ticket, group_size=2, samples=(make_sample(0), make_sample(1)))
+        books.take(StreamMessage(ticket, f"rl.j.traj.{ticket}", encode(group)))
+
+    def answer(command: object) -> None:
+        if isinstance(command, Export):
+            command.folder.mkdir(parents=True)
+
+    async def check() -> bool:
+        clock = asyncio.get_running_loop().time
+        ranks = FakeRanks(answer)
+        parts = make_attempt_parts(tmp_path, spec, books, FakeStreams(), ranks, FakeWeights(), None, clock)
+        return await train(Attempt(parts, None))
+
+    assert run_in_virtual_time(check())
+    report = Report.load(tmp_path / "report.json")
+    assert report is not None and report.state == "Mastered" and "1000 of the last 1000" in report.message
+    assert report.export == str(tmp_path / "export" / "final") and Path(report.export).is_dir()
+    assert report.last_checkpoint is not None and report.last_checkpoint.step == 0
+    result = audit(read_ledger(tmp_path / "ledger.jsonl"))
+    assert result.is_finished and result.is_clean and result.discarded == {"uniform": 1000}

@@ -114,11 +114,69 @@ def test_steps_to_be_repeated_are_lost_with_the_stream_though_their_tickets_come
         books.next_batch()
 
 
+DROPPING = {"filter": "DropUniformGroups", "maxDiscardsInARow": 20}
+
+
+def unsolved_group(ticket: int) -> Group:
+    samples = (make_sample(0, reward=0), make_sample(1, reward=0))
+    return Group(ticket=ticket, group_size=2, samples=samples)
+
+
 def test_endless_discards_end_the_job_with_the_count() -> None:
-    books = Books(make_spec(filter="DropUniformGroups"))
+    books = Books(make_spec(**DROPPING))
+    for number in range(1, 21):
+        assert books.next_batch() is None
+        books.take(message(number, unsolved_group(number), number))
     with pytest.raises(EndlessDiscards, match="uniform: 20"):
-        for number in range(1, 30):
-            books.take(message(number, uniform_group(number), number))
+        books.next_batch()
+    assert not books.mastered
+
+
+def test_a_job_whose_prompts_are_solved_has_mastered_them() -> None:
+    books = Books(make_spec(**DROPPING))
+    for number in range(1, 21):
+        assert books.next_batch() is None and not books.mastered
+        books.take(message(number, uniform_group(number), number))
+    assert books.next_batch() is None
+    assert "20 of the last 20 prompt groups" in books.mastered
+
+
+def test_a_kept_group_ends_the_row_of_discards_though_no_batch_forms() -> None:
+    books = Books(make_spec(**DROPPING))
+    for number in [*range(1, 20), *range(21, 40)]:
+        books.take(message(number, unsolved_group(number), number))
+        if number == 19:
+            books.take(message(20, make_group(20), 20))
+    assert books.next_batch() is None
+    books.take(message(40, unsolved_group(40), 40))
+    with pytest.raises(
+        EndlessDiscards, match="uniform: 20"
+    ):  # the kept one is still there, but ends only one row
+        books.next_batch()
+
+
+def test_a_group_that_is_stale_when_it_arrives_does_not_end_the_row() -> None:
+    spec = parse_spec(
+        make_spec(**DROPPING).model_dump(by_alias=True, exclude_none=True)
+        | {"staleness": {"maxVersions": 0, "onExceed": "Drop"}}
+    )
+    books = Books(spec, version=5)
+    for number in range(1, 21):
+        books.take(message(number, make_group(number), number))  # sampled at version 0
+        batch = books.next_batch() if number < 20 else None
+        assert batch is None
+    with pytest.raises(EndlessDiscards, match="stale: 20"):
+        books.next_batch()
+
+
+def test_a_batch_that_can_be_formed_is_formed_before_anything_is_given_up() -> None:
+    books = Books(make_spec(**DROPPING))
+    for number in (1, 2):
+        books.take(message(number, make_group(number), number))
+    for number in range(3, 40):
+        books.take(message(number, unsolved_group(number), number))
+    batch = books.next_batch()
+    assert batch is not None and batch.tickets == (1, 2)
 
 
 def test_parts_make_a_group_with_the_last_of_them() -> None:

@@ -43,7 +43,9 @@ def make_spec(batch_size: int, max_versions: int, on_exceed: str, sample_filter:
     staleness = {"max_versions": max_versions, "on_exceed": on_exceed, "order": order}
     blocks = {
         "training": BASE.training.model_copy(update={"batch_size": batch_size}),
-        "sampling": BASE.sampling.model_copy(update={"filter": sample_filter}),
+        "sampling": BASE.sampling.model_copy(
+            update={"filter": sample_filter, "max_discards_in_a_row": 10 * batch_size}
+        ),
         "staleness": BASE.staleness.model_copy(update=staleness),
     }
     return BASE.model_copy(update=blocks)

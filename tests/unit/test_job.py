@@ -40,7 +40,13 @@ DEFAULTS: dict[str, Any] = {
         },
         "workflow": {"type": "SingleTurn", "systemPrompt": "", "maxTurns": 1},
         "reward": {"type": "Math", "url": "", "timeoutSeconds": 30, "maxAttempts": 3},
-        "sampling": {"groupSize": 8, "maxNewTokens": 1024, "temperature": 1.0, "filter": "None"},
+        "sampling": {
+            "groupSize": 8,
+            "maxNewTokens": 1024,
+            "temperature": 1.0,
+            "filter": "None",
+            "maxDiscardsInARow": 1000,
+        },
         "training": {
             "batchSize": 64,
             "maxSteps": 200,
@@ -419,7 +425,12 @@ def test_job_module_exports_every_type_of_the_manifest() -> None:
 def test_live_fields_are_those_marked_live() -> None:
     live, rest = split_live(parse_job(SMALLEST).spec)
     assert live["training"] == {"maxSteps": 200}
-    assert live["sampling"] == {"maxNewTokens": 1024, "temperature": 1.0, "filter": "None"}
+    assert live["sampling"] == {
+        "maxNewTokens": 1024,
+        "temperature": 1.0,
+        "filter": "None",
+        "maxDiscardsInARow": 1000,
+    }
     assert live["staleness"] == DEFAULTS["spec"]["staleness"]
     assert "model" not in live and "evaluation" not in live
     assert "maxSteps" not in rest["training"] and "staleness" not in rest

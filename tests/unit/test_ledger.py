@@ -21,7 +21,7 @@ def test_history_of_two_attempts(tmp_path: Path) -> None:
     path = tmp_path / "ledger.jsonl"
     first = Ledger(path, 1)
     assert first.claim("uid").steps == []
-    first.begin(0)
+    first.begin(0, {"training.minibatches": 4})
     record(first, 0, [1, 2])
     record(first, 1, [3, 5], uniform=[4])
     history = Ledger(path, 2).claim("uid")
@@ -84,7 +84,7 @@ def test_a_cut_takes_steps_back(tmp_path: Path) -> None:
     again = Ledger(path, 2)
     again.claim("u")
     again.cut(1)
-    again.begin(1)
+    again.begin(1, {})
     record(again, 1, [3])
     history = read_ledger(path)
     assert [step.tickets for step in history.steps] == [(1,), (3,)]

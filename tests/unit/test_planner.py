@@ -153,6 +153,25 @@ def test_a_deleted_trainer_job_is_a_disruption() -> None:
     assert cluster.status.attempt.disruptions == 1
 
 
+def test_a_job_that_has_mastered_its_prompts_is_complete_and_says_so() -> None:
+    cluster = running()
+    cluster.reports(
+        step=9, state="Mastered", message="the policy has mastered its prompts: 20 of the last 20"
+    )
+    cluster.trainer_exits(0, "Completed")
+    cluster.run_until_still()
+    assert cluster.phase == "Succeeded"
+    assert [cluster.condition(kind) for kind in ("Complete", "Ready", "Finished", "Failed")] == [
+        "True/Mastered",
+        "True/Mastered",
+        "True/Succeeded",
+        "False/NotFailed",
+    ]
+    said = "9 steps were trained; the policy has mastered its prompts: 20 of the last 20"
+    assert cluster.status.message == said
+    assert [event.message for event in cluster.events if event.reason == "Mastered"] == [said]
+
+
 def test_success_ends_all_pods_and_the_children_later() -> None:
     cluster = running()
     cluster.reports(step=9, state="Finished")

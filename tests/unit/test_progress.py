@@ -184,6 +184,14 @@ everything: runs/q"""
     )
 
 
+def test_the_end_of_a_run_that_mastered_its_prompts_says_so_first() -> None:
+    report = START.model_copy(
+        update={"state": "Mastered", "message": "the policy has mastered its prompts: 9"}
+    )
+    first, *_ = render_end(report, folder="runs/q", metrics="runs/q/metrics.jsonl").splitlines()
+    assert first == "the policy has mastered its prompts: 9"
+
+
 def test_the_end_of_a_run_without_evaluation_is_short() -> None:
     assert render_end(START, folder="runs/q", metrics="runs/q/metrics.jsonl") == (
         "metrics: runs/q/metrics.jsonl\neverything: runs/q"

@@ -17,9 +17,13 @@ from asyncrl_runtime.contract.messages import (
     decode_request,
     encode,
 )
+from asyncrl_runtime.rollout.adapter_updates import AdapterUpdates
 from asyncrl_runtime.rollout.engine_api import EngineRefused
+from asyncrl_runtime.rollout.engine_updates import EngineUpdates
 from asyncrl_runtime.rollout.weight_updates import WeightUpdates
+from asyncrl_runtime.weights.adapter_publisher import Adapter, AdapterPublisher
 from asyncrl_runtime.weights.bucket import Bucket
+from asyncrl_runtime.weights.engines import MIN_REFUSALS, REFUSED_SECONDS, Publisher, WeightsRefused
 from asyncrl_runtime.weights.fleet import Fleet
 from asyncrl_runtime.weights.publisher import ChecksumMismatch, WeightPublisher
 from support.fakes import UpdatableEngine, run_in_virtual_time
@@ -35,7 +39,7 @@ class Replica:
 
     def __init__(self) -> None:
         self.engine = UpdatableEngine()
-        self.updates = WeightUpdates(self.engine, lambda: self.num_running)
+        self.updates: EngineUpdates = WeightUpdates(self.engine, lambda: self.num_running)
         self.num_running = 0
         self.is_silent = False
         self.asked: list[ControlRequest] = []
@@ -88,7 +92,7 @@ class Rig:
         self.replicas = {name: Replica() for name in ("a", "b", "c")}
         self.fleet = Fleet(self.clock)
         self.group = SleepingGroup()
-        self.publisher = WeightPublisher(
+        self.publisher: Publisher = WeightPublisher(
             self,
             NAMES,
             self.fleet,
@@ -244,3 +248,74 @@ def test_engines_that_were_sent_the_same_and_hold_something_else_are_told() -> N
             await rig.publish(V0)
 
     virtually(check)
+
+
+@pytest.mark.parametrize("call", ["join_group", "begin_update", "receive_bucket", "end_update", "resume"])
+def test_a_refusal_that_every_engine_repeats_for_long_is_final(call: str) -> None:
+    """They are alive, so nobody restarts them, and the trainer would wait for them for ever."""
+
+    async def check() -> None:
+        rig = Rig()
+        for replica in rig.replicas.values():
+            replica.engine.faults[call] = EngineRefused(f"/{call}: no such weight: model.layers.3")
+        began = rig.clock()
+        for step in range(1, 1000):
+            try:
+                await rig.publish(PolicyVersion(1, step))
+            except WeightsRefused as error:
+                assert "a: " in str(error) and "spec.rollout.engine.image" in str(error)
+                assert step >= MIN_REFUSALS and rig.clock() - began >= REFUSED_SECONDS
+                return
+            await asyncio.sleep(2)
+        raise AssertionError("the trainer goes on with nobody")
+
+    run_in_virtual_time(check())
+
+
+@pytest.mark.parametrize("way_out", ["one takes it", "other words", "it passes", "not heard yet"])
+def test_a_refusal_that_passes_is_not_final(way_out: str) -> None:
+    async def check() -> None:
+        rig = Rig()
+        refusal = EngineRefused("/begin_update: a session is open")
+        for name, replica in rig.replicas.items():
+            if (name, way_out) != ("a", "one takes it"):
+                replica.engine.faults["begin_update"] = refusal
+        for step in range(1, 400):
+            if step % 20 == 0 and way_out == "it passes":
+                for replica in rig.replicas.values():
+                    replica.engine.faults.clear()
+            elif way_out == "it passes":
+                for replica in rig.replicas.values():
+                    replica.engine.faults["begin_update"] = refusal
+            elif way_out == "other words":
+                word = "busy" if step % 2 else "updating"
+                rig.replicas["a"].engine.faults["begin_update"] = EngineRefused(word)
+            elif way_out == "not heard yet":  # a new pod, whose engine has not been asked
+                beat = Heartbeat(
+                    worker=f"new-{step}", incarnation="i", engine="e", engine_state="down", version=None
+                )
+                rig.fleet.heard(beat)
+            await rig.publish(PolicyVersion(1, step))
+            await asyncio.sleep(2)
+        assert rig.clock() > 2 * REFUSED_SECONDS
+
+    run_in_virtual_time(check())
+
+
+def test_an_adapter_that_every_engine_refuses_for_long_is_final() -> None:
+    async def adapter() -> Adapter:
+        return Adapter("{}", b"1234")
+
+    async def check() -> None:
+        rig = Rig()
+        publisher = AdapterPublisher(rig, NAMES, rig.fleet, adapter, attempt=7, num_bytes=4)
+        for name, replica in rig.replicas.items():
+            replica.updates = AdapterUpdates(replica.engine, lambda: 0)
+            replica.engine.faults["load_adapter"] = EngineRefused(f"{name} has no LoRA support")
+        rig.publisher = publisher
+        with pytest.raises(WeightsRefused, match="a has no LoRA support; b: b has no LoRA support; c: c"):
+            for step in range(1, 1000):
+                await rig.publish(PolicyVersion(1, step))
+                await asyncio.sleep(2)
+
+    run_in_virtual_time(check())

@@ -7,7 +7,6 @@ from typing import Any, cast
 
 from asyncrl_runtime.trainer.turn_clock import TurnClock
 from asyncrl_runtime.trainer.update.ranks import Export, Ranks, Save, make_commands_group
-from support.jobs.job_harness import build_job
 
 
 class HeldUpPolicy:
@@ -37,9 +36,7 @@ class Scene:
         self.now = 100.0
         self.policy = HeldUpPolicy()
         self.clock = TurnClock(lambda: self.now)
-        self.ranks = Ranks(
-            cast(Any, self.policy), build_job().spec.algorithm, make_commands_group(), None, self.clock
-        )
+        self.ranks = Ranks(cast(Any, self.policy), make_commands_group(), None, self.clock)
 
     def after(self, seconds: float) -> float:
         self.now += seconds

@@ -15,7 +15,7 @@ from asyncrl_runtime.trainer.update.diagnostics import NUM_BINS, SCALARS
 from asyncrl_runtime.trainer.update.failures import StepFailed
 from asyncrl_runtime.trainer.update.loss import POLICY_LOSSES
 from asyncrl_runtime.trainer.update.packing import MicroBatch, TrainingSample
-from asyncrl_runtime.trainer.update.policy_api import StepPolicy, Update
+from asyncrl_runtime.trainer.update.policy_api import StepPolicy, StepSettings, Update
 from asyncrl_runtime.trainer.update.step import StepOutcome, StepPlan, train_step
 
 NUM_MINIBATCHES = 3
@@ -32,6 +32,9 @@ class RecordingPolicy:
         self.proximal: list[list[Tensor] | None] = []
         """The proximal log-probs that each update was given."""
         self.num_tokens: list[int] = []
+
+    def use(self, settings: StepSettings) -> None:
+        self.settings = settings
 
     def logprobs(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
         return [torch.full((batch.num_sampled_tokens,), float(len(self.proximal))) for batch in micro_batches]
@@ -75,11 +78,12 @@ def sample(ticket: int, num_tokens: int) -> TrainingSample:
 def step(
     policy: StepPolicy, policy_loss: str, skipped: Sequence[int] = (), capacity: int = 16
 ) -> StepOutcome:
-    samples = tuple(sample(ticket, 2 + ticket) for ticket in range(6))
-    plan = StepPlan(samples, (0.0,) * 6, NUM_MINIBATCHES, capacity, 0.5, frozenset(skipped))
     algorithm = AlgorithmSpec.model_validate({"policyLoss": policy_loss})
+    settings = StepSettings(algorithm, 0.1, 1.0, (0.9, 0.95), 1e-8)
+    samples = tuple(sample(ticket, 2 + ticket) for ticket in range(6))
+    plan = StepPlan(samples, (0.0,) * 6, NUM_MINIBATCHES, capacity, 0.5, settings, frozenset(skipped))
     seconds = iter((10.0, 12.5))
-    return train_step(policy, plan, algorithm, rank=0, clock=lambda: next(seconds))
+    return train_step(policy, plan, rank=0, clock=lambda: next(seconds))
 
 
 @pytest.mark.parametrize("name", POLICY_LOSSES)

@@ -1,10 +1,19 @@
 """Which tickets may be issued, and that discards have an end."""
 
+from collections.abc import Callable
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncrl_runtime.trainer.books.tickets import Discard, DiscardCount, EndlessDiscards, TicketBook
+from asyncrl_runtime.trainer.books.tickets import (
+    Discard,
+    DiscardCount,
+    EndlessDiscards,
+    TicketBook,
+    top_reward,
+    widened,
+)
 
 
 def test_limit_is_areals_rule_where_nothing_is_discarded() -> None:
@@ -61,21 +70,57 @@ def test_record_holds_everything_and_low_is_the_first_gap(order: list[int], spli
     assert restored.open_tickets(24) == sorted(set(order) - closed)
 
 
+def count_of(*discards: tuple[str, float | None], issued_before: int = 0) -> DiscardCount:
+    """Return a count of discards, each given by its reason and the lowest reward of its samples."""
+    count = DiscardCount(issued_before)
+    for number, (reason, lowest) in enumerate(discards, start=issued_before + 1):
+        count.add(Discard(number, reason), lowest)
+    return count
+
+
+UNSOLVED, SOLVED, FAILED = ("uniform", 0.0), ("uniform", 1.0), ("failed", None)
+
+
 def test_endless_discards_end_with_the_count_by_reason() -> None:
+    count = count_of(*[UNSOLVED] * 12, *[FAILED] * 7)
+    assert count.mastered(20, 1.0) == ""
+    count.add(Discard(20, "failed"), None)
+    with pytest.raises(
+        EndlessDiscards,
+        match=r"20 prompt groups in a row .*uniform: 12, failed: 8.*maxDiscardsInARow = 20; set",
+    ):
+        count.mastered(20, 1.0)
+    assert count.mastered(0, 1.0) == ""  # no bound
+
+
+def test_discards_of_tickets_from_before_the_last_step_do_not_count() -> None:
     count = DiscardCount()
     count.step_ended(num_issued=5)
     for _ in range(100):
-        count.add(Discard(5, "stale"), batch_size=2)  # issued before the last step: not counted
-    for number in range(19):
-        count.add(Discard(6 + number, "uniform" if number % 3 else "failed"), batch_size=2)
-    with pytest.raises(EndlessDiscards, match=r"20 prompt groups .*uniform: 12, failed: 8.*10 x batchSize"):
-        count.add(Discard(30, "failed"), batch_size=2)
+        count.add(Discard(5, "stale"), 1.0)
+    assert count.mastered(1, None) == ""
 
 
-def test_a_step_ends_the_count() -> None:
-    count = DiscardCount()
-    for number in range(19):
-        count.add(Discard(1 + number, "uniform"), batch_size=2)
-    count.step_ended(num_issued=19)
-    for number in range(19):
-        count.add(Discard(20 + number, "uniform"), batch_size=2)
+@pytest.mark.parametrize("end", [DiscardCount.group_kept, lambda count: count.step_ended(19)])
+def test_a_kept_group_and_a_step_end_the_row(end: Callable[[DiscardCount], None]) -> None:
+    count = count_of(*[UNSOLVED] * 19)
+    end(count)
+    for number in range(20, 39):
+        count.add(Discard(number, "uniform"), 0.0)
+    assert count.mastered(20, 1.0) == ""
+
+
+def test_a_policy_has_mastered_its_prompts_if_nine_in_ten_are_solved() -> None:
+    words = count_of(*[SOLVED] * 18, UNSOLVED, FAILED).mastered(20, 1.0)
+    assert "18 of the last 20 prompt groups had the top reward, 1, in every sample" in words
+    with pytest.raises(EndlessDiscards, match="uniform: 19, failed: 1"):
+        count_of(*[SOLVED] * 17, *[UNSOLVED] * 2, FAILED).mastered(20, 1.0)
+
+
+def test_a_reward_is_the_top_one_only_if_a_lower_one_was_seen() -> None:
+    never_solved = widened(None, [0.0, 0.0])
+    assert top_reward("Function", None) is None and top_reward("Function", never_solved) is None
+    assert top_reward("Function", widened(never_solved, [0.5])) == 0.5
+    assert [top_reward(kind, never_solved) for kind in ("Math", "ReasoningGym", "Code")] == [1.0] * 3
+    with pytest.raises(EndlessDiscards):
+        count_of(*[UNSOLVED] * 20).mastered(20, top_reward("Function", never_solved))

@@ -56,10 +56,15 @@ def _phases(before: Status, after: Status) -> list[Event]:
     if after.phase in PHASE_EVENTS:
         events.append(Event(after.phase, after.message))
     if after.phase == "Succeeded":
-        events.append(Event(reasons.COMPLETE, after.message))
+        events.append(Event(_reason_of_success(after), after.message))
     if after.phase == "Failed":
         events.append(Event(reasons.FAILED, after.message, "Warning"))
     return events
+
+
+def _reason_of_success(after: Status) -> str:
+    complete = after.condition("Complete")
+    return reasons.COMPLETE if complete is None else complete.reason
 
 
 def _end_of_attempt(ended: Ended) -> Event:

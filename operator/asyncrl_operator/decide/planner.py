@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from asyncrl_api.job_status import AttemptStatus, ClocksStatus, SplitStatus, Status
 from asyncrl_api.parsing import SpecError
+from asyncrl_api.report import MASTERED_STATE
 from asyncrl_api.times import to_seconds, to_text
 from asyncrl_operator.decide import attempts, events, reasons
 from asyncrl_operator.decide.desired import (
@@ -75,7 +76,7 @@ def _decide(state: PassState) -> Decision:
     """Decide in the order of what takes precedence: an end, suspension, obstacles, then running."""
     attempt = state.status.attempt
     if attempt is not None and (job := attempts.job_of(attempt, state.seen)) and job.is_complete:
-        return _finish(state, Standing("Succeeded", reasons.COMPLETE, _last_words(state)))
+        return _finish(state, Standing("Succeeded", *_success(state)))
     if state.spec.suspend or state.is_suspending:
         return _suspend(state)
     if not state.status.is_true("Suspended") and (end := overdue(state, state.memory)):
@@ -240,8 +241,15 @@ def _outlived_jobs(state: PassState, attempt: AttemptStatus | None, is_between: 
 # -- ends
 
 
-def _last_words(state: PassState) -> str:
-    return "the trainer has finished" if state.report is None else f"{state.report.step} steps were trained"
+def _success(state: PassState) -> tuple[str, str]:
+    """Return why the job is complete: the reason, and the message."""
+    report = state.report
+    if report is None:
+        return reasons.COMPLETE, "the trainer has finished"
+    trained = f"{report.step} steps were trained"
+    if report.state == MASTERED_STATE:
+        return reasons.MASTERED, f"{trained}; {report.message}"
+    return reasons.COMPLETE, trained
 
 
 def _finish(state: PassState, standing: Standing) -> Decision:

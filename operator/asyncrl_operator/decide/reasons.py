@@ -166,6 +166,11 @@ SUSPENDED = _reason("Suspended", "`spec.suspend` is set, and no pod runs")
 RESUMED = _reason("Resumed", "a suspended job goes on from its checkpoint")
 QUEUED = _reason("Queued", "the job waits for its turn in a queue")
 COMPLETE = _reason("Complete", "the last step has been trained")
+MASTERED = _reason(
+    "Mastered",
+    "the policy solves its prompts, so that `sampling.filter` keeps no group of them any more; the job is "
+    "complete before `training.maxSteps`, with its last evaluation, checkpoint and export",
+)
 SUCCEEDED = _reason("Succeeded", "the job has finished and is complete")
 FAILED = _reason("Failed", "the job has failed: the condition Failed has the reason")
 CONFIG_CHANGED = _reason("ConfigChanged", "a field marked R was changed, so the trainer is restarted")

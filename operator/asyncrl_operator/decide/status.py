@@ -290,7 +290,7 @@ def _facts(spec: Spec, groups: tuple[GroupStatus, ...], standing: Standing) -> d
         "",
     )
     facts["Complete"] = (
-        ("True", reasons.COMPLETE, message) if phase == "Succeeded" else ("False", reasons.NOT_COMPLETE, "")
+        ("True", reason, message) if phase == "Succeeded" else ("False", reasons.NOT_COMPLETE, "")
     )
     facts["Failed"] = ("True", reason, message) if phase == "Failed" else ("False", reasons.NOT_FAILED, "")
     how = reasons.SUCCEEDED if phase == "Succeeded" else reasons.FAILED
@@ -309,7 +309,7 @@ def _ready(standing: Standing) -> Fact:
     if standing.phase == "Suspended":
         return "True", reasons.SUSPENDED, standing.message
     if standing.phase == "Succeeded":
-        return "True", reasons.COMPLETE, standing.message
+        return "True", standing.reason, standing.message
     if standing.phase == "Queued":
         return "Unknown", reasons.QUEUED, standing.message
     return "False", reasons.FAILED if standing.phase == "Failed" else standing.reason, standing.message

@@ -10,7 +10,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from asyncrl_api.report import Report
+from asyncrl_api.report import MASTERED_STATE, Report
 
 LINE_SECONDS = 10.0
 """The time between two plain lines while only the step changes."""
@@ -110,7 +110,7 @@ def _duration(seconds: float) -> str:
 
 def render_end(report: Report, *, folder: str, metrics: str) -> str:
     """Return the last words of a run: where its results are, and what it has achieved."""
-    lines = []
+    lines = [report.message] if report.state == MASTERED_STATE else []
     first, last = report.first_evaluation, report.last_evaluation
     if first is not None and last is not None:
         lines.append(

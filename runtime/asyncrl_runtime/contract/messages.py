@@ -85,6 +85,10 @@ class Sample(Message, frozen=True, kw_only=True, tag="sample.v1"):
     finish_reason: str
     """The finish reason of the last turn: `stop` or `length`."""
     num_turns: int = 1
+    max_new_tokens: int = 0
+    """The bound on the tokens of each turn under which it was sampled; 0: an older worker does not say."""
+    longest_turn: int = 0
+    """The number of tokens of its longest turn; 0: an older worker does not say."""
 
     def __post_init__(self) -> None:
         covered = self.version_spans[-1].end if self.version_spans else 0
@@ -363,6 +367,8 @@ class ControlReply(Message, frozen=True, kw_only=True, tag="reply.v1"):
     checksum: str = ""
     num_ranks: int = 1
     """The engine's ranks in a weight group, one for each of its GPUs, in the answer to ProbeEngine."""
+    is_refusal: bool = False
+    """Whether the engine itself, alive and well, answered no (an HTTP 4xx, or no success)."""
 
 
 def encode(message: Message) -> bytes:

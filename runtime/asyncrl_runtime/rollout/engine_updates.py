@@ -60,7 +60,8 @@ class EngineUpdates(ABC):
             except (UpdateFailed, EngineLost, EngineRefused) as error:
                 log.warning("%s failed: %s", type(request).__name__, error)
                 await self._retreat()
-                return ControlReply(ok=False, message=str(error))
+                is_refusal = isinstance(error, EngineRefused)
+                return ControlReply(ok=False, message=str(error), is_refusal=is_refusal)
 
     async def leave(self) -> None:
         """Leave the engine to itself when the worker ends."""

@@ -224,6 +224,8 @@ class SampleSession:
             temperature=self._limits.temperature,
             finish_reason=self._finish_reason,
             num_turns=len(self._turns),
+            max_new_tokens=self._limits.max_new_tokens,
+            longest_turn=max(len(turn.output_ids) // 4 for turn in self._turns),
         )
 
     def _recorded(self, before: list[int]) -> Generation:

@@ -57,7 +57,7 @@ from asyncrl_runtime.trainer.update.policy_api import TrainedPolicy
 from asyncrl_runtime.trainer.update.ranks import COMMAND_SECONDS, Load, PeerLost, Ranks, make_commands_group
 from asyncrl_runtime.transport.trainer_end import TrainerEnd
 from asyncrl_runtime.weights.adapter_publisher import AdapterPublisher
-from asyncrl_runtime.weights.engines import Publisher
+from asyncrl_runtime.weights.engines import Publisher, WeightsRefused
 from asyncrl_runtime.weights.fleet import Fleet
 from asyncrl_runtime.weights.group import TorchGroups
 from asyncrl_runtime.weights.publisher import ChecksumMismatch, LoadBucket, WeightPublisher
@@ -107,7 +107,7 @@ def run_rank(config: RunConfig, options: Options, start: Start) -> None:
         if spec.rollout.engine.type == "SGLang" and not policy.trains_adapters:
             check_names(policy, folder)
         tokenizer = load_tokenizer(folder)
-        ranks = Ranks(policy, spec.algorithm, make_commands_group(), tokenizer, start.clock)
+        ranks = Ranks(policy, make_commands_group(), tokenizer, start.clock)
         if dist.get_rank() == 0:
             asyncio.run(_lead(config, options, folder, ranks, start))
         else:
@@ -122,6 +122,8 @@ def run_rank(config: RunConfig, options: Options, start: Start) -> None:
         ) from error
     except (EndlessDiscards, NumbersUnusable, ChecksumMismatch, LedgerError) as error:
         raise ExitError(ExitCode.UNUSABLE, str(error)) from error
+    except WeightsRefused as error:
+        raise ExitError(ExitCode.REFUSED, str(error)) from error
     finally:
         with contextlib.suppress(Exception):  # a lost peer must not hide the reason
             dist.destroy_process_group()
@@ -292,6 +294,7 @@ def restore_books(config: RunConfig, checkpoint: Checkpoint | None, history: His
             recorded=history.steps[position.version :],
             began=history.began,
             position=position.stream_sequence,
+            rewards=position.rewards,
         )
     # The job was over, and has been given more steps; or a step was given up, with some of its tickets.
     books.add_discards(history.left_over)

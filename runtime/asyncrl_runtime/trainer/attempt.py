@@ -5,16 +5,19 @@ import contextlib
 import logging
 from dataclasses import replace
 
+from asyncrl_api.report import MASTERED_STATE
 from asyncrl_runtime.contract.messages import PolicyVersion
 from asyncrl_runtime.trainer.books.books import Batch, RecordedBatchLost, recorded_values
 from asyncrl_runtime.trainer.books.checkpoints import Position
+from asyncrl_runtime.trainer.books.step_values import StepValues
 from asyncrl_runtime.trainer.checkpointing import Checkpointing
 from asyncrl_runtime.trainer.evaluation_schedule import EvaluationSchedule
 from asyncrl_runtime.trainer.seams import AttemptParts
 from asyncrl_runtime.trainer.step_faults import StepFaults
+from asyncrl_runtime.trainer.update.deepspeed_config import step_settings
 from asyncrl_runtime.trainer.update.failures import MicroBatchWatch, StepFailed
 from asyncrl_runtime.trainer.update.ranks import Stop, Train
-from asyncrl_runtime.trainer.update.step import StepOutcome, learning_rate, plan_step
+from asyncrl_runtime.trainer.update.step import StepOutcome, StepPlan, learning_rate, plan_step
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +39,7 @@ class Attempt:
         self._books = parts.books
         self._streams = parts.streams
         self._metrics = parts.metrics
+        self._values = StepValues.of(parts.spec)
         self._has_begun = False
         self._stopping = asyncio.Event()
         self._checkpointing = Checkpointing(parts, restored)
@@ -54,6 +58,11 @@ class Attempt:
     def max_steps(self) -> int:
         """The number of steps to train, as it is now; it may grow while the job runs."""
         return self._books.live.training.max_steps
+
+    @property
+    def has_mastered(self) -> bool:
+        """Whether there is nothing left to learn: every prompt is solved, and a filter keeps none of them."""
+        return bool(self._books.mastered)
 
     def request_stop(self) -> None:
         """Have `next_batch` return None at the next boundary."""
@@ -98,7 +107,7 @@ class Attempt:
     # -- batches
 
     async def next_batch(self) -> Batch | None:
-        """Wait for the next batch and return it; None if the job is to stop."""
+        """Wait for the next batch and return it; None if the job is to stop, or has mastered its prompts."""
         began = self._parts.clock()
         while not self._stopping.is_set():
             try:
@@ -108,11 +117,14 @@ class Attempt:
                 self._cut()
                 continue
             if not self._books.is_repeating and not self._has_begun:
-                self._parts.ledger.begin(self.version)
+                self._parts.ledger.begin(self.version, self._values.to_ledger())
                 self._books.begin(self._parts.attempt)
                 self._has_begun = True
                 await self.publish_weights()
                 batch = self._books.next_batch()
+            if self.has_mastered:
+                log.info("step %d: %s", self.version, self._books.mastered)
+                return None
             if batch is not None:
                 self._waited = self._parts.clock() - began
                 return batch
@@ -161,28 +173,31 @@ class Attempt:
 
     async def train_step(self, batch: Batch) -> dict[str, float]:
         """Update the policy on every rank."""
-        spec = self._parts.spec
         self._metrics.update(state="Training", queue_depth=len(self._books.inbox.arrived))
-        tokens = self._faults.tokens_per_micro_batch(batch)
+        values = self._values.as_recorded(batch.frozen)
+        tokens = self._faults.tokens_per_micro_batch(batch, values.tokens_per_micro_batch)
         try:
             with MicroBatchWatch().naming_failures():
-                plan = plan_step(
-                    batch.groups,
-                    algorithm=spec.algorithm,
-                    max_new_tokens=self._books.live.sampling.max_new_tokens,
-                    num_minibatches=min(spec.training.minibatches, len(batch.groups)),
-                    tokens_per_micro_batch=tokens,
-                    learning_rate=learning_rate(
-                        spec.training.schedule, batch.version, batch.max_steps, spec.training.learning_rate
-                    ),
-                )
-            plan = replace(plan, skipped=frozenset(batch.skipped))
+                plan = self._plan(batch, values, tokens)
             outcome: StepOutcome = await self._parts.ranks.run(Train(plan))
         except StepFailed as failed:
             self._faults.failed(batch, failed, tokens)
             raise
         self._faults.skipped(batch, outcome.skipped, plan.num_minibatches)
         return outcome.report
+
+    def _plan(self, batch: Batch, values: StepValues, tokens_per_micro_batch: int) -> StepPlan:
+        plan = plan_step(
+            batch.groups,
+            settings=step_settings(values),
+            max_new_tokens=batch.max_new_tokens,
+            num_minibatches=min(values.minibatches, len(batch.groups)),
+            tokens_per_micro_batch=tokens_per_micro_batch,
+            learning_rate=learning_rate(
+                values.schedule, batch.version, batch.max_steps, values.learning_rate
+            ),
+        )
+        return replace(plan, skipped=frozenset(batch.skipped))
 
     async def advance(self, batch: Batch) -> None:
         """Offer the new version to the engines, then move the gate, so no new ticket meets old weights."""
@@ -247,7 +262,7 @@ class Attempt:
         self._metrics.update(state="Stopped", message=f"stopped at step {self.version}")
 
     async def finish(self) -> None:
-        """Measure, save, export and close the ledger, now that the last step is trained."""
+        """Measure, save, export and close the ledger: no step is left, or nothing to learn."""
         with contextlib.suppress(_StopRequested):
             await self._evaluations.measure_last(self._boundary)
         self._metrics.update(state="Exporting")
@@ -255,7 +270,9 @@ class Attempt:
         export = await self._checkpointing.export("final")
         self._parts.ledger.end(self._books.last_ticket, self._books.left_over())
         await self._leave()
-        self._metrics.update(state="Finished", export=str(export), remaining_seconds=0.0)
+        state = MASTERED_STATE if self.has_mastered else "Finished"
+        message = self._books.mastered
+        self._metrics.update(state=state, message=message, export=str(export), remaining_seconds=0.0)
 
     async def _leave(self) -> None:
         await self._parts.weights.leave()

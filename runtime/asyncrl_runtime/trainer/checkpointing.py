@@ -145,6 +145,7 @@ class Checkpointing:
             trajectory_stream=self._parts.streams.identity,
             origin=origin_of(self._parts.spec),
             first_evaluation=self._first_evaluation,
+            rewards=self._books.rewards,
         )
 
 

@@ -24,9 +24,12 @@ class StepFaults:
         self._num_skipped_in_a_row = 0
         self._has_told_bound = False
 
-    def tokens_per_micro_batch(self, batch: Batch) -> int:
-        """Return the bound with which a step is trained: the manifest's, or less after memory ran out."""
-        manifest = self._parts.spec.training.tokens_per_micro_batch
+    def tokens_per_micro_batch(self, batch: Batch, manifest: int) -> int:
+        """Return the bound with which a step is trained: the manifest's, or less after memory ran out.
+
+        Args:
+            manifest: `spec.training.tokensPerMicroBatch`, as of the attempt that recorded the step.
+        """
         samples = [each.sample for group in batch.groups for each in group.samples]
         longest = max(len(sample.prompt_ids) // 4 + sample.num_tokens for sample in samples)
         bound = bounded_tokens(manifest, self._parts.failures, batch.version, longest)

@@ -4,7 +4,7 @@ from asyncrl_runtime.trainer.attempt import Attempt
 
 
 async def train(attempt: Attempt) -> bool:
-    """Train up to the last step; publish a policy version after each.
+    """Train up to the last step, or until nothing is left to learn; publish a policy version after each.
 
     A restarted trainer repeats the steps that its ledger holds before it forms new ones: the calls are the
     same, and `next_batch` says which batch it is.
@@ -17,6 +17,8 @@ async def train(attempt: Attempt) -> bool:
 
     while attempt.version < attempt.max_steps:
         batch = await attempt.next_batch()  # the oldest groups; waiting is a boundary for weights
+        if attempt.has_mastered:
+            break
         if batch is None:
             await attempt.stop()
             return False

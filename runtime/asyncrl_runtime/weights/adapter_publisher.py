@@ -68,12 +68,13 @@ class AdapterPublisher(Engines):
         failed = []
         for member, reply in zip(members, sent, strict=True):
             if reply is not None and reply.ok:
-                self._at[member] = version
+                self._got(member, version)
             else:
                 log.warning("adapter %s: %s: %s", version, member[0], reply.message if reply else "no answer")
                 self._at.pop(member, None)
                 failed.append(member)
         self._remember_failures(failed)
+        self._check_refusals()
         engines = tuple(worker for worker, engine in members if (worker, engine) not in failed)
         return Published(engines, tuple(worker for worker, _ in failed), num_epochs=1)
 

@@ -1,7 +1,8 @@
 """The engines as trainer rank 0 knows them: who lives, who has which version, and how they are asked."""
 
 import asyncio
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -21,6 +22,11 @@ from asyncrl_runtime.weights.fleet import Fleet
 Member = tuple[str, str]
 """A worker and its engine process: a restarted engine is another member."""
 
+REFUSED_SECONDS = 300.0
+"""For how long every engine must refuse every update until the job ends; long enough for each of them to be
+restarted in between."""
+MIN_REFUSALS = 5
+"""How often each of them must have refused in that time."""
 BASE_SECONDS = 15.0
 SLOWEST_BYTES_PER_SECOND = 50e6
 
@@ -34,6 +40,63 @@ class Published:
     failed: tuple[str, ...] = ()
     num_epochs: int = 0
     checksums: Mapping[str, str] = field(default_factory=dict)
+
+
+class WeightsRefused(Exception):
+    """Every engine has refused every update for so long that it is not a passing fault."""
+
+
+@dataclass
+class _Refusal:
+    """An unbroken row of refusals of one worker's engine, all in the same words."""
+
+    words: str
+    message: str
+    """The last of them as it came, with its numbers."""
+    since: float
+    count: int = 0
+
+
+class Refusals:
+    """Tells an engine that can never take the weights from one that could not just now.
+
+    An engine that answers an update with a refusal is well, so nobody restarts it, and the trainer would
+    go on alone until the gate closes, and then wait for ever. Only a success or other words end a row: an
+    engine that is restarted meanwhile and refuses again goes on with its row. Numbers are no part of the
+    words, because versions and the names of groups are among them.
+    """
+
+    def __init__(self) -> None:
+        self._rows: dict[str, _Refusal] = {}  # by worker
+
+    def refused(self, worker: str, message: str, now: float) -> None:
+        words = re.sub(r"\d+", "N", message)
+        row = self._rows.get(worker)
+        if row is None or row.words != words:
+            row = self._rows[worker] = _Refusal(words, message, now)
+        row.count += 1
+        row.message = message
+
+    def accepted(self, worker: str) -> None:
+        self._rows.pop(worker, None)
+
+    def check(self, workers: Collection[str], now: float) -> None:
+        """Look whether anybody is left who may take the weights.
+
+        Raises:
+            WeightsRefused: all `workers`, at least one, have refused MIN_REFUSALS times in REFUSED_SECONDS
+                or more.
+        """
+        rows = {worker: self._rows[worker] for worker in workers if worker in self._rows}
+        is_over = [row.count >= MIN_REFUSALS and now - row.since >= REFUSED_SECONDS for row in rows.values()]
+        if not workers or len(rows) < len(workers) or not all(is_over):
+            return
+        said = "; ".join(f"{worker}: {row.message}" for worker, row in sorted(rows.items()))
+        raise WeightsRefused(
+            f"every engine has refused every update for {REFUSED_SECONDS:.0f} s, so nobody would ever sample "
+            f"with the policy ({said}); see that spec.rollout.engine.image and args fit spec.model and "
+            "spec.training.lora, and read the engines' logs"
+        )
 
 
 class Publisher(Protocol):
@@ -55,6 +118,9 @@ class Publisher(Protocol):
 
         Args:
             interrupt: `spec.rollout.interrupt`.
+
+        Raises:
+            WeightsRefused: there are engines, and none of them will ever take the weights.
         """
         ...
 
@@ -88,6 +154,7 @@ class Engines:
         self._attempt = attempt
         self._timeout = timeout_seconds or BASE_SECONDS + num_bytes / SLOWEST_BYTES_PER_SECOND
         self._at: dict[Member, PolicyVersion] = {}
+        self._refusals = Refusals()
         self._failed_after: dict[str, Heartbeat] = {}  # worker -> its last word before it failed
 
     def behind(self, version: PolicyVersion) -> list[Member]:
@@ -132,7 +199,19 @@ class Engines:
     async def _ask_one(self, member: Member, request: Message, timeout_seconds: float) -> ControlReply | None:
         subject = self._names.control(member[0])
         answer = await self._broker.request(subject, encode(request), timeout_seconds)
-        return None if answer is None else decode(answer, ControlReply)
+        reply = None if answer is None else decode(answer, ControlReply)
+        if reply is not None and reply.is_refusal:
+            self._refusals.refused(member[0], reply.message, self._fleet.now())
+        return reply
+
+    def _got(self, member: Member, version: PolicyVersion) -> None:
+        """Note that an engine has said that it is at `version`."""
+        self._at[member] = version
+        self._refusals.accepted(member[0])
+
+    def _check_refusals(self) -> None:
+        """Raise WeightsRefused if all living engines have refused for too long."""
+        self._refusals.check([beat.worker for beat in self._fleet.living], self._fleet.now())
 
     def _has(self, beat: Heartbeat, version: PolicyVersion) -> bool:
         """Return whether an engine has `version`. What we saw committed counts before the heartbeat."""

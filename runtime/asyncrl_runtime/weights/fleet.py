@@ -16,6 +16,10 @@ class Fleet:
         self._listening_since = clock()
         self._last: dict[str, tuple[float, Heartbeat]] = {}
 
+    def now(self) -> float:
+        """Return the time by the fleet's clock, in seconds."""
+        return self._clock()
+
     def heard(self, heartbeat: Heartbeat) -> None:
         self._last[heartbeat.worker] = (self._clock(), heartbeat)
 

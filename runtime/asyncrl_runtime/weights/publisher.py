@@ -93,6 +93,7 @@ class WeightPublisher(Engines):
 
         Raises:
             ChecksumMismatch: with `verify`, engines at this version hold different weights.
+            WeightsRefused: see `Publisher`.
         """
         failed: set[Member] = set()
         suspected: set[Member] = set()
@@ -117,6 +118,7 @@ class WeightPublisher(Engines):
         self._published, self._checksums = version, earlier | checksums
         if len(set(self._checksums.values())) > 1:
             raise ChecksumMismatch(f"version {version}: {self._checksums}")
+        self._check_refusals()
         return Published(tuple(checksums), tuple(worker for worker, _ in failed), num_epochs, checksums)
 
     async def leave(self) -> None:
@@ -153,7 +155,7 @@ class WeightPublisher(Engines):
         replies = await self._ask(members, commit, self._timeout + 60 * self._verify)
         for member, reply in replies.items():
             if reply is not None and reply.ok:
-                self._at[member] = version
+                self._got(member, version)
                 checksums[member[0]] = reply.checksum
         self._expect(replies, "commit")
 

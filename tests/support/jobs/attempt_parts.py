@@ -23,13 +23,14 @@ def make_attempt_parts(
     weights: FakeWeights,
     evaluator: FakeEvaluator | None,
     clock: Callable[[], float],
+    attempt: int = 1,
 ) -> AttemptParts:
     """Return the parts of an Attempt: books and files are real, everything around them is fake."""
-    ledger = Ledger(folder / "ledger.jsonl", 1)
+    ledger = Ledger(folder / "ledger.jsonl", attempt)
     ledger.claim("uid")
     report = Report(attempt=1, step=0, max_steps=1, state="Training")
     return AttemptParts(
-        attempt=1,
+        attempt=attempt,
         uid="uid",
         spec=spec,
         folder=folder,

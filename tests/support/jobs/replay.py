@@ -11,6 +11,8 @@ from asyncrl_api.ledger import History
 from asyncrl_runtime.contract.messages import Group, Sample, floats_from_bytes, ids_from_bytes
 from asyncrl_runtime.trainer.books.books import with_recorded_values
 from asyncrl_runtime.trainer.books.staleness import LiveGroup, assess
+from asyncrl_runtime.trainer.books.step_values import StepValues
+from asyncrl_runtime.trainer.update.deepspeed_config import step_settings
 from asyncrl_runtime.trainer.update.policy import Policy
 from asyncrl_runtime.trainer.update.step import learning_rate, plan_step, train_step
 
@@ -34,20 +36,18 @@ def replay(
             group = assess(groups[ticket], step.version, recorded.staleness, step.began, "None")
             assert isinstance(group, LiveGroup)
             live.append(group)
+        values = StepValues.of(spec).as_recorded(step.frozen)
         plan = plan_step(
             live,
-            algorithm=spec.algorithm,
-            max_new_tokens=spec.sampling.max_new_tokens,
-            num_minibatches=spec.training.minibatches,
-            tokens_per_micro_batch=spec.training.tokens_per_micro_batch,
+            settings=step_settings(values),
+            max_new_tokens=recorded.max_new_tokens,
+            num_minibatches=values.minibatches,
+            tokens_per_micro_batch=values.tokens_per_micro_batch,
             learning_rate=learning_rate(
-                spec.training.schedule,
-                step.version,
-                recorded.max_steps,
-                spec.training.learning_rate,
+                values.schedule, step.version, recorded.max_steps, values.learning_rate
             ),
         )
-        train_step(policy, plan, spec.algorithm, rank=0)
+        train_step(policy, plan, rank=0)
         yield _weights(policy)
 
 

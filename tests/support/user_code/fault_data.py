@@ -1,5 +1,6 @@
 """Rows, rewards and a workflow for jobs that meet faults, imported by their processes by name."""
 
+import itertools
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -44,3 +45,12 @@ def raises(prompt: str, response: str, row: Mapping[str, Any]) -> float:
 
 def constant(prompt: str, response: str, row: Mapping[str, Any]) -> float:
     return 1.0
+
+
+_calls = itertools.count()
+
+
+def learned(prompt: str, response: str, row: Mapping[str, Any]) -> float:
+    """Return what varies within a group at first, and is the highest reward in all of them later."""
+    number = next(_calls)
+    return 1.0 if number >= 16 else float(number % 2)

@@ -19,7 +19,14 @@ from asyncrl_runtime.contract.messages import Group, Tombstone
 from asyncrl_runtime.trainer.books.bell import Bell
 from asyncrl_runtime.trainer.books.inbox import Inbox
 from asyncrl_runtime.trainer.books.staleness import LiveGroup, assess, cannot_be_trained, form_batch, reject
-from asyncrl_runtime.trainer.books.tickets import Discard, DiscardCount, TicketBook
+from asyncrl_runtime.trainer.books.tickets import (
+    Discard,
+    DiscardCount,
+    RewardRange,
+    TicketBook,
+    top_reward,
+    widened,
+)
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +41,10 @@ class Batch:
     discards: Mapping[str, tuple[int, ...]]
     """Tickets that were discarded since the step before, by reason."""
     max_steps: int
+    max_new_tokens: int
+    """`spec.sampling.maxNewTokens`, for samples of older workers, which do not say what theirs was."""
+    frozen: Mapping[str, Any] = field(default_factory=dict)
+    """If the step is repeated, the values of the attempt that recorded it (`StepValues.as_recorded`)."""
     is_repeat: bool = False
     """Whether an earlier attempt recorded the step: it is trained again, but not recorded again."""
     skipped: tuple[int, ...] = ()
@@ -68,6 +79,7 @@ class Books:
         recorded: the steps of the ledger from `version` on, which are repeated first.
         began: the version at which each attempt began new steps (attempt -> version).
         position: how far the trajectory stream has been dealt with, from the checkpoint.
+        rewards: the range of rewards that the job has seen, from the checkpoint.
     """
 
     def __init__(
@@ -79,6 +91,7 @@ class Books:
         recorded: Sequence[RecordedStep] = (),
         began: Mapping[int, int] | None = None,
         position: int = 0,
+        rewards: RewardRange | None = None,
     ) -> None:
         self.gate_moved = Bell()
         """Rings for whoever issues tickets: the limit may have moved."""
@@ -96,6 +109,9 @@ class Books:
         self._pending: list[Discard] = []
         self._num_in_step = 0  # tickets of a step that is recorded but not published
         self._discard_count = DiscardCount()
+        self._reward_type = spec.reward.type
+        self._rewards = rewards
+        self._mastered = ""
         self._num_issued = 0
 
     @property
@@ -118,6 +134,16 @@ class Books:
     def book(self) -> TicketBook:
         """Every ticket that is closed; whoever reads it must not change it."""
         return self._book
+
+    @property
+    def rewards(self) -> RewardRange | None:
+        """The lowest and the highest reward that the job has seen; None before the first."""
+        return self._rewards
+
+    @property
+    def mastered(self) -> str:
+        """Why there is nothing left to learn, in words; empty while there may be. `next_batch` decides it."""
+        return self._mastered
 
     @property
     def began(self) -> Mapping[int, int]:
@@ -176,21 +202,25 @@ class Books:
     # -- arriving
 
     def take(self, message: StreamMessage) -> None:
-        """Take the next message of the trajectory stream.
-
-        Raises:
-            EndlessDiscards: no batch will ever form.
-        """
+        """Take the next message of the trajectory stream."""
         arrived = self.inbox.take(message, self._is_done_with(message))
         if arrived is None:
             return
         self.news.ring()
+        if isinstance(arrived, Group):
+            self._rewards = widened(self._rewards, (sample.reward for sample in arrived.samples))
         if self._is_recorded(arrived.ticket):
             return
         if isinstance(arrived, Group):
             self.counters.num_failed_samples += len(arrived.failures)
         if (rejected := reject(arrived, self._live.sampling.filter)) is not None:
             self._discard(rejected, arrived)
+        elif isinstance(arrived, Group) and isinstance(self._assess(arrived), LiveGroup):
+            self._discard_count.group_kept()
+
+    def _assess(self, group: Group) -> LiveGroup | Discard:
+        live = self._live
+        return assess(group, self._version, live.staleness, self._began, live.sampling.filter)
 
     def _is_done_with(self, message: StreamMessage) -> bool:
         return self.is_closed(ticket_of(message.subject))
@@ -215,7 +245,7 @@ class Books:
         """Return the batch of the next step, or None while too few groups have arrived.
 
         Raises:
-            EndlessDiscards: no batch will ever form.
+            EndlessDiscards: no batch will ever form, and not because everything is solved (`mastered`).
             RecordedBatchLost: a recorded step cannot be repeated; call `cut` to go on.
         """
         if self._recorded:
@@ -231,6 +261,8 @@ class Books:
         for discard in discards:
             self._discard(discard, self.inbox.arrived[discard.ticket])
         if groups is None:
+            top = top_reward(self._reward_type, self._rewards)
+            self._mastered = self._discard_count.mastered(self._live.sampling.max_discards_in_a_row, top)
             return None
         by_reason: dict[str, list[int]] = defaultdict(list)
         for discard in self._pending:
@@ -240,6 +272,7 @@ class Books:
             groups=tuple(groups),
             discards={reason: tuple(sorted(tickets)) for reason, tickets in sorted(by_reason.items())},
             max_steps=self._live.training.max_steps,
+            max_new_tokens=self._live.sampling.max_new_tokens,
         )
 
     def _recorded_batch(self, step: RecordedStep) -> Batch | None:
@@ -260,7 +293,16 @@ class Books:
                     f"ticket {ticket} of step {step.version} cannot be trained: {verdict.reason}"
                 )
             groups.append(verdict)
-        return Batch(step.version, tuple(groups), step.discards, recorded.max_steps, True, step.skipped)
+        return Batch(
+            version=step.version,
+            groups=tuple(groups),
+            discards=step.discards,
+            max_steps=recorded.max_steps,
+            max_new_tokens=recorded.max_new_tokens,
+            frozen=step.frozen,
+            is_repeat=True,
+            skipped=step.skipped,
+        )
 
     def missing_of_recorded(self) -> list[int]:
         """Return the tickets of the next step to be repeated that have not arrived."""
@@ -346,7 +388,8 @@ class Books:
         self._pending.append(discard)
         self.inbox.set_aside(discard.ticket)
         self.counters.discards[discard.reason] += 1
-        self._discard_count.add(discard, self._batch_size)
+        rewards = [sample.reward for sample in group.samples] if isinstance(group, Group) else []
+        self._discard_count.add(discard, min(rewards, default=None))
         self.gate_moved.ring()
 
 
@@ -366,6 +409,7 @@ class RecordedValues(NamedTuple):
 
     staleness: StalenessSpec
     max_steps: int
+    max_new_tokens: int
 
 
 def recorded_values(live: LiveSpec) -> dict[str, Any]:
@@ -373,10 +417,14 @@ def recorded_values(live: LiveSpec) -> dict[str, Any]:
     return {
         "staleness": live.staleness.model_dump(by_alias=True),
         "training": {"maxSteps": live.training.max_steps},
+        "sampling": {"maxNewTokens": live.sampling.max_new_tokens},
     }
 
 
 def with_recorded_values(live: LiveSpec, values: Mapping[str, Any]) -> RecordedValues:
-    """Return the values that were in force when a step was recorded; `live` supplies a missing maxSteps."""
-    staleness = live.staleness.model_validate(values.get("staleness", {}))
-    return RecordedValues(staleness, values.get("training", {}).get("maxSteps", live.training.max_steps))
+    """Return the values that were in force when a step was recorded; `live` supplies what is missing."""
+    return RecordedValues(
+        staleness=live.staleness.model_validate(values.get("staleness", {})),
+        max_steps=values.get("training", {}).get("maxSteps", live.training.max_steps),
+        max_new_tokens=values.get("sampling", {}).get("maxNewTokens", live.sampling.max_new_tokens),
+    )

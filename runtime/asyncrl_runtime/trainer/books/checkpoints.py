@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 
 from asyncrl_api.exits import ExitCode, ExitError
-from asyncrl_runtime.trainer.books.tickets import BookRecord
+from asyncrl_runtime.trainer.books.tickets import BookRecord, RewardRange
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +43,8 @@ class Position(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     origin: dict[str, Any]
     """The immutable fields that the policy and the tickets come from."""
     first_evaluation: dict[str, Any] | None = None
+    rewards: RewardRange | None = None
+    """The range of rewards that the job has seen; a checkpoint of an older version does not know it."""
 
 
 @dataclass(frozen=True)

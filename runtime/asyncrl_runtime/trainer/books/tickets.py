@@ -130,7 +130,7 @@ class TicketBook:
 
 
 class EndlessDiscards(Exception):
-    """So many tickets were discarded since the last step that no batch will ever form."""
+    """So many prompt groups were discarded in a row that no batch will ever form."""
 
 
 REMEDIES = {
@@ -148,36 +148,97 @@ REMEDIES = {
 """What to do about endless discards, by their reason."""
 
 
+MASTERED_SHARE = 0.9
+"""The share of discarded groups that must be solved for the policy to have mastered its prompts. Not all,
+since a data set may hold prompts that nobody can solve, such as those with a wrong answer."""
+TOP_REWARDS = {"Math": 1.0, "ReasoningGym": 1.0, "Code": 1.0}
+"""The highest reward that a type can give; of the user's own (`Function`, `Service`) it is not known."""
+
+
+class RewardRange(NamedTuple):
+    """The lowest and the highest reward that samples of the job have had."""
+
+    low: float
+    high: float
+
+
+def widened(seen: RewardRange | None, rewards: Iterable[float]) -> RewardRange | None:
+    """Return the range that holds `rewards` too; None while there is no reward."""
+    known = (*(seen or ()), *rewards)
+    return RewardRange(min(known), max(known)) if known else None
+
+
+def top_reward(reward_type: str, seen: RewardRange | None) -> float | None:
+    """Return the reward of a solved prompt; None if that cannot be known.
+
+    The highest reward that was seen counts as the top only if a lower one was seen as well: a policy that has
+    never solved anything has always had the same reward, too.
+    """
+    if reward_type in TOP_REWARDS:
+        return TOP_REWARDS[reward_type]
+    return seen.high if seen is not None and seen.low < seen.high else None
+
+
 @dataclass
 class DiscardCount:
-    """Counts the discards since the last step, to end a job whose prompts can never form a batch.
+    """Counts the prompt groups that are discarded in a row, to end a job that has nothing to learn from.
 
-    A filter may discard most groups and still make progress, so the bound is generous: ten batches.
-    Only tickets issued since the last step count: older ones may be stale for a reason that has passed.
+    A group that is kept ends the row, and so does a step: a filter may discard nearly everything and still
+    make progress. Only tickets issued since the last step count: older ones may be stale for a reason that
+    has passed.
     """
 
     issued_before: int = 0
     """The last ticket that was issued before the last step ended."""
     reasons: Counter[str] = field(default_factory=Counter)
+    uniform_rewards: Counter[float] = field(default_factory=Counter)
+    """The number of groups by the lowest reward of their samples, of those discarded as uniform."""
 
     def step_ended(self, num_issued: int) -> None:
         self.issued_before = num_issued
-        self.reasons.clear()
+        self.group_kept()
 
-    def add(self, discard: Discard, batch_size: int) -> None:
+    def group_kept(self) -> None:
+        """Note that a group can be trained: the row ends."""
+        self.reasons.clear()
+        self.uniform_rewards.clear()
+
+    def add(self, discard: Discard, lowest_reward: float | None) -> None:
         """Count one discard.
 
-        Raises:
-            EndlessDiscards: ten batches of tickets issued since the last step were discarded; the
-                message holds the count by reason.
+        Args:
+            lowest_reward: the lowest reward of the group's samples; None if it has none.
         """
         if discard.ticket <= self.issued_before:
             return
         self.reasons[discard.reason] += 1
-        if (total := self.reasons.total()) >= 10 * batch_size:
-            by_reason = ", ".join(f"{reason}: {count}" for reason, count in self.reasons.most_common())
-            [(most_common, _)] = self.reasons.most_common(1)
-            raise EndlessDiscards(
-                f"{total} prompt groups in a row were discarded without a step ({by_reason}); the limit is "
-                f"10 x batchSize = {10 * batch_size}; " + REMEDIES.get(most_common, "see the log lines above")
+        if discard.reason == "uniform" and lowest_reward is not None:
+            self.uniform_rewards[lowest_reward] += 1
+
+    def mastered(self, bound: int, top: float | None) -> str:
+        """Return that the policy has mastered its prompts, in words; empty while the row may still end.
+
+        Args:
+            bound: `spec.sampling.maxDiscardsInARow`.
+            top: the reward of a solved prompt, if it is known.
+
+        Raises:
+            EndlessDiscards: the row is too long, and it is not because the prompts are solved; the message
+                holds the count by reason.
+        """
+        total = self.reasons.total()
+        if bound == 0 or total < bound:
+            return ""
+        solved = 0 if top is None else sum(n for low, n in self.uniform_rewards.items() if low >= top)
+        if solved >= MASTERED_SHARE * total:
+            return (
+                f"the policy has mastered its prompts: {solved} of the last {total} prompt groups had the "
+                f"top reward, {top:g}, in every sample, and the others were discarded too"
             )
+        by_reason = ", ".join(f"{reason}: {count}" for reason, count in self.reasons.most_common())
+        [(most_common, _)] = self.reasons.most_common(1)
+        raise EndlessDiscards(
+            f"{total} prompt groups in a row were discarded, and none was kept ({by_reason}); the limit is "
+            f"spec.sampling.maxDiscardsInARow = {bound}; "
+            + REMEDIES.get(most_common, "see the log lines above")
+        )

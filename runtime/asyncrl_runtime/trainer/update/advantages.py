@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asyncrl_api.job import AlgorithmSpec, OverlongPenaltySpec
+from asyncrl_runtime.contract.messages import Sample
 from asyncrl_runtime.contract.numbers import MAX_FLOAT32
 
 EPSILON = 1e-6
@@ -22,7 +23,7 @@ Ints = NDArray[np.int64]
 
 
 def compute_advantages(
-    rewards: Floats, tickets: Ints, num_sampled_tokens: Ints, max_new_tokens: int, algorithm: AlgorithmSpec
+    rewards: Floats, tickets: Ints, longest_turns: Ints, max_new_tokens: Ints, algorithm: AlgorithmSpec
 ) -> Floats:
     """Return the advantage of each sample of a step.
 
@@ -30,8 +31,8 @@ def compute_advantages(
         rewards: [N] as the verifier gave them.
         tickets: [N] the prompt group that each sample belongs to. Groups may be of different sizes: a sample
             that failed is absent, and not part of any baseline.
-        num_sampled_tokens: [N] the length of the response as the policy sampled it.
-        max_new_tokens: the bound on that length, for the overlong penalty.
+        longest_turns: [N] the length of the longest answer within the sample, for the overlong penalty.
+        max_new_tokens: [N] the bound on the length of an answer under which the sample was made.
 
     Returns:
         [N] of `(reward - penalty + rewardShift) * rewardScale`, bounded by `rewardClip`, compared as
@@ -39,7 +40,7 @@ def compute_advantages(
     """
     shaped = rewards
     if algorithm.overlong_penalty is not None:
-        shaped = shaped - overlong_penalty(num_sampled_tokens, max_new_tokens, algorithm.overlong_penalty)
+        shaped = shaped - overlong_penalty(longest_turns, max_new_tokens, algorithm.overlong_penalty)
     shaped = (shaped + algorithm.reward_shift) * algorithm.reward_scale
     if algorithm.reward_clip is not None:
         shaped = np.clip(shaped, -algorithm.reward_clip, algorithm.reward_clip)
@@ -47,13 +48,29 @@ def compute_advantages(
     return np.clip(ADVANTAGES[algorithm.advantage](shaped, groups), -MAX_FLOAT32, MAX_FLOAT32)
 
 
-def overlong_penalty(num_sampled_tokens: Ints, max_new_tokens: int, rule: OverlongPenaltySpec) -> Floats:
+def overlong_penalty(longest_turns: Ints, max_new_tokens: Ints, rule: OverlongPenaltySpec) -> Floats:
     """Return [N] what to subtract from the rewards (DAPO, arXiv 2503.14476, eq. 13, with the sign reversed).
 
-    0 up to `max_new_tokens - buffer_tokens`, then growing linearly to `penalty` at `max_new_tokens`.
+    0 up to `max_new_tokens - buffer_tokens`, then growing linearly to `penalty` at `max_new_tokens`. In the
+    paper a response has one turn, and the bound is that of a response. Here the bound is that of a turn, so
+    of several turns the longest counts: it is the one that came nearest to being cut off.
     """
-    excess = num_sampled_tokens - (max_new_tokens - rule.buffer_tokens)
-    return rule.penalty * np.clip(excess / rule.buffer_tokens, 0.0, 1.0)
+    buffer = np.minimum(rule.buffer_tokens, max_new_tokens)
+    excess = longest_turns - (max_new_tokens - buffer)
+    penalty: Floats = rule.penalty * np.clip(excess / buffer, 0.0, 1.0)
+    return penalty
+
+
+def longest_turn(sample: Sample) -> int:
+    """Return the number of tokens of a sample's longest answer.
+
+    Samples of older workers do not say it; theirs is the longest run of sampled tokens, which is the same
+    wherever something was told between the answers.
+    """
+    if sample.longest_turn:
+        return sample.longest_turn
+    edges = np.flatnonzero(np.diff(sample.mask().astype(np.int8), prepend=0, append=0))
+    return int((edges[1::2] - edges[::2]).max(initial=0))
 
 
 def group_centered(rewards: Floats, groups: Ints) -> Floats:

@@ -3,6 +3,9 @@
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from asyncrl_runtime.trainer.books.step_values import StepValues
+from asyncrl_runtime.trainer.update.policy_api import StepSettings
+
 Dtype = Literal["BFloat16", "Float32"]
 
 BETAS = (0.9, 0.95)
@@ -49,6 +52,25 @@ def derive_config(
         if zero_stage >= 1:  # stage 0 supports only the model's own dtype
             config["data_types"] = {"grad_accum_dtype": "fp32"}
     return deep_merge(config, overrides)
+
+
+def step_settings(values: StepValues) -> StepSettings:
+    """Return what the values mean for a step's updates; `trainer.deepspeed.config` may override them."""
+    config = derive_config(
+        zero_stage=0,
+        dtype="Float32",
+        gradient_clipping=values.gradient_clipping,
+        num_parameters=0,
+        overrides=values.deepspeed,
+    )
+    constants = config["optimizer"]["params"]
+    return StepSettings(
+        algorithm=values.algorithm,
+        weight_decay=values.weight_decay,
+        gradient_clipping=float(config["gradient_clipping"]),
+        betas=(float(constants["betas"][0]), float(constants["betas"][1])),
+        epsilon=float(constants["eps"]),
+    )
 
 
 def deep_merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from asyncrl_runtime.model import attention
 from asyncrl_runtime.trainer.update.deepspeed_config import Dtype, derive_config
 from asyncrl_runtime.trainer.update.loss import compute_loss
 from asyncrl_runtime.trainer.update.packing import MicroBatch
-from asyncrl_runtime.trainer.update.policy_api import Update
+from asyncrl_runtime.trainer.update.policy_api import StepSettings, Update
 from asyncrl_runtime.trainer.update.token_logprobs import token_logprobs
 from asyncrl_runtime.weights.adapter_publisher import Adapter
 from asyncrl_runtime.weights.bucket import Bucket, BucketBuffer
@@ -92,6 +92,7 @@ class Policy:
         library = _import_deepspeed()  # before transformers does so and chooses the accelerator itself
         self.device = _local_device()
         self.world_size = dist.get_world_size()
+        self._folder = folder
         self._algorithm = algorithm
         self._zero_stage = deepspeed.zero_stage
         self._dtype: Dtype = dtype
@@ -111,14 +112,33 @@ class Policy:
             config = derive(num_parameters=add_adapters(model, training.lora, training.seed))
         if self.device.type == "cuda" if recompute_activations is None else recompute_activations:
             model.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+        groups = parameter_groups(model, training.weight_decay)
+        self._is_decayed = [_num_dimensions(group["params"][0]) >= 2 for group in groups]
         with _without_prints():
-            self._engine = library.initialize(
-                model=model, model_parameters=parameter_groups(model, training.weight_decay), config=config
-            )[0]
+            self._engine = library.initialize(model=model, model_parameters=groups, config=config)[0]
         self._buffer = BucketBuffer()
         self._reference: ResponseModel | None = None
-        if algorithm.kl_coefficient > 0:
-            self._reference = load_model(folder, dtype).to(self.device).requires_grad_(False)
+        self._keep_reference(algorithm.kl_coefficient > 0)
+
+    def use(self, settings: StepSettings) -> None:
+        """See the protocol."""
+        self._algorithm = settings.algorithm
+        optimizer = self._engine.optimizer
+        for group, is_decayed in zip(optimizer.param_groups, self._is_decayed, strict=True):
+            group["weight_decay"] = settings.weight_decay if is_decayed else 0.0
+            group["betas"], group["eps"] = settings.betas, settings.epsilon
+        # Each of DeepSpeed's optimizers has a copy of its own, but for the one of stage 0 in float32.
+        self._engine._config.gradient_clipping = settings.gradient_clipping
+        optimizer.clip_grad = settings.gradient_clipping
+        self._keep_reference(settings.algorithm.kl_coefficient > 0)
+
+    def _keep_reference(self, is_needed: bool) -> None:
+        """Load the reference, or let go of it."""
+        if not is_needed:
+            self._reference = None
+        elif self._reference is None:
+            reference = load_model(self._folder, self._dtype)
+            self._reference = reference.to(self.device).requires_grad_(False)
 
     @torch.no_grad()
     def logprobs(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
@@ -424,12 +444,17 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     Decay pulls toward zero, which is not a neutral value for the scale of a norm.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
-    parameters = [(p, len(getattr(p, "ds_shape", p.shape))) for p in trained]
+    parameters = [(p, _num_dimensions(p)) for p in trained]
     groups: list[dict[str, Any]] = [
         {"params": [p for p, ndim in parameters if ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p, ndim in parameters if ndim < 2], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def _num_dimensions(parameter: nn.Parameter) -> int:
+    """Return the dimensions of the whole parameter, of which ZeRO 3 leaves only a flat share here."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def _local_device() -> torch.device:

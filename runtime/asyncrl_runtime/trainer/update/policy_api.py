@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
+from asyncrl_api.job import AlgorithmSpec
 from asyncrl_runtime.trainer.update.packing import MicroBatch
 from asyncrl_runtime.weights.adapter_publisher import Adapter
 from asyncrl_runtime.weights.bucket import Bucket
@@ -30,11 +31,32 @@ class Update:
     """[R] for each micro-batch of this rank, under the weights before the update; detached."""
 
 
+@dataclass(frozen=True)
+class StepSettings:
+    """What decides a step's updates beside its samples, minibatches and learning rate."""
+
+    algorithm: AlgorithmSpec
+    weight_decay: float
+    """AdamW's, of matrices and embeddings."""
+    gradient_clipping: float
+    """The norm to which gradients are clipped; 0: they are not."""
+    betas: tuple[float, float]
+    epsilon: float
+
+
 class StepPolicy(Protocol):
     """What a training step needs from a policy."""
 
     @property
     def world_size(self) -> int: ...
+
+    def use(self, settings: StepSettings) -> None:
+        """Put settings into force for the updates that follow; collective.
+
+        They belong to a step, not to the process: a checkpoint brings the optimizer's constants with it, and
+        a step that is repeated has those of the attempt that recorded it.
+        """
+        ...
 
     def logprobs(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
         """Return the log-probs of each micro-batch under the present weights, [R] float32 each."""

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch.distributed as dist
 
-from asyncrl_api.job import AlgorithmSpec
 from asyncrl_runtime.trainer.turn_clock import Measure, TurnClock, folder_bytes
 from asyncrl_runtime.trainer.update.failures import is_lost_peer
 from asyncrl_runtime.trainer.update.packing import TrainingSample, pack
@@ -97,14 +96,12 @@ class Ranks:
     def __init__(
         self,
         policy: TrainedPolicy,
-        algorithm: AlgorithmSpec,
         commands_group: dist.ProcessGroup,
         tokenizer: Any,
         clock: TurnClock,
     ) -> None:
         self.policy = policy
         self._clock = clock
-        self._algorithm = algorithm
         self._commands_group = commands_group
         self._tokenizer = tokenizer
         self._rank = dist.get_rank()
@@ -171,7 +168,7 @@ class Ranks:
     def _execute(self, command: Command) -> Any:
         match command:
             case Train(plan):
-                return train_step(self.policy, plan, self._algorithm, self._rank, made=self._clock.moved)
+                return train_step(self.policy, plan, self._rank, made=self._clock.moved)
             case Save(folder):
                 self.policy.save(folder)
                 dist.barrier(group=self._commands_group)  # rank 0 renames the folder when all have written

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from asyncrl_api.job import AlgorithmSpec, ScheduleSpec
+from asyncrl_api.job import ScheduleSpec
 from asyncrl_runtime.contract.messages import floats_from_bytes, ids_from_bytes
 from asyncrl_runtime.trainer.books.staleness import LiveGroup
 from asyncrl_runtime.trainer.update import diagnostics
-from asyncrl_runtime.trainer.update.advantages import compute_advantages
+from asyncrl_runtime.trainer.update.advantages import compute_advantages, longest_turn
 from asyncrl_runtime.trainer.update.failures import MicroBatchWatch
 from asyncrl_runtime.trainer.update.loss import POLICY_LOSSES
 from asyncrl_runtime.trainer.update.packing import (
@@ -22,7 +22,7 @@ from asyncrl_runtime.trainer.update.packing import (
     pack,
     split_minibatches,
 )
-from asyncrl_runtime.trainer.update.policy_api import StepPolicy, Update
+from asyncrl_runtime.trainer.update.policy_api import StepPolicy, StepSettings, Update
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class StepPlan:
     num_minibatches: int
     tokens_per_micro_batch: int
     learning_rate: float
+    settings: StepSettings
     skipped: frozenset[int] = frozenset()
     """The minibatches that an earlier attempt made no update of: it made none, so none is made now."""
 
@@ -50,21 +51,25 @@ class StepOutcome:
 def plan_step(
     groups: Sequence[LiveGroup],
     *,
-    algorithm: AlgorithmSpec,
+    settings: StepSettings,
     max_new_tokens: int,
     num_minibatches: int,
     tokens_per_micro_batch: int,
     learning_rate: float,
 ) -> StepPlan:
-    """Turn a batch into training samples with advantages. Pure."""
+    """Turn a batch into training samples with advantages. Pure.
+
+    Args:
+        max_new_tokens: the bound on a turn of samples that do not say what theirs was.
+    """
     live = [(group.ticket, sample) for group in groups for sample in group.samples]
     rewards = np.array([sample.sample.reward for _, sample in live], dtype=np.float64)
     advantages = compute_advantages(
         rewards,
         np.array([ticket for ticket, _ in live]),
-        np.array([int(sample.sample.mask().sum()) for _, sample in live]),
-        max_new_tokens,
-        algorithm,
+        np.array([longest_turn(one.sample) for _, one in live]),
+        np.array([one.sample.max_new_tokens or max_new_tokens for _, one in live]),
+        settings.algorithm,
     )
     samples = tuple(
         TrainingSample(
@@ -81,7 +86,9 @@ def plan_step(
         )
         for (ticket, one), advantage in zip(live, advantages, strict=True)
     )
-    return StepPlan(samples, tuple(rewards.tolist()), num_minibatches, tokens_per_micro_batch, learning_rate)
+    return StepPlan(
+        samples, tuple(rewards.tolist()), num_minibatches, tokens_per_micro_batch, learning_rate, settings
+    )
 
 
 def _nothing() -> None:
@@ -91,7 +98,6 @@ def _nothing() -> None:
 def train_step(
     policy: StepPolicy,
     plan: StepPlan,
-    algorithm: AlgorithmSpec,
     rank: int,
     clock: Callable[[], float] = time.perf_counter,
     made: Callable[[], None] = _nothing,
@@ -110,19 +116,19 @@ def train_step(
     """
     watch = MicroBatchWatch()
     with watch.naming_failures():
-        return _train_step(policy, plan, algorithm, rank, clock, made, watch)
+        return _train_step(policy, plan, rank, clock, made, watch)
 
 
 def _train_step(
     policy: StepPolicy,
     plan: StepPlan,
-    algorithm: AlgorithmSpec,
     rank: int,
     clock: Callable[[], float],
     made: Callable[[], None],
     watch: MicroBatchWatch,
 ) -> StepOutcome:
     began = clock()
+    policy.use(plan.settings)
     minibatches = [
         [plan.samples[index] for index in members]
         for members in split_minibatches([s.ticket for s in plan.samples], plan.num_minibatches)
@@ -130,7 +136,7 @@ def _train_step(
     packed = [
         _pack_for_rank(m, plan.tokens_per_micro_batch, policy.world_size, rank, watch) for m in minibatches
     ]
-    needs_proximal = POLICY_LOSSES[algorithm.policy_loss].needs_proximal
+    needs_proximal = POLICY_LOSSES[plan.settings.algorithm.policy_loss].needs_proximal
     proximal = []
     for batches in packed[1:]:
         proximal.append(policy.logprobs(batches) if needs_proximal else None)
