@@ -16,11 +16,14 @@ from asyncrl_runtime.contract.messages import (
     decode,
     encode,
 )
+from asyncrl_runtime.contract.refusals import Refusals
 from asyncrl_runtime.weights.fleet import Fleet
 
 Member = tuple[str, str]
 """A worker and its engine process: a restarted engine is another member."""
 
+MAX_RANKS = 4096
+"""More ranks than any engine has."""
 BASE_SECONDS = 15.0
 SLOWEST_BYTES_PER_SECOND = 50e6
 
@@ -34,6 +37,18 @@ class Published:
     failed: tuple[str, ...] = ()
     num_epochs: int = 0
     checksums: Mapping[str, str] = field(default_factory=dict)
+
+
+def parse_reply(data: bytes) -> ControlReply:
+    """Return a worker's answer.
+
+    Raises:
+        ValueError: it is none, or an engine of that many ranks cannot be.
+    """
+    reply = decode(data, ControlReply)
+    if not 1 <= reply.num_ranks <= MAX_RANKS:
+        raise ValueError(f"an engine of {reply.num_ranks} ranks")
+    return reply
 
 
 class Publisher(Protocol):
@@ -70,6 +85,7 @@ class Engines:
         attempt: the trainer's attempt.
         num_bytes: the size of what is published.
         timeout_seconds: the deadline of a phase; 0 scales it by the bytes.
+        refusals: counts what arrives and is not taken.
     """
 
     def __init__(
@@ -81,7 +97,9 @@ class Engines:
         attempt: int,
         num_bytes: int,
         timeout_seconds: float = 0,
+        refusals: Refusals | None = None,
     ) -> None:
+        self._refusals = refusals or Refusals()
         self._broker = broker
         self._names = names
         self._fleet = fleet
@@ -132,7 +150,13 @@ class Engines:
     async def _ask_one(self, member: Member, request: Message, timeout_seconds: float) -> ControlReply | None:
         subject = self._names.control(member[0])
         answer = await self._broker.request(subject, encode(request), timeout_seconds)
-        return None if answer is None else decode(answer, ControlReply)
+        if answer is None:
+            return None
+        try:
+            return parse_reply(answer)
+        except ValueError as error:
+            self._refusals.add("reply of a worker", f"{subject}: {error}")
+            return None
 
     def _has(self, beat: Heartbeat, version: PolicyVersion) -> bool:
         """Return whether an engine has `version`. What we saw committed counts before the heartbeat."""
