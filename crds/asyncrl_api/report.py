@@ -127,6 +127,7 @@ def _usable_report(report: Report) -> Report:
         update={
             **changes,
             "reward": _finite(report.reward),
+            "wait_share": _share(report.wait_share),
             "time": report.time if is_time(report.time) else "",
             "first_evaluation": _usable(report.first_evaluation, _usable_evaluation),
             "last_evaluation": _usable(report.last_evaluation, _usable_evaluation),
@@ -151,7 +152,6 @@ _COUNTS = (
 _AMOUNTS = (
     "staleness_mean",
     "tokens_per_second",
-    "wait_share",
     "remaining_seconds",
     "seconds_without_progress",
 )
@@ -183,6 +183,10 @@ def _count(value: int | None) -> int | None:
 def _amount(value: float | None) -> float | None:
     """Return an amount within its bounds; None where nobody can tell which amount was meant."""
     return None if value is None or math.isnan(value) else min(max(value, 0.0), float(MAX_INT))
+
+
+def _share(value: float | None) -> float | None:
+    return None if value is None or math.isnan(value) else min(max(value, 0.0), 1.0)
 
 
 def _finite(value: float | None) -> float | None:

@@ -18,7 +18,7 @@ from asyncrl_runtime.contract.messages import (
     encode,
 )
 from asyncrl_runtime.contract.refusals import Refusals
-from asyncrl_runtime.trainer.books.arrivals import Asked, check_sample
+from asyncrl_runtime.trainer.books.arrivals import Expected, check_sample
 
 log = logging.getLogger(__name__)
 
@@ -146,7 +146,7 @@ class Evaluator:
                 if not 0 <= outcome.index < len(self._rows):
                     raise ValueError(f"row {outcome.index} of {len(self._rows)}")
                 if isinstance(outcome, Sample):
-                    asked = Asked(0, group_size=1, vocabulary_size=self._vocabulary_size)
+                    asked = Expected(0, group_size=1, vocabulary_size=self._vocabulary_size)
                     check_sample(outcome, asked)
         except ValueError as error:
             self._refusals.add("answer to held-out prompts", f"evaluation {evaluation}: {error}")

@@ -29,7 +29,7 @@ Arrived = Group | GroupPart | Tombstone
 
 
 @dataclass(frozen=True)
-class Asked:
+class Expected:
     """What a trainer has asked for, as far as it knows."""
 
     highest_ticket: int
@@ -45,7 +45,7 @@ class Asked:
     """The number of token ids; None: unknown."""
 
 
-class Refused(NamedTuple):
+class Unwanted(NamedTuple):
     """A message that is not what was asked for."""
 
     kind: str
@@ -54,15 +54,15 @@ class Refused(NamedTuple):
     """The end of its ticket, where no other outcome can follow."""
 
 
-def examine(message: StreamMessage, asked: Asked) -> Arrived | Refused:
+def examine(message: StreamMessage, asked: Expected) -> Arrived | Unwanted:
     """Return what a message holds, or why it is refused. Never raises."""
     where = f"message {message.sequence} on {message.subject!r}"
     ticket = ticket_of(message.subject)
     if ticket is None:
-        return Refused("trajectory without a ticket", where)
+        return Unwanted("trajectory without a ticket", where)
     if ticket > asked.highest_ticket:
         why = f"{where}: no ticket above {asked.highest_ticket} has been issued"
-        return Refused("trajectory of a ticket that was never issued", why)
+        return Unwanted("trajectory of a ticket that was never issued", why)
     try:
         arrived = decode(message.data, Group, GroupPart, Tombstone)
         _check(arrived, ticket, asked)
@@ -70,11 +70,11 @@ def examine(message: StreamMessage, asked: Asked) -> Arrived | Refused:
         given_up = None
         if message.message_id.partition("/")[0] == str(ticket):
             given_up = Tombstone(ticket=ticket, reason=UNDECODABLE, message=one_line(str(error)))
-        return Refused("trajectory that is not what was asked for", f"{where}: {error}", given_up)
+        return Unwanted("trajectory that is not what was asked for", f"{where}: {error}", given_up)
     return _as_it_may_be_told(arrived) if isinstance(arrived, Tombstone) else arrived
 
 
-def _check(arrived: Arrived, ticket: int, asked: Asked) -> None:
+def _check(arrived: Arrived, ticket: int, asked: Expected) -> None:
     """Raise ValueError unless a message fits its subject and what was asked for."""
     if arrived.ticket != ticket:
         raise ValueError(f"it is about ticket {arrived.ticket}")
@@ -89,7 +89,7 @@ def _check(arrived: Arrived, ticket: int, asked: Asked) -> None:
             check_sample(outcome, asked)
 
 
-def check_sample(sample: Sample, asked: Asked) -> None:
+def check_sample(sample: Sample, asked: Expected) -> None:
     """Raise ValueError unless a sample can come from an engine of this job."""
     for span in sample.version_spans:
         if not (0 <= span.attempt <= MAX_INT and 0 <= span.version <= MAX_INT):

@@ -16,7 +16,7 @@ from asyncrl_api.spec_views import LiveSpec
 from asyncrl_runtime.contract.broker import StreamMessage
 from asyncrl_runtime.contract.messages import Group, Tombstone
 from asyncrl_runtime.contract.refusals import Refusals, one_line
-from asyncrl_runtime.trainer.books.arrivals import Asked, Refused, examine
+from asyncrl_runtime.trainer.books.arrivals import Expected, Unwanted, examine
 from asyncrl_runtime.trainer.books.bell import Bell
 from asyncrl_runtime.trainer.books.inbox import Inbox
 from asyncrl_runtime.trainer.books.staleness import LiveGroup, assess, form_batch, reject
@@ -195,8 +195,8 @@ class Books:
         Raises:
             EndlessDiscards: no batch will ever form.
         """
-        content = examine(message, self._asked())
-        if isinstance(content, Refused):
+        content = examine(message, self._expected())
+        if isinstance(content, Unwanted):
             self.refusals.add(content.kind, content.why)
             if content.given_up is None:
                 self.inbox.pass_over(message.sequence)
@@ -213,9 +213,9 @@ class Books:
         if (rejected := reject(arrived, self._live.sampling.filter)) is not None:
             self._discard(rejected, arrived)
 
-    def _asked(self) -> Asked:
+    def _expected(self) -> Expected:
         highest = self._highest_plausible()
-        return Asked(
+        return Expected(
             highest_ticket=highest,
             group_size=self._group_size,
             own_after=highest if self._own_after is None else self._own_after,
