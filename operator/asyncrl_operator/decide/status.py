@@ -48,7 +48,7 @@ UNCHANGED_SECONDS = 240.0
 whether a status is stale."""
 
 LARGEST_PLAIN = 1e15
-"""From here on a number is shown with an exponent."""
+"""The smallest number that is shown with an exponent."""
 
 Truth = Literal["True", "False", "Unknown"]
 Fact = tuple[Truth, str, str]

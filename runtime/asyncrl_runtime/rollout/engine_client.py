@@ -20,7 +20,7 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from asyncrl_runtime.contract.messages import JoinGroup, PolicyVersion, ReceiveBucket, VersionSpan
-from asyncrl_runtime.contract.refusals import one_line
+from asyncrl_runtime.contract.refused import one_line
 from asyncrl_runtime.rollout.engine_api import (
     CHECKSUM_SECONDS,
     CONTROL_SECONDS,

@@ -23,7 +23,7 @@ from asyncrl_runtime.contract.messages import (
     decode,
     encode,
 )
-from asyncrl_runtime.contract.refusals import Refusals, one_line
+from asyncrl_runtime.contract.refused import Refusals, one_line
 from asyncrl_runtime.contract.rows import PromptError
 from asyncrl_runtime.rollout.concurrency import Taken
 from asyncrl_runtime.rollout.group_runner import GroupRunner, GroupTask, HandedBack, SampleOutcome

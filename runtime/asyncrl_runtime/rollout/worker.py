@@ -21,7 +21,7 @@ from asyncrl_runtime.contract.messages import (
     decode_request,
     encode,
 )
-from asyncrl_runtime.contract.refusals import Refusals, one_line
+from asyncrl_runtime.contract.refused import Refusals, one_line
 from asyncrl_runtime.rollout.concurrency import ConcurrencyLimit, Slots, Taken
 from asyncrl_runtime.rollout.engine_api import Engine, EngineLost
 from asyncrl_runtime.rollout.engine_monitor import EngineMonitor

@@ -25,7 +25,7 @@ from asyncrl_api.report import CheckpointReport, EvaluationReport, Report
 from asyncrl_api.run_config import RunConfig, RunningSpec
 from asyncrl_api.spec_views import FrozenSpec
 from asyncrl_runtime.contract.broker import TrainerBroker, TransportError
-from asyncrl_runtime.contract.refusals import Refusals
+from asyncrl_runtime.contract.refused import Refusals
 from asyncrl_runtime.contract.rows import prompt_text
 from asyncrl_runtime.history.ledger_writer import Ledger, Superseded
 from asyncrl_runtime.model.source import (

@@ -17,7 +17,7 @@ from asyncrl_runtime.contract.messages import (
     decode,
     encode,
 )
-from asyncrl_runtime.contract.refusals import Refusals
+from asyncrl_runtime.contract.refused import Refusals
 from asyncrl_runtime.trainer.books.arrivals import Expected, check_sample
 
 log = logging.getLogger(__name__)

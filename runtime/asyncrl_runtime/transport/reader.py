@@ -18,7 +18,7 @@ from nats.aio.subscription import Subscription
 from nats.js import api
 
 from asyncrl_runtime.contract.broker import StreamMessage
-from asyncrl_runtime.contract.refusals import Refusals
+from asyncrl_runtime.contract.refused import Refusals
 from asyncrl_runtime.transport.broker import MALFORMED, TRANSIENT, Broker
 
 log = logging.getLogger(__name__)

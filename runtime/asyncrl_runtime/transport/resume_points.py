@@ -8,7 +8,7 @@ from nats.js.kv import KeyValue
 from asyncrl_api.names import JobNames
 from asyncrl_runtime.contract.broker import PayloadTooLarge
 from asyncrl_runtime.contract.messages import ResumePoint, decode, encode
-from asyncrl_runtime.contract.refusals import Refusals
+from asyncrl_runtime.contract.refused import Refusals
 from asyncrl_runtime.transport.broker import MALFORMED, TRANSIENT, Broker
 
 log = logging.getLogger(__name__)

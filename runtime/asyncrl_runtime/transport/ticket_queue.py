@@ -11,7 +11,7 @@ from nats.aio.msg import Msg
 from nats.js import JetStreamContext
 
 from asyncrl_api.names import ASK_CONSUMER, PROMPT_CONSUMER, JobNames
-from asyncrl_runtime.contract.refusals import Refusals
+from asyncrl_runtime.contract.refused import Refusals
 from asyncrl_runtime.transport.broker import MALFORMED, TRANSIENT, Broker
 from asyncrl_runtime.transport.streams import (
     ACK_WAIT_SECONDS,

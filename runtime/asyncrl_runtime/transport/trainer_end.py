@@ -13,7 +13,7 @@ from nats.js.api import ConsumerInfo
 from asyncrl_api.names import ANSWER_CONSUMER, PROMPT_CONSUMER, JobNames, NatsAddress
 from asyncrl_runtime.contract.broker import Answers, StreamFacts, StreamMessage
 from asyncrl_runtime.contract.messages import ENGINE_STATES, Heartbeat, decode
-from asyncrl_runtime.contract.refusals import Refusals
+from asyncrl_runtime.contract.refused import Refusals
 from asyncrl_runtime.transport.broker import Broker, asking
 from asyncrl_runtime.transport.lease import Holder, Lease
 from asyncrl_runtime.transport.reader import OrderedReader

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from asyncrl_api.names import JobNames
 from asyncrl_runtime.contract.broker import Requests
 from asyncrl_runtime.contract.messages import AdapterChunk, ControlReply, LoadAdapter, PolicyVersion
-from asyncrl_runtime.contract.refusals import Refusals
+from asyncrl_runtime.contract.refused import Refusals
 from asyncrl_runtime.weights.engines import Engines, Member, Published
 from asyncrl_runtime.weights.fleet import Fleet
 

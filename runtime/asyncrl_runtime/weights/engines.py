@@ -16,7 +16,7 @@ from asyncrl_runtime.contract.messages import (
     decode,
     encode,
 )
-from asyncrl_runtime.contract.refusals import Refusals
+from asyncrl_runtime.contract.refused import Refusals
 from asyncrl_runtime.weights.fleet import Fleet
 
 Member = tuple[str, str]

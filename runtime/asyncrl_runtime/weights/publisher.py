@@ -22,7 +22,7 @@ from asyncrl_runtime.contract.messages import (
     ProbeEngine,
     ReceiveBucket,
 )
-from asyncrl_runtime.contract.refusals import Refusals
+from asyncrl_runtime.contract.refused import Refusals
 from asyncrl_runtime.weights.bucket import Bucket
 from asyncrl_runtime.weights.engines import Engines, Member, Published
 from asyncrl_runtime.weights.fleet import Fleet

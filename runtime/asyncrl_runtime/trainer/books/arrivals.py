@@ -17,7 +17,7 @@ from asyncrl_api.base import MAX_INT
 from asyncrl_api.names import ticket_of
 from asyncrl_runtime.contract.broker import StreamMessage
 from asyncrl_runtime.contract.messages import Group, GroupPart, Sample, Tombstone, decode, ids_from_bytes
-from asyncrl_runtime.contract.refusals import one_line
+from asyncrl_runtime.contract.refused import one_line
 
 MAX_GROUP_SIZE = 4096
 """The most samples that a manifest can ask for (`spec.sampling.groupSize`)."""

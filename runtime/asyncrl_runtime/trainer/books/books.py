@@ -15,7 +15,7 @@ from asyncrl_api.ledger import RecordedStep
 from asyncrl_api.spec_views import LiveSpec
 from asyncrl_runtime.contract.broker import StreamMessage
 from asyncrl_runtime.contract.messages import Group, Tombstone
-from asyncrl_runtime.contract.refusals import Refusals, one_line
+from asyncrl_runtime.contract.refused import Refusals, one_line
 from asyncrl_runtime.trainer.books.arrivals import Expected, Unwanted, examine
 from asyncrl_runtime.trainer.books.bell import Bell
 from asyncrl_runtime.trainer.books.inbox import Inbox
