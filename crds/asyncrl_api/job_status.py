@@ -6,14 +6,25 @@ everything else is observed anew. Times are RFC 3339 in UTC, to the second.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic.alias_generators import to_camel
 
 from asyncrl_api.base import MAX_INT, Text
+from asyncrl_api.times import is_time
 
 Number = Annotated[int, Field(ge=0, le=MAX_INT)]
 Word = Annotated[str, Field(max_length=253)]
-Time = Annotated[str, Field(max_length=40, json_schema_extra={"format": "date-time"})]
+
+
+def _checked_time(text: str) -> str:
+    if not is_time(text):
+        raise ValueError(f"{text!r} is no time; must be RFC 3339")
+    return text
+
+
+Time = Annotated[
+    str, Field(max_length=40, json_schema_extra={"format": "date-time"}), AfterValidator(_checked_time)
+]
 Decimal = Annotated[str, Field(max_length=32, description="A decimal number, as text.")]
 
 Phase = Literal[

@@ -130,7 +130,7 @@ def read_history(lines: Iterable[str], source: str = "ledger") -> History:
     for number, text in enumerate(lines, start=1):
         try:
             line = decode_line(text)
-        except msgspec.DecodeError as error:
+        except (ValueError, RecursionError) as error:  # DecodeError is a ValueError, as is foreign text
             raise LedgerError(f"{source}, line {number}: {error}: {text[:80]!r}") from error
         if line.attempt < history.attempt:
             continue
@@ -204,7 +204,8 @@ def complete_lines(path: Path) -> list[str]:
     if not path.exists():
         return []
     data = path.read_bytes()  # a torn last line may end within a character
-    return data[: data.rfind(b"\n") + 1].decode().splitlines()
+    # Only our line ends count: a text within a line may hold those of other alphabets.
+    return data[: data.rfind(b"\n") + 1].decode(errors="surrogateescape").split("\n")[:-1]
 
 
 def decode_line(text: str | bytes) -> LedgerLine:

@@ -1,5 +1,6 @@
 """The broker's address, and the names of a job's streams, buckets and subjects on it."""
 
+import re
 from typing import Self
 
 from asyncrl_api.wire import Wire
@@ -91,6 +92,10 @@ class JobNames(Wire):
         return f"{self.prefix}.{subject}" if self.prefix else subject
 
 
-def ticket_of(trajectory_subject: str) -> int:
-    """Return the ticket in a subject that `JobNames.trajectory` made."""
-    return int(trajectory_subject.rpartition(".traj.")[2].partition(".")[0])
+def ticket_of(trajectory_subject: str) -> int | None:
+    """Return the ticket in a subject that `JobNames.trajectory` made; None for any other subject."""
+    match = _TRAJECTORY.fullmatch(trajectory_subject)
+    return int(match[1]) if match else None
+
+
+_TRAJECTORY = re.compile(r".+\.traj\.([1-9][0-9]{0,17})(?:\.[0-9]{1,9})?", re.ASCII | re.DOTALL)

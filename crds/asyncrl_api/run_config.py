@@ -51,7 +51,7 @@ class RunConfig(Wire):
         """
         try:
             return cls.model_validate_json(path.read_text())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ExitError(ExitCode.REFUSED, f"run configuration {path}: {error}") from error
 
     def save(self, path: Path) -> None:
@@ -103,8 +103,11 @@ class RunningSpec:
         """Return the fields marked L as they are now, nested as in the manifest."""
         return live_values(self._now)
 
-    def take_over(self, values: dict[str, Any]) -> str:
+    def take_over(self, values: Any) -> str:
         """Replace the fields marked L, except for a `training.maxSteps` that would shrink.
+
+        Args:
+            values: what a file or a message holds, so perhaps anything that JSON can say.
 
         Returns:
             What was not taken over, in a sentence; empty if everything was.
@@ -112,6 +115,8 @@ class RunningSpec:
         Raises:
             SpecError: a value is out of bounds, or a field is not marked L; nothing is replaced.
         """
+        if not isinstance(values, dict):
+            raise SpecError([FieldError(path="spec", rule="must be an object of fields", value=values)])
         spec, reached = with_live_values(self._began, values), self._now.training.max_steps
         if spec.training.max_steps >= reached:
             self._now = spec

@@ -82,7 +82,8 @@ class Passes:
         except TimeoutError:
             self._failed(key, "Timeout", f"not done after {PASS_SECONDS:.0f} s")
         except Exception as error:  # it concerns one job; the others go on
-            logger.exception("%s: the pass failed", key)
+            if not self._queue.num_failures(key):
+                logger.exception("%s: the pass failed", key)
             self._failed(key, type(error).__name__, str(error))
         else:
             self._queue.done(key, wake_at)

@@ -186,11 +186,11 @@ def test_parts_make_a_group_with_the_last_of_them() -> None:
         GroupPart(ticket=5, group_size=3, outcome=SampleFailure(index=0, reason="reward_error")),
         GroupPart(ticket=5, group_size=3, outcome=make_sample(1)),
     ]
-    assert inbox.take(message(7, parts[0], 5), is_closed=False) is None
-    assert inbox.take(message(8, parts[0], 5), is_closed=False) is None  # the same again
+    assert inbox.take(7, parts[0], is_closed=False) is None
+    assert inbox.take(8, parts[0], is_closed=False) is None  # the same again
     assert inbox.position == 6
-    inbox.take(message(9, parts[1], 5), is_closed=False)
-    group = inbox.take(message(10, parts[2], 5), is_closed=False)
+    inbox.take(9, parts[1], is_closed=False)
+    group = inbox.take(10, parts[2], is_closed=False)
     assert isinstance(group, Group)
     assert [s.index for s in group.samples] == [1, 2] and group.failures[0].index == 0
     inbox.close(5)
@@ -200,12 +200,13 @@ def test_parts_make_a_group_with_the_last_of_them() -> None:
 def test_the_first_complete_form_counts() -> None:
     inbox = Inbox(position=0)
     first = make_group(3, [1, 1])
-    assert inbox.take(message(1, first, 3), is_closed=False) == first
-    assert inbox.take(message(2, Tombstone(ticket=3, reason="x"), 3), is_closed=False) is None
+    assert inbox.take(1, first, is_closed=False) == first
+    assert inbox.take(2, Tombstone(ticket=3, reason="x"), is_closed=False) is None
     assert inbox.arrived[3] == first and inbox.num_duplicates == 1
 
 
 def test_what_cannot_be_decoded_is_a_discarded_ticket_and_not_a_lost_one() -> None:
     books = Books(make_spec())
-    books.take(StreamMessage(1, "rl.job.traj.4", b"\xc1garbage"))
+    books.issued(4)
+    books.take(StreamMessage(1, "rl.job.traj.4", b"\xc1garbage", message_id="4"))
     assert books.left_over() == {"undecodable": [4], "leftover": [1, 2, 3]}  # issued before it

@@ -21,6 +21,7 @@ from asyncrl_runtime.contract.messages import (
     SampleFailure,
     Ticket,
     Tombstone,
+    TurnRecord,
     VersionSpan,
     decode,
     encode,
@@ -107,6 +108,19 @@ def parts(draw: st.DrawFn) -> GroupPart:
     return GroupPart(ticket=draw(integers), group_size=size, outcome=outcome, worker=draw(st.text()))
 
 
+@st.composite
+def turns(draw: st.DrawFn) -> TurnRecord:
+    ends = draw(st.lists(st.integers(1, 9), max_size=2, unique=True).map(sorted))
+    length = ends[-1] if ends else 0
+    return TurnRecord(
+        input_ids=ids_to_bytes(draw(st.lists(int32s, max_size=5))),
+        output_ids=draw(st.binary(min_size=4 * length, max_size=4 * length)),
+        logprobs=draw(st.binary(min_size=4 * length, max_size=4 * length)),
+        version_spans=tuple(VersionSpan(*draw(st.tuples(integers, integers)), end) for end in ends),
+        finish_reason=draw(st.sampled_from(["stop", "length", ""])),
+    )
+
+
 SCALARS: dict[Any, SearchStrategy[Any]] = {
     int: integers,
     float: st.floats(allow_nan=False),
@@ -115,7 +129,12 @@ SCALARS: dict[Any, SearchStrategy[Any]] = {
     bytes: st.binary(),
     type(None): st.none(),
 }
-MADE_WHOLE: dict[Any, SearchStrategy[Any]] = {Sample: samples(), Group: groups(), GroupPart: parts()}
+MADE_WHOLE: dict[Any, SearchStrategy[Any]] = {
+    Sample: samples(),
+    Group: groups(),
+    GroupPart: parts(),
+    TurnRecord: turns(),
+}
 """The messages whose fields must agree with each other."""
 
 

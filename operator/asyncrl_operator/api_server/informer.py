@@ -25,6 +25,8 @@ RESYNC_SECONDS = 600.0
 FIRST_RETRY_SECONDS = 0.5
 MAX_RETRY_SECONDS = 5.0
 """Short, since old news leads to wrong decisions; the API server sheds load by itself (429)."""
+MAX_SAID = 100
+"""The number of objects that are not understood of which it is remembered that this was said."""
 
 T = TypeVar("T")
 
@@ -62,6 +64,7 @@ class Store(Generic[T]):
         self._trim = trim
         self._entries: dict[tuple[str, str], Entry[T]] = {}
         self._by_job: dict[Key, dict[str, Entry[T]]] = {}
+        self._said: dict[tuple[str, str], str] = {}
         self._position = 0
         """The version up to which list and watch have reported everything."""
 
@@ -80,8 +83,16 @@ class Store(Generic[T]):
         return [found[name] for name in sorted(found)]
 
     def put(self, raw: Json) -> Entry[T] | None:
-        """Take in an object; return its entry if anything that is kept has changed."""
-        entry = self._entry(raw)
+        """Take in an object; return its entry if anything that is kept has changed.
+
+        An object that is not understood is left out, and what is held of it stays: it concerns one job at
+        most, and the others go on.
+        """
+        try:
+            entry = self._entry(raw)
+        except Exception as error:
+            self._left_out(raw, error)
+            return None
         place = (entry.namespace, entry.name)
         old = self._entries.get(place)
         if old is not None and old.version >= entry.version:
@@ -110,9 +121,10 @@ class Store(Generic[T]):
 
     def remove(self, raw: Json) -> Entry[T] | None:
         """Take out an object that a watch reports as deleted; return it, unless a newer one has its name."""
-        gone = self._entry(raw)
-        held = self._entries.get((gone.namespace, gone.name))
-        if held is None or (held.version > gone.version and held.uid != gone.uid):
+        metadata = raw["metadata"]
+        held = self._entries.get((metadata.get("namespace", ""), metadata["name"]))
+        version = int(metadata["resourceVersion"])
+        if held is None or (held.version > version and held.uid != metadata["uid"]):
             return None
         return self._drop(held)
 
@@ -147,11 +159,20 @@ class Store(Generic[T]):
             name=metadata["name"],
             uid=metadata["uid"],
             version=int(metadata["resourceVersion"]),
-            job=metadata.get("labels", {}).get(JOB_LABEL, owned),
+            job=(metadata.get("labels") or {}).get(JOB_LABEL, owned),
             owner=controller.get("uid", ""),
             is_deleting="deletionTimestamp" in metadata,
             value=self._trim(raw),
         )
+
+    def _left_out(self, raw: Json, error: Exception) -> None:
+        """Say once of an object that it is not understood."""
+        metadata = raw["metadata"]
+        place = (metadata.get("namespace", ""), metadata["name"])
+        why = f"{type(error).__name__}: {error}"
+        if self._said.get(place) != why:
+            logger.error("%s/%s is not understood, and left out: %s", *place, why)
+        self._said = {**dict(list(self._said.items())[-MAX_SAID:]), place: why}
 
     def _drop(self, entry: Entry[T]) -> Entry[T]:
         del self._entries[(entry.namespace, entry.name)]
@@ -239,6 +260,10 @@ class Informer(Generic[T]):
                 logger.warning("%s: the watch broke, next try in %.1f s: %s", self._path, wait, error)
                 delay = min(delay * 2, MAX_RETRY_SECONDS)
                 await asyncio.sleep(wait)
+            except Exception:  # of one kind of object; without this watch all jobs would end with the process
+                logger.exception("%s: is listed again in %.1f s", self._path, MAX_RETRY_SECONDS)
+                self._version = ""
+                await asyncio.sleep(MAX_RETRY_SECONDS)
 
     async def _list(self) -> None:
         version = await fill(self._api, self._path, self._query, self.store, self._on_change)

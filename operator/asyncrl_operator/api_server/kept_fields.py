@@ -1,10 +1,11 @@
 """Selects what is kept of an object from a watch: ten thousand whole pods would take 600 MB. Pure."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 
-from asyncrl_api.times import to_seconds
+from asyncrl_api.times import is_time, to_seconds
 from asyncrl_operator.decide.observed import ContainerEnd, Node, Pod
 from asyncrl_operator.resources import (
     ATTEMPT_LABEL,
@@ -34,7 +35,7 @@ def compact(raw: Json) -> bytes:
     kept = {name: value for name, value in raw.items() if name not in ("status", "apiVersion", "kind")}
     unwanted = ("managedFields", "resourceVersion", "generation", "selfLink")
     kept["metadata"] = {name: value for name, value in raw["metadata"].items() if name not in unwanted}
-    if conditions := raw.get("status", {}).get("conditions"):
+    if conditions := _maps(_map(raw.get("status")).get("conditions")):
         wanted = ("type", "status", "reason", "message")
         kept["conditions"] = [{name: each.get(name, "") for name in wanted} for each in conditions]
     return msgspec.json.encode(kept)
@@ -52,16 +53,17 @@ def trim_job(raw: Json) -> bytes:
 def trim_node(raw: Json) -> Node:
     """Return whether a node is ready, and since when."""
     ready = _condition(raw, "Ready") or {}
-    since = ready.get("lastTransitionTime") or raw["metadata"]["creationTimestamp"]
-    return Node(is_ready=ready.get("status") == "True", since=to_seconds(since))
+    since = ready.get("lastTransitionTime") or _map(raw["metadata"]).get("creationTimestamp")
+    return Node(is_ready=ready.get("status") == "True", since=_time(since))
 
 
 def trim_pod(raw: Json) -> KeptPod:
-    """Return what a pass needs to know about a pod."""
-    metadata, spec, status = raw["metadata"], raw.get("spec", {}), raw.get("status", {})
-    labels, annotations = metadata.get("labels", {}), metadata.get("annotations", {})
+    """Return what a pass needs to know about a pod, whatever is missing of it or odd."""
+    metadata, spec, status = raw["metadata"], _map(raw.get("spec")), _map(raw.get("status"))
+    labels, annotations = _map(metadata.get("labels")), _map(metadata.get("annotations"))
     deletion = metadata.get("deletionTimestamp")
-    statuses = [*status.get("initContainerStatuses", ()), *status.get("containerStatuses", ())]
+    containers = _maps(status.get("containerStatuses"))
+    statuses = [*_maps(status.get("initContainerStatuses")), *containers]
     scheduled = _condition(raw, "PodScheduled") or {}
     disrupted = _condition(raw, "DisruptionTarget") or {}
     ready = _condition(raw, "Ready") or {}
@@ -69,26 +71,40 @@ def trim_pod(raw: Json) -> KeptPod:
         name=metadata["name"],
         uid=metadata["uid"],
         group=labels.get(GROUP_LABEL, "rollout"),
-        attempt=_number(labels.get(ATTEMPT_LABEL)),
+        attempt=number_of(labels.get(ATTEMPT_LABEL)),
         template=labels.get(TEMPLATE_LABEL, ""),
-        gpus=_number(annotations.get(GPUS_ANNOTATION)),
-        phase=status.get("phase", "Pending"),
+        gpus=number_of(annotations.get(GPUS_ANNOTATION)),
+        phase=status.get("phase") or "Pending",
         is_ready=ready.get("status") == "True",
-        ready_changed_at=to_seconds(ready.get("lastTransitionTime") or metadata["creationTimestamp"]),
-        node=spec.get("nodeName", ""),
-        created_at=to_seconds(metadata["creationTimestamp"]),
-        deleted_at=to_seconds(deletion) if deletion else None,
-        disruption=disrupted.get("reason", "") if disrupted.get("status") == "True" else "",
+        ready_changed_at=_time(ready.get("lastTransitionTime") or metadata.get("creationTimestamp")),
+        node=str(spec.get("nodeName") or ""),
+        created_at=_time(metadata.get("creationTimestamp")),
+        deleted_at=_time(deletion) if deletion else None,
+        disruption=str(disrupted.get("reason") or "?") if disrupted.get("status") == "True" else "",
         unschedulable=_message(scheduled) if scheduled.get("status") == "False" else "",
         waiting=next(filter(None, map(_waiting, statuses)), ""),
-        ends=tuple(filter(None, map(_end, status.get("containerStatuses", ())))),
+        ends=tuple(filter(None, map(_end, containers))),
     )
     return KeptPod(labels.get(JOB_UID_LABEL, ""), pod)
 
 
+def _map(value: Any) -> Json:
+    """Return an object of JSON; an empty one for anything else."""
+    return value if isinstance(value, dict) else {}
+
+
+def _maps(values: Any) -> list[Json]:
+    return [each for each in values if isinstance(each, dict)] if isinstance(values, list) else []
+
+
+def _time(text: Any) -> float:
+    """Return a time in Unix seconds; 0 for one that is none, so that whatever it began is long ago."""
+    return to_seconds(text) if isinstance(text, str) and is_time(text) else 0.0
+
+
 def _condition(raw: Json, kind: str) -> Json | None:
-    conditions = raw.get("status", {}).get("conditions") or ()
-    return next((each for each in conditions if each["type"] == kind), None)
+    conditions = _maps(_map(raw.get("status")).get("conditions"))
+    return next((each for each in conditions if each.get("type") == kind), None)
 
 
 def _message(condition: Json) -> str:
@@ -96,22 +112,24 @@ def _message(condition: Json) -> str:
 
 
 def _waiting(container: Json) -> str:
-    waiting = container.get("state", {}).get("waiting")
-    if not waiting:
-        return ""
-    parts = filter(None, [waiting.get("reason", ""), waiting.get("message", "")])
+    waiting = _map(_map(container.get("state")).get("waiting"))
+    parts = [str(waiting[name]) for name in ("reason", "message") if waiting.get(name)]
     return ": ".join(parts)[:LONGEST_MESSAGE]
 
 
 def _end(container: Json) -> ContainerEnd | None:
     """Return how a container ended last, even if it runs again."""
-    states = [container.get("state", {}), container.get("lastState", {})]
-    ended = next((state["terminated"] for state in states if "terminated" in state), None)
+    states = [_map(container.get("state")), _map(container.get("lastState"))]
+    ended = next((_map(state["terminated"]) for state in states if state.get("terminated")), None)
     if ended is None:
         return None
-    return ContainerEnd(container["name"], ended.get("exitCode", 0), ended.get("reason", ""))
+    code = ended.get("exitCode", 0)
+    return ContainerEnd(
+        str(container.get("name", "")), code if isinstance(code, int) else 1, str(ended.get("reason") or "")
+    )
 
 
-def _number(text: str | None) -> int:
+def number_of(text: Any) -> int:
     """Return a number that we wrote, or 0: labels and annotations can be edited by hand."""
-    return int(text) if text is not None and text.isascii() and text.isdigit() else 0
+    is_ours = isinstance(text, str) and text.isascii() and text.isdigit() and len(text) < 10
+    return int(text) if is_ours else 0

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
-from pydantic import ValidationError
 
-from asyncrl_api.report import Report
+from asyncrl_api.report import ReadReport, read_report
 from asyncrl_operator.api_server.informer import Entry
-from asyncrl_operator.api_server.kept_fields import KeptPod
+from asyncrl_operator.api_server.kept_fields import KeptPod, number_of
 from asyncrl_operator.decide import reasons
 from asyncrl_operator.decide.observed import (
     Node,
@@ -71,14 +70,18 @@ def observe(
     """
     ours = [child for child in children if child.entry.owner == uid]
     seen_pods = tuple(_pod(entry, uid) for entry in pods)
+    report = _report(key, ours)
     return Observed(
         trainer_jobs=tuple(_trainer_job(child) for child in ours if child.resource is JOBS),
         rollout=_stateful_set(ours, f"{key.name}-rollout"),
         messaging=_stateful_set(ours, f"{key.name}-nats"),
         pods=seen_pods,
         nodes=nodes,
-        report=_report(key, ours),
-        attempts_began={int(n): spec for n, spec in _began(ours, f"{key.name}-config-") if n.isdigit()},
+        report=report.report,
+        report_fault=report.fault,
+        attempts_began={
+            number_of(n): spec for n, spec in _began(ours, f"{key.name}-config-") if number_of(n)
+        },
         templates_began=dict(_began(ours, f"{key.name}-rollout-")),
         has_children=bool(ours) or any(pod.is_ours for pod in seen_pods),
     )
@@ -135,10 +138,10 @@ def _trainer_job(child: Child) -> TrainerJob:
     live = child.decode()
     true = {each["type"]: each["message"] for each in live.get("conditions", ()) if each["status"] == "True"}
     failed = next((kind for kind in ("Failed", "FailureTarget") if kind in true), None)
-    attempt = live["metadata"].get("labels", {}).get(ATTEMPT_LABEL, "")
+    attempt = (live["metadata"].get("labels") or {}).get(ATTEMPT_LABEL, "")
     return TrainerJob(
         name=child.entry.name,
-        attempt=int(attempt) if attempt.isdigit() else 0,
+        attempt=number_of(attempt),
         is_complete="Complete" in true,
         is_failed=failed is not None,
         message=true[failed] if failed else "",
@@ -150,25 +153,22 @@ def _stateful_set(children: Iterable[Child], name: str) -> StatefulSet | None:
     for child in children:
         if child.resource is STATEFUL_SETS and child.entry.name == name:
             live = child.decode()
-            template = live["metadata"].get("labels", {}).get(TEMPLATE_LABEL, "")
+            template = (live["metadata"].get("labels") or {}).get(TEMPLATE_LABEL, "")
             replicas = live["spec"].get("replicas", 1)
             return StatefulSet(name, replicas, template, child.entry.is_deleting)
     return None
 
 
-def _report(key: Key, children: Iterable[Child]) -> Report | None:
+def _report(key: Key, children: Iterable[Child]) -> ReadReport:
     name = report_name(key)
     for child in children:
         if child.resource is CONFIG_MAPS and child.entry.name == name:
-            text = child.decode().get("data", {}).get(REPORT_KEY)
+            text = (child.decode().get("data") or {}).get(REPORT_KEY)
             if not text:
-                return None
-            try:
-                return Report.model_validate_json(text)
-            except ValidationError as error:  # another version of the runtime wrote it; the job goes on
-                logger.warning("%s: ConfigMap %s holds no valid report: %s", key, name, error)
-                return None
-    return None
+                break
+            found = read_report(text)
+            return found._replace(fault=f"ConfigMap {name}: {found.fault}" if found.fault else "")
+    return ReadReport(None)
 
 
 def _began(children: Iterable[Child], prefix: str) -> Iterator[tuple[str, Values]]:
@@ -179,10 +179,13 @@ def _began(children: Iterable[Child], prefix: str) -> Iterator[tuple[str, Values
     for child in children:
         if child.resource is not CONFIG_MAPS or not child.entry.name.startswith(prefix):
             continue
-        text = child.decode().get("data", {}).get(CONFIG_KEY, "")
+        text = (child.decode().get("data") or {}).get(CONFIG_KEY, "")
         try:
             yield child.entry.name.removeprefix(prefix), msgspec.json.decode(text, type=Remembered).spec
-        except msgspec.DecodeError as error:  # somebody else has changed it; the job goes on without it
+        except (
+            msgspec.DecodeError,
+            RecursionError,
+        ) as error:  # somebody else has changed it; the job goes on without it
             logger.warning("ConfigMap %s is not understood: %s", child.entry.name, error)
 
 

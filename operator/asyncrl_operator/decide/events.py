@@ -93,7 +93,9 @@ def _warnings(before: Status, after: Status) -> list[Event]:
         old, new = before.condition(kind), after.condition(kind)
         if new is None or new.status != "True" or after.phase == "Failed":
             continue
-        is_known = old is not None and old.status == "True" and old.reason == new.reason
+        # Behind an error of the operator nobody knows what was told before.
+        told = (new.reason, reasons.OPERATOR_ERROR)
+        is_known = old is not None and old.status == "True" and old.reason in told
         if not is_known and (kind != "Reconciling" or new.reason in OBSTACLES):
             events.append(Event(new.reason, new.message, "Warning"))
     return events

@@ -120,6 +120,8 @@ class Observed:
     nodes: Mapping[str, Node] | None = None
     """The nodes of these pods; a node that is missing here is gone. None: the operator may not see nodes."""
     report: Report | None = None
+    report_fault: str = ""
+    """What is wrong with the report as it was written, in words."""
     attempts_began: Mapping[int, Values] = field(default_factory=dict)
     """The spec with which each attempt began, by the attempt's number, if its configuration still exists."""
     templates_began: Mapping[str, Values] = field(default_factory=dict)

@@ -148,6 +148,12 @@ STALENESS_EXCEEDED = _reason(
     "samples older than `staleness.maxVersions` arrive at the trainer",
     "use fewer engines, a larger `batchSize` or a higher bound",
 )
+OPERATOR_ERROR = _reason(
+    "OperatorError",
+    "the operator's passes over the job fail, three times in a row or more; the message is the first line of "
+    "the error. What a pass can still do is done, and it is tried again at least every 30 s",
+    "read the operator's logs; report it if the message names no object that somebody has changed by hand",
+)
 DEADLINE_EXCEEDED = _reason(
     "DeadlineExceeded", "`activeDeadlineSeconds` have passed", "create a new job with a longer deadline"
 )

@@ -4,11 +4,14 @@ docs/gitops.md has the table of conditions and how kstatus, Argo CD and Flux rea
 `Stalled` are listed only while they are true, and never both; all others are always listed.
 """
 
+import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
+from asyncrl_api.base import MAX_INT
 from asyncrl_api.job import Spec
 from asyncrl_api.job_status import (
     AttemptStatus,
@@ -36,11 +39,16 @@ from asyncrl_operator.layout import num_trainer_pods
 from asyncrl_operator.resources import JOB_LABEL
 
 LONGEST_MESSAGE = 1000
+MAX_FAULTS = 64
+"""The most fields of a stored status that are left out because they are not understood."""
 REPORT_SECONDS = 30.0
 """The shortest time between two updates of what the trainer reports."""
 UNCHANGED_SECONDS = 240.0
 """How long `reportTime` stays as it is if nothing else changes. It then moves nevertheless, because it shows
 whether a status is stale."""
+
+LARGEST_PLAIN = 1e15
+"""The smallest number that is shown with an exponent."""
 
 Truth = Literal["True", "False", "Unknown"]
 Fact = tuple[Truth, str, str]
@@ -109,7 +117,7 @@ def describe(
         split=memory.split,
         clocks=memory.clocks if memory.clocks != ClocksStatus() else None,
         groups=groups,
-        gpus=GPUsStatus(budget=budget, allocated=allocated, summary=f"{allocated}/{budget}"),
+        gpus=_gpus(budget, allocated),
         pod_sets=_pod_sets(job.spec, before, standing, memory.split),
         selector=f"{JOB_LABEL}={job.name}",
         progress=before.progress,
@@ -162,10 +170,15 @@ def after_the_end(job: JobObject, before: Status, seen: Observed) -> Status:
     return before.model_copy(
         update={
             "observed_generation": job.generation,
-            "gpus": GPUsStatus(budget=budget, allocated=allocated, summary=f"{allocated}/{budget}"),
+            "gpus": _gpus(budget, allocated),
             "groups": _groups(job, seen, memory),
         }
     )
+
+
+def _gpus(budget: int, allocated: int) -> GPUsStatus:
+    shown = min(allocated, MAX_INT)  # pods' annotations may be edited by hand
+    return GPUsStatus(budget=budget, allocated=shown, summary=f"{shown}/{budget}")
 
 
 # -- groups
@@ -199,7 +212,7 @@ def _group(name: str, kind: str, resource: str, desired: int, pods: list[Pod]) -
         desired=desired,
         ready=ready,
         updated=len(pods),
-        gpus=sum(pod.gpus for pod in pods),
+        gpus=min(sum(pod.gpus for pod in pods), MAX_INT),
         summary=f"{ready}/{desired}",
     )
 
@@ -347,7 +360,7 @@ def _reported(report: Report) -> dict[str, object]:
             step=step,
             max_steps=most,
             summary=f"{step}/{most}",
-            percent=100 * step // most if most else 0,
+            percent=min(100 * step // most, 100) if most else 0,
             state=report.state,
             estimated_remaining_seconds=_whole(report.remaining_seconds),
         ),
@@ -360,8 +373,8 @@ def _reported(report: Report) -> dict[str, object]:
             trainer_wait_percent=None if report.wait_share is None else round(100 * report.wait_share),
         ),
         "reward": RewardStatus(
-            mean=None if report.reward is None else f"{report.reward:.3f}",
-            held_out=None if evaluation is None else f"{evaluation.accuracy:.3f}",
+            mean=None if report.reward is None else _decimal(report.reward),
+            held_out=None if evaluation is None else _decimal(evaluation.accuracy),
         ),
     }
     if checkpoint is not None:
@@ -371,8 +384,61 @@ def _reported(report: Report) -> dict[str, object]:
     return shown
 
 
+def _decimal(value: float) -> str:
+    """Return a finite number as text, no longer than a status may hold."""
+    return f"{value:.3f}" if abs(value) < LARGEST_PLAIN else f"{value:.3e}"
+
+
 def _whole(value: float | None) -> int | None:
     return None if value is None else round(value)
+
+
+def with_operator_error(status: Status, before: Status, message: str, generation: int, now: float) -> Status:
+    """Return a status that says that passes over the job fail; a verdict stands.
+
+    Args:
+        before: the stored status, whose conditions tell since when that is so.
+        message: the error, in one line.
+    """
+    facts: dict[str, Fact] = {"Degraded": ("True", reasons.OPERATOR_ERROR, message)}
+    if not status.is_true("Finished"):
+        facts["Ready"] = ("False", reasons.OPERATOR_ERROR, message)
+    since = {kind: renew(before, kind, fact, generation, now) for kind, fact in facts.items()}
+    return _with_conditions(status, since, generation)
+
+
+def read_status(stored: Any) -> tuple[Status, str]:
+    """Return a stored status as far as it is understood, and what is not, in words; empty if all is.
+
+    Only the fields that are wrong are left out, or the blocks that need them: what the rest remembers counts.
+    """
+    fault, rest = "", copy.deepcopy(stored)
+    for _ in range(MAX_FAULTS):
+        try:
+            return Status.model_validate(rest), fault
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            fault = fault or f"status.{'.'.join(map(str, first['loc']))}: {first['msg']}"
+            if not _leave_out(rest, first["loc"]):
+                break
+    return Status(), fault
+
+
+def _leave_out(values: Any, path: tuple[int | str, ...]) -> bool:
+    """Remove the value at a path, or what holds it if it is not there; return whether anything was."""
+    found = [values]
+    for step in path:
+        below = found[-1]
+        is_there = (isinstance(below, dict) and step in below) or (
+            isinstance(below, list) and isinstance(step, int) and step < len(below)
+        )
+        if not is_there:
+            break
+        found.append(below[step])
+    if (place := len(found) - 1) == 0:
+        return False
+    del found[place - 1][path[place - 1]]  # where a field is missing, the block that needs it
+    return True
 
 
 def unreadable(before: Status, generation: int, error: ValidationError, now: float) -> Status:
@@ -391,8 +457,16 @@ def unreadable(before: Status, generation: int, error: ValidationError, now: flo
         "Ready": ("False", reasons.INVALID_SPEC, message),
         "Stalled": ("True", reasons.INVALID_SPEC, message),
     }
-    conditions = [each for each in before.conditions if each.type not in (*facts, "Reconciling")]
-    conditions += [renew(before, kind, fact, generation, now) for kind, fact in facts.items()]
-    order = {each.type: place for place, each in enumerate(before.conditions)}
+    renewed = {kind: renew(before, kind, fact, generation, now) for kind, fact in facts.items()}
+    return _with_conditions(before, renewed, generation, without="Reconciling")
+
+
+def _with_conditions(
+    status: Status, renewed: Mapping[str, Condition], generation: int, without: str = ""
+) -> Status:
+    """Return a status with some conditions replaced or added, and one left out."""
+    conditions = [each for each in status.conditions if each.type not in (*renewed, without)]
+    conditions += renewed.values()
+    order = {each.type: place for place, each in enumerate(status.conditions)}
     conditions.sort(key=lambda each: order.get(each.type, -1))
-    return before.model_copy(update={"observed_generation": generation, "conditions": tuple(conditions)})
+    return status.model_copy(update={"observed_generation": generation, "conditions": tuple(conditions)})

@@ -25,7 +25,7 @@ from asyncrl_api.exits import ExitCode, ExitError
 from asyncrl_api.job import AsyncRLJob, Spec
 from asyncrl_api.parsing import FieldError, SpecError
 from asyncrl_api.processes import die_with_parent
-from asyncrl_api.report import Report
+from asyncrl_api.report import Report, read_report
 from asyncrl_api.run_config import SGLANG_PYTHON
 from asyncrl_operator.decide.clocks import Clocks, Parts, advance, deadlines, is_up
 from asyncrl_operator.decide.hang import HUNG_CODE, Signs, hung
@@ -166,6 +166,7 @@ class LocalRun:
         self._clocks = Clocks(active_since=clock())
         self._was_up = False
         self._heard, self._heard_at = "", clock()
+        self._report_fault = ""
         self._http = httpx.Client(timeout=2, trust_env=False)
 
     def run(self) -> bool:
@@ -184,7 +185,7 @@ class LocalRun:
                 self._check_deadlines(self._clock())  # all are up now; a probe may outlast the first of them
                 while not self._tick():
                     time.sleep(TICK_SECONDS)
-                self._display.show(Report.load(self._folder.report), self._attempt)  # the final report
+                self._display.show(self._report(), self._attempt)  # the final report
             finally:
                 self._end_all()
                 self._display.close()
@@ -193,10 +194,21 @@ class LocalRun:
 
     # -- one round
 
+    def _report(self) -> Report | None:
+        """Return the trainer's report; what is wrong with it is said once, though it is read all the time."""
+        try:
+            report, fault = read_report(self._folder.report.read_bytes())
+        except OSError:  # there is none yet, or its disk is away for a moment
+            return None
+        if fault and fault != self._report_fault:
+            self._display.note(f"the trainer's report {self._folder.report}: {fault}")
+        self._report_fault = fault
+        return report
+
     def _tick(self) -> bool:
         """Look at every process once; return True when the job is over."""
         now = self._clock()
-        report = Report.load(self._folder.report)
+        report = self._report()
         self._display.show(report, self._attempt)
         if self._stop_requests:
             return self._stop_trainer()

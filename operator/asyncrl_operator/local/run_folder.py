@@ -11,6 +11,7 @@ from filelock import FileLock, Timeout
 
 from asyncrl_api.exits import ExitCode, ExitError
 from asyncrl_api.job import AsyncRLJob, to_manifest
+from asyncrl_api.ledger import LedgerError, read_ledger
 from asyncrl_api.names import NatsAddress
 from asyncrl_api.parsing import load_documents, parse_job, render_yaml
 from asyncrl_api.rules import Violation, violations
@@ -60,12 +61,15 @@ class RunFolder:
         return self.path / "logs" / f"{process}.log"
 
     def last_attempt(self) -> int:
-        """Return the highest attempt that the ledger has seen; 0 if none."""
-        if not self.ledger.exists():
-            return 0
-        data = self.ledger.read_bytes()  # a torn last line may end within a character
-        lines = data[: data.rfind(b"\n") + 1].splitlines()
-        return max((int(json.loads(line)["attempt"]) for line in lines), default=0)
+        """Return the highest attempt that the ledger has seen; 0 if none.
+
+        Raises:
+            ExitError: a line of the ledger is none; the message names it.
+        """
+        try:
+            return read_ledger(self.ledger).attempt
+        except LedgerError as error:
+            raise ExitError(ExitCode.UNUSABLE, str(error)) from error
 
 
 @contextmanager
@@ -127,7 +131,7 @@ def write(folder: RunFolder, job: AsyncRLJob, *, nats_url: str, cache: Path, imp
     (folder.path / "logs").mkdir(parents=True, exist_ok=True)
     uid = str(uuid.uuid4())
     if folder.config.exists():
-        uid = json.loads(folder.config.read_text())["uid"]
+        uid = RunConfig.load(folder.config).uid
     _replace(folder.manifest, render_yaml(to_manifest(job)))
     _replace(folder.live, json.dumps(live_values(job.spec), indent=1) + "\n")
     config = RunConfig(

@@ -33,6 +33,8 @@ class StreamMessage:
     """Its place in the stream, from 1 on."""
     subject: str
     data: bytes
+    message_id: str = ""
+    """The id under which it was published; while the broker remembers it, it takes no other under this id."""
 
 
 @dataclass(frozen=True)

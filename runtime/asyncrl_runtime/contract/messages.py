@@ -38,9 +38,14 @@ class PolicyVersion(msgspec.Struct, frozen=True, array_like=True, order=True, gc
     def parse(cls, label: str) -> Self | None:
         """Return the version that an engine's label names; None for an engine's own label ("default")."""
         attempt, dot, version = label.partition(".")
-        if not (dot and attempt.isascii() and attempt.isdigit() and version.isascii() and version.isdigit()):
+        if not (dot and _is_number(attempt) and _is_number(version)):
             return None
         return cls(int(attempt), int(version))
+
+
+def _is_number(text: str) -> bool:
+    """Return whether a text is a number as an engine's label holds it, and not a foreign one without end."""
+    return text.isascii() and text.isdigit() and len(text) <= 19
 
 
 class VersionSpan(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -157,7 +162,7 @@ class Group(Message, frozen=True, kw_only=True, tag="group.v1"):
 
     def __post_init__(self) -> None:
         indices = sorted([s.index for s in self.samples] + [f.index for f in self.failures])
-        if indices != list(range(self.group_size)):
+        if not indices or len(indices) != self.group_size or indices != list(range(len(indices))):
             raise ValueError(f"ticket {self.ticket}: samples {indices} of a group of {self.group_size}")
 
 
@@ -197,6 +202,17 @@ class TurnRecord(Message, frozen=True, kw_only=True, tag="turn.v1"):
     version_spans: tuple[VersionSpan, ...]
     finish_reason: str
     """`stop`, `length`, or "" if the turn was broken off."""
+
+    def __post_init__(self) -> None:
+        ends = [0, *(span.end for span in self.version_spans)]
+        sizes = len(self.output_ids), len(self.logprobs)
+        if len(self.input_ids) % 4 or sizes != (4 * ends[-1], 4 * ends[-1]):
+            raise ValueError(
+                f"turn: versions for {ends[-1]} tokens, but {sizes[0]} bytes of ids and {sizes[1]} of "
+                f"log-probs, after {len(self.input_ids)} bytes of ids; must be 4 per token"
+            )
+        if any(a >= b for a, b in pairwise(ends)):
+            raise ValueError(f"turn: version spans {self.version_spans} do not ascend")
 
 
 class SampleProgress(Message, frozen=True, kw_only=True, tag="progress.v1"):
@@ -371,6 +387,13 @@ class ControlReply(Message, frozen=True, kw_only=True, tag="reply.v1"):
     """Whether the engine itself, alive and well, answered no (an HTTP 4xx, or no success)."""
 
 
+LONGEST_TIMEOUT_SECONDS = 7 * 24 * 3600.0
+"""Longer than any phase of an update; `weightSync.timeoutSeconds` has no bound of its own."""
+NOT_A_MESSAGE = (msgspec.DecodeError, UnicodeDecodeError, OverflowError, RecursionError, MemoryError)
+"""What msgspec raises for bytes that are none of ours: also for lists in lists without end, and for a date
+beyond all calendars."""
+
+
 def encode(message: Message) -> bytes:
     return _encoder.encode(message)
 
@@ -399,7 +422,7 @@ def decode(data: bytes, *kinds: type[Message]) -> Message:
 def _decode(data: bytes, kinds: tuple[type[Message], ...]) -> Any:
     try:
         return _decoder(kinds).decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except NOT_A_MESSAGE as error:
         expected = " or ".join(str(kind.__struct_config__.tag) for kind in kinds)
         raise ValueError(
             f"expected {expected}, got {_tag(data)}: {error} ({len(data)} bytes: {data[:24]!r})"
@@ -410,9 +433,12 @@ def decode_request(data: bytes) -> ControlRequest:
     """Return the controller's request to a worker.
 
     Raises:
-        ValueError: as for `decode`.
+        ValueError: as for `decode`, or its deadline is none.
     """
     request: ControlRequest = _decode(data, get_args(ControlRequest))
+    seconds = getattr(request, "timeout_seconds", LONGEST_TIMEOUT_SECONDS)
+    if not 0 < seconds <= LONGEST_TIMEOUT_SECONDS:
+        raise ValueError(f"timeout_seconds {seconds}; must be above 0, {LONGEST_TIMEOUT_SECONDS:.0f} at most")
     return request
 
 
@@ -422,7 +448,7 @@ def _tag(data: bytes) -> str:
         match msgspec.msgpack.decode(data):
             case [str(tag), *_]:
                 return tag
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except NOT_A_MESSAGE:
         pass
     return "no message"
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from asyncrl_api.ledger import History, LedgerLine, StepFailure, decode_line, read_ledger
+from asyncrl_api.ledger import History, LedgerError, LedgerLine, StepFailure, decode_line, read_ledger
 
 log = logging.getLogger(__name__)
 
@@ -103,13 +103,20 @@ class Ledger:
         """
         with self._path.open("ab+") as file:
             file.seek(self._read_to)
-            for text in file.read().decode().splitlines():
-                if (attempt := decode_line(text).attempt) > self._attempt:
+            for text in filter(None, file.read().split(b"\n")):
+                if (attempt := _attempt_of(text, self._path)) > self._attempt:
                     raise Superseded(f"attempt {attempt} has claimed {self._path}; this is {self._attempt}")
             file.write(_encoder.encode(line) + b"\n")
             file.flush()
             os.fsync(file.fileno())
             self._read_to = file.tell()
+
+
+def _attempt_of(text: bytes, path: Path) -> int:
+    try:
+        return decode_line(text).attempt
+    except (ValueError, RecursionError) as error:
+        raise LedgerError(f"{path}: somebody else has written into it: {error}: {text[:80]!r}") from error
 
 
 def _drop_torn_line(path: Path) -> None:

@@ -9,8 +9,9 @@ import asyncio
 import contextlib
 import json
 import logging
+import math
 import uuid
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from asyncrl_runtime.contract.messages import JoinGroup, PolicyVersion, ReceiveBucket, VersionSpan
+from asyncrl_runtime.contract.refused import one_line
 from asyncrl_runtime.rollout.engine_api import (
     CHECKSUM_SECONDS,
     CONTROL_SECONDS,
@@ -39,6 +41,17 @@ from asyncrl_runtime.rollout.engine_api import (
 log = logging.getLogger(__name__)
 
 STREAM_INTERVAL_TOKENS = 16
+FINISH_REASONS = ("stop", "length", "abort")
+NOT_UNDERSTOOD = (
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    IndexError,
+    OverflowError,
+    RecursionError,
+)
+"""What reading an answer raises that is not of the form that it should have."""
 PAUSE_MODES = {"Retract": "retract", "InPlace": "in_place", "Drain": "retract"}
 
 
@@ -86,19 +99,21 @@ class EngineClient:
     ) -> list[Generation]:
         adapter = self._adapter
         body = self._body(requests, cache_salt, adapter)
-        response = await self._until_lost(self._http.post("/generate", json=body))
-        earned = [_generation(answer, adapter) for answer in self._checked(response).json()]
+        response = self._checked(await self._until_lost(self._http.post("/generate", json=body)))
+        with self._understanding("/generate"):
+            pairs = zip(response.json(), requests, strict=True)
+            earned = [self._earned(answer, adapter, request) for answer, request in pairs]
         if not self._has_moved_on(adapter):
             return earned
-        pairs = zip(requests, earned, strict=True)
+        both = zip(requests, earned, strict=True)
         try:
-            return list(await asyncio.gather(*(self._go_on(request, each) for request, each in pairs)))
+            return list(await asyncio.gather(*(self._go_on(request, each) for request, each in both)))
         except BrokenStream as error:  # what one request has earned is not the others'
             raise (EngineFailed if error.is_reported else EngineLost)(str(error)) from error
 
     async def stream(self, request: SamplingRequest, *, cache_salt: str | None = None) -> Generation:
         adapter = self._adapter
-        answer = _StreamedAnswer(self.weights, adapter)
+        answer = _StreamedAnswer(self.weights, adapter, self._vocab_size)
         try:
             await self._until_lost(self._receive(self._single_body(request, cache_salt, adapter), answer))
             if not answer.is_whole:
@@ -108,8 +123,28 @@ class EngineClient:
                 not answer.is_whole
             ):  # otherwise nothing was lost, and going on would sample beyond the answer's end
                 raise BrokenStream(error, answer.earned()) from error
-        earned = _generation(answer.last, adapter)
+        with self._understanding("/generate"):
+            earned = self._earned(answer.last, adapter, request)
         return await self._go_on(request, earned) if self._has_moved_on(adapter) else earned
+
+    def _earned(self, answer: Any, adapter: PolicyVersion | None, request: SamplingRequest) -> Generation:
+        """Return what an answer to a request holds; raises whatever is raised for one that makes no sense."""
+        earned = _generation(answer, adapter)
+        check_generation(earned, self._vocab_size, request.max_new_tokens)
+        return earned
+
+    @contextlib.contextmanager
+    def _understanding(self, path: str) -> Iterator[None]:
+        """Read an answer; what is raised because it makes no sense is a failure of the engine.
+
+        Raises:
+            EngineFailed: the answer is not understood.
+        """
+        try:
+            yield
+        except NOT_UNDERSTOOD as error:
+            why = one_line(f"{type(error).__name__}: {error}")
+            raise EngineFailed(f"{self.name}{path}: the answer is not understood: {why}") from error
 
     @property
     def _adapter(self) -> PolicyVersion | None:
@@ -149,10 +184,11 @@ class EngineClient:
             async for line in response.aiter_lines():
                 if not line.startswith("data: ") or line == "data: [DONE]":
                     continue
-                chunk = json.loads(line.removeprefix("data: "))
-                if "error" in chunk:
-                    raise EngineRefused(str(chunk["error"].get("message", chunk["error"])))
-                answer.take(chunk)
+                with self._understanding("/generate"):
+                    chunk = json.loads(line.removeprefix("data: "))
+                    if "error" in chunk:
+                        raise EngineRefused(str(chunk["error"].get("message", chunk["error"])))
+                    answer.take(chunk)
 
     async def abort_all(self) -> None:
         await self.call("/abort_request", {"abort_all": True}, PROBE_SECONDS)
@@ -162,14 +198,18 @@ class EngineClient:
     async def label(self) -> str:
         info = await self.get("/model_info", PROBE_SECONDS)
         self.is_in_doubt = False
-        return str(info["weight_version"])
+        with self._understanding("/model_info"):
+            return str(info["weight_version"])
 
     async def num_ranks(self) -> int:
-        return int((await self.get("/server_info", PROBE_SECONDS))["tp_size"])
+        info = await self.get("/server_info", PROBE_SECONDS)
+        with self._understanding("/server_info"):
+            return int(info["tp_size"])
 
     async def load(self) -> EngineLoad:
         answer = await self._control(self._http.get("/metrics"), "/metrics", PROBE_SECONDS)
-        return parse_load(answer.text)
+        with self._understanding("/metrics"):
+            return parse_load(answer.text)
 
     async def take_over(self) -> None:
         self._has_sessions = True
@@ -229,7 +269,8 @@ class EngineClient:
 
     async def checksum(self) -> str:
         answer = await self.call("/weights_checker", {"action": "checksum"}, CHECKSUM_SECONDS)
-        return str(answer["per_engine_checksum"])
+        with self._understanding("/weights_checker"):
+            return str(answer["per_engine_checksum"])
 
     async def resume(self) -> None:
         await self.call("/continue_generation", {})
@@ -251,7 +292,8 @@ class EngineClient:
 
     async def get(self, path: str, timeout_seconds: float) -> dict[str, Any]:
         response = await self._control(self._http.get(path), path, timeout_seconds)
-        result: dict[str, Any] = response.json()
+        with self._understanding(path):
+            result: dict[str, Any] = response.json()
         return result
 
     async def call(
@@ -266,7 +308,8 @@ class EngineClient:
                 engine's. A 404 is EngineLacks.
         """
         response = await self._control(self._http.post(path, json=body), path, timeout_seconds)
-        result: dict[str, Any] = json.loads(response.text) if response.text.startswith("{") else {}
+        with self._understanding(path):
+            result: dict[str, Any] = json.loads(response.text) if response.text.startswith("{") else {}
         if result.get("success") is False:
             raise EngineRefused(f"{path}: {result.get('message')}")
         return result
@@ -358,8 +401,9 @@ class _StreamedAnswer:
     named an adapter, all of it is from that adapter.
     """
 
-    def __init__(self, weights: WeightsSeen, adapter: PolicyVersion | None) -> None:
+    def __init__(self, weights: WeightsSeen, adapter: PolicyVersion | None, vocab_size: int) -> None:
         self.last: dict[str, Any] = {}
+        self._vocab_size = vocab_size
         self._weights = weights
         self._adapter = adapter
         self._version = weights.version
@@ -372,9 +416,12 @@ class _StreamedAnswer:
         return bool(self.last and self.last["meta_info"].get("finish_reason"))
 
     def take(self, chunk: dict[str, Any]) -> None:
+        """Take the next chunk; one that makes no sense raises something and leaves the answer as it was."""
+        count = len(chunk["output_ids"])
+        chunk["meta_info"].get("finish_reason")
         self.last = chunk
         if self._updates_now() == self._updates:
-            self._num_before_update = len(chunk["output_ids"])
+            self._num_before_update = count
 
     def earned(self) -> Generation:
         if not self.last or self._version is None:
@@ -382,9 +429,13 @@ class _StreamedAnswer:
         untouched = self._adapter is not None or self._weights.num_updates_completed == self._completed
         count = len(self.last["output_ids"]) if untouched else self._num_before_update
         span = VersionSpan(self._version.attempt, self._version.version, count)
-        return Generation(
-            self.last["output_ids"][:count], _logprobs(self.last)[:count], (span,) if count else (), "abort"
-        )
+        try:
+            ids, logprobs = self.last["output_ids"][:count], _logprobs(self.last)[:count]
+            earned = Generation(ids, logprobs, (span,) if count else (), "abort")
+            check_generation(earned, self._vocab_size, len(ids))
+        except NOT_UNDERSTOOD:
+            return Generation([], [], (), "abort")
+        return earned
 
     def _updates_now(self) -> tuple[int, int]:
         """Return both counts, since an update may have been under way already when the request began."""
@@ -412,16 +463,38 @@ def _generation(answer: dict[str, Any], adapter: PolicyVersion | None) -> Genera
     return Generation(answer["output_ids"], _logprobs(answer), tuple(spans), reason["type"])
 
 
+def check_generation(generation: Generation, vocab_size: int, max_new_tokens: int) -> None:
+    """Raise ValueError unless an answer can be that of the model to a request for so many tokens."""
+    ids, spans = generation.output_ids, generation.spans
+    if not isinstance(ids, list) or not all(type(token) is int and 0 <= token < vocab_size for token in ids):
+        raise ValueError(f"token ids outside the vocabulary of {vocab_size}")
+    if len(ids) > max_new_tokens or len(generation.logprobs) != len(ids):
+        raise ValueError(
+            f"{len(ids)} tokens and {len(generation.logprobs)} log-probs; asked for: {max_new_tokens} tokens"
+        )
+    ends = [span.end for span in spans]
+    if not all(type(end) is int for end in ends) or sorted(ends) != ends or (ids and ends[-1:] != [len(ids)]):
+        raise ValueError(f"versions up to {ends}, and {len(ids)} tokens")
+    if ends and not 0 <= ends[0] <= ends[-1] <= len(ids):
+        raise ValueError(f"versions up to {ends}, and {len(ids)} tokens")
+    if generation.finish_reason not in FINISH_REASONS:
+        raise ValueError(f"the finish reason {generation.finish_reason!r}")
+
+
 def parse_load(text: str) -> EngineLoad:
     """Return the load from SGLang's metrics; label sets (ranks) are summed, and the largest usage counts."""
     values: dict[str, list[float]] = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
             values.setdefault(sample.name.removeprefix("sglang:"), []).append(sample.value)
+
+    def total(name: str) -> int:
+        return int(sum(value for value in values.get(name, []) if math.isfinite(value)))
+
     return EngineLoad(
-        kv_usage=max(values.get("token_usage", [0.0])),
-        num_queued=int(sum(values.get("num_queue_reqs", [0]))),
-        num_retracted=int(sum(values.get("num_retracted_requests_total", [0]))),
-        num_generated_tokens=int(sum(values.get("generation_tokens_total", [0]))),
-        num_used_tokens=int(sum(values.get("num_used_tokens", [0]))),
+        kv_usage=max((value for value in values.get("token_usage", []) if math.isfinite(value)), default=0.0),
+        num_queued=total("num_queue_reqs"),
+        num_retracted=total("num_retracted_requests_total"),
+        num_generated_tokens=total("generation_tokens_total"),
+        num_used_tokens=total("num_used_tokens"),
     )

@@ -62,6 +62,10 @@ class EngineUpdates(ABC):
                 await self._retreat()
                 is_refusal = isinstance(error, EngineRefused)
                 return ControlReply(ok=False, message=str(error), is_refusal=is_refusal)
+            except Exception as error:  # the edge of a request: whoever asked waits for an answer
+                log.exception("%s failed", type(request).__name__)
+                await self._retreat()
+                return ControlReply(ok=False, message=f"{type(error).__name__}: {error}")
 
     async def leave(self) -> None:
         """Leave the engine to itself when the worker ends."""

@@ -96,7 +96,11 @@ class GroupRunner:
                 evaluation, the others are failures among the outcomes.
         """
         resume = task.resume or ResumePoint(ticket=task.ticket)
-        known = {outcome.index: outcome for outcome in resume.outcomes if _is_kept(outcome)}
+        known = {
+            outcome.index: outcome
+            for outcome in resume.outcomes
+            if outcome.index in task.rows and _is_kept(outcome)
+        }
         replays = {progress.index: progress.turns for progress in resume.progress}
         open_session = self._opener(task)
         opened = {
@@ -182,13 +186,15 @@ class GroupRunner:
         return SampleFailure(index=session.index, reason="workflow_error", message=cause)
 
     async def _with_idle_limit(self, session: SampleSession) -> float:
-        task = asyncio.ensure_future(self._workflow.run(session))
+        task = asyncio.ensure_future(_run_contained(self._workflow, session))
         try:
             while not task.done():
                 await asyncio.wait({task}, timeout=WORKFLOW_IDLE_SECONDS / 10)
                 idle = session.idle_seconds(self._clock())
                 if not task.done() and idle > WORKFLOW_IDLE_SECONDS:
                     raise TimeoutError(f"the workflow did nothing for {idle:.0f} s")
+            if task.cancelled():  # not by us: whoever cancels us ends the wait above
+                raise RuntimeError("the workflow awaited something that was cancelled")
             return task.result()
         finally:
             task.cancel()
@@ -200,6 +206,14 @@ class GroupRunner:
 def _is_kept(outcome: SampleOutcome) -> bool:
     """Return whether an outcome in a resume point stands; an earlier version may have stored any."""
     return isinstance(outcome, SampleFailure) or not unusable_number(outcome)
+
+
+async def _run_contained(workflow: Workflow, session: SampleSession) -> float:
+    """Run user code. One that exits fails its sample; as it is, it would take the worker with it."""
+    try:
+        return await workflow.run(session)
+    except (SystemExit, KeyboardInterrupt) as error:
+        raise RuntimeError(f"the workflow raised {type(error).__name__}: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -36,10 +36,18 @@ class PromptRenderer:
             messages = [{"role": "user", "content": text}] if isinstance(value, str) else list(value)
             if self._system_prompt:
                 messages = [{"role": "system", "content": self._system_prompt}, *messages]
-            ids = self._encode(self._render(messages, add_generation_prompt=True))
+            ids = self._encode(self._conversation(messages))
         if not ids:
             raise PromptError(f"field {self._field!r} is empty: there is nothing to go on from")
         return [int(token) for token in ids]
+
+    def _conversation(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """Return a row's conversation as text; templates may raise anything for messages of odd shapes."""
+        try:
+            return self._render(messages, add_generation_prompt=True)
+        except Exception as error:
+            why = f"{type(error).__name__}: {error}"
+            raise PromptError(f"field {self._field!r} does not suit the chat template: {why}") from error
 
     def next_turn_ids(self, message: str, last_token: int) -> list[int]:
         """Return the ids of a user message after an answer, up to the point from which the policy continues.

@@ -14,12 +14,14 @@ from asyncrl_api.run_config import RunningSpec
 from asyncrl_runtime.contract.broker import Delivery, DeliverySource, TransportError, WorkerBroker
 from asyncrl_runtime.contract.messages import (
     EVALUATION_ROWS,
+    ControlReply,
     CurrentVersion,
     Heartbeat,
     decode,
     decode_request,
     encode,
 )
+from asyncrl_runtime.contract.refused import Refusals, one_line
 from asyncrl_runtime.rollout.concurrency import ConcurrencyLimit, Slots, Taken
 from asyncrl_runtime.rollout.engine_api import Engine, EngineLost
 from asyncrl_runtime.rollout.engine_monitor import EngineMonitor
@@ -79,6 +81,7 @@ class Worker:
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopping = asyncio.Event()
         self._current: CurrentVersion | None = None
+        self._refusals = Refusals()
         self._num_failures = 0
         self._last_error = ""
 
@@ -215,7 +218,12 @@ class Worker:
 
     async def _update(self, request: bytes) -> bytes:
         """Handle one phase of an update of the weights; return the reply."""
-        return encode(await self._updates.handle(decode_request(request)))
+        try:
+            asked = decode_request(request)
+        except ValueError as error:
+            self._refusals.add("request of a trainer", str(error))
+            return encode(ControlReply(ok=False, message=one_line(str(error))))
+        return encode(await self._updates.handle(asked))
 
     async def _poll_state(self) -> None:
         """Act on the job's state, read every STATE_POLL_SECONDS, as on a change; nobody wakes it earlier."""
@@ -229,15 +237,18 @@ class Worker:
 
     def _apply(self, key: str, data: bytes) -> None:
         if key == "version" and data:
-            self._current = decode(data, CurrentVersion)
+            try:
+                self._current = decode(data, CurrentVersion)
+            except ValueError as error:
+                self._refusals.add("announcement of a version", str(error))
         elif key == "live" and data:
             self._apply_live_values(data)
 
     def _apply_live_values(self, data: bytes) -> None:
         try:
             passed_over = self._spec.take_over(json.loads(data))
-        except (SpecError, ValueError) as error:
-            log.warning("live values are ignored: %s", error)
+        except (SpecError, ValueError, RecursionError) as error:
+            self._refusals.add("live values", str(error))
             return
         if passed_over:
             log.warning("%s", passed_over)

@@ -25,9 +25,16 @@ from asyncrl_api.report import CheckpointReport, EvaluationReport, Report
 from asyncrl_api.run_config import RunConfig, RunningSpec
 from asyncrl_api.spec_views import FrozenSpec
 from asyncrl_runtime.contract.broker import TrainerBroker, TransportError
+from asyncrl_runtime.contract.refused import Refusals
 from asyncrl_runtime.contract.rows import prompt_text
 from asyncrl_runtime.history.ledger_writer import Ledger, Superseded
-from asyncrl_runtime.model.source import ensure_model, load_tokenizer, warmup_prompts, weight_names
+from asyncrl_runtime.model.source import (
+    ensure_model,
+    load_tokenizer,
+    vocab_size,
+    warmup_prompts,
+    weight_names,
+)
 from asyncrl_runtime.trainer.attempt import Attempt
 from asyncrl_runtime.trainer.books.books import Books
 from asyncrl_runtime.trainer.books.checkpoints import (
@@ -153,13 +160,14 @@ async def _lead(config: RunConfig, options: Options, model_folder: Path, ranks: 
     rows = await asyncio.to_thread(load_rows, config.spec)
     storage_bytes = parse_quantity(config.spec.messaging.embedded.storage.size)
     name = f"trainer-{options.attempt}"
-    broker: TrainerBroker = await TrainerEnd.connect(config.nats, config.names, name, storage_bytes)
+    refusals = Refusals()
+    broker: TrainerBroker = await TrainerEnd.connect(config.nats, config.names, name, storage_bytes, refusals)
     try:
         await broker.take_lease(options.attempt, f"{socket.gethostname()}-{os.getpid()}")
         fleet = Fleet(time.monotonic)
         await broker.hear_heartbeats(fleet.heard, fleet.was_deaf)
         parts, side_tasks, restored = await _open_parts(
-            config, options, model_folder, ranks, rows, broker, fleet, start
+            config, options, model_folder, ranks, rows, broker, fleet, start, refusals
         )
         attempt = Attempt(parts, restored)
         if restored is None:
@@ -208,6 +216,7 @@ async def _open_parts(
     broker: TrainerBroker,
     fleet: Fleet,
     start: Start,
+    refusals: Refusals,
 ) -> tuple[AttemptParts, SideTasks, Position | None]:
     """Claim the history, restore the newest checkpoint of it, and find or make the streams."""
     config.job_folder.mkdir(parents=True, exist_ok=True)  # a claim is empty at first
@@ -228,7 +237,8 @@ async def _open_parts(
         history = read_ledger(ledger_path)
     await _load_policy(config, ranks, checkpoint)
 
-    books = restore_books(config, checkpoint, history)
+    num_ids = vocab_size(model_folder)
+    books = restore_books(config, options.attempt, checkpoint, history, refusals, num_ids)
     spec = RunningSpec(config.spec)
     streams = JobStreams(broker, books, spec.live_values())
     side_tasks = SideTasks(
@@ -247,9 +257,9 @@ async def _open_parts(
         ledger=ledger,
         ranks=ranks,
         fleet=fleet,
-        weights=_make_publisher(config, options, broker, fleet, ranks),
+        weights=_make_publisher(config, options, broker, fleet, ranks, refusals),
         checkpoints=checkpoints,
-        examiner=_make_evaluator(options, broker, streams, rows),
+        examiner=_make_evaluator(options, broker, streams, rows, refusals, num_ids),
         metrics=_open_metrics(config, options, books, checkpoint, rows, model_folder, start),
         failures=tuple(history.failures),
     )
@@ -282,9 +292,16 @@ def choose_checkpoint(config: RunConfig, checkpoints: Checkpoints, history: Hist
     return checkpoint
 
 
-def restore_books(config: RunConfig, checkpoint: Checkpoint | None, history: History) -> Books:
+def restore_books(
+    config: RunConfig,
+    attempt: int,
+    checkpoint: Checkpoint | None,
+    history: History,
+    refusals: Refusals,
+    vocabulary_size: int,
+) -> Books:
     """Return the books as the checkpoint has them; later steps of the ledger are to be repeated."""
-    books = Books(config.spec)
+    books = Books(config.spec, attempt=attempt, vocabulary_size=vocabulary_size, refusals=refusals)
     if checkpoint is not None:
         position = checkpoint.position
         books = Books(
@@ -295,6 +312,9 @@ def restore_books(config: RunConfig, checkpoint: Checkpoint | None, history: His
             began=history.began,
             position=position.stream_sequence,
             rewards=position.rewards,
+            attempt=attempt,
+            vocabulary_size=vocabulary_size,
+            refusals=refusals,
         )
     # The job was over, and has been given more steps; or a step was given up, with some of its tickets.
     books.add_discards(history.left_over)
@@ -321,7 +341,12 @@ async def _load_policy(config: RunConfig, ranks: Ranks, checkpoint: Checkpoint |
 
 
 def _make_publisher(
-    config: RunConfig, options: Options, broker: TrainerBroker, fleet: Fleet, ranks: Ranks
+    config: RunConfig,
+    options: Options,
+    broker: TrainerBroker,
+    fleet: Fleet,
+    ranks: Ranks,
+    refusals: Refusals,
 ) -> Publisher:
     """Return the publisher for the kind of weights that is trained: whoever publishes need not ask."""
     spec = config.spec.weight_sync
@@ -334,6 +359,7 @@ def _make_publisher(
             attempt=options.attempt,
             num_bytes=ranks.policy.num_bytes,
             timeout_seconds=spec.timeout_seconds,
+            refusals=refusals,
         )
 
     def buckets() -> list[LoadBucket]:
@@ -352,6 +378,7 @@ def _make_publisher(
         model_bytes=ranks.policy.num_bytes,
         timeout_seconds=spec.timeout_seconds,
         verify=options.verify_weights,
+        refusals=refusals,
     )
 
 
@@ -367,11 +394,24 @@ def choose_backend(spec: FrozenSpec, *, has_gpu: bool) -> str:
 
 
 def _make_evaluator(
-    options: Options, broker: TrainerBroker, streams: JobStreams, rows: Rows
+    options: Options,
+    broker: TrainerBroker,
+    streams: JobStreams,
+    rows: Rows,
+    refusals: Refusals,
+    vocabulary_size: int,
 ) -> Evaluator | None:
     if not rows.held_out:
         return None
-    return Evaluator(broker, options.attempt, rows.held_out, lambda: streams.generation, time.monotonic)
+    return Evaluator(
+        broker,
+        options.attempt,
+        rows.held_out,
+        lambda: streams.generation,
+        time.monotonic,
+        refusals,
+        vocabulary_size,
+    )
 
 
 def _open_metrics(

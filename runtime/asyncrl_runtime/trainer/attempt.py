@@ -211,7 +211,11 @@ class Attempt:
         seconds, self._step_began = now - self._step_began, now
         version = PolicyVersion(self._parts.attempt, self.version)
         counters = self._books.counters
-        self._metrics.update(max_steps=self.max_steps, num_engines=self._parts.weights.num_engines(version))
+        self._metrics.update(
+            max_steps=self.max_steps,
+            num_engines=self._parts.weights.num_engines(version),
+            num_refused_messages=self._books.refusals.num,
+        )
         self._metrics.log_step(
             {
                 "step": batch.version + 1,
@@ -227,6 +231,7 @@ class Attempt:
                 "dropped_samples": counters.num_dropped_samples,
                 "masked_tokens": counters.num_masked_tokens,
                 "failed_samples": counters.num_failed_samples,
+                "refused_messages": self._books.refusals.num,
                 "is_repeat": batch.is_repeat,
             }
         )

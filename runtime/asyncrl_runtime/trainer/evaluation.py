@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from asyncrl_api.report import EvaluationReport
-from asyncrl_runtime.contract.broker import Answers, HeldOutQuestions, TransportError
+from asyncrl_runtime.contract.broker import HeldOutQuestions, TransportError
 from asyncrl_runtime.contract.messages import (
     EVALUATION_ROWS,
     EvaluationResult,
@@ -18,6 +18,8 @@ from asyncrl_runtime.contract.messages import (
     encode,
     unusable_number,
 )
+from asyncrl_runtime.contract.refused import Refusals
+from asyncrl_runtime.trainer.books.arrivals import Expected, check_sample
 
 log = logging.getLogger(__name__)
 
@@ -43,12 +45,18 @@ class Evaluator:
         rows: Sequence[dict[str, Any]],
         stream_generation: Callable[[], int],
         clock: Callable[[], float],
+        refusals: Refusals | None = None,
+        vocabulary_size: int | None = None,
     ) -> None:
         """
         Args:
             stream_generation: returns a number that changes when the streams are made again: what was asked
                 is gone with them.
+            refusals: counts what arrives and is not taken.
+            vocabulary_size: the number of token ids; None: token ids of answers are not checked.
         """
+        self._refusals = refusals or Refusals()
+        self._vocabulary_size = vocabulary_size
         self._broker = broker
         self._attempt = attempt
         self._rows = rows
@@ -119,15 +127,33 @@ class Evaluator:
                     if generation != self._stream_generation():
                         generation = self._stream_generation()
                         await self._ask_open(evaluation, outcomes.keys(), max_new_tokens)
-                    result = await _next_result(answers)
+                    data = await answers.take()
                 except TransportError as error:
                     log.info("evaluation %s: %s; waiting", evaluation, error)
                     await asyncio.sleep(0.5)
                     continue
-                if result is not None and result.evaluation == evaluation:
-                    outcomes |= {outcome.index: outcome for outcome in result.outcomes}
+                taken = {} if data is None else self._taken(data, evaluation)
+                if taken.keys() - outcomes.keys():
                     answered_at = self._clock()
+                outcomes |= taken
         return [outcomes[index] for index in sorted(outcomes)]
+
+    def _taken(self, data: bytes, evaluation: str) -> dict[int, Sample | SampleFailure]:
+        """Return the outcomes in an answer, by index; none if it is not about what was asked."""
+        try:
+            result = decode(data, EvaluationResult)
+            if result.evaluation != evaluation:
+                return {}  # a late answer to an earlier one
+            for outcome in result.outcomes:
+                if not 0 <= outcome.index < len(self._rows):
+                    raise ValueError(f"row {outcome.index} of {len(self._rows)}")
+                if isinstance(outcome, Sample):
+                    asked = Expected(0, group_size=1, vocabulary_size=self._vocabulary_size)
+                    check_sample(outcome, asked)
+        except ValueError as error:
+            self._refusals.add("answer to held-out prompts", f"evaluation {evaluation}: {error}")
+            return {}
+        return {outcome.index: _checked(outcome) for outcome in result.outcomes}
 
     async def _ask_open(self, evaluation: str, answered: Iterable[int], max_new_tokens: int) -> None:
         """Ask what has no answer yet, and nothing else: questions of an earlier evaluation are dropped.
@@ -146,8 +172,3 @@ def _checked(outcome: Sample | SampleFailure) -> Sample | SampleFailure:
     if isinstance(outcome, Sample) and (fault := unusable_number(outcome)):
         return SampleFailure(index=outcome.index, reason="unusable_number", message=fault)
     return outcome
-
-
-async def _next_result(answers: Answers) -> EvaluationResult | None:
-    data = await answers.take()
-    return None if data is None else decode(data, EvaluationResult)

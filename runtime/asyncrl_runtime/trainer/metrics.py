@@ -52,7 +52,7 @@ class Metrics:
             try:
                 if json.loads(line)["step"] <= version:
                     kept.append(line)
-            except (ValueError, KeyError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 continue  # a crash left the line incomplete
         scratch = self._path.with_suffix(".tmp")
         scratch.write_text("".join(line + "\n" for line in kept))

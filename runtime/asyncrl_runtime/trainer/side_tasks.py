@@ -189,7 +189,7 @@ class SideTasks:
                 self._live_fault = ""
                 return False
             passed_over = self._spec.take_over(json.loads(text))
-        except (OSError, ValueError, SpecError) as error:
+        except (OSError, ValueError, RecursionError, SpecError) as error:
             if str(error) != self._live_fault:  # once, though it is read again and again
                 log.warning("live values in %s are ignored: %s", self._live_file, error)
                 self._live_fault = str(error)

@@ -56,6 +56,23 @@ TRANSIENT = (
 """The errors of what passes by itself: an outage, a restart, a stream that is being made again."""
 
 
+MALFORMED = (
+    json.JSONDecodeError,
+    UnicodeDecodeError,
+    msgspec.DecodeError,
+    RecursionError,
+    KeyError,
+    TypeError,
+    AttributeError,
+)
+"""What our client and we raise for an answer that is none of the server's: workers, too, may write to the
+subjects on which answers come."""
+
+
+class MalformedAnswer(Exception):
+    """An answer that is none of the server's. The question is put again."""
+
+
 class StreamFull(Exception):
     """The stream is at its byte limit and takes no more. It is tried again: the reader's purge makes room."""
 
@@ -71,6 +88,8 @@ def asking(what: str) -> Iterator[None]:
         yield
     except (*TRANSIENT, nats.js.errors.APIError, nats.errors.ConnectionClosedError) as error:
         raise TransportError(f"{what}: {type(error).__name__}: {error}") from error
+    except MALFORMED as error:
+        raise TransportError(f"{what}: a malformed answer: {type(error).__name__}: {error}") from error
 
 
 class Broker:
@@ -183,14 +202,10 @@ class Broker:
             reply = await self.client.request(
                 subject, payload, timeout=attempt_timeout_seconds, headers=headers
             )
-            answer = _answers.decode(reply.data)
-            if (error := answer.error) is None:
-                return PubAck(stream=answer.stream, seq=answer.seq, duplicate=answer.duplicate)
-            if error.get("err_code") == STREAM_FULL:
-                raise StreamFull(f"{subject}: {error.get('description')}")
-            raise nats.js.errors.APIError.from_error(error)
+            return _stored(reply.data, subject)
 
-        return await self.retry(attempt, f"publish {message_id} on {subject}", deadline_seconds, StreamFull)
+        what = f"publish {message_id} on {subject}"
+        return await self.retry(attempt, what, deadline_seconds, StreamFull, MalformedAnswer)
 
     async def publish_fenced(self, subject: str, payloads: Sequence[bytes], *, last_sequence: int) -> int:
         """Append messages of one publisher in order, each only if it is the next of the stream.
@@ -222,7 +237,7 @@ class Broker:
             if error.err_code == WRONG_LAST_SEQUENCE:
                 raise WrongLastSequence(f"{subject}: {error.description}") from error
             raise TransportError(f"publish on {subject}: {error.description}") from error
-        except TRANSIENT as error:
+        except (*TRANSIENT, *MALFORMED) as error:
             raise TransportError(f"publish on {subject}: {type(error).__name__}") from error
         return acks[-1].seq if acks else last_sequence
 
@@ -275,6 +290,24 @@ class _PublishAnswer(msgspec.Struct):
 _answers = msgspec.json.Decoder(_PublishAnswer)
 
 
+def _stored(data: bytes, subject: str) -> PubAck:
+    """Return what the answer to a publish says.
+
+    Raises:
+        StreamFull, MalformedAnswer: it is to be tried again.
+        nats.js.errors.APIError: the server refused the message.
+    """
+    try:
+        answer = _answers.decode(data)
+        if (error := answer.error) is None:
+            return PubAck(stream=answer.stream, seq=answer.seq, duplicate=answer.duplicate)
+        if error.get("err_code") == STREAM_FULL:
+            raise StreamFull(f"{subject}: {error.get('description')}")
+        raise nats.js.errors.APIError.from_error(error)
+    except MALFORMED as error:
+        raise MalformedAnswer(f"{type(error).__name__}: {error}: {data[:80]!r}") from error
+
+
 def _credentials(address: NatsAddress) -> dict[str, Any]:
     """Return the arguments with which `connect` says who we are.
 
@@ -287,7 +320,7 @@ def _credentials(address: NatsAddress) -> dict[str, Any]:
     try:
         values = json.loads(Path(path).read_text())
         return {"user": values["user"], "password": values["password"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise TransportError(
             f"NATS credentials {path}: must be JSON with user and password: {error}"
         ) from error

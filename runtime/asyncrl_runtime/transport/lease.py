@@ -14,7 +14,7 @@ import nats.js.errors
 
 from asyncrl_api.names import JobNames
 from asyncrl_runtime.history.ledger_writer import Superseded
-from asyncrl_runtime.transport.broker import TRANSIENT, WRONG_LAST_SEQUENCE, Broker
+from asyncrl_runtime.transport.broker import MALFORMED, TRANSIENT, WRONG_LAST_SEQUENCE, Broker
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +29,17 @@ class Holder(msgspec.Struct, frozen=True):
     attempt: int
     identity: str
     """The name of the process, so that two processes of one attempt are told apart."""
+
+
+def parse_holder(data: bytes) -> Holder | None:
+    """Return who holds the lease; None for a value that names nobody, which is written over."""
+    if not data:
+        return None
+    try:
+        return msgspec.json.decode(data, type=Holder)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        log.warning("lease: its value names no holder, and is written over: %s: %r", error, data[:80])
+        return None
 
 
 class _HeldByAnother(Exception):
@@ -73,7 +84,7 @@ class Lease:
             try:
                 if not await self._write(self._revision):
                     await self._take_again()
-            except (*TRANSIENT, nats.js.errors.APIError) as error:
+            except (*TRANSIENT, *MALFORMED, nats.js.errors.APIError) as error:
                 log.warning("lease: not renewed: %s: %s", type(error).__name__, error)
 
     async def _take_again(self) -> None:
@@ -97,9 +108,7 @@ class Lease:
         except nats.js.errors.NotFoundError:
             return None, 0
         revision = message.seq or 0
-        if not message.data:
-            return None, revision
-        return msgspec.json.decode(message.data, type=Holder), revision
+        return parse_holder(message.data or b""), revision
 
     async def _write(self, revision: int) -> bool:
         headers = {

@@ -18,7 +18,8 @@ from nats.aio.subscription import Subscription
 from nats.js import api
 
 from asyncrl_runtime.contract.broker import StreamMessage
-from asyncrl_runtime.transport.broker import TRANSIENT, Broker
+from asyncrl_runtime.contract.refused import Refusals
+from asyncrl_runtime.transport.broker import MALFORMED, TRANSIENT, Broker
 
 log = logging.getLogger(__name__)
 
@@ -41,13 +42,16 @@ class OrderedReader:
     name that has the next sequence. Ends only when its task is cancelled or `stop` is called.
     """
 
-    def __init__(self, broker: Broker, stream: str, start_sequence: int) -> None:
+    def __init__(
+        self, broker: Broker, stream: str, start_sequence: int, refusals: Refusals | None = None
+    ) -> None:
         self._broker = broker
         self._stream = stream
         self.next_sequence = start_sequence
         """The sequence of the first message not seen yet."""
         self.num_holes = 0
         self.num_reopened = 0
+        self._refusals = refusals or Refusals()
         self._stopped = False
 
     def stop(self) -> None:
@@ -57,7 +61,7 @@ class OrderedReader:
         while not self._stopped:
             try:
                 consumer = await self._open()
-            except (*TRANSIENT, nats.js.errors.APIError) as error:
+            except (*TRANSIENT, *MALFORMED, nats.js.errors.APIError) as error:
                 log.info("reader of %s: %s: %s; waiting", self._stream, type(error).__name__, error)
                 await asyncio.sleep(0.25)
                 continue
@@ -102,24 +106,28 @@ class OrderedReader:
             headers = message.headers or {}
             status = None if message.data else headers.get("Status")
             if status == HEARTBEAT:
-                in_consumer = int(headers.get("Nats-Last-Consumer", 0))
-                if in_consumer > consumer_sequence:
+                if _number(headers.get("Nats-Last-Consumer")) > consumer_sequence:
                     self._note_hole(f"up to {headers.get('Nats-Last-Stream')}")
                     return
                 continue
             if status is not None:  # a pull is over
                 if (not_delivered := headers.get("Nats-Pending-Messages")) is None:
                     return  # and so is the consumer
-                left -= int(not_delivered)
+                left -= _number(not_delivered)
                 continue
-            in_stream, in_consumer = _sequences(message.reply)
+            place = _sequences(message.reply)
+            if place is None:
+                self._refusals.add("message of no stream", f"{message.subject}: {message.reply!r}")
+                continue
+            in_stream, in_consumer = place
             if in_consumer != consumer_sequence + 1:
                 self._note_hole(f"before {in_stream}")
                 return
             consumer_sequence += 1
             left -= 1
             self.next_sequence = in_stream + 1
-            yield StreamMessage(in_stream, message.subject, message.data)
+            message_id = headers.get("Nats-Msg-Id", "")
+            yield StreamMessage(in_stream, message.subject, message.data, message_id)
 
     def _note_hole(self, where: str) -> None:
         log.warning("reader of %s: messages lost %s", self._stream, where)
@@ -154,11 +162,24 @@ async def _next(arrivals: asyncio.Queue[Msg]) -> Msg | None:
         return None
 
 
-def _sequences(reply: str) -> tuple[int, int]:
+def _sequences(reply: str) -> tuple[int, int] | None:
     """Return a message's place in the stream and in the consumer, from its reply subject (NATS ADR-15).
 
     `Msg.metadata` parses more of it, a date among others, and takes as long as decoding the message does.
+    None: no stream has delivered it, for others may also write to our inbox.
     """
     tokens = reply.split(".")
     place = 5 if len(tokens) == 9 else 7  # after a domain and an account where servers name them
-    return int(tokens[place]), int(tokens[place + 1])
+    found = tokens[place : place + 2]
+    if tokens[:2] != ["$JS", "ACK"] or len(found) < 2 or not all(map(_is_number, found)):
+        return None
+    return int(found[0]), int(found[1])
+
+
+def _number(text: str | None) -> int:
+    """Return a number of a header; 0 for what is none."""
+    return int(text) if text is not None and _is_number(text) else 0
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) <= 20

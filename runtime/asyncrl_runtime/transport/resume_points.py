@@ -8,7 +8,8 @@ from nats.js.kv import KeyValue
 from asyncrl_api.names import JobNames
 from asyncrl_runtime.contract.broker import PayloadTooLarge
 from asyncrl_runtime.contract.messages import ResumePoint, decode, encode
-from asyncrl_runtime.transport.broker import TRANSIENT, Broker
+from asyncrl_runtime.contract.refused import Refusals
+from asyncrl_runtime.transport.broker import MALFORMED, TRANSIENT, Broker
 
 log = logging.getLogger(__name__)
 
@@ -20,6 +21,7 @@ class ResumePoints:
         self._broker = broker
         self._names = names
         self._bucket = bucket
+        self._refusals = Refusals()
 
     async def write(self, resume: ResumePoint) -> None:
         data = encode(resume)
@@ -32,14 +34,20 @@ class ResumePoints:
     async def read(self, ticket: int) -> ResumePoint | None:
         try:
             entry = await self._bucket.get(f"part.{ticket}")
-        except (*TRANSIENT, nats.js.errors.APIError):
+        except (*TRANSIENT, *MALFORMED, nats.js.errors.APIError):
             return None
-        return decode(entry.value, ResumePoint) if entry.value else None
+        if not entry.value:
+            return None
+        try:
+            return decode(entry.value, ResumePoint)
+        except ValueError as error:
+            self._refusals.add("resume point", f"ticket {ticket}: {error}")
+            return None
 
     async def delete(self, ticket: int) -> None:
         """Delete without leaving a marker: there would be one for every ticket that ever came back."""
         bucket = self._names.state_bucket
         try:
             await self._broker.jetstream.purge_stream(f"KV_{bucket}", subject=f"$KV.{bucket}.part.{ticket}")
-        except (*TRANSIENT, nats.js.errors.APIError) as error:
+        except (*TRANSIENT, *MALFORMED, nats.js.errors.APIError) as error:
             log.info("ticket %d: the resume point was not deleted: %s", ticket, error)

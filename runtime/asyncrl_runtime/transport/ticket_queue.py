@@ -11,7 +11,8 @@ from nats.aio.msg import Msg
 from nats.js import JetStreamContext
 
 from asyncrl_api.names import ASK_CONSUMER, PROMPT_CONSUMER, JobNames
-from asyncrl_runtime.transport.broker import TRANSIENT, Broker
+from asyncrl_runtime.contract.refused import Refusals
+from asyncrl_runtime.transport.broker import MALFORMED, TRANSIENT, Broker
 from asyncrl_runtime.transport.streams import (
     ACK_WAIT_SECONDS,
     QUESTION_ACK_WAIT_SECONDS,
@@ -30,9 +31,14 @@ class NatsDelivery:
     """A message in this worker's hands until it is acknowledged or handed back."""
 
     def __init__(self, message: Msg, is_ticket: bool) -> None:
+        """Raises ValueError if no stream has delivered the message: others may write to our inbox too."""
         self._message = message
         self.is_ticket = is_ticket
         """Whether the message is from the prompt stream, not a question of an evaluation."""
+        try:
+            self._metadata = message.metadata
+        except (nats.errors.Error, ValueError, IndexError, OverflowError, OSError) as error:
+            raise ValueError(f"{message.subject}: reply {message.reply!r}: {error}") from error
 
     @property
     def data(self) -> bytes:
@@ -41,12 +47,12 @@ class NatsDelivery:
     @property
     def sequence(self) -> int:
         """The message's place in the stream: the ticket's number."""
-        return self._message.metadata.sequence.stream
+        return self._metadata.sequence.stream
 
     @property
     def is_redelivered(self) -> bool:
         """Whether somebody had it before: there may be a result, or a part of one."""
-        return self._message.metadata.num_delivered > 1
+        return self._metadata.num_delivered > 1
 
     async def acknowledge(self, attempts: int = 3) -> None:
         """Remove the message from the queue, and know that it is.
@@ -89,6 +95,7 @@ class TicketQueue:
         self._stream = stream
         self._has_tickets = has_tickets
         self._quiet_until = 0.0
+        self._refusals = Refusals()
         self.alive_seconds = TICKET_ALIVE_SECONDS if has_tickets else QUESTION_ALIVE_SECONDS
 
     @classmethod
@@ -114,13 +121,17 @@ class TicketQueue:
             messages = await self._subscription.fetch(1, timeout=TAKE_SECONDS)
         except nats.errors.TimeoutError:
             return None
-        except (*TRANSIENT, nats.js.errors.APIError) as error:
+        except (*TRANSIENT, *MALFORMED, nats.js.errors.APIError) as error:
             if clock() >= self._quiet_until:
                 log.info("%s: %s: %s; waiting", self._stream, type(error).__name__, error)
                 self._quiet_until = clock() + 10
             await asyncio.sleep(0.25)
             return None
-        return NatsDelivery(messages[0], self._has_tickets) if messages else None
+        try:
+            return NatsDelivery(messages[0], self._has_tickets) if messages else None
+        except ValueError as error:
+            self._refusals.add("message of no stream", str(error))
+            return None
 
 
 async def is_stored(broker: Broker, names: JobNames, ticket: int) -> bool:

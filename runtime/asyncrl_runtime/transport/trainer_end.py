@@ -12,7 +12,8 @@ from nats.js.api import ConsumerInfo
 
 from asyncrl_api.names import ANSWER_CONSUMER, PROMPT_CONSUMER, JobNames, NatsAddress
 from asyncrl_runtime.contract.broker import Answers, StreamFacts, StreamMessage
-from asyncrl_runtime.contract.messages import Heartbeat, decode
+from asyncrl_runtime.contract.messages import ENGINE_STATES, Heartbeat, decode
+from asyncrl_runtime.contract.refused import Refusals
 from asyncrl_runtime.transport.broker import Broker, asking
 from asyncrl_runtime.transport.lease import Holder, Lease
 from asyncrl_runtime.transport.reader import OrderedReader
@@ -31,24 +32,33 @@ class TrainerEnd:
 
     Args:
         storage_bytes: what the job may use on the broker's disk.
+        refusals: counts what arrives and is not taken.
     """
 
-    def __init__(self, broker: Broker, names: JobNames, storage_bytes: int) -> None:
+    def __init__(
+        self, broker: Broker, names: JobNames, storage_bytes: int, refusals: Refusals | None = None
+    ) -> None:
         self._broker = broker
+        self._refusals = refusals or Refusals()
         self._names = names
         self._storage_bytes = storage_bytes
         self._lease: Lease | None = None
 
     @classmethod
     async def connect(
-        cls, address: NatsAddress, names: JobNames, client_name: str, storage_bytes: int
+        cls,
+        address: NatsAddress,
+        names: JobNames,
+        client_name: str,
+        storage_bytes: int,
+        refusals: Refusals | None = None,
     ) -> Self:
         """Connect, waiting for a server that is still starting.
 
         Raises:
             TransportError: no server answered within the deadline; the message names the address.
         """
-        return cls(await Broker.connect(address, names, client_name), names, storage_bytes)
+        return cls(await Broker.connect(address, names, client_name), names, storage_bytes, refusals)
 
     @property
     def closed(self) -> asyncio.Event:
@@ -76,7 +86,12 @@ class TrainerEnd:
 
     async def hear_heartbeats(self, heard: Callable[[Heartbeat], None], was_deaf: Callable[[], None]) -> None:
         async def on_message(message: Msg) -> None:
-            heard(decode(message.data, Heartbeat))
+            try:
+                heartbeat = parse_heartbeat(message.subject, message.data)
+            except ValueError as error:
+                self._refusals.add("heartbeat", f"{message.subject}: {error}")
+                return
+            heard(heartbeat)
 
         self._broker.on_reconnected = was_deaf
         with asking("heartbeats"):
@@ -106,7 +121,7 @@ class TrainerEnd:
         stream = self._names.prompt_stream
         with asking(f"stream {stream}"):
             info = await self._broker.jetstream.stream_info(stream, subjects_filter=self._names.prompt("*"))
-        return {int(subject.rpartition(".")[2]) for subject in info.state.subjects or {}}
+        return queued_tickets(info.state.subjects or {}, self._refusals)
 
     async def make_streams(self, first_ticket: int | None, first_trajectory: int | None) -> None:
         chosen = {self._names.prompt_stream: first_ticket, self._names.trajectory_stream: first_trajectory}
@@ -143,7 +158,8 @@ class TrainerEnd:
             return await self._broker.publish_fenced(subject, payloads, last_sequence=last_ticket)
 
     def read_trajectories(self, start_sequence: int) -> AsyncIterator[StreamMessage]:
-        return aiter(OrderedReader(self._broker, self._names.trajectory_stream, start_sequence))
+        stream = self._names.trajectory_stream
+        return aiter(OrderedReader(self._broker, stream, start_sequence, self._refusals))
 
     async def last_delivered_ticket(self) -> int:
         delivered = (await self._prompt_consumer()).delivered
@@ -193,6 +209,32 @@ class TrainerEnd:
         finally:
             with asking("answers"):
                 await subscription.unsubscribe()
+
+
+def parse_heartbeat(subject: str, data: bytes) -> Heartbeat:
+    """Return a worker's word. Its name becomes part of subjects, so it must be the one that it speaks under.
+
+    Raises:
+        ValueError: it is no heartbeat, or not that of the worker on whose subject it came.
+    """
+    heartbeat = decode(data, Heartbeat)
+    if heartbeat.worker != subject.rpartition(".")[2]:
+        raise ValueError(f"it names the worker {heartbeat.worker[:80]!r}")
+    if heartbeat.engine_state not in ENGINE_STATES:
+        raise ValueError(f"it names the engine's state {heartbeat.engine_state[:80]!r}")
+    return heartbeat
+
+
+def queued_tickets(subjects: Iterable[str], refusals: Refusals) -> set[int]:
+    """Return the tickets that the subjects of the prompt stream name; others are counted and passed over."""
+    tickets = set()
+    for subject in subjects:
+        word = subject.rpartition(".")[2]
+        if word.isascii() and word.isdigit() and len(word) <= 18:
+            tickets.add(int(word))
+        else:
+            refusals.add("message without a ticket in the prompt stream", subject)
+    return tickets
 
 
 class _PulledAnswers:

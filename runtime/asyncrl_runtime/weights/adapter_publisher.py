@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from asyncrl_api.names import JobNames
 from asyncrl_runtime.contract.broker import Requests
 from asyncrl_runtime.contract.messages import AdapterChunk, ControlReply, LoadAdapter, PolicyVersion
+from asyncrl_runtime.contract.refused import Refusals
 from asyncrl_runtime.weights.engines import Engines, Member, Published
 from asyncrl_runtime.weights.fleet import Fleet
 
@@ -38,6 +39,7 @@ class AdapterPublisher(Engines):
         attempt: the trainer's attempt.
         num_bytes: the size of the adapters.
         timeout_seconds: the deadline of a phase; 0 scales it by the bytes.
+        refusals: counts what arrives and is not taken.
     """
 
     def __init__(
@@ -50,9 +52,16 @@ class AdapterPublisher(Engines):
         attempt: int,
         num_bytes: int,
         timeout_seconds: float = 0,
+        refusals: Refusals | None = None,
     ) -> None:
         super().__init__(
-            broker, names, fleet, attempt=attempt, num_bytes=num_bytes, timeout_seconds=timeout_seconds
+            broker,
+            names,
+            fleet,
+            attempt=attempt,
+            num_bytes=num_bytes,
+            timeout_seconds=timeout_seconds,
+            refusals=refusals,
         )
         self._load = load
 

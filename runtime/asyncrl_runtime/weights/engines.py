@@ -17,6 +17,7 @@ from asyncrl_runtime.contract.messages import (
     decode,
     encode,
 )
+from asyncrl_runtime.contract.refused import Refusals
 from asyncrl_runtime.weights.fleet import Fleet
 
 Member = tuple[str, str]
@@ -27,6 +28,8 @@ REFUSED_SECONDS = 300.0
 restarted in between."""
 MIN_REFUSALS = 5
 """How often each of them must have refused in that time."""
+MAX_RANKS = 4096
+"""More ranks than any engine has."""
 BASE_SECONDS = 15.0
 SLOWEST_BYTES_PER_SECOND = 50e6
 
@@ -57,7 +60,7 @@ class _Refusal:
     count: int = 0
 
 
-class Refusals:
+class RefusedUpdates:
     """Tells an engine that can never take the weights from one that could not just now.
 
     An engine that answers an update with a refusal is well, so nobody restarts it, and the trainer would
@@ -99,6 +102,18 @@ class Refusals:
         )
 
 
+def parse_reply(data: bytes) -> ControlReply:
+    """Return a worker's answer.
+
+    Raises:
+        ValueError: it is none, or an engine of that many ranks cannot be.
+    """
+    reply = decode(data, ControlReply)
+    if not 1 <= reply.num_ranks <= MAX_RANKS:
+        raise ValueError(f"an engine of {reply.num_ranks} ranks")
+    return reply
+
+
 class Publisher(Protocol):
     """Brings engines to a version, whatever kind of weights is trained. One publication at a time."""
 
@@ -136,6 +151,7 @@ class Engines:
         attempt: the trainer's attempt.
         num_bytes: the size of what is published.
         timeout_seconds: the deadline of a phase; 0 scales it by the bytes.
+        refusals: counts what arrives and is not taken.
     """
 
     def __init__(
@@ -147,14 +163,16 @@ class Engines:
         attempt: int,
         num_bytes: int,
         timeout_seconds: float = 0,
+        refusals: Refusals | None = None,
     ) -> None:
+        self._refusals = refusals or Refusals()
         self._broker = broker
         self._names = names
         self._fleet = fleet
         self._attempt = attempt
         self._timeout = timeout_seconds or BASE_SECONDS + num_bytes / SLOWEST_BYTES_PER_SECOND
         self._at: dict[Member, PolicyVersion] = {}
-        self._refusals = Refusals()
+        self._refused_updates = RefusedUpdates()
         self._failed_after: dict[str, Heartbeat] = {}  # worker -> its last word before it failed
 
     def behind(self, version: PolicyVersion) -> list[Member]:
@@ -199,19 +217,25 @@ class Engines:
     async def _ask_one(self, member: Member, request: Message, timeout_seconds: float) -> ControlReply | None:
         subject = self._names.control(member[0])
         answer = await self._broker.request(subject, encode(request), timeout_seconds)
-        reply = None if answer is None else decode(answer, ControlReply)
-        if reply is not None and reply.is_refusal:
-            self._refusals.refused(member[0], reply.message, self._fleet.now())
+        if answer is None:
+            return None
+        try:
+            reply = parse_reply(answer)
+        except ValueError as error:
+            self._refusals.add("reply of a worker", f"{subject}: {error}")
+            return None
+        if reply.is_refusal:
+            self._refused_updates.refused(member[0], reply.message, self._fleet.now())
         return reply
 
     def _got(self, member: Member, version: PolicyVersion) -> None:
         """Note that an engine has said that it is at `version`."""
         self._at[member] = version
-        self._refusals.accepted(member[0])
+        self._refused_updates.accepted(member[0])
 
     def _check_refusals(self) -> None:
         """Raise WeightsRefused if all living engines have refused for too long."""
-        self._refusals.check([beat.worker for beat in self._fleet.living], self._fleet.now())
+        self._refused_updates.check([beat.worker for beat in self._fleet.living], self._fleet.now())
 
     def _has(self, beat: Heartbeat, version: PolicyVersion) -> bool:
         """Return whether an engine has `version`. What we saw committed counts before the heartbeat."""

@@ -22,6 +22,7 @@ from asyncrl_runtime.contract.messages import (
     ProbeEngine,
     ReceiveBucket,
 )
+from asyncrl_runtime.contract.refused import Refusals
 from asyncrl_runtime.weights.bucket import Bucket
 from asyncrl_runtime.weights.engines import Engines, Member, Published
 from asyncrl_runtime.weights.fleet import Fleet
@@ -56,6 +57,7 @@ class WeightPublisher(Engines):
         host: the address at which engines reach this process.
         timeout_seconds: the deadline of a phase; 0 scales it by the model's bytes.
         verify: whether to compare the checksums of all engines that were brought to the same version.
+        refusals: counts what arrives and is not taken.
     """
 
     def __init__(
@@ -72,9 +74,16 @@ class WeightPublisher(Engines):
         model_bytes: int,
         timeout_seconds: float = 0,
         verify: bool = False,
+        refusals: Refusals | None = None,
     ) -> None:
         super().__init__(
-            broker, names, fleet, attempt=attempt, num_bytes=model_bytes, timeout_seconds=timeout_seconds
+            broker,
+            names,
+            fleet,
+            attempt=attempt,
+            num_bytes=model_bytes,
+            timeout_seconds=timeout_seconds,
+            refusals=refusals,
         )
         self._buckets = buckets
         self._groups = groups

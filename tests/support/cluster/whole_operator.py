@@ -85,6 +85,8 @@ class World:
         """All calls of the operator that change something: verb and path, and status of the answer."""
         self.defaults = DEFAULTS
         """The defaults of the operator that is started next."""
+        self.are_controllers_away = False
+        """Whether nobody acts on objects but operator and user."""
         self.num_lists = 0
         """The number of pages that the operator has asked for."""
         self.server = MemoryApiServer(CRD, self.now)
@@ -276,7 +278,8 @@ async def running_world(on_the_way: OnTheWay = pass_on) -> AsyncIterator[World]:
 
     async def turn() -> None:
         while True:
-            world.controllers.settle()
+            if not world.are_controllers_away:
+                world.controllers.settle()
             await asyncio.sleep(TURN_SECONDS)
 
     turns = asyncio.create_task(turn(), name="controllers")

@@ -14,6 +14,9 @@ from asyncrl_runtime.contract.numbers import is_usable
 
 M = TypeVar("M")
 
+MAX_FRAME_BYTES = 64 * 2**20
+"""More than any answer of ours has: the feedback of a reward is text for the policy."""
+
 
 class ScoreRequest(msgspec.Struct, frozen=True, array_like=True):
     """A response that must be scored: the arguments of `asyncrl_api.protocols.Reward`."""
@@ -80,7 +83,12 @@ async def receive(reader: asyncio.StreamReader, decoder: msgspec.msgpack.Decoder
         msgspec.DecodeError: something else wrote to the socket.
     """
     length = int.from_bytes(await reader.readexactly(4), "little")
-    return decoder.decode(await reader.readexactly(length))
+    if length > MAX_FRAME_BYTES:
+        raise msgspec.DecodeError(f"a frame of {length} bytes; at most {MAX_FRAME_BYTES}")
+    try:
+        return decoder.decode(await reader.readexactly(length))
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise msgspec.DecodeError(str(error)) from error
 
 
 def read(stream: BinaryIO, decoder: msgspec.msgpack.Decoder[M]) -> M | None:

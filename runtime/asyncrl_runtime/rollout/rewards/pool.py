@@ -112,6 +112,9 @@ class RewardProcess:
         except TimeoutError:
             await self.stop()
             raise RewardNotLoaded(f"loading it took more than {MAX_START_SECONDS:g} s") from None
+        except msgspec.DecodeError as error:
+            await self.stop()
+            raise RewardNotLoaded(f"something wrote to our socket while it loaded: {error}") from None
         except (EOFError, ConnectionError):
             status = await self.stop(patience_seconds=MAX_STOP_SECONDS)
             raise RewardNotLoaded(f"the process that was loading it {describe_end(status)}") from None

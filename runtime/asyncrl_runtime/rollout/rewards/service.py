@@ -52,9 +52,12 @@ class RewardService:
         return await asyncio.gather(*map(self._score, requests))
 
     async def _score(self, request: ScoreRequest) -> Score | RewardFailure:
-        body = msgspec.json.encode(
-            {"prompt": request.prompt, "response": request.response, "row": request.row}
-        )
+        try:
+            body = msgspec.json.encode(
+                {"prompt": request.prompt, "response": request.response, "row": request.row}
+            )
+        except (TypeError, ValueError) as error:
+            return RewardFailure("reward_error", f"the row cannot be sent as JSON: {error}")
         try:
             async with self._turns, asyncio.timeout(self._timeout_seconds):
                 answer = await self._client.post(
@@ -71,7 +74,19 @@ class RewardService:
                 "reward_error", f"{self._url} answered {answer.status_code}: {answer.text:.200}"
             )
         try:
-            score = msgspec.json.decode(answer.content, type=ServiceAnswer)
-        except msgspec.DecodeError as error:
+            score = parse_score(answer.content)
+        except ValueError as error:
             return RewardFailure("reward_error", f"{self._url} sent no reward: {error}: {answer.text:.200}")
         return Score(score.reward, score.feedback)
+
+
+def parse_score(content: bytes) -> ServiceAnswer:
+    """Return what a service answered.
+
+    Raises:
+        ValueError: it is no score.
+    """
+    try:
+        return msgspec.json.decode(content, type=ServiceAnswer)
+    except RecursionError as error:
+        raise ValueError(str(error)) from error

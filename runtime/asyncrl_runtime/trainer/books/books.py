@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 
 from asyncrl_api.job import Spec, StalenessSpec
 from asyncrl_api.ledger import RecordedStep
-from asyncrl_api.names import ticket_of
 from asyncrl_api.spec_views import LiveSpec
 from asyncrl_runtime.contract.broker import StreamMessage
 from asyncrl_runtime.contract.messages import Group, Tombstone
+from asyncrl_runtime.contract.refused import Refusals, one_line
+from asyncrl_runtime.trainer.books.arrivals import Expected, Unwanted, examine
 from asyncrl_runtime.trainer.books.bell import Bell
 from asyncrl_runtime.trainer.books.inbox import Inbox
 from asyncrl_runtime.trainer.books.staleness import LiveGroup, assess, cannot_be_trained, form_batch, reject
@@ -80,6 +81,9 @@ class Books:
         began: the version at which each attempt began new steps (attempt -> version).
         position: how far the trajectory stream has been dealt with, from the checkpoint.
         rewards: the range of rewards that the job has seen, from the checkpoint.
+        attempt: this attempt's number; 0: versions of samples are not checked.
+        vocabulary_size: the number of token ids; None: token ids of samples are not checked.
+        refusals: counts what arrives and is not taken.
     """
 
     def __init__(
@@ -92,6 +96,9 @@ class Books:
         began: Mapping[int, int] | None = None,
         position: int = 0,
         rewards: RewardRange | None = None,
+        attempt: int = 0,
+        vocabulary_size: int | None = None,
+        refusals: Refusals | None = None,
     ) -> None:
         self.gate_moved = Bell()
         """Rings for whoever issues tickets: the limit may have moved."""
@@ -99,7 +106,11 @@ class Books:
         """Rings for the training loop: a group has arrived, or something else needs to be looked at."""
         self.inbox = Inbox(position)
         self.counters = Counters()
+        self.refusals = refusals or Refusals()
         self._batch_size = spec.training.batch_size
+        self._group_size = spec.sampling.group_size
+        self._attempt = attempt
+        self._vocabulary_size = vocabulary_size
         self._live: LiveSpec = spec
         self._version = version
         self._book = book or TicketBook()
@@ -113,6 +124,8 @@ class Books:
         self._rewards = rewards
         self._mastered = ""
         self._num_issued = 0
+        self._most_issued = max([0, *(ticket for step in self._recorded for ticket in step.tickets)])
+        self._own_after: int | None = None
 
     @property
     def live(self) -> LiveSpec:
@@ -163,7 +176,10 @@ class Books:
 
     def issued(self, last_ticket: int) -> None:
         """Note that the prompt stream holds tickets up to this one."""
+        if self._own_after is None:
+            self._own_after = last_ticket
         self._num_issued = last_ticket
+        self._most_issued = max(self._most_issued, last_ticket)
 
     def issue_from(self, ticket: int) -> None:
         """Note that the prompt stream was made again and is empty: this ticket is its next."""
@@ -203,7 +219,14 @@ class Books:
 
     def take(self, message: StreamMessage) -> None:
         """Take the next message of the trajectory stream."""
-        arrived = self.inbox.take(message, self._is_done_with(message))
+        content = examine(message, self._expected())
+        if isinstance(content, Unwanted):
+            self.refusals.add(content.kind, content.why)
+            if content.given_up is None:
+                self.inbox.pass_over(message.sequence)
+                return
+            content = content.given_up
+        arrived = self.inbox.take(message.sequence, content, self.is_closed(content.ticket))
         if arrived is None:
             return
         self.news.ring()
@@ -222,8 +245,26 @@ class Books:
         live = self._live
         return assess(group, self._version, live.staleness, self._began, live.sampling.filter)
 
-    def _is_done_with(self, message: StreamMessage) -> bool:
-        return self.is_closed(ticket_of(message.subject))
+    def _expected(self) -> Expected:
+        highest = self._highest_plausible()
+        return Expected(
+            highest_ticket=highest,
+            group_size=self._group_size,
+            own_after=highest if self._own_after is None else self._own_after,
+            attempt=self._attempt,
+            version=self._version + 1,  # an engine may have it a moment before `advance` is called
+            vocabulary_size=self._vocabulary_size,
+        )
+
+    def _highest_plausible(self) -> int:
+        """Return a ticket that surely no worker was ever given a higher one than.
+
+        After a restart the streams may be gone, and with them what an earlier attempt has issued. It did not
+        go further beyond what is closed than the gate allowed it, and its discards, which end a job when they
+        are ten batches, are no longer known either.
+        """
+        ahead = (self._live.staleness.max_versions + 1) * self._batch_size
+        return max(self._most_issued, self._book.highest) + 2 * ahead + 20 * self._batch_size
 
     def is_known(self, ticket: int) -> bool:
         """Return whether a ticket is closed, or its group or a part of it has arrived."""
@@ -401,7 +442,7 @@ def _causes(discard: Discard, group: Group | Tombstone) -> list[str]:
         return [fault for sample in group.samples if (fault := cannot_be_trained(sample))][:1]
     if discard.reason != "failed":
         return []
-    return [f"{failure.reason}: {failure.message}" for failure in group.failures[:1]]
+    return [one_line(f"{failure.reason}: {failure.message}", 1000) for failure in group.failures[:1]]
 
 
 class RecordedValues(NamedTuple):

@@ -1,19 +1,7 @@
 """Prompt groups that have arrived and are not closed, and how far the stream has been dealt with."""
 
-import logging
-
-from asyncrl_api.names import ticket_of
-from asyncrl_runtime.contract.broker import StreamMessage
-from asyncrl_runtime.contract.messages import (
-    Group,
-    GroupPart,
-    Sample,
-    SampleFailure,
-    Tombstone,
-    decode,
-)
-
-log = logging.getLogger(__name__)
+from asyncrl_runtime.contract.messages import Group, GroupPart, Sample, SampleFailure, Tombstone
+from asyncrl_runtime.trainer.books.arrivals import UNDECODABLE, Arrived
 
 
 class Inbox:
@@ -40,20 +28,23 @@ class Inbox:
     def position(self) -> int:
         return min(self._first_sequence.values(), default=self._last_sequence + 1) - 1
 
-    def take(self, message: StreamMessage, is_closed: bool) -> Group | Tombstone | None:
-        """Take the next message; return the group that it completes, if any.
+    def pass_over(self, sequence: int) -> None:
+        """Note that the next message has been read and holds nothing for us."""
+        self._last_sequence = sequence
+
+    def take(self, sequence: int, content: Arrived, is_closed: bool) -> Group | Tombstone | None:
+        """Take the content of the next message; return the group that it completes, if any.
 
         Args:
             is_closed: whether its ticket is trained or discarded already.
         """
-        self._last_sequence = message.sequence
-        parsed = _parse(message)
-        ticket = parsed.ticket
+        self._last_sequence = sequence
+        ticket = content.ticket
         if is_closed or ticket in self.arrived:
             self.num_duplicates += 1
             return None
-        self._first_sequence.setdefault(ticket, message.sequence)
-        complete = self._assemble(parsed) if isinstance(parsed, GroupPart) else parsed
+        self._first_sequence.setdefault(ticket, sequence)
+        complete = self._assemble(content) if isinstance(content, GroupPart) else content
         if complete is not None:
             self._parts.pop(ticket, None)
             self.arrived[ticket] = complete
@@ -79,8 +70,11 @@ class Inbox:
         self._parts.clear()
         self._first_sequence.clear()
 
-    def _assemble(self, part: GroupPart) -> Group | None:
+    def _assemble(self, part: GroupPart) -> Group | Tombstone | None:
         parts = self._parts.setdefault(part.ticket, {})
+        if any(other.group_size != part.group_size for other in parts.values()):
+            message = "its samples came as parts of groups of different sizes"
+            return Tombstone(ticket=part.ticket, reason=UNDECODABLE, message=message)
         parts[part.outcome.index] = part
         if len(parts) < part.group_size:
             return None
@@ -93,12 +87,3 @@ class Inbox:
             worker=part.worker,
             seconds=part.seconds,
         )
-
-
-def _parse(message: StreamMessage) -> Group | GroupPart | Tombstone:
-    """Decode a message; one that cannot be decoded counts as a tombstone: its id keeps any other form out."""
-    try:
-        return decode(message.data, Group, GroupPart, Tombstone)
-    except ValueError as error:
-        log.error("message %d on %s: %s", message.sequence, message.subject, error)
-        return Tombstone(ticket=ticket_of(message.subject), reason="undecodable", message=str(error))
