@@ -87,7 +87,10 @@ class EngineClient:
         adapter = self._adapter
         body = self._body(requests, cache_salt, adapter)
         response = await self._until_lost(self._http.post("/generate", json=body))
-        earned = [_generation(answer, adapter) for answer in self._checked(response).json()]
+        earned = [
+            _generation(answer, adapter, answer["output_ids"], _logprobs(answer))
+            for answer in self._checked(response).json()
+        ]
         if not self._has_moved_on(adapter):
             return earned
         pairs = zip(requests, earned, strict=True)
@@ -108,7 +111,7 @@ class EngineClient:
                 not answer.is_whole
             ):  # otherwise nothing was lost, and going on would sample beyond the answer's end
                 raise BrokenStream(error, answer.earned()) from error
-        earned = _generation(answer.last, adapter)
+        earned = answer.whole()
         return await self._go_on(request, earned) if self._has_moved_on(adapter) else earned
 
     @property
@@ -351,7 +354,9 @@ class EngineClient:
 
 
 class _StreamedAnswer:
-    """A streamed answer so far: chunks are cumulative, and only the last one attests versions.
+    """A streamed answer so far: each chunk holds what is new, and only the last one attests versions.
+
+    A server may be told to repeat everything in each chunk, so how much of one is new follows from its count.
 
     In a broken answer, what came before the first update since the request began is from the version that the
     engine had then; what came later may be from that version or a newer one, so it is dropped. If the request
@@ -359,7 +364,9 @@ class _StreamedAnswer:
     """
 
     def __init__(self, weights: WeightsSeen, adapter: PolicyVersion | None) -> None:
-        self.last: dict[str, Any] = {}
+        self._last: dict[str, Any] = {}
+        self._output_ids: list[int] = []
+        self._logprobs: list[float] = []
         self._weights = weights
         self._adapter = adapter
         self._version = weights.version
@@ -369,22 +376,38 @@ class _StreamedAnswer:
 
     @property
     def is_whole(self) -> bool:
-        return bool(self.last and self.last["meta_info"].get("finish_reason"))
+        return bool(self._last and self._last["meta_info"].get("finish_reason"))
 
     def take(self, chunk: dict[str, Any]) -> None:
-        self.last = chunk
+        """Take the next chunk.
+
+        Raises:
+            EngineLost: tokens are missing between the chunks.
+        """
+        self._last = chunk
+        if num_new := chunk["meta_info"]["completion_tokens"] - len(self._output_ids):
+            if num_new > len(chunk["output_ids"]):
+                raise EngineLost(f"{num_new - len(chunk['output_ids'])} tokens of a stream are missing")
+            self._output_ids += chunk["output_ids"][-num_new:]
+            self._logprobs += _logprobs(chunk)[-num_new:]
         if self._updates_now() == self._updates:
-            self._num_before_update = len(chunk["output_ids"])
+            self._num_before_update = len(self._output_ids)
+
+    def whole(self) -> Generation:
+        """Return the answer, which is whole.
+
+        Raises:
+            EngineLost: as for `_generation`.
+        """
+        return _generation(self._last, self._adapter, self._output_ids, self._logprobs)
 
     def earned(self) -> Generation:
-        if not self.last or self._version is None:
+        if not self._last or self._version is None:
             return Generation([], [], (), "abort")
         untouched = self._adapter is not None or self._weights.num_updates_completed == self._completed
-        count = len(self.last["output_ids"]) if untouched else self._num_before_update
+        count = len(self._output_ids) if untouched else self._num_before_update
         span = VersionSpan(self._version.attempt, self._version.version, count)
-        return Generation(
-            self.last["output_ids"][:count], _logprobs(self.last)[:count], (span,) if count else (), "abort"
-        )
+        return Generation(self._output_ids[:count], self._logprobs[:count], (span,) if count else (), "abort")
 
     def _updates_now(self) -> tuple[int, int]:
         """Return both counts, since an update may have been under way already when the request began."""
@@ -395,21 +418,24 @@ def _logprobs(answer: dict[str, Any]) -> list[float]:
     return [entry[0] for entry in answer["meta_info"]["output_token_logprobs"]]
 
 
-def _generation(answer: dict[str, Any], adapter: PolicyVersion | None) -> Generation:
+def _generation(
+    answer: dict[str, Any], adapter: PolicyVersion | None, output_ids: list[int], logprobs: list[float]
+) -> Generation:
+    """Return what an answer, or the last chunk of a streamed one, says of these tokens."""
     meta = answer["meta_info"]
     reason = meta["finish_reason"]
     if status := reason.get("status_code"):  # it failed after its stream had begun as a 200
         raise (EngineRefused if status < 500 else EngineFailed)(f"{status}: {reason['message']}")
     if adapter is not None:
-        span = VersionSpan(adapter.attempt, adapter.version, len(answer["output_ids"]))
-        return Generation(answer["output_ids"], _logprobs(answer), merge_spans([span]), reason["type"])
+        span = VersionSpan(adapter.attempt, adapter.version, len(output_ids))
+        return Generation(output_ids, logprobs, merge_spans([span]), reason["type"])
     spans = []
     for span in meta["weight_versions"]:
         version = PolicyVersion.parse(span["version"])
         if version is None:
             raise EngineLost(f"sampled with weights that are not this job's: {span['version']!r}")
         spans.append(VersionSpan(version.attempt, version.version, span["end"]))
-    return Generation(answer["output_ids"], _logprobs(answer), tuple(spans), reason["type"])
+    return Generation(output_ids, logprobs, tuple(spans), reason["type"])
 
 
 def parse_load(text: str) -> EngineLoad:
