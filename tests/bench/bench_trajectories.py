@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -99,14 +100,14 @@ def make_group(ticket: int, fields: Sequence[dict[str, Any]]) -> Group:
     return Group(ticket=ticket, group_size=len(samples), samples=samples, worker="rollout-0", seconds=1.0)
 
 
-async def publish_all(broker: Broker, run: Run) -> float:
+async def publish_all(address: NatsAddress, broker: Broker, run: Run) -> float:
     """Publish tickets 1 to num_messages, IN_FLIGHT side by side; return when it began."""
     fields = sample_fields(run.case)
     numbers = range(1, run.case.num_messages + 1)
     payloads = {n: encode(make_group(n, fields)) for n in numbers if run.side == "bare"}
 
     state = await broker.jetstream.key_value(NAMES.state_bucket)
-    end = WorkerEnd(broker, NAMES, "rollout-0", state)
+    end = WorkerEnd(broker, address, NAMES, "rollout-0", state)
 
     async def publish_ours(ticket: int) -> None:
         await publish_result(end, make_group(ticket, fields))
@@ -170,7 +171,8 @@ async def _work(url: str, pipe: Connection, work: Callable[[Broker, Run], Awaita
 
 
 def run_process(url: str, pipe: Connection, is_worker: bool) -> None:
-    asyncio.run(_work(url, pipe, publish_all if is_worker else read_all))
+    publish = partial(publish_all, NatsAddress(url=url))
+    asyncio.run(_work(url, pipe, publish if is_worker else read_all))
 
 
 class Processes:

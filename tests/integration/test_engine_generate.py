@@ -184,40 +184,46 @@ def stream(engine: EngineProcess, **body: Any) -> list[Any]:
     return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
 
 
-def test_streams_are_cumulative(engine: EngineProcess) -> None:
+def test_a_stream_brings_each_token_once(engine: EngineProcess) -> None:
     engine.post("/slow_down", {"forward_sleep_time": 0.02})
     body = {"input_ids": PROMPT, "sampling_params": sampling(sampling_seed=3), "return_logprob": True}
-    *chunks, last = stream(engine, **body)
-    assert len(chunks) >= 8
+    chunks = stream(engine, **body)
+    assert len(chunks) >= 9
+    num_tokens = 0
     for chunk in chunks:
         meta, ids = chunk["meta_info"], chunk["output_ids"]
-        assert meta["finish_reason"] is None and "weight_versions" not in meta
-        assert meta["weight_version"] == "default"
-        assert ids == last["output_ids"][: len(ids)]
-        assert meta["output_token_logprobs"] == last["meta_info"]["output_token_logprobs"][: len(ids)]
-    assert last["meta_info"]["weight_versions"] == [{"version": "default", "start": 0, "end": 12}]
-    assert last["output_ids"] == engine.generate(**body)["output_ids"]
+        num_tokens += len(ids)
+        assert meta["completion_tokens"] == num_tokens and meta["weight_version"] == "default"
+        assert [triple[1] for triple in meta["output_token_logprobs"]] == ids
+        if chunk is not chunks[-1]:
+            assert meta["finish_reason"] is None and "weight_versions" not in meta
+    assert chunks[-1]["meta_info"]["weight_versions"] == [{"version": "default", "start": 0, "end": 12}]
+    whole = engine.generate(**body)
+    assert [token for chunk in chunks for token in chunk["output_ids"]] == whole["output_ids"]
+    triples = [triple for chunk in chunks for triple in chunk["meta_info"]["output_token_logprobs"]]
+    assert triples == whole["meta_info"]["output_token_logprobs"]
+    assert "".join(chunk["text"] for chunk in chunks) == whole["text"]
 
 
 def test_only_the_last_chunk_has_a_finish_reason(engine: EngineProcess) -> None:
     """Also at full speed, where a request ends before its chunks are on their way."""
     chunks = stream(engine, input_ids=[PROMPT] * 8, sampling_params=sampling(max_new_tokens=60))
     final = [c for c in chunks if c["meta_info"]["finish_reason"] or "weight_versions" in c["meta_info"]]
-    assert [len(c["output_ids"]) for c in final] == [60] * 8
+    assert [c["meta_info"]["completion_tokens"] for c in final] == [60] * 8
     assert sorted(c["index"] for c in final) == list(range(8))
 
 
 def test_stream_interval(engine: EngineProcess) -> None:
     engine.post("/slow_down", {"forward_sleep_time": 0.02})
     chunks = stream(engine, input_ids=PROMPT, sampling_params=sampling(stream_interval=5))
-    assert [len(c["output_ids"]) for c in chunks] == [1, 5, 10, 12]
+    assert [len(c["output_ids"]) for c in chunks] == [1, 4, 5, 2]
 
 
 def test_a_stream_of_a_list_tells_the_index(engine: EngineProcess) -> None:
     params = [sampling(max_new_tokens=n) for n in (3, 6)]
     chunks = stream(engine, input_ids=[[5], [6]], sampling_params=params)
-    final = {c["index"]: len(c["output_ids"]) for c in chunks if c["meta_info"]["finish_reason"]}
-    assert final == {0: 3, 1: 6}
+    counts = {c["index"]: c["meta_info"]["completion_tokens"] for c in chunks}
+    assert counts == {0: 3, 1: 6}
 
 
 @pytest.mark.parametrize(

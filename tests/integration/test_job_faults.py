@@ -3,6 +3,7 @@
 import asyncio
 import signal
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,37 @@ async def test_tickets_of_a_killed_worker_go_to_another(own_nats: NatsServer, tm
             print(f"\n{len(orphans)} tickets sampled {time.monotonic() - killed_at:.1f} s after the kill")
             assert {witness.groups[ticket].worker for ticket in orphans} == {"rollout-1"}
             await finish(harness)
+
+
+@pytest.mark.slow
+async def test_who_is_busy_is_not_taken_for_dead(
+    own_nats: NatsServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """User code blocks one of two workers, both get a tenth of a CPU, and the trainer stands still."""
+    monkeypatch.setenv("BLOCKS_ONCE", str(tmp_path))
+    job = build_job(
+        dataset={"source": "fault_data:many"},
+        workflow={"type": "Custom", "class": "fault_data:BlocksOnce"},
+        training={"batchSize": 4, "maxSteps": 8},
+        gpuBudget={"total": 3},
+    )
+    with JobHarness(tmp_path / "run", own_nats, job) as harness:
+        harness.start_rollout(0)
+        harness.start_rollout(1)
+        harness.start_trainer()
+        harness.wait_until((tmp_path / "blocked").exists)
+        for _ in range(40):
+            for number, seconds in ((signal.SIGSTOP, 0.09), (signal.SIGCONT, 0.01)):
+                harness.signal("rollout-0-worker", number)
+                harness.signal("rollout-1-worker", number)
+                await asyncio.sleep(seconds)
+        harness.signal("trainer", signal.SIGSTOP)
+        await asyncio.sleep(5)
+        harness.signal("trainer", signal.SIGCONT)
+        assert harness.wait("trainer") == 0
+        sampled = Counter((tmp_path / "samples").read_text().splitlines())
+        assert max(sampled.values()) == 2, "a group of two was sampled twice"
+        assert "held by nobody" not in harness.log_text("trainer")
 
 
 @pytest.mark.slow

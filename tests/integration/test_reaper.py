@@ -5,13 +5,14 @@ import time
 import pytest
 
 from asyncrl_api.names import JobNames, NatsAddress
-from asyncrl_runtime.contract.messages import Heartbeat
+from asyncrl_runtime.contract.messages import Heartbeat, PolicyVersion
 from asyncrl_runtime.trainer.reaper import UNHELD_SECONDS, Reaper
 from asyncrl_runtime.transport.broker import Broker
 from asyncrl_runtime.transport.streams import ACK_WAIT_SECONDS, make_streams
 from asyncrl_runtime.transport.ticket_queue import TAKE_SECONDS, NatsDelivery, TicketQueue
 from asyncrl_runtime.transport.trainer_end import TrainerEnd
 from asyncrl_runtime.weights.fleet import Fleet
+from support.engines.rollout_scene import SPEC, open_scene, publish
 
 STORAGE_BYTES = 2**28
 
@@ -80,3 +81,23 @@ async def test_a_hand_back_that_comes_too_late_does_no_harm(
     info = await broker.jetstream.stream_info(names.prompt_stream)
     assert info.state.messages == 0
     await broker.close()
+
+
+async def test_a_worker_keeps_a_ticket_that_it_is_given_again(
+    nats_address: NatsAddress, names: JobNames
+) -> None:
+    """It was slow, and taken for dead: a second copy of its work would make it slower yet."""
+    async with open_scene(nats_address, names) as scene:
+        [replica] = await scene.add("a")
+        await publish(scene.publisher(), PolicyVersion(1, 0), seed=1)
+        await replica.engine.slow_down(0.3)
+        [ticket] = await scene.issue(1, max_new_tokens=16)
+        await scene.until("the worker holds it", lambda: scene.held == {ticket})
+        for _ in range(2):
+            await scene.end.hand_back([ticket])
+            await scene.hear("a", 2)
+        await scene.sampled([ticket])
+        await scene.until("nothing is held", lambda: not scene.held)
+        assert scene.beat("a").num_sampled_tokens <= SPEC.sampling.group_size * 16
+        info = await scene.broker.jetstream.stream_info(names.prompt_stream)
+        assert info.state.messages == 0, "the ticket is acknowledged by its last delivery"

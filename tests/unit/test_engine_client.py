@@ -27,10 +27,13 @@ REQUEST = SamplingRequest(input_ids=[1, 2, 3], max_new_tokens=40, temperature=0.
 Reply = Callable[[Exchange], Awaitable[None]]
 
 
-def chunk(num_tokens: int, finish: str | None = None, versions: Sequence[tuple[str, int]] = ()) -> Any:
-    """What an engine has said so far: tokens 10, 11, 12 ... and versions with where each ends."""
-    ids = [10 + place for place in range(num_tokens)]
+def chunk(
+    num_tokens: int, finish: str | None = None, versions: Sequence[tuple[str, int]] = (), *, start: int = 0
+) -> Any:
+    """What an engine has said, from token `start` on: tokens 10, 11, 12 ... and where each version ends."""
+    ids = [10 + place for place in range(start, num_tokens)]
     meta: dict[str, Any] = {
+        "completion_tokens": num_tokens,
         "finish_reason": finish and {"type": finish},
         "output_token_logprobs": [[-token / 10, token, None] for token in ids],
     }
@@ -89,14 +92,20 @@ async def test_a_group_goes_out_as_one_request_and_comes_back_in_order() -> None
     }
 
 
-async def test_a_stream_is_asked_for_one_sequence_and_takes_the_last_piece() -> None:
+@pytest.mark.parametrize("starts", [(0, 1, 4), (0, 0, 0), (0, 1, 0)], ids=["new", "all so far", "some"])
+async def test_a_stream_is_asked_for_one_sequence_and_is_put_together(starts: Sequence[int]) -> None:
+    """A server may repeat in a chunk what it has said before."""
+
     async def reply(exchange: Exchange) -> None:
-        await exchange.events(chunk(1), chunk(4), chunk(6, "stop", [("1.3", 2), ("1.4", 6)]), "[DONE]")
+        first, second, last = starts
+        end = chunk(6, "stop", [("1.3", 2), ("1.4", 6)], start=last)
+        await exchange.events(chunk(1, start=first), chunk(4, start=second), end, "[DONE]")
         await exchange.end()
 
     async with talking(reply) as (client, server):
         generation = await client.stream(REQUEST)
     assert generation.output_ids == list(range(10, 16)) and generation.finish_reason == "stop"
+    assert generation.logprobs == [-token / 10 for token in range(10, 16)]
     assert generation.spans == (VersionSpan(1, 3, 2), VersionSpan(1, 4, 6))
     [body] = server.bodies
     assert body["stream"] and body["input_ids"] == [1, 2, 3] and "cache_salt" not in body
@@ -510,6 +519,17 @@ async def test_an_answer_that_was_whole_is_not_lost_with_its_connection() -> Non
     async with talking(reply) as (client, _):
         generation = await client.stream(REQUEST)
     assert (len(generation.output_ids), generation.finish_reason) == (3, "stop")
+
+
+async def test_a_stream_that_leaves_tokens_out_is_broken() -> None:
+    async def reply(exchange: Exchange) -> None:
+        await exchange.events(chunk(2), chunk(6, start=4))
+        await exchange.end()
+
+    async with talking(reply) as (client, _):
+        with pytest.raises(BrokenStream, match="2 tokens of a stream are missing") as broken:
+            await client.stream(REQUEST)
+    assert len(broken.value.earned.output_ids) == 2
 
 
 async def test_a_stream_that_ends_without_an_end_is_broken() -> None:

@@ -1,8 +1,10 @@
 """Who is alive, and which tickets of the dead come back."""
 
+import pytest
+
 from asyncrl_runtime.contract.messages import Heartbeat
 from asyncrl_runtime.trainer.reaper import AGAIN_SECONDS, UNHELD_SECONDS, Orphans
-from asyncrl_runtime.weights.fleet import SILENCE_SECONDS, Fleet
+from asyncrl_runtime.weights.fleet import BLOCKED_SECONDS, SILENCE_SECONDS, Fleet
 
 
 class World:
@@ -13,10 +15,16 @@ class World:
         self.fleet = Fleet(lambda: self.now)
         self.orphans = Orphans(self.fleet, lambda: self.now)
 
-    def hear(self, worker: str, *held: int) -> None:
+    def hear(self, worker: str, *held: int, late: float = 0.0) -> None:
         self.fleet.heard(
             Heartbeat(
-                worker=worker, incarnation="i", engine="e", engine_state="ready", version=None, held=held
+                worker=worker,
+                incarnation="i",
+                engine="e",
+                engine_state="ready",
+                version=None,
+                held=held,
+                late_seconds=late,
             )
         )
 
@@ -42,19 +50,20 @@ def test_a_delivery_that_nobody_has_told_of_is_an_orphan_after_a_while() -> None
     assert world.orphans.find([1, 2]) == [2]
 
 
-def test_a_ticket_is_handed_back_once_and_again_if_nobody_takes_it() -> None:
+def test_the_wait_between_two_hand_backs_of_a_ticket_doubles() -> None:
     world = World()
-    world.now += UNHELD_SECONDS
     assert world.orphans.find([1]) == []
     world.now += UNHELD_SECONDS
     assert world.orphans.find([1]) == [1]
-    world.now += AGAIN_SECONDS - 0.1
-    assert world.orphans.find([1]) == []
-    world.now += 0.1
-    assert world.orphans.find([1]) == [1]
+    for pause in (10, 20, 40, 80, 160, 160):
+        world.now += pause - 0.1
+        assert world.orphans.find([1]) == []
+        world.now += 0.1
+        assert world.orphans.find([1]) == [1]
 
 
-def test_a_ticket_that_was_taken_up_and_lost_again_counts_anew() -> None:
+def test_a_ticket_that_was_taken_up_and_lost_again_waits_too() -> None:
+    """Who is slow rather than dead loses its tickets again and again, and must not get ever more to do."""
     world = World()
     world.orphans.find([1])
     world.now += UNHELD_SECONDS
@@ -62,7 +71,59 @@ def test_a_ticket_that_was_taken_up_and_lost_again_counts_anew() -> None:
     world.hear("b", 1)
     assert world.orphans.find([1]) == []
     world.now += SILENCE_SECONDS
+    assert world.orphans.find([1]) == []
+    world.now += AGAIN_SECONDS - SILENCE_SECONDS
     assert world.orphans.find([1]) == [1]
+
+
+def test_nothing_is_forgotten_of_a_ticket_but_that_it_has_arrived() -> None:
+    world = World()
+    world.orphans.find([1])
+    world.now += UNHELD_SECONDS
+    assert world.orphans.find([1]) == [1]
+    assert world.orphans.find([]) == []
+    world.orphans.find([1])
+    world.now += UNHELD_SECONDS
+    assert world.orphans.find([1]) == [1]
+
+
+def test_a_busy_worker_keeps_what_it_holds_and_may_have_been_given_more() -> None:
+    world = World()
+    world.hear("a", 1)
+    world.orphans.find([1, 2])
+    for late in range(1, 20):
+        world.now += 1
+        world.hear("a", 1, late=late)
+        assert world.orphans.find([1, 2]) == []
+    world.hear("a", 1)
+    world.orphans.find([1, 2])
+    world.now += UNHELD_SECONDS
+    world.hear("a", 1)
+    assert world.orphans.find([1, 2]) == [2]
+
+
+def test_a_worker_that_is_blocked_for_too_long_is_dead_all_the_same(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    world = World()
+    world.hear("a", 1, late=BLOCKED_SECONDS - 1)
+    assert world.orphans.find([1]) == [] and world.fleet.living
+    for late in (BLOCKED_SECONDS, BLOCKED_SECONDS + 1):
+        world.hear("a", 1, late=late)
+    assert world.orphans.find([1]) == [1] and not world.fleet.living
+    assert caplog.text.count("worker a has been blocked for 300 s") == 1
+
+
+def test_who_speaks_seldom_may_be_silent_for_longer() -> None:
+    """It may have little of a CPU."""
+    world = World()
+    world.hear("a", 1)
+    world.now += SILENCE_SECONDS - 0.5
+    world.hear("a", 1)
+    world.now += SILENCE_SECONDS + 2
+    assert [beat.worker for beat in world.fleet.living] == ["a"] and world.orphans.find([1]) == []
+    world.now += 1
+    assert world.fleet.living == [] and world.orphans.find([1]) == [1]
 
 
 def test_nobody_is_dead_for_what_could_not_be_heard() -> None:

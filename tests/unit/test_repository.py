@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from support.engines.tiny_models import build_tokenizer
+
 ROOT = Path(__file__).parents[2]
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PACKAGES = [ROOT / path for path in PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]]
@@ -86,6 +88,16 @@ def test_messages_are_imported_without_torch_and_without_nats() -> None:
         "print(*{'torch', 'nats', 'transformers'} & set(sys.modules))"
     )
     assert python("-c", script).split() == []
+
+
+def test_a_worker_needs_no_torch(tmp_path: Path) -> None:
+    """It would take 240 MB of each rollout pod, and seconds of its start."""
+    build_tokenizer().save_pretrained(tmp_path)
+    script = (
+        "import sys, pathlib, asyncrl_runtime.rollout.assemble as worker; "
+        "worker.load_tokenizer(pathlib.Path(sys.argv[1])); print('torch' in sys.modules)"
+    )
+    assert python("-c", script, str(tmp_path)).split() == ["False"]
 
 
 @pytest.mark.parametrize("script", PROJECT["project"]["scripts"])

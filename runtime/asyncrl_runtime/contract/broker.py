@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 from asyncrl_runtime.contract.messages import Heartbeat, ResumePoint
 
@@ -211,6 +211,9 @@ class Delivery(Protocol):
     async def keep_alive(self) -> None:
         """Tell the broker that the work goes on, or it gives the message to another worker."""
 
+    async def renew(self, again: Self) -> None:
+        """Go on under a second delivery of this message to the same worker; the first is void."""
+
 
 class DeliverySource(Protocol):
     """A queue that workers pull from."""
@@ -258,11 +261,11 @@ class ResultStore(Protocol):
 class WorkerBroker(Connection, ResultStore, Protocol):
     """The broker as a worker uses it."""
 
-    async def say(self, heartbeat: Heartbeat) -> None:
-        """Tell the trainer that this worker lives.
+    async def beat(self, latest: Callable[[], Heartbeat], seconds: float) -> None:
+        """Tell the trainer every `seconds` that this worker lives, until cancelled; waits through outages.
 
-        Raises:
-            TransportError: it was not sent.
+        Args:
+            latest: returns what to say; called from another thread, since user code may block this one.
         """
 
     async def answer_requests(self, answer: Callable[[bytes], Awaitable[bytes]]) -> None:

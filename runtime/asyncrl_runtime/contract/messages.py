@@ -263,8 +263,12 @@ class CurrentVersion(Message, frozen=True, kw_only=True, tag="version.v1"):
     max_versions: int
 
 
+HEARTBEAT_SECONDS = 1.0
+"""How often a worker gives a sign of life."""
+
+
 class Heartbeat(Message, frozen=True, kw_only=True, tag="heartbeat.v1"):
-    """A worker's sign of life, once a second."""
+    """A worker's sign of life, every HEARTBEAT_SECONDS."""
 
     worker: str
     incarnation: str
@@ -284,6 +288,9 @@ class Heartbeat(Message, frozen=True, kw_only=True, tag="heartbeat.v1"):
     last_error: str = ""
     held: tuple[int, ...] = ()
     """The tickets that this worker holds; they are handed back when it falls silent."""
+    late_seconds: float = 0.0
+    """For how long the worker's event loop has not run although it should: user code may block it. It can
+    have been given tickets meanwhile that it does not know of."""
 
 
 ENGINE_STATES = ("down", "empty", "ready", "draining", "drained", "updating", "dirty")

@@ -36,7 +36,7 @@ class _Answers:
         self.changed = asyncio.Event()
         """Set when a stream has something new, and when the last request has finished."""
         self.fresh: dict[Request, Progress] = {}
-        """The updates not sent yet: only the newest one of each request, since they are cumulative."""
+        """The updates not sent yet: only the newest one of each request, since it holds all its tokens."""
         self.num_open = len(call.requests)
 
     def put(self, update: Progress) -> None:
@@ -127,12 +127,14 @@ class GenerateEndpoint:
         await send(_event(b"[DONE]", is_last=True))
 
     async def _chunks(self, call: Call) -> AsyncGenerator[dict[str, Any]]:
-        """Yield what each request has so far, again and again; in a batch, with the request's index."""
+        """Yield what each request has sampled since its last chunk; in a batch, with the request's index."""
         index = {request: i for i, request in enumerate(call.requests)}
+        num_sent = dict.fromkeys(call.requests, 0)
         async with self._running(call) as answers:
             while answers.num_open or answers.fresh:
                 for request, update in (await answers.take()).items():
-                    chunk = self._build(update)
+                    chunk = self._build(update, num_sent[request])
+                    num_sent[request] = len(update.output_ids)
                     if not call.is_single:
                         chunk["index"] = index[request]
                     yield chunk
@@ -163,8 +165,8 @@ class GenerateEndpoint:
             for request in call.requests:
                 del self._answers[request]
 
-    def _build(self, update: Progress) -> dict[str, Any]:
-        return build_response(update, self._scheduler.model, self._scheduler.version)
+    def _build(self, update: Progress, start: int = 0) -> dict[str, Any]:
+        return build_response(update, self._scheduler.model, self._scheduler.version, start)
 
 
 def _event(data: bytes, *, is_last: bool = False) -> dict[str, Any]:

@@ -12,14 +12,19 @@ from asyncrl_runtime.engine.requests import Request
 from asyncrl_runtime.engine.scheduler import Progress
 
 
-def build_response(update: Progress, model: CausalModel, version: str) -> dict[str, Any]:
+def build_response(update: Progress, model: CausalModel, version: str, start: int = 0) -> dict[str, Any]:
     """Return the answer, or the chunk of a stream, for one request.
+
+    Chunks are those of SGLang's `--incremental-streaming-output`: each holds only what is new, so that a long
+    answer costs as much as its tokens. Counts and version spans are those of the whole answer. A character
+    whose bytes come in two chunks is readable in neither text.
 
     Args:
         version: the server's label now, which a chunk before the last one carries.
+        start: the number of tokens in earlier chunks.
     """
     request = update.request
-    output_ids = update.output_ids.tolist()
+    output_ids = update.output_ids[start:].tolist()
     meta: dict[str, Any] = {
         "id": request.rid,
         "finish_reason": request.finish_reason if update.is_last else None,
@@ -27,14 +32,14 @@ def build_response(update: Progress, model: CausalModel, version: str) -> dict[s
         "weight_version": version,
         "num_retractions": request.num_retractions,
         "reasoning_tokens": 0,
-        "completion_tokens": len(output_ids),
+        "completion_tokens": len(update.output_ids),
         "cached_tokens": request.cached_tokens,
         "cached_tokens_details": None,
         "dp_rank": None,
     }
     if request.return_logprob:
         meta["input_token_logprobs"] = _input_logprobs(request)
-        meta["output_token_logprobs"] = _triples(update.output_logprobs, output_ids)
+        meta["output_token_logprobs"] = _triples(update.output_logprobs[start:], output_ids)
         meta["output_token_logprobs_length"] = len(output_ids)
     if update.is_last:
         meta["weight_version"] = request.weight_version

@@ -102,7 +102,10 @@ class EngineClient:
         response = self._checked(await self._until_lost(self._http.post("/generate", json=body)))
         with self._understanding("/generate"):
             pairs = zip(response.json(), requests, strict=True)
-            earned = [self._earned(answer, adapter, request) for answer, request in pairs]
+            earned = [
+                self._earned(answer, answer["output_ids"], _logprobs(answer), adapter, request)
+                for answer, request in pairs
+            ]
         if not self._has_moved_on(adapter):
             return earned
         both = zip(requests, earned, strict=True)
@@ -124,12 +127,19 @@ class EngineClient:
             ):  # otherwise nothing was lost, and going on would sample beyond the answer's end
                 raise BrokenStream(error, answer.earned()) from error
         with self._understanding("/generate"):
-            earned = self._earned(answer.last, adapter, request)
+            earned = self._earned(answer.last, answer.output_ids, answer.logprobs, adapter, request)
         return await self._go_on(request, earned) if self._has_moved_on(adapter) else earned
 
-    def _earned(self, answer: Any, adapter: PolicyVersion | None, request: SamplingRequest) -> Generation:
+    def _earned(
+        self,
+        answer: Any,
+        output_ids: list[int],
+        logprobs: list[float],
+        adapter: PolicyVersion | None,
+        request: SamplingRequest,
+    ) -> Generation:
         """Return what an answer to a request holds; raises whatever is raised for one that makes no sense."""
-        earned = _generation(answer, adapter)
+        earned = _generation(answer, adapter, output_ids, logprobs)
         check_generation(earned, self._vocab_size, request.max_new_tokens)
         return earned
 
@@ -394,7 +404,9 @@ class EngineClient:
 
 
 class _StreamedAnswer:
-    """A streamed answer so far: chunks are cumulative, and only the last one attests versions.
+    """A streamed answer so far: each chunk holds what is new, and only the last one attests versions.
+
+    A server may be told to repeat everything in each chunk, so how much of one is new follows from its count.
 
     In a broken answer, what came before the first update since the request began is from the version that the
     engine had then; what came later may be from that version or a newer one, so it is dropped. If the request
@@ -403,6 +415,8 @@ class _StreamedAnswer:
 
     def __init__(self, weights: WeightsSeen, adapter: PolicyVersion | None, vocab_size: int) -> None:
         self.last: dict[str, Any] = {}
+        self.output_ids: list[int] = []
+        self.logprobs: list[float] = []
         self._vocab_size = vocab_size
         self._weights = weights
         self._adapter = adapter
@@ -416,21 +430,32 @@ class _StreamedAnswer:
         return bool(self.last and self.last["meta_info"].get("finish_reason"))
 
     def take(self, chunk: dict[str, Any]) -> None:
-        """Take the next chunk; one that makes no sense raises something and leaves the answer as it was."""
-        count = len(chunk["output_ids"])
-        chunk["meta_info"].get("finish_reason")
+        """Take the next chunk; one that makes no sense raises something and leaves the answer as it was.
+
+        Raises:
+            EngineLost: tokens are missing between the chunks.
+        """
+        ids, logprobs, meta = chunk["output_ids"], _logprobs(chunk), chunk["meta_info"]
+        meta.get("finish_reason")
+        num_new = meta["completion_tokens"] - len(self.output_ids)
+        if num_new < 0 or len(logprobs) != len(ids):
+            raise ValueError(f"{num_new} new tokens, {len(ids)} ids and {len(logprobs)} log-probs in a chunk")
+        if num_new > len(ids):
+            raise EngineLost(f"{num_new - len(ids)} tokens of a stream are missing")
+        self.output_ids += ids[len(ids) - num_new :]
+        self.logprobs += logprobs[len(ids) - num_new :]
         self.last = chunk
         if self._updates_now() == self._updates:
-            self._num_before_update = count
+            self._num_before_update = len(self.output_ids)
 
     def earned(self) -> Generation:
         if not self.last or self._version is None:
             return Generation([], [], (), "abort")
         untouched = self._adapter is not None or self._weights.num_updates_completed == self._completed
-        count = len(self.last["output_ids"]) if untouched else self._num_before_update
+        count = len(self.output_ids) if untouched else self._num_before_update
         span = VersionSpan(self._version.attempt, self._version.version, count)
         try:
-            ids, logprobs = self.last["output_ids"][:count], _logprobs(self.last)[:count]
+            ids, logprobs = self.output_ids[:count], self.logprobs[:count]
             earned = Generation(ids, logprobs, (span,) if count else (), "abort")
             check_generation(earned, self._vocab_size, len(ids))
         except NOT_UNDERSTOOD:
@@ -446,21 +471,24 @@ def _logprobs(answer: dict[str, Any]) -> list[float]:
     return [entry[0] for entry in answer["meta_info"]["output_token_logprobs"]]
 
 
-def _generation(answer: dict[str, Any], adapter: PolicyVersion | None) -> Generation:
+def _generation(
+    answer: dict[str, Any], adapter: PolicyVersion | None, output_ids: list[int], logprobs: list[float]
+) -> Generation:
+    """Return what an answer, or the last chunk of a streamed one, says of these tokens."""
     meta = answer["meta_info"]
     reason = meta["finish_reason"]
     if status := reason.get("status_code"):  # it failed after its stream had begun as a 200
         raise (EngineRefused if status < 500 else EngineFailed)(f"{status}: {reason['message']}")
     if adapter is not None:
-        span = VersionSpan(adapter.attempt, adapter.version, len(answer["output_ids"]))
-        return Generation(answer["output_ids"], _logprobs(answer), merge_spans([span]), reason["type"])
+        span = VersionSpan(adapter.attempt, adapter.version, len(output_ids))
+        return Generation(output_ids, logprobs, merge_spans([span]), reason["type"])
     spans = []
     for span in meta["weight_versions"]:
         version = PolicyVersion.parse(span["version"])
         if version is None:
             raise EngineLost(f"sampled with weights that are not this job's: {span['version']!r}")
         spans.append(VersionSpan(version.attempt, version.version, span["end"]))
-    return Generation(answer["output_ids"], _logprobs(answer), tuple(spans), reason["type"])
+    return Generation(output_ids, logprobs, tuple(spans), reason["type"])
 
 
 def check_generation(generation: Generation, vocab_size: int, max_new_tokens: int) -> None:

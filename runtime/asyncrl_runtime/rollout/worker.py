@@ -7,6 +7,8 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable
 
+import msgspec
+
 from asyncrl_api.job import Spec
 from asyncrl_api.parsing import SpecError
 from asyncrl_api.protocols import Workflow
@@ -14,6 +16,7 @@ from asyncrl_api.run_config import RunningSpec
 from asyncrl_runtime.contract.broker import Delivery, DeliverySource, TransportError, WorkerBroker
 from asyncrl_runtime.contract.messages import (
     EVALUATION_ROWS,
+    HEARTBEAT_SECONDS,
     ControlReply,
     CurrentVersion,
     Heartbeat,
@@ -33,7 +36,6 @@ from asyncrl_runtime.rollout.ticket_work import TicketWork
 
 log = logging.getLogger(__name__)
 
-HEARTBEAT_SECONDS = 1.0
 STATE_POLL_SECONDS = 15.0
 """How often the job's state is read. Changes of it are pushed; this makes up for one that was missed."""
 DRAIN_SECONDS = 30
@@ -77,13 +79,16 @@ class Worker:
         )
         self._runner = GroupRunner(engine, renderer, workflow, scorer, self._cache_salt)
         self._work = TicketWork(name, self._spec.frozen, broker, self._runner, self.report_failure, clock)
-        self._deliveries: set[Delivery] = set()
+        self._clock = clock
+        self._in_hand: dict[tuple[bool, int], Delivery] = {}
+        """The deliveries that are worked on, by kind and number."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopping = asyncio.Event()
         self._current: CurrentVersion | None = None
         self._refusals = Refusals()
         self._num_failures = 0
         self._last_error = ""
+        self._heartbeat, self._pulse_at = self._make_heartbeat(), clock()
 
     def engine_fault(self) -> str | None:
         """Return why the engine must be restarted, for its liveness probe; None while it need not be."""
@@ -113,7 +118,8 @@ class Worker:
         prompts = await self._broker.tickets()
         questions = await self._broker.questions()
         loops = {
-            "heartbeat": self._send_heartbeats(),
+            "heartbeat": self._broker.beat(self._latest_heartbeat, HEARTBEAT_SECONDS),
+            "pulse": self._keep_pulse(),
             "engine": self._monitor.run(),
             "state": self._poll_state(),
             "keep tickets": self._keep_alive(prompts.alive_seconds, are_tickets=True),
@@ -155,6 +161,12 @@ class Worker:
             if self._stopping.is_set() or not self.is_fit():  # not any more, but others may be
                 await delivery.hand_back()
                 continue
+            if (held := self._in_hand.get(_key(delivery))) is not None:
+                log.info("ticket %d is in hand already: it was handed back on our behalf", delivery.sequence)
+                await held.renew(delivery)
+                continue
+            self._in_hand[_key(delivery)] = delivery
+            self._heartbeat = self._make_heartbeat()  # at once, in case that user code blocks this loop next
             task = asyncio.create_task(self._handle(delivery, work, self._slots.take(size)))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
@@ -167,7 +179,6 @@ class Worker:
         return current is None or mine.version + current.max_versions >= current.version.version
 
     async def _handle(self, delivery: Delivery, work: Work, slots: Taken) -> None:
-        self._deliveries.add(delivery)
         try:
             await work(delivery, slots)
         except Exception as error:  # the edge of this task: the ticket goes elsewhere, nothing is lost
@@ -176,7 +187,7 @@ class Worker:
             self.report_failure(f"ticket {delivery.sequence}: {type(error).__name__}: {error}")
             await delivery.hand_back(delay_seconds=1)
         finally:
-            self._deliveries.discard(delivery)
+            del self._in_hand[_key(delivery)]
             slots.close()
 
     async def _keep_alive(self, seconds: float, *, are_tickets: bool) -> None:
@@ -186,35 +197,39 @@ class Worker:
         """
         while True:
             await asyncio.sleep(seconds)
-            for delivery in [held for held in self._deliveries if held.is_ticket == are_tickets]:
+            for delivery in [held for held in self._in_hand.values() if held.is_ticket == are_tickets]:
                 await delivery.keep_alive()
 
-    async def _send_heartbeats(self) -> None:
-        """Say that this worker lives, how its engine is, and which tickets it holds.
+    async def _keep_pulse(self) -> None:
+        """Show that this loop runs, and note what there is to say about it.
 
-        Consumes the state of worker and engine; produces a heartbeat for the trainer every HEARTBEAT_SECONDS.
-        Nobody wakes it earlier.
+        Consumes the state of worker and engine; produces the heartbeat that is sent next, every
+        HEARTBEAT_SECONDS. Nobody wakes it earlier; user code may hold it up, which the heartbeats then tell.
         """
         while True:
-            beat = Heartbeat(
-                worker=self._name,
-                incarnation=self._incarnation,
-                engine=f"{self._incarnation}.{self._monitor.incarnation}",
-                engine_state=self._monitor.state,
-                version=self._engine.weights.version,
-                num_running_samples=self._slots.num_taken,
-                max_running_samples=self._limit.limit,
-                kv_usage=self._monitor.load.kv_usage,
-                num_sampled_tokens=self._runner.num_sampled_tokens,
-                num_failures=self._num_failures,
-                last_error=self._last_error,
-                held=tuple(sorted(d.sequence for d in self._deliveries if d.is_ticket)),
-            )
-            try:
-                await self._broker.say(beat)
-            except TransportError as error:
-                log.info("%s", error)
+            self._heartbeat, self._pulse_at = self._make_heartbeat(), self._clock()
             await asyncio.sleep(HEARTBEAT_SECONDS)
+
+    def _latest_heartbeat(self) -> Heartbeat:
+        """Return what to tell the trainer now; called from the thread that sends it."""
+        late = self._clock() - self._pulse_at - HEARTBEAT_SECONDS
+        return msgspec.structs.replace(self._heartbeat, late_seconds=max(0.0, late))
+
+    def _make_heartbeat(self) -> Heartbeat:
+        return Heartbeat(
+            worker=self._name,
+            incarnation=self._incarnation,
+            engine=f"{self._incarnation}.{self._monitor.incarnation}",
+            engine_state=self._monitor.state,
+            version=self._engine.weights.version,
+            num_running_samples=self._slots.num_taken,
+            max_running_samples=self._limit.limit,
+            kv_usage=self._monitor.load.kv_usage,
+            num_sampled_tokens=self._runner.num_sampled_tokens,
+            num_failures=self._num_failures,
+            last_error=self._last_error,
+            held=tuple(sorted(number for is_ticket, number in self._in_hand if is_ticket)),
+        )
 
     async def _update(self, request: bytes) -> bytes:
         """Handle one phase of an update of the weights; return the reply."""
@@ -256,7 +271,7 @@ class Worker:
 
     async def _drain(self, pulls: list[asyncio.Task[None]]) -> None:
         """Break off what is in flight, so that its tokens are attested and handed on; leave the group."""
-        log.info("draining: %d tickets in hand", len(self._deliveries))
+        log.info("draining: %d tickets in hand", len(self._in_hand))
         await asyncio.wait(pulls, timeout=5)
         for _ in range(DRAIN_SECONDS):
             try:
@@ -267,6 +282,10 @@ class Worker:
             if not self._tasks:
                 break
             await asyncio.wait(self._tasks, timeout=1)  # a sample between two turns will ask once more
-        for delivery in list(self._deliveries):
+        for delivery in list(self._in_hand.values()):
             await delivery.hand_back()
         await self._updates.leave()
+
+
+def _key(delivery: Delivery) -> tuple[bool, int]:
+    return delivery.is_ticket, delivery.sequence

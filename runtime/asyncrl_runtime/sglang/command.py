@@ -60,6 +60,7 @@ def server_arguments(spec: Spec, folder: Path, host: str, port: int, gpus: int) 
     arguments += ["--port", str(port), "--tp-size", str(gpus), "--dtype", dtype]
     arguments += ["--context-length", str(spec.model.context_length)]
     arguments += ["--random-seed", str(spec.training.seed), "--enable-metrics", "--skip-server-warmup"]
+    arguments.append("--incremental-streaming-output")  # otherwise each chunk repeats the whole answer so far
     if spec.rollout.max_concurrency:
         arguments += ["--max-running-requests", str(spec.rollout.max_concurrency)]
     return [*arguments, *adapter_options(spec).arguments, *(CPU_OPTIONS if is_on_cpu(spec) else ())]

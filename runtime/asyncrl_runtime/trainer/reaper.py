@@ -19,8 +19,9 @@ log = logging.getLogger(__name__)
 
 UNHELD_SECONDS = 2.5
 """So long after its delivery a living worker has said that it holds a ticket, even if one word was lost."""
-AGAIN_SECONDS = 10.0
-"""A ticket that still waits for a worker after so long is handed back once more."""
+AGAIN_SECONDS, LONGEST_AGAIN_SECONDS = 10.0, 160.0
+"""A ticket that has brought nothing so long after it was handed back is handed back once more. Each time the
+wait doubles, so that workers which are slow rather than dead are not given ever more to do."""
 
 
 class Orphans:
@@ -30,7 +31,9 @@ class Orphans:
         self._fleet = fleet
         self._clock = clock
         self._unheld_since: dict[int, float] = {}
-        self._handed_back_at: dict[int, float] = {}
+        self._not_before: dict[int, float] = {}
+        self._pause: dict[int, float] = {}
+        """The wait after the last time that a ticket was handed back, in seconds."""
 
     def find(self, delivered: Iterable[int]) -> list[int]:
         """Return the tickets to be handed back now, and take it that they are.
@@ -39,14 +42,18 @@ class Orphans:
             delivered: tickets that a worker was given, and of which nothing has arrived.
         """
         now, held, left_behind = self._clock(), self._fleet.held, self._fleet.left_behind
-        unheld = [ticket for ticket in delivered if ticket not in held]
+        waiting = set(delivered)
+        self._pause = {ticket: pause for ticket, pause in self._pause.items() if ticket in waiting}
+        unheld = sorted(waiting - held)
+        if self._fleet.has_busy:  # it may have been given any of them, and cannot say so yet
+            self._unheld_since = {}
         self._unheld_since = {ticket: self._unheld_since.get(ticket, now) for ticket in unheld}
-        self._handed_back_at = {
-            ticket: at for ticket, at in self._handed_back_at.items() if ticket in self._unheld_since
-        }
         orphans = [ticket for ticket in unheld if ticket in left_behind or self._has_waited(ticket, now)]
-        orphans = [t for t in orphans if now - self._handed_back_at.get(t, float("-inf")) >= AGAIN_SECONDS]
-        self._handed_back_at |= dict.fromkeys(orphans, now)
+        orphans = [ticket for ticket in orphans if now >= self._not_before.get(ticket, now)]
+        for ticket in orphans:
+            self._pause[ticket] = min(2 * self._pause.get(ticket, AGAIN_SECONDS / 2), LONGEST_AGAIN_SECONDS)
+            self._not_before[ticket] = now + self._pause[ticket]
+        self._not_before = {ticket: at for ticket, at in self._not_before.items() if ticket in self._pause}
         return orphans
 
     def _has_waited(self, ticket: int, now: float) -> bool:

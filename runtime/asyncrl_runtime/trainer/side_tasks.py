@@ -18,7 +18,7 @@ from asyncrl_runtime.trainer.books.books import Books
 from asyncrl_runtime.trainer.dataset import DictRow, PromptOrder
 from asyncrl_runtime.trainer.job_streams import JobStreams
 from asyncrl_runtime.trainer.reaper import Reaper
-from asyncrl_runtime.weights.fleet import Fleet
+from asyncrl_runtime.weights.fleet import LATE_SECONDS, Fleet
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +56,7 @@ class SideTasks:
         self._books = books
         self._rows = rows
         self._order = PromptOrder(len(rows), spec.frozen.dataset.seed)
+        self._fleet = fleet
         self._reaper = Reaper(broker, fleet, clock)
         self._spec = spec
         self._live_file = live_file
@@ -138,10 +139,14 @@ class SideTasks:
         """Hand back the tickets of workers that fell silent.
 
         Consumes what the fleet has heard and the tickets that the books wait for; produces deliveries of
-        those tickets to other workers. Looks every REAP_SECONDS; nobody wakes it earlier.
+        those tickets to other workers. Looks every REAP_SECONDS; nobody wakes it earlier. After this loop was
+        held up itself, it first listens again: what workers said meanwhile has not been heard.
         """
         while True:
+            began = self._clock()
             await asyncio.sleep(REAP_SECONDS)
+            if self._clock() - began - REAP_SECONDS > LATE_SECONDS:
+                self._fleet.was_deaf()
             try:
                 await self._reaper.reap(self._books.waiting_tickets)
             except TransportError as error:

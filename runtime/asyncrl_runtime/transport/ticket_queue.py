@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from typing import Self
 
 import nats.errors
 import nats.js.errors
@@ -83,6 +84,11 @@ class NatsDelivery:
             await self._message.in_progress()
         except (*TRANSIENT, nats.errors.Error) as error:
             log.info("ticket %s: not kept alive: %s", self.sequence, error)
+
+    async def renew(self, again: Self) -> None:
+        """Go on under a second delivery of this message, by which it is acknowledged from now on."""
+        self._message = again._message
+        await self.keep_alive()
 
 
 class TicketQueue:

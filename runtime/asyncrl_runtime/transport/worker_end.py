@@ -9,8 +9,9 @@ from nats.aio.msg import Msg
 from nats.js.kv import KeyValue
 
 from asyncrl_api.names import JobNames, NatsAddress
-from asyncrl_runtime.contract.messages import Heartbeat, ResumePoint, encode
+from asyncrl_runtime.contract.messages import Heartbeat, ResumePoint
 from asyncrl_runtime.transport.broker import Broker, asking
+from asyncrl_runtime.transport.heartbeats import Heartbeats
 from asyncrl_runtime.transport.resume_points import ResumePoints
 from asyncrl_runtime.transport.ticket_queue import TicketQueue, is_stored
 
@@ -21,8 +22,11 @@ BUCKET_SECONDS = 900.0
 class WorkerEnd:
     """A WorkerBroker; make it with `connect`."""
 
-    def __init__(self, broker: Broker, names: JobNames, worker: str, state: KeyValue) -> None:
+    def __init__(
+        self, broker: Broker, address: NatsAddress, names: JobNames, worker: str, state: KeyValue
+    ) -> None:
         self._broker = broker
+        self._address = address
         self._names = names
         self._worker = worker
         self._state = state
@@ -43,7 +47,7 @@ class WorkerEnd:
             BUCKET_SECONDS,
             nats.js.errors.NotFoundError,
         )
-        return cls(broker, names, worker, state)
+        return cls(broker, address, names, worker, state)
 
     @property
     def closed(self) -> asyncio.Event:
@@ -54,9 +58,9 @@ class WorkerEnd:
 
     # -- trainer and state
 
-    async def say(self, heartbeat: Heartbeat) -> None:
-        with asking("heartbeat"):
-            await self._broker.client.publish(self._names.heartbeat(self._worker), encode(heartbeat))
+    async def beat(self, latest: Callable[[], Heartbeat], seconds: float) -> None:
+        heartbeats = Heartbeats(self._address, self._names, self._worker, latest, seconds)
+        await heartbeats.run()
 
     async def answer_requests(self, answer: Callable[[bytes], Awaitable[bytes]]) -> None:
         async def on_message(message: Msg) -> None:  # nats-py calls it for one message after another

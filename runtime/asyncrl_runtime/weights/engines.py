@@ -18,7 +18,7 @@ from asyncrl_runtime.contract.messages import (
     encode,
 )
 from asyncrl_runtime.contract.refused import Refusals
-from asyncrl_runtime.weights.fleet import Fleet
+from asyncrl_runtime.weights.fleet import LATE_SECONDS, Fleet
 
 Member = tuple[str, str]
 """A worker and its engine process: a restarted engine is another member."""
@@ -178,12 +178,14 @@ class Engines:
     def behind(self, version: PolicyVersion) -> list[Member]:
         """Return the engines that live and are not known to have `version`.
 
-        One that has failed is asked again once its worker has spoken again: it may have died just now.
+        One that has failed is asked again once its worker has spoken again: it may have died just now. One
+        whose worker is busy is left out, or all others would wait, paused, until it missed a deadline.
         """
         return [
             (beat.worker, beat.engine)
             for beat in self._fleet.living
             if beat.engine_state != "down"
+            and beat.late_seconds < LATE_SECONDS
             and not self._has(beat, version)
             and beat is not self._failed_after.get(beat.worker)
         ]

@@ -1,11 +1,29 @@
 """Which workers are alive, by their heartbeats."""
 
+import logging
 from collections.abc import Callable
+from typing import NamedTuple
 
-from asyncrl_runtime.contract.messages import Heartbeat
+from asyncrl_runtime.contract.messages import HEARTBEAT_SECONDS, Heartbeat
+
+log = logging.getLogger(__name__)
 
 SILENCE_SECONDS = 3.0
-"""How long a worker may say nothing before it counts as dead; it speaks every second."""
+"""How long a worker may say nothing before it counts as dead; one whose last word came late may be silent for
+longer: it may have little of a CPU."""
+LATE_SECONDS = 1.0
+"""From how late on a worker counts as busy: it may have been given tickets that it does not know of yet."""
+BLOCKED_SECONDS = 300.0
+"""How long a worker may be busy before it counts as dead all the same: its tickets wait for so long."""
+
+
+class _LastWord(NamedTuple):
+    """What a worker said last."""
+
+    heard_at: float
+    patience: float
+    """How long the next word is waited for, in seconds."""
+    beat: Heartbeat
 
 
 class Fleet:
@@ -14,14 +32,24 @@ class Fleet:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._listening_since = clock()
-        self._last: dict[str, tuple[float, Heartbeat]] = {}
+        self._last: dict[str, _LastWord] = {}
 
     def now(self) -> float:
         """Return the time by the fleet's clock, in seconds."""
         return self._clock()
 
     def heard(self, heartbeat: Heartbeat) -> None:
-        self._last[heartbeat.worker] = (self._clock(), heartbeat)
+        now, before, patience = self._clock(), self._last.get(heartbeat.worker), SILENCE_SECONDS
+        if before is not None:
+            gap = now - max(before.heard_at, self._listening_since)
+            patience += 2 * max(0.0, gap - HEARTBEAT_SECONDS)
+        if _is_blocked(heartbeat) and not (before is not None and _is_blocked(before.beat)):
+            log.warning(
+                "worker %s has been blocked for %.0f s, by user code, say: its tickets go to others",
+                heartbeat.worker,
+                heartbeat.late_seconds,
+            )
+        self._last[heartbeat.worker] = _LastWord(now, 0.0 if _is_blocked(heartbeat) else patience, heartbeat)
 
     def was_deaf(self) -> None:
         """Note that nothing could be heard until now, so nobody counts as dead for having been silent."""
@@ -35,8 +63,13 @@ class Fleet:
     def living(self) -> list[Heartbeat]:
         """The last heartbeat of every worker that is not silent, in the order of their names."""
         now = self._clock()
-        alive = [beat for heard, beat in self._last.values() if now - heard < SILENCE_SECONDS]
+        alive = [word.beat for word in self._last.values() if now - word.heard_at < word.patience]
         return sorted(alive, key=lambda beat: beat.worker)
+
+    @property
+    def has_busy(self) -> bool:
+        """Whether a worker that may be alive is late, so that it cannot say what it was given."""
+        return any(beat.late_seconds >= LATE_SECONDS for beat in self._last_words(dead=False))
 
     @property
     def held(self) -> set[int]:
@@ -51,7 +84,11 @@ class Fleet:
     def _last_words(self, *, dead: bool) -> list[Heartbeat]:
         now = self._clock()
         return [
-            beat
-            for heard, beat in self._last.values()
-            if (now - max(heard, self._listening_since) >= SILENCE_SECONDS) == dead
+            word.beat
+            for word in self._last.values()
+            if (now - max(word.heard_at, self._listening_since) >= word.patience) == dead
         ]
+
+
+def _is_blocked(beat: Heartbeat) -> bool:
+    return beat.late_seconds >= BLOCKED_SECONDS

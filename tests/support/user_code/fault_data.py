@@ -1,14 +1,18 @@
 """Rows, rewards and a workflow for jobs that meet faults, imported by their processes by name."""
 
+import contextlib
 import itertools
+import os
 import time
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from asyncrl_api.protocols import Session
 
 SHORT = "short: "
 SCORING_SECONDS = 3.0
+BLOCKED_SECONDS = 10.0
 
 
 def some_too_long(*, split: str, seed: int, size: int = 40) -> Iterable[dict[str, Any]]:
@@ -31,6 +35,24 @@ class FirstGroupShort:
         is_short = self._num_samples <= 2
         turn = await session.generate(8 if is_short else None)
         return (await session.score(SHORT + turn.text if is_short else turn.text)).reward
+
+
+def many(*, split: str, seed: int) -> Iterable[dict[str, Any]]:
+    return [{"question": f"{n} + 1 ="} for n in range(1000)]
+
+
+class BlocksOnce:
+    """Notes the prompt of each sample, and holds up the whole worker in one, as `requests.get` may."""
+
+    async def run(self, session: Session) -> float:
+        folder = Path(os.environ["BLOCKS_ONCE"])
+        with (folder / "samples").open("a") as notes:
+            notes.write(f"{session.prompt}\n")
+        with contextlib.suppress(FileExistsError):
+            (folder / "blocked").touch(exist_ok=False)
+            time.sleep(BLOCKED_SECONDS)  # noqa: ASYNC251  # that is the fault
+        turn = await session.generate()
+        return (await session.score(turn.text)).reward
 
 
 def slow_for_short(prompt: str, response: str, row: Mapping[str, Any]) -> float:
