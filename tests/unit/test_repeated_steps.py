@@ -20,6 +20,7 @@ from asyncrl_runtime.contract.messages import Group, encode
 from asyncrl_runtime.trainer.attempt import Attempt
 from asyncrl_runtime.trainer.books.books import Books
 from asyncrl_runtime.trainer.update.ranks import Train
+from asyncrl_runtime.trainer.update.step import StepOutcome
 from support.cluster.model_cluster import make_spec
 from support.fakes import FakeRanks, FakeStreams, FakeWeights, run_in_virtual_time
 from support.jobs.attempt_parts import make_attempt_parts
@@ -61,7 +62,7 @@ def plans_of(folder: Path, spec: Spec, number: int) -> list[Any]:
     books = Books(spec, recorded=history.steps, began=history.began)
     for ticket in range(1, NUM_STEPS * BATCH_SIZE + 1):
         books.take(StreamMessage(ticket, f"rl.j.traj.{ticket}", encode(group(ticket))))
-    ranks = FakeRanks(lambda command: {})
+    ranks = FakeRanks(lambda command: StepOutcome({}, ()))
 
     async def run() -> None:
         clock = asyncio.get_running_loop().time
