@@ -484,6 +484,14 @@ def test_a_silent_trainer_is_told_of() -> None:
     )
 
 
+def test_skipped_updates_are_told_of_until_the_last_steps_have_none() -> None:
+    cluster = running()
+    for skipped, degraded in ((0, "False/AsExpected"), (3, "True/UpdatesSkipped"), (0, "False/AsExpected")):
+        cluster.reports(skipped_updates=skipped)
+        cluster.pass_once()
+        assert cluster.condition("Degraded") == degraded
+
+
 def test_a_problem_touches_nothing_and_goes_when_it_is_mended() -> None:
     cluster = running()
     pods = dict(cluster.pods)

@@ -148,6 +148,12 @@ STALENESS_EXCEEDED = _reason(
     "samples older than `staleness.maxVersions` arrive at the trainer",
     "use fewer engines, a larger `batchSize` or a higher bound",
 )
+UPDATES_SKIPPED = _reason(
+    "UpdatesSkipped",
+    "the gradients of some optimizer updates of the last 20 steps were not finite, so the policy was not "
+    "updated; the job ends after more than `failurePolicy.trainer.maxSkippedUpdates` in a row",
+    "lower `training.learningRate`, or bound rewards with `algorithm.rewardClip`",
+)
 DEADLINE_EXCEEDED = _reason(
     "DeadlineExceeded", "`activeDeadlineSeconds` have passed", "create a new job with a longer deadline"
 )

@@ -44,3 +44,26 @@ def raises(prompt: str, response: str, row: Mapping[str, Any]) -> float:
 
 def constant(prompt: str, response: str, row: Mapping[str, Any]) -> float:
     return 1.0
+
+
+def rows_and_little_memory(*, split: str, seed: int) -> Iterable[dict[str, Any]]:
+    """Return rows; and in the trainer, which asks for them, let memory be enough for two samples."""
+    import torch
+
+    from asyncrl_runtime.trainer.update import policy
+
+    compute_loss = policy.compute_loss
+
+    def compute(algorithm: Any, batch: Any, *arguments: Any, **options: Any) -> Any:
+        if batch.num_sequences > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return compute_loss(algorithm, batch, *arguments, **options)
+
+    policy.compute_loss = compute  # type: ignore[assignment]
+    return [{"question": f"{n} + 1 =", "answer": str(n + 1)} for n in range(40)]
+
+
+def huge_for_some(prompt: str, response: str, row: Mapping[str, Any]) -> float:
+    """Return rewards whose gradients are infinite in float32, for one row in three."""
+    reward = float(sum(character.isdigit() for character in response)) / 8
+    return 3e38 * reward if int(row["answer"]) % 3 == 0 else reward
