@@ -12,7 +12,8 @@ class ExitCode(IntEnum):
     UNUSABLE = 65
     """The data or the model cannot be used, or the numbers of the training have gone bad."""
     TRY_AGAIN = 75
-    """Something outside failed: the broker, the disk, a port, a lost peer."""
+    """Something outside failed: the broker, the disk, a port, a lost peer; or a recorded step, which the next
+    attempt repeats or gives up."""
     REFUSED = 78
     """The configuration is refused."""
 

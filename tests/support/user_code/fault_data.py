@@ -1,5 +1,6 @@
 """Rows, rewards and a workflow for jobs that meet faults, imported by their processes by name."""
 
+import importlib
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -50,8 +51,7 @@ def rows_and_little_memory(*, split: str, seed: int) -> Iterable[dict[str, Any]]
     """Return rows; and in the trainer, which asks for them, let memory be enough for two samples."""
     import torch
 
-    from asyncrl_runtime.trainer.update import policy
-
+    policy: Any = importlib.import_module("asyncrl_runtime.trainer.update.policy")
     compute_loss = policy.compute_loss
 
     def compute(algorithm: Any, batch: Any, *arguments: Any, **options: Any) -> Any:
@@ -59,7 +59,7 @@ def rows_and_little_memory(*, split: str, seed: int) -> Iterable[dict[str, Any]]
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return compute_loss(algorithm, batch, *arguments, **options)
 
-    policy.compute_loss = compute  # type: ignore[assignment]
+    policy.compute_loss = compute
     return [{"question": f"{n} + 1 =", "answer": str(n + 1)} for n in range(40)]
 
 
