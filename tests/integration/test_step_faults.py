@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import shutil
 import signal
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from asyncrl_api.exits import ExitCode
-from asyncrl_runtime.contract.messages import ids_to_bytes
+from asyncrl_runtime.contract.messages import Group, floats_to_bytes, ids_to_bytes
 from support.engines.tiny_models import tiny_model
 from support.jobs.cli_runs import CliRun, asyncrl, write_job
 from support.jobs.job_harness import JobHarness, build_job
@@ -28,6 +29,13 @@ pytestmark = pytest.mark.slow
 
 def ledger_lines(path: Path, field: str) -> list[dict[str, Any]]:
     return [line for line in map(json.loads, path.read_text().splitlines()) if field in line]
+
+
+def spoiled(ticket: int, **changes: bytes) -> Group:
+    """A group as a worker of another version may have stored it; one of its samples is changed."""
+    group = make_group(ticket)
+    first = msgspec.structs.replace(group.samples[0], **changes)
+    return msgspec.structs.replace(group, samples=(first, *group.samples[1:]))
 
 
 async def test_a_trainer_killed_ten_times_within_a_step_discards_nothing(
@@ -47,25 +55,23 @@ async def test_a_trainer_killed_ten_times_within_a_step_discards_nothing(
         assert not ledger_lines(harness.folder.ledger, "cut")
 
 
-async def test_a_sample_that_no_step_can_train_costs_its_group_alone(
+async def test_samples_that_no_step_can_train_cost_their_groups_alone(
     own_nats: NatsServer, tmp_path: Path
 ) -> None:
-    """It has a token that the model does not know; whoever has a worker's password can publish it."""
+    """One has a log-prob that is no number, one a token that the model does not know: no check sees that."""
     with JobHarness(tmp_path / "run", own_nats, build_job(training={"maxSteps": 4})) as harness:
         async with Witness(harness) as witness:
             harness.start_trainer()
             await witness.until("it waits", lambda: "WaitingForBatch" in str(harness.report))
-            group = make_group(3)
-            unknown = ids_to_bytes([7, 8, 10**6, 9])
-            samples = (msgspec.structs.replace(group.samples[0], response_ids=unknown), *group.samples[1:])
-            await witness.publish(msgspec.structs.replace(group, samples=samples))
+            await witness.publish(spoiled(2, behavior_logprobs=floats_to_bytes([-1, math.nan, -1, -1])))
+            await witness.publish(spoiled(3, response_ids=ids_to_bytes([7, 8, 10**6, 9])))
             harness.start_rollout(0)
             for _ in range(2):
                 await finish(harness, code=ExitCode.TRY_AGAIN)
                 harness.start_trainer()
             result = await finish(harness)
-        assert result.num_steps == 4 and set(result.discarded) <= {"step_failed", "leftover"}
-        assert result.discarded["step_failed"] == 1
+        assert result.num_steps == 4
+        assert {**result.discarded, "leftover": 0} == {"step_failed": 1, "unusable_number": 1, "leftover": 0}
         failed, cut = (ledger_lines(harness.folder.ledger, field) for field in ("failed", "cut"))
         assert [line["attempt"] for line in failed] == [1, 2]
         assert all(line["tickets"] == [3] and "IndexError" in line["cause"] for line in failed)
