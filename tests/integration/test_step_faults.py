@@ -67,7 +67,7 @@ async def test_samples_that_no_step_can_train_cost_their_groups_alone(
             await witness.publish(spoiled(3, response_ids=ids_to_bytes([7, 8, 10**6, 9])))
             harness.start_rollout(0)
             for _ in range(2):
-                await finish(harness, code=ExitCode.TRY_AGAIN)
+                await finish(harness, code=ExitCode.STEP_FAILED)
                 harness.start_trainer()
             result = await finish(harness)
         assert result.num_steps == 4
@@ -113,7 +113,7 @@ def test_a_local_run_that_runs_out_of_memory_goes_on_with_smaller_micro_batches(
     job = build_job(
         dataset={"source": "fault_data:rows_and_little_memory"},
         training={"maxSteps": 3, "minibatches": 1, "tokensPerMicroBatch": 64},
-        failurePolicy={"trainer": {"backoffSeconds": 0}},
+        failurePolicy={"trainer": {"maxRestarts": 0, "backoffSeconds": 0}},
     )
     manifest = write_job(tmp_path, job)
     shutil.copy(USER_CODE / "fault_data.py", tmp_path)
@@ -123,6 +123,6 @@ def test_a_local_run_that_runs_out_of_memory_goes_on_with_smaller_micro_batches(
     assert (failed["attempt"], failed["failed"], failed["out_of_memory_at"]) == (1, 0, 64)
     assert "OutOfMemoryError: CUDA out of memory" in failed["cause"]
     assert [line["num_micro_batches"] for line in run.steps] == [2, 2, 2]
-    assert "trainer ended with exit code 75" in run.output
+    assert "trainer ended with exit code 74" in run.output
     audit = asyncrl("audit", run.folder.path)
     assert audit.returncode == 0 and "out_of_memory" not in audit.stdout

@@ -95,6 +95,12 @@ TRAINER_FAILED = _reason(
     "a trainer pod failed with an exit code; the next attempt begins after a backoff",
     "read the pod's logs; `failurePolicy.trainer` sets the number of retries and the backoff",
 )
+STEP_FAILED = _reason(
+    "StepFailed",
+    "a recorded step raised an exception of its own (exit code 74); the next attempt repeats it, or discards "
+    "its prompt groups after the second time",
+    "read the pod's logs; if memory ran out, lower `training.tokensPerMicroBatch`",
+)
 OOM_KILLED = _reason(
     "OOMKilled",
     "a trainer pod used more memory than its limit allows; the next attempt begins after a backoff",

@@ -260,7 +260,14 @@ class Books:
                     f"ticket {ticket} of step {step.version} cannot be trained: {verdict.reason}"
                 )
             groups.append(verdict)
-        return Batch(step.version, tuple(groups), step.discards, recorded.max_steps, True, step.skipped)
+        return Batch(
+            step.version,
+            tuple(groups),
+            step.discards,
+            recorded.max_steps,
+            is_repeat=True,
+            skipped=step.skipped,
+        )
 
     def missing_of_recorded(self) -> list[int]:
         """Return the tickets of the next step to be repeated that have not arrived."""

@@ -195,6 +195,7 @@ class Ranks:
                     return train_step(self.policy, plan, self._algorithm, self._rank, made=self._clock.moved)
                 except StepFailed as failure:
                     if self._rank != 0:
+                        log.error("this rank cannot train the step", exc_info=failure.__cause__)
                         self._failure_note.leave(failure)
                     raise
             case Save(folder):
