@@ -95,8 +95,8 @@ class TrainerFailureSpec(ApiType):
     """When a failed trainer is restarted, and when the job has failed instead."""
 
     max_restarts: CountOrZero = field(
-        "Maximum number of restarts after failures of the trainer itself. A step that cannot be trained "
-        "takes two: it is tried twice before its prompt groups are discarded.",
+        "Maximum number of restarts after failures of the trainer itself. A step that cannot be trained is "
+        "tried twice before its prompt groups are discarded, which does not count.",
         default=3,
     )
     max_disruptions: CountOrZero = field(

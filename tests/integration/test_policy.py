@@ -252,20 +252,26 @@ def run_foreign_checkpoint(model: Path, folder: Path) -> dict[str, Any]:
 
 
 def run_not_finite(model: Path, _: Path, stage: int, dtype: str) -> dict[str, Any]:
-    policy = make_policy(model, stage, dtype=dtype)
+    """The last rank's share alone spoils the second of three updates, in its first micro-batch."""
     batch = pack(make_batch(0))
-    before = weights_of(policy)
-    spoiled = [torch.full((batch.num_sampled_tokens,), float("nan"))]
-    norms = [
-        policy.update([batch], proximal_logprobs=proximal, num_tokens=99, learning_rate=1e-3).gradient_norm
-        for proximal in (spoiled, None)
-    ]
-    return {
-        "norms": norms,
-        "kept": same(before, weights_of(policy)),
-        "before": before,
-        "after": weights_of(policy),
-    }
+    spoiled = torch.full((batch.num_sampled_tokens,), float("nan"))
+    is_last = dist.get_rank() == dist.get_world_size() - 1
+    norms: list[Any] = []
+    weights = []
+    for is_spoiled in (True, False):
+        policy = make_policy(model, stage, dtype=dtype)
+        for number in range(3):
+            if number == 1 and not is_spoiled:
+                continue
+            proximal = [spoiled, torch.zeros_like(spoiled)] if number == 1 and is_last else None
+            update = policy.update(
+                [batch, batch], proximal_logprobs=proximal, num_tokens=99, learning_rate=1e-3
+            )
+            everywhere: list[float] = [0.0] * dist.get_world_size()
+            dist.all_gather_object(everywhere, update.gradient_norm)
+            norms += [everywhere] if is_spoiled else []
+        weights.append(weights_of(policy))
+    return {"norms": norms, "is_traceless": same(*weights), "weights": weights[0]}
 
 
 def run_reference(model: Path, _: Path) -> dict[str, Any]:
@@ -560,11 +566,12 @@ def test_a_checkpoint_of_another_zero_stage_is_refused(session: Session) -> None
 def test_a_gradient_that_is_not_finite_is_reported_and_not_applied(
     session: Session, stage: int, dtype: str
 ) -> None:
+    """Every rank sees it, whichever rank it comes from; what follows is as if it had never been."""
     result = session[f"not-finite-{stage}-{dtype}"]
-    bad, good = result["norms"]
-    assert not np.isfinite(bad) and np.isfinite(good)
-    assert not result["kept"], "the next update is applied"
-    assert all(w.isfinite().all() for w in result["after"].values())
+    good, bad, next_good = result["norms"]
+    assert np.isfinite([*good, *next_good]).all() and not np.isfinite(bad).any()
+    assert result["is_traceless"]
+    assert all(w.isfinite().all() for w in result["weights"].values())
 
 
 def test_the_reference_is_where_training_began(session: Session) -> None:

@@ -78,6 +78,15 @@ def test_rates_are_those_of_recent_steps_alone(metrics: Metrics) -> None:
     assert metrics.report.tokens_per_second == 50 and metrics.report.wait_share == 0.25
 
 
+def test_skipped_updates_are_counted_over_the_recent_steps(metrics: Metrics) -> None:
+    metrics.log_step(step(1, skipped_updates=2))
+    metrics.log_step(step(2, skipped_updates=1))
+    assert metrics.report.skipped_updates == 3
+    for number in range(3, RECENT_STEPS + 2):
+        metrics.log_step(step(number))
+    assert metrics.report.skipped_updates == 1
+
+
 def test_a_step_that_measured_nothing_makes_no_rates(metrics: Metrics, tmp_path: Path) -> None:
     """A repeated step may take no time and have no tokens; the report stays readable."""
     metrics.log_step({"step": 1, "step_seconds": 0.0, "wait_seconds": 0.0})

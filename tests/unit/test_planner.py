@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from asyncrl_api.exits import ExitCode
 from asyncrl_operator.decide.observed import Pod, Problem
 from asyncrl_operator.decide.rolling import next_wave
 from support.cluster.model_cluster import NAME, ModelCluster, make_spec
@@ -75,6 +76,19 @@ def test_a_trainer_that_fails_is_restarted_from_its_checkpoint(code: int, reason
     assert cluster.phase == "Running" and cluster.status.attempt.number == 2
     assert "TrainerRestart" in reasons(cluster)
     assert "gsm8k-trainer-1" in cluster.jobs, "the failed Job stays for its logs"
+
+
+def test_a_step_that_cannot_be_trained_is_tried_twice_and_costs_no_restart() -> None:
+    cluster = running(failurePolicy={"trainer": {"maxRestarts": 0, "backoffSeconds": 0}})
+    for number in (2, 3):
+        cluster.trainer_exits(ExitCode.STEP_FAILED)
+        cluster.run_until_still()
+        attempt = cluster.status.attempt
+        assert attempt is not None and cluster.phase == "Running"
+        assert (attempt.number, attempt.restarts, attempt.last_reason) == (number, 0, "StepFailed")
+    cluster.trainer_exits(ExitCode.STEP_FAILED)
+    cluster.run_until_still()
+    assert cluster.condition("Failed") == "True/StepFailed"
 
 
 @pytest.mark.parametrize("code", [137, 143])
@@ -501,6 +515,14 @@ def test_a_silent_trainer_is_told_of() -> None:
     assert (
         cluster.condition("Degraded") == "True/ReportStale" and cluster.condition("Ready") == "True/Degraded"
     )
+
+
+def test_skipped_updates_are_told_of_until_the_last_steps_have_none() -> None:
+    cluster = running()
+    for skipped, degraded in ((0, "False/AsExpected"), (3, "True/UpdatesSkipped"), (0, "False/AsExpected")):
+        cluster.reports(skipped_updates=skipped)
+        cluster.pass_once()
+        assert cluster.condition("Degraded") == degraded
 
 
 def test_a_problem_touches_nothing_and_goes_when_it_is_mended() -> None:

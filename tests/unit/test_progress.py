@@ -72,6 +72,11 @@ def test_zero_is_shown_and_not_taken_for_unknown() -> None:
     assert "reward 0.000  staleness 0.0 (max 0)  waited 0%" in shown
 
 
+def test_skipped_updates_are_shown() -> None:
+    report = START.model_copy(update={"skipped_updates": 2})
+    assert render_line(report) == "step 0/200  Starting  skipped updates 2  queue 0  engines 0"
+
+
 def test_the_last_evaluation_is_shown() -> None:
     assert "held-out 81.5% (step 200)" in render_line(
         EVERYTHING.model_copy(update={"last_evaluation": AFTER})

@@ -123,6 +123,19 @@ def test_a_container_is_restarted_for_ever_and_ever_more_slowly() -> None:
     assert container.ended(1, 1.0) == Restart(CONTAINER_MAX_BACKOFF_SECONDS)
 
 
+def test_steps_that_cannot_be_trained_cost_no_restart_as_long_as_others_are_made() -> None:
+    trainer = budget(max_restarts=0, backoff_seconds=0)
+    for step in range(5):
+        assert delays(trainer, [(ExitCode.STEP_FAILED, step)] * 2) == [0, 0]
+    assert trainer.num_restarts == 0
+
+
+def test_steps_none_of_which_can_be_trained_end_the_job() -> None:
+    trainer = budget(max_restarts=3, backoff_seconds=0)
+    assert delays(trainer, [(ExitCode.STEP_FAILED, 4)] * 5) == [0] * 5
+    assert trainer.ended(ExitCode.STEP_FAILED, 4) == GiveUp("it failed more than maxRestarts = 3 times")
+
+
 def test_a_broker_that_cannot_be_started_ends_the_job() -> None:
     """Without a broker a job would wait in silence."""
     broker = ContainerBackoff(max_failures=MESSAGING_MAX_FAILURES)

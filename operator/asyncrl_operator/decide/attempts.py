@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from asyncrl_api.exits import ExitCode
 from asyncrl_api.job import Spec
 from asyncrl_api.job_status import AttemptStatus
 from asyncrl_api.report import Report
@@ -176,11 +177,18 @@ def _disruption(reason: str, message: str) -> Ended:
 def _failed(spec: Spec, pods: Sequence[Pod]) -> Ended | None:
     """Return the end of an attempt one of whose ranks ended with an exit code.
 
-    A fatal exit code counts for more than whatever its peers died of.
+    A fatal exit code counts for more than whatever its peers died of, and so does that of a failed step.
     """
     fatal = spec.failure_policy.trainer.fatal_exit_codes
     failures = [
-        (each.exit_code in fatal, each.ran_out_of_memory, each.exit_code not in SIGNAL_CODES, pod, each)
+        (
+            each.exit_code in fatal,
+            each.ran_out_of_memory,
+            each.exit_code == ExitCode.STEP_FAILED,
+            each.exit_code not in SIGNAL_CODES,
+            pod,
+            each,
+        )
         for pod in pods
         if pod.deleted_at is None
         for each in pod.ends
@@ -188,13 +196,15 @@ def _failed(spec: Spec, pods: Sequence[Pod]) -> Ended | None:
     ]
     if not failures:
         return None
-    *_, pod, worst = max(failures, key=lambda failure: failure[:3])
+    *_, pod, worst = max(failures, key=lambda failure: failure[:4])
     if worst.ran_out_of_memory:
         text = f"container {worst.container} of pod {pod.name} used more memory than its limit allows"
         return Ended(reasons.OOM_KILLED, text, "restart", worst.exit_code)
     text = f"pod {pod.name}: exit code {worst.exit_code}"
     if worst.exit_code in fatal:
         return Ended(reasons.FATAL_EXIT, text, "restart", worst.exit_code)
+    if worst.exit_code == ExitCode.STEP_FAILED:
+        return Ended(reasons.STEP_FAILED, text, "restart", worst.exit_code)
     if worst.exit_code in SIGNAL_CODES:
         return Ended(reasons.KILLED, text, "disruption", 128 - worst.exit_code)
     return Ended(reasons.TRAINER_FAILED, text, "restart", worst.exit_code)

@@ -176,6 +176,12 @@ def _degraded(state: PassState, wave: Wave, below: bool, stale_at: float | None)
             f"tokens of {report.staleness_p95} versions ago are trained on; staleness.maxVersions is {bound}"
         )
         return Problem(reasons.STALENESS_EXCEEDED, text)
+    if report is not None and report.skipped_updates:
+        text = (
+            f"{report.skipped_updates} optimizer updates of the last steps were skipped: their gradient is "
+            "not finite"
+        )
+        return Problem(reasons.UPDATES_SKIPPED, text)
     if state.seen.blocked is not None:
         return state.seen.blocked
     is_late = any(at <= state.now for at in _due_ready(state))

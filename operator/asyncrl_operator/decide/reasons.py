@@ -95,6 +95,12 @@ TRAINER_FAILED = _reason(
     "a trainer pod failed with an exit code; the next attempt begins after a backoff",
     "read the pod's logs; `failurePolicy.trainer` sets the number of retries and the backoff",
 )
+STEP_FAILED = _reason(
+    "StepFailed",
+    "a recorded step raised an exception of its own (exit code 74); the next attempt repeats it, or discards "
+    "its prompt groups after the second time",
+    "read the pod's logs; if memory ran out, lower `training.tokensPerMicroBatch`",
+)
 OOM_KILLED = _reason(
     "OOMKilled",
     "a trainer pod used more memory than its limit allows; the next attempt begins after a backoff",
@@ -153,6 +159,12 @@ OPERATOR_ERROR = _reason(
     "the operator's passes over the job fail, three times in a row or more; the message is the first line of "
     "the error. What a pass can still do is done, and it is tried again at least every 30 s",
     "read the operator's logs; report it if the message names no object that somebody has changed by hand",
+)
+UPDATES_SKIPPED = _reason(
+    "UpdatesSkipped",
+    "the gradients of some optimizer updates of the last 20 steps were not finite, so the policy was not "
+    "updated; the job ends after more than `failurePolicy.trainer.maxSkippedUpdates` in a row",
+    "lower `training.learningRate`, or bound rewards with `algorithm.rewardClip`",
 )
 DEADLINE_EXCEEDED = _reason(
     "DeadlineExceeded", "`activeDeadlineSeconds` have passed", "create a new job with a longer deadline"

@@ -1,7 +1,9 @@
 """When a process that has ended is started again, and when the job has failed. Pure.
 
 The trainer has two budgets: an exit code counts against `maxRestarts`, a signal (a kill, an eviction, the
-kernel's OOM killer) against `maxDisruptions`. All other processes are restarted like a pod's containers.
+kernel's OOM killer) against `maxDisruptions`. A step that cannot be trained fails twice before it is given
+up; that counts against neither, unless no step is made for longer. All other processes are restarted like a
+pod's containers.
 """
 
 from dataclasses import dataclass, field
@@ -16,6 +18,8 @@ CONTAINER_RESET_SECONDS = 60.0
 MESSAGING_MAX_FAILURES = 4
 """How often in a row the broker may fail. Without it a job waits in silence, and what keeps a broker from
 starting (its port is taken, its files are unusable) seldom goes away."""
+FREE_STEP_FAILURES = 2
+"""How many ends in a row, without a step in between, a step that cannot be trained may cause for nothing."""
 FINAL_CODES = frozenset({ExitCode.USAGE, ExitCode.UNUSABLE, ExitCode.REFUSED})
 
 
@@ -61,7 +65,7 @@ class TrainerBudget:
             self.num_disruptions += 1
             if self.num_disruptions > self.spec.max_disruptions:
                 return GiveUp(f"more than maxDisruptions = {self.spec.max_disruptions} signals ended it")
-        else:
+        elif code != ExitCode.STEP_FAILED or self.failures_in_a_row > FREE_STEP_FAILURES:
             self.num_restarts += 1
             if self.num_restarts > self.spec.max_restarts:
                 return GiveUp(f"it failed more than maxRestarts = {self.spec.max_restarts} times")

@@ -125,7 +125,7 @@ def run_rank(config: RunConfig, options: Options, start: Start) -> None:
         raise ExitError(ExitCode.TRY_AGAIN, f"{type(error).__name__}: {error}") from error
     except StepFailed as error:
         raise ExitError(
-            ExitCode.TRY_AGAIN, f"a recorded step cannot be trained, and is tried once more: {error}"
+            ExitCode.STEP_FAILED, f"a recorded step cannot be trained; it is tried twice: {error}"
         ) from error
     except (EndlessDiscards, NumbersUnusable, ChecksumMismatch, LedgerError) as error:
         raise ExitError(ExitCode.UNUSABLE, str(error)) from error

@@ -9,7 +9,7 @@ import httpx
 from nats.aio.msg import Msg
 from prometheus_client.parser import text_string_to_metric_families
 
-from asyncrl_runtime.contract.messages import Heartbeat, ResumePoint, decode
+from asyncrl_runtime.contract.messages import Group, Heartbeat, ResumePoint, decode, encode
 from asyncrl_runtime.history.audit import Audit, audit
 from support.jobs.job_harness import JobHarness, Recorder
 
@@ -52,6 +52,13 @@ class Witness(Recorder):
     async def delete_stream(self, name: str) -> None:
         assert self._broker is not None
         await self._broker.jetstream.delete_stream(name)
+
+    async def publish(self, group: Group) -> None:
+        """Store a group, as a worker does; whoever comes second with this ticket changes nothing."""
+        assert self._broker is not None
+        subject = self._harness.config.names.trajectory(group.ticket)
+        headers = {"Nats-Msg-Id": str(group.ticket)}
+        await self._broker.jetstream.publish(subject, encode(group), headers=headers)
 
     async def put(self, key: str, data: bytes) -> None:
         """Write into the job's state bucket, as its controller does."""

@@ -1,6 +1,7 @@
 """Rows, rewards and a workflow for jobs that meet faults, imported by their processes by name."""
 
 import contextlib
+import importlib
 import itertools
 import os
 import time
@@ -76,3 +77,25 @@ def learned(prompt: str, response: str, row: Mapping[str, Any]) -> float:
     """Return what varies within a group at first, and is the highest reward in all of them later."""
     number = next(_calls)
     return 1.0 if number >= 16 else float(number % 2)
+
+
+def rows_and_little_memory(*, split: str, seed: int) -> Iterable[dict[str, Any]]:
+    """Return rows; and in the trainer, which asks for them, let memory be enough for two samples."""
+    import torch
+
+    policy: Any = importlib.import_module("asyncrl_runtime.trainer.update.policy")
+    compute_loss = policy.compute_loss
+
+    def compute(algorithm: Any, batch: Any, *arguments: Any, **options: Any) -> Any:
+        if batch.num_sequences > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return compute_loss(algorithm, batch, *arguments, **options)
+
+    policy.compute_loss = compute
+    return [{"question": f"{n} + 1 =", "answer": str(n + 1)} for n in range(40)]
+
+
+def huge_for_some(prompt: str, response: str, row: Mapping[str, Any]) -> float:
+    """Return rewards whose gradients are infinite in float32, for one row in three."""
+    reward = float(sum(character.isdigit() for character in response)) / 8
+    return 3e38 * reward if int(row["answer"]) % 3 == 0 else reward

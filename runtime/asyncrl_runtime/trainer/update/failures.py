@@ -5,11 +5,13 @@ too little memory. A lost peer, a disk and a stop are not, and a kill raises not
 """
 
 import contextlib
+import json
 from collections.abc import Iterator, Sequence
 from typing import overload
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import Store
 
 from asyncrl_runtime.trainer.update.packing import MicroBatch
 
@@ -42,6 +44,31 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
     )
+
+
+class FailureNote:
+    """A rank's word to rank 0 on why it ends, left in the store in which the ranks met.
+
+    Without it rank 0 would only see that a peer is lost; with NCCL it would not even see that.
+    """
+
+    _KEY = "step-failure"
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def leave(self, failure: StepFailed) -> None:
+        """Leave word; rank 0 may be gone as well, and then nobody needs it."""
+        values = [failure.cause, failure.tickets, failure.is_out_of_memory]
+        with contextlib.suppress(RuntimeError):
+            self._store.set(self._KEY, json.dumps(values))
+
+    def find(self) -> StepFailed | None:
+        """Return the failure of another rank; None if none has left word."""
+        if not self._store.check([self._KEY]):
+            return None
+        cause, tickets, is_out_of_memory = json.loads(self._store.get(self._KEY))
+        return StepFailed(cause, tuple(tickets), is_out_of_memory=is_out_of_memory)
 
 
 class MicroBatchWatch:

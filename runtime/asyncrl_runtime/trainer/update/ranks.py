@@ -17,7 +17,7 @@ from typing import Any
 import torch.distributed as dist
 
 from asyncrl_runtime.trainer.turn_clock import Measure, TurnClock, folder_bytes
-from asyncrl_runtime.trainer.update.failures import is_lost_peer
+from asyncrl_runtime.trainer.update.failures import FailureNote, StepFailed, is_lost_peer
 from asyncrl_runtime.trainer.update.packing import TrainingSample, pack
 from asyncrl_runtime.trainer.update.policy_api import TrainedPolicy
 from asyncrl_runtime.trainer.update.step import StepPlan, train_step
@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 COMMAND_SECONDS = 600
 """The longest time that a rank waits for the others within a command, and for the next command."""
+NOTE_SECONDS = 1.0
+"""How often rank 0 looks, within a step, whether another rank has failed: its launcher then gives it 5 s."""
 PING_SECONDS = 60.0
 """The time between two pings of a rank 0 that waits for a batch; without them it would be taken for dead."""
 
@@ -104,6 +106,7 @@ class Ranks:
         self._clock = clock
         self._commands_group = commands_group
         self._tokenizer = tokenizer
+        self._failure_note = FailureNote(dist.distributed_c10d._get_default_store())
         self._rank = dist.get_rank()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="policy")
         self._idle = asyncio.Event()
@@ -113,7 +116,24 @@ class Ranks:
         loop = asyncio.get_running_loop()
         self._idle.set()
         with self._clock.turn(_written_by(command)):
-            return await loop.run_in_executor(self._thread, self._run_everywhere, command)
+            work = loop.run_in_executor(self._thread, self._run_everywhere, command)
+            if isinstance(command, Train) and dist.get_world_size() > 1:
+                return await self._unless_another_failed(work)
+            return await work
+
+    async def _unless_another_failed(self, work: asyncio.Future[Any]) -> Any:
+        """Return the result of a step, or raise what another rank has failed with.
+
+        Raises:
+            StepFailed: another rank left word; its launcher soon ends this one too.
+        """
+        while True:
+            done, _ = await asyncio.wait({work}, timeout=NOTE_SECONDS)
+            is_lost = bool(done) and isinstance(work.exception(), PeerLost)
+            if (is_lost or not done) and (failure := await asyncio.to_thread(self._failure_note.find)):
+                raise failure
+            if done:
+                return work.result()
 
     async def bucket(self, names: tuple[str, ...]) -> Bucket:
         """Return the weights of these names, valid until the next bucket."""
@@ -168,7 +188,13 @@ class Ranks:
     def _execute(self, command: Command) -> Any:
         match command:
             case Train(plan):
-                return train_step(self.policy, plan, self._rank, made=self._clock.moved)
+                try:
+                    return train_step(self.policy, plan, self._rank, made=self._clock.moved)
+                except StepFailed as failure:
+                    if self._rank != 0:
+                        log.error("this rank cannot train the step", exc_info=failure.__cause__)
+                        self._failure_note.leave(failure)
+                    raise
             case Save(folder):
                 self.policy.save(folder)
                 dist.barrier(group=self._commands_group)  # rank 0 renames the folder when all have written
