@@ -5,9 +5,11 @@ from dataclasses import dataclass
 import msgspec
 
 from asyncrl_api.times import to_seconds
+from asyncrl_operator.decide.disruption import LONGEST_NOTICE, taint_that_announces
 from asyncrl_operator.decide.observed import ContainerEnd, Node, Pod
 from asyncrl_operator.resources import (
     ATTEMPT_LABEL,
+    DISRUPTION_ANNOTATION,
     GPUS_ANNOTATION,
     GROUP_LABEL,
     JOB_UID_LABEL,
@@ -50,10 +52,16 @@ def trim_job(raw: Json) -> bytes:
 
 
 def trim_node(raw: Json) -> Node:
-    """Return whether a node is ready, and since when."""
+    """Return whether a node is ready, and since when, and what announces its end."""
     ready = _condition(raw, "Ready") or {}
     since = ready.get("lastTransitionTime") or raw["metadata"]["creationTimestamp"]
-    return Node(is_ready=ready.get("status") == "True", since=to_seconds(since))
+    taint = taint_that_announces(raw.get("spec", {}).get("taints") or ())
+    notice = raw["metadata"].get("annotations", {}).get(DISRUPTION_ANNOTATION, "")[:LONGEST_NOTICE]
+    return Node(
+        is_ready=ready.get("status") == "True",
+        since=to_seconds(since),
+        notice=f"taint {taint}" if taint else notice,
+    )
 
 
 def trim_pod(raw: Json) -> KeptPod:
@@ -79,6 +87,7 @@ def trim_pod(raw: Json) -> KeptPod:
         created_at=to_seconds(metadata["creationTimestamp"]),
         deleted_at=to_seconds(deletion) if deletion else None,
         disruption=disrupted.get("reason", "") if disrupted.get("status") == "True" else "",
+        notice=annotations.get(DISRUPTION_ANNOTATION, "")[:LONGEST_NOTICE],
         unschedulable=_message(scheduled) if scheduled.get("status") == "False" else "",
         waiting=next(filter(None, map(_waiting, statuses)), ""),
         ends=tuple(filter(None, map(_end, status.get("containerStatuses", ())))),
