@@ -2,8 +2,10 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import overload
 
 import numpy as np
 import torch
@@ -26,6 +28,18 @@ from asyncrl_runtime.trainer.update.policy_api import StepPolicy, Update
 
 class NumbersUnusable(Exception):
     """The weights or gradients are no longer finite, so going on would train nothing."""
+
+
+class StepStopped(Exception):
+    """The step was stopped between two micro-batches, on all ranks at the same one.
+
+    Args:
+        num_updates: how many minibatches had been applied. With none the weights are still the step's first.
+    """
+
+    def __init__(self, num_updates: int) -> None:
+        super().__init__(f"stopped within a step, after {num_updates} updates of it")
+        self.num_updates = num_updates
 
 
 @dataclass(frozen=True)
@@ -80,6 +94,32 @@ def _nothing() -> None:
     """Do nothing: the listener for a caller that does not want to hear about progress."""
 
 
+def _always(num_updates: int) -> None:
+    """Go on: for a caller that stops no step."""
+
+
+class _Asking(Sequence[MicroBatch]):
+    """Micro-batches before each of which it is asked whether the step goes on."""
+
+    def __init__(self, batches: Sequence[MicroBatch], ask: Callable[[], None]) -> None:
+        self._batches, self._ask = batches, ask
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    @overload
+    def __getitem__(self, place: int) -> MicroBatch: ...
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[MicroBatch]: ...
+    def __getitem__(self, place: int | slice) -> MicroBatch | Sequence[MicroBatch]:
+        return self._batches[place]
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        for batch in self._batches:
+            self._ask()
+            yield batch
+
+
 def train_step(
     policy: StepPolicy,
     plan: StepPlan,
@@ -87,6 +127,7 @@ def train_step(
     rank: int,
     clock: Callable[[], float] = time.perf_counter,
     made: Callable[[], None] = _nothing,
+    go_on: Callable[[int], None] = _always,
 ) -> dict[str, float]:
     """Make all optimizer updates of one step; collective. Return its diagnostics, the same on all ranks.
 
@@ -96,8 +137,10 @@ def train_step(
 
     Args:
         made: called whenever a minibatch is done, so that the step's progress can be followed.
+        go_on: called before each micro-batch with the number of updates made; raises StepStopped to stop.
 
     Raises:
+        StepStopped: `go_on` raised it; gradients that were accumulated are of no use any more.
         NumbersUnusable: a gradient is not finite.
     """
     began = clock()
@@ -109,12 +152,12 @@ def train_step(
     needs_proximal = POLICY_LOSSES[algorithm.policy_loss].needs_proximal
     proximal = []
     for batches in packed[1:]:
-        proximal.append(policy.logprobs(batches) if needs_proximal else None)
+        proximal.append(policy.logprobs(_Asking(batches, partial(go_on, 0))) if needs_proximal else None)
         made()
-    updates = []
+    updates: list[Update] = []
     for samples, batches, proximal_logprobs in zip(minibatches, packed, [None, *proximal], strict=True):
         update = policy.update(
-            batches,
+            _Asking(batches, partial(go_on, len(updates))),
             proximal_logprobs=proximal_logprobs,
             num_tokens=sum(s.num_sampled_tokens for s in samples),
             learning_rate=plan.learning_rate,
