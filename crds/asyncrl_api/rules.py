@@ -135,8 +135,8 @@ _SELECTED = (
     _rule(
         "spec.checkpoint",
         "location.path",
-        # Beside the claim there is only what goes with the pod. The value is not in the message, which may hold
-        # no line break.
+        # Beside the claim there is only what goes with the pod. The value is left out of the message, which
+        # may hold no line break.
         "!self.location.path.matches('(^|/)[.][.](/|$)|[[:cntrl:]]')",
         'checkpoint.location.path must name a folder on the claim: no part of it may be "..", and no '
         "character a line break or another control character",
