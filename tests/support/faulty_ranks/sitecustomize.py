@@ -1,8 +1,8 @@
 """Faults in the ranks of a trainer: Python imports this file at its start if the folder is on its path.
 
 ASYNCRL_FAULT says which. `slow-disk`: the first flush of each rank's part of a checkpoint, and the final
-export, last longer than the ranks wait for each other. `slow-passes`: once the file ASYNCRL_SLOW_FROM exists, each
-training pass of a micro-batch, or with the word `all` in that file every pass, lasts PASS_SECONDS.
+export, last longer than the ranks wait for each other. `slow-passes`: once the file ASYNCRL_SLOW_FROM exists,
+each training pass of a micro-batch, or with the word `all` in that file every pass, lasts PASS_SECONDS.
 """
 
 import os
@@ -20,6 +20,7 @@ PASS_SECONDS = 4.0
 def slow_down_the_disk() -> None:
     from transformers import PreTrainedModel
 
+    import asyncrl_runtime.trainer.assemble  # noqa: F401  # first, so that the ranks find each other in the usual time
     from asyncrl_runtime.trainer.update import ranks
 
     ranks.COMMAND_SECONDS, ranks.PING_SECONDS = WAIT_SECONDS, 0.5
