@@ -71,6 +71,13 @@ class CheckpointSpec(ApiType):
 
     location: LocationSpec = field("Where checkpoints, the ledger and exports are kept.", mark="I")
     every_steps: Count = field("Steps between checkpoints.", mark="L", default=50)
+    every_seconds: Count = field(
+        "Longest time between checkpoints, in seconds: one is made after the step in which it is reached. It "
+        "bounds what a killed trainer has to do again. While a disruption of the trainer is announced, a "
+        "checkpoint is made after each step.",
+        mark="L",
+        default=600,
+    )
     keep: Annotated[int, Field(ge=2, le=10_000)] = field(
         "Number of checkpoints that are kept; the two newest can be restored.", mark="L", default=3
     )

@@ -51,6 +51,8 @@ class Report(Wire):
     """What the trainer is doing, in one word: Starting, Training, WaitingForBatch, Evaluating, Finished or
     Mastered."""
     message: str = ""
+    disk_fault: str = ""
+    """What the disk does not take, and since how often; empty if it takes everything."""
     reward: float | None = None
     staleness_mean: float | None = None
     staleness_p50: int | None = None

@@ -74,7 +74,7 @@ def _source(path: str, forms: Mapping[str, str]) -> Rule:
     return _rule(
         path,
         "source",
-        f"self.source.matches('^(({'|'.join(forms)})://.+|[A-Za-z_][A-Za-z0-9_.]*:{name})$')",
+        f"self.source.matches('^(({'|'.join(forms)})://[^[:cntrl:]]+|[A-Za-z_][A-Za-z0-9_.]*:{name})$')",
         f'{path.removeprefix("spec.")}.source is "%s", but must have one of the forms {examples}',
         "self.source",
     )
@@ -116,7 +116,7 @@ _SELECTED = (
     _rule(
         "spec.reward",
         "url",
-        "self.type != 'Service' || self.url.matches('^https?://.+')",
+        "self.type != 'Service' || self.url.matches('^https?://[^[:cntrl:]]+$')",
         'reward.type Service needs reward.url in the form http://host:port/path, but it is "%s"',
         "self.url",
     ),
@@ -131,6 +131,21 @@ _SELECTED = (
         "resumePath",
         "self.resume != 'FromPath' || self.resumePath != ''",
         "checkpoint.resume FromPath needs checkpoint.resumePath, but it is empty: name a checkpoint folder",
+    ),
+    _rule(
+        "spec.checkpoint",
+        "location.path",
+        # Beside the claim there is only what goes with the pod. The value is left out of the message, which
+        # may hold no line break.
+        "!self.location.path.matches('(^|/)[.][.](/|$)|[[:cntrl:]]')",
+        'checkpoint.location.path must name a folder on the claim: no part of it may be "..", and no '
+        "character a line break or another control character",
+    ),
+    _rule(
+        "spec.checkpoint",
+        "resumePath",
+        "!self.resumePath.matches('[[:cntrl:]]')",
+        "checkpoint.resumePath contains a line break or another control character: leave it out",
     ),
     _rule(
         "spec.gpuBudget",

@@ -15,6 +15,10 @@ from asyncrl_api.wire import Wire
 SGLANG_PYTHON = "ASYNCRL_SGLANG_PYTHON"
 """The environment variable with the path of the Python that has SGLang, if it is not ours (pins differ)."""
 
+DISRUPTION_FILE = "disruption"
+"""The file beside the live values in which the operator says what is about to end the trainer's pods; it is
+empty if nothing is announced."""
+
 
 class RunConfig(Wire):
     """What every process of a job is given: one file that does not change during an attempt."""

@@ -196,7 +196,7 @@ class Executor:
             SpecError: an overlay sets a field that the operator owns.
         """
         job, defaults = target.job, self._defaults
-        manifests = list(render_shared(job, defaults))
+        manifests = list(render_shared(job, defaults, desired.disruption))
         if desired.messaging_replicas is not None:
             if seen.messaging is None:
                 manifests.insert(0, render_credentials(job, self._new_secret))

@@ -14,6 +14,8 @@ GROUP_LABEL: Final = "asyncrl.dev/group"
 ATTEMPT_LABEL: Final = "asyncrl.dev/attempt"
 TEMPLATE_LABEL: Final = "asyncrl.dev/template"
 GPUS_ANNOTATION: Final = "asyncrl.dev/gpus"
+DISRUPTION_ANNOTATION: Final = "asyncrl.dev/disruption"
+"""The annotation, on a node or on a trainer's pod, by which anybody announces its end; its value says why."""
 SELECTOR: Final = JOB_UID_LABEL
 """The label that selects all objects of a job. It is our own: tools that adopt objects set `managed-by`."""
 

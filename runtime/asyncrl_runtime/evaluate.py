@@ -32,6 +32,7 @@ from asyncrl_runtime.rollout.workflows import make_workflow
 from asyncrl_runtime.trainer.books.checkpoints import Checkpoint, Checkpoints
 from asyncrl_runtime.trainer.dataset import load_rows
 from asyncrl_runtime.trainer.update.policy import Policy
+from asyncrl_runtime.trainer.update.saved_files import ignore
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +92,9 @@ def _export(config: RunConfig, checkpoint: Checkpoint, scratch: Path) -> Path:
         deepspeed=spec.trainer.deepspeed,
     )
     try:
-        policy.load(checkpoint.policy_folder, scratch.with_suffix(".resized"))
+        resized = scratch.with_suffix(".resized")
+        policy.convert(checkpoint.policy_folder, resized)(ignore)
+        policy.load(checkpoint.policy_folder, resized)
     except ValueError as error:
         raise ExitError(ExitCode.REFUSED, str(error)) from error
     policy.export_whole(source, scratch, load_tokenizer(source))

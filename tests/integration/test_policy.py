@@ -30,6 +30,7 @@ from asyncrl_runtime.trainer.update.diagnostics import report_tokens
 from asyncrl_runtime.trainer.update.packing import TrainingSample, distribute, pack, split_minibatches
 from asyncrl_runtime.trainer.update.policy import Policy
 from asyncrl_runtime.trainer.update.policy_api import StepSettings, Update
+from asyncrl_runtime.trainer.update.saved_files import ignore
 from asyncrl_runtime.weights.bucket import Bucket
 from support.jobs.naive_rl import NaiveTrainer
 
@@ -132,6 +133,17 @@ def train_step(policy: Policy, samples: Sequence[TrainingSample], capacity: int 
     ]
 
 
+def save(policy: Policy, folder: Path) -> None:
+    policy.save(folder)(ignore)
+    dist.barrier()
+
+
+def restore(policy: Policy, folder: Path, scratch: Path) -> None:
+    policy.convert(folder, scratch)(ignore)
+    dist.barrier()
+    policy.load(folder, scratch)
+
+
 def weights_of(policy: Policy) -> dict[str, Tensor]:
     """Return them on rank 0, as they are sent to engines; collective."""
     buckets = map(policy.bucket, policy.buckets(4096))
@@ -172,13 +184,13 @@ def run_resume(model: Path, folder: Path, stage: int, dtype: str) -> dict[str, A
     policy = make_policy(model, stage, dtype=dtype)
     train_step(policy, make_batch(0))
     before = weights_of(policy)
-    policy.save(folder / "checkpoint")
+    save(policy, folder / "checkpoint")
     noise = torch.rand(3)
     train_step(policy, make_batch(1))
 
     resumed = make_policy(model, stage, dtype=dtype)
     untrained = weights_of(resumed)
-    resumed.load(folder / "checkpoint", folder / "scratch")
+    restore(resumed, folder / "checkpoint", folder / "scratch")
     restored, repeated_noise = weights_of(resumed), torch.rand(3)
     train_step(resumed, make_batch(1))
     return {
@@ -225,12 +237,12 @@ def run_resized(model: Path, folder: Path, stage: int, dtype: str, source: Path)
     """Go on from the checkpoint of `run_resume` under another number of ranks."""
     saved = source / f"resume-{stage}-{dtype}" / "checkpoint"
     policy = make_policy(model, stage, dtype=dtype)
-    policy.load(saved, folder / "scratch")
+    restore(policy, saved, folder / "scratch")
     restored = weights_of(policy)
     train_step(policy, make_batch(1))
-    policy.save(folder / "checkpoint")
+    save(policy, folder / "checkpoint")
     again = make_policy(model, stage, dtype=dtype)
-    again.load(folder / "checkpoint", folder / "scratch")
+    restore(again, folder / "checkpoint", folder / "scratch")
     return {
         "restored": restored,
         "after": weights_of(policy),
@@ -242,7 +254,7 @@ def run_resized(model: Path, folder: Path, stage: int, dtype: str, source: Path)
 def run_foreign_checkpoint(model: Path, folder: Path) -> dict[str, Any]:
     policy = make_policy(model, 2)
     layout = folder / "checkpoint" / "layout.json"
-    policy.save(layout.parent)
+    save(policy, layout.parent)
     if dist.get_rank() == 0:
         layout.write_text(json.dumps(json.loads(layout.read_text()) | {"zero_stage": 1}))
     dist.barrier()
@@ -283,7 +295,7 @@ def run_reference(model: Path, _: Path) -> dict[str, Any]:
 def run_export(model: Path, folder: Path) -> dict[str, Any]:
     policy = make_policy(model, 2, dtype="BFloat16")
     train_step(policy, make_batch(0))
-    policy.export(folder / "exported", tokenizer=None)
+    policy.export(folder / "exported", tokenizer=None)(ignore)
     buckets = [[(name, t.nbytes) for name, t in policy.weights(names)] for names in policy.buckets(4096)]
     return {"weights": weights_of(policy), "buckets": buckets}
 
@@ -294,17 +306,17 @@ def run_adapters(model: Path, folder: Path, stage: int) -> dict[str, Any]:
     before = frozen(policy)
     first = adapters_of(policy)
     train_step(policy, make_batch(0))
-    policy.save(folder / "checkpoint")
+    save(policy, folder / "checkpoint")
     trained = adapters_of(policy)
     resumed = make_policy(model, stage, lora=lora)
-    resumed.load(folder / "checkpoint", folder / "scratch")
+    restore(resumed, folder / "checkpoint", folder / "scratch")
     restored = adapters_of(resumed)
     train_step(policy, make_batch(1))
     train_step(resumed, make_batch(1))
-    policy.export(folder / "exported", tokenizer=None)
+    policy.export(folder / "exported", tokenizer=None)(ignore)
     batch = pack(make_batch(2))
     with pytest.raises(ValueError) as refused:
-        make_policy(model, stage).load(folder / "checkpoint", folder / "scratch")
+        restore(make_policy(model, stage), folder / "checkpoint", folder / "scratch")
     return {
         "first": first,
         "trained": trained,

@@ -24,7 +24,7 @@ from asyncrl_api.job import AlgorithmSpec
 from asyncrl_runtime.trainer.turn_clock import TurnClock
 from asyncrl_runtime.trainer.update.failures import StepFailed
 from asyncrl_runtime.trainer.update.packing import MicroBatch, TrainingSample
-from asyncrl_runtime.trainer.update.policy_api import Update
+from asyncrl_runtime.trainer.update.policy_api import StepSettings, Update
 from asyncrl_runtime.trainer.update.ranks import Ranks, Train, make_commands_group
 from asyncrl_runtime.trainer.update.step import StepPlan
 
@@ -38,6 +38,9 @@ class FailingPolicy:
 
     def __init__(self, collective: str) -> None:
         self._collective = collective
+
+    def use(self, settings: StepSettings) -> None:
+        """Nothing of it matters here."""
 
     def logprobs(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
         return []
@@ -62,12 +65,12 @@ def main(collective: str) -> None:
     dist.init_process_group("gloo")
     ranks = Ranks(
         cast(Any, FailingPolicy(collective)),
-        AlgorithmSpec(),
         make_commands_group(),
         None,
         TurnClock(time.monotonic),
     )
-    plan = StepPlan((sample(5, 9), sample(6, 4)), (0.0, 0.0), 1, 20, 1e-3)
+    settings = StepSettings(AlgorithmSpec(), 0.0, 1.0, (0.9, 0.95), 1e-8)
+    plan = StepPlan((sample(5, 9), sample(6, 4)), (0.0, 0.0), 1, 20, 1e-3, settings)
     try:
         if dist.get_rank() == 1:
             ranks.follow()

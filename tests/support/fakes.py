@@ -407,6 +407,7 @@ class FakeRanks:
     def __init__(self, answer: Callable[[Any], Any]) -> None:
         self._answer = answer
         self.commands: list[Any] = []
+        self.must_stop: Callable[[], bool] = lambda: False
 
     async def keep_awake(self) -> None:
         """There is one rank."""

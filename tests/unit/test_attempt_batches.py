@@ -65,13 +65,13 @@ def test_a_job_whose_prompts_are_all_solved_ends_as_a_success(tmp_path: Path) ->
         if isinstance(command, Export):
             command.folder.mkdir(parents=True)
 
-    async def check() -> bool:
+    async def check() -> str:
         clock = asyncio.get_running_loop().time
         ranks = FakeRanks(answer)
         parts = make_attempt_parts(tmp_path, spec, books, FakeStreams(), ranks, FakeWeights(), None, clock)
         return await train(Attempt(parts, None))
 
-    assert run_in_virtual_time(check())
+    assert run_in_virtual_time(check()) == "", "nothing has stopped it"
     report = Report.load(tmp_path / "report.json")
     assert report is not None and report.state == "Mastered" and "1000 of the last 1000" in report.message
     assert report.export == str(tmp_path / "export" / "final") and Path(report.export).is_dir()

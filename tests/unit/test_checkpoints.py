@@ -103,7 +103,7 @@ async def test_the_newest_comes_first_whatever_the_number_of_digits(checkpoints:
 
 async def test_a_folder_without_checkpoints_has_none(checkpoints: Checkpoints) -> None:
     assert checkpoints.restorable() == []
-    checkpoints.prune(2)
+    await checkpoints.prune(2)
     checkpoints.drop_after(0)
 
 
@@ -227,7 +227,7 @@ async def test_the_newest_are_kept_and_two_at_least(
     await save_all(checkpoints, 0, 2, 4, 6, 8)
     (checkpoints.folder / "step-000009.tmp").mkdir()
     (checkpoints.folder / "step-000006.old").mkdir()
-    checkpoints.prune(keep)
+    await checkpoints.prune(keep)
     assert names(checkpoints) == sorted(f"step-{version:06d}" for version in left)
     assert versions(checkpoints) == left
 
@@ -235,7 +235,7 @@ async def test_the_newest_are_kept_and_two_at_least(
 async def test_one_that_is_not_whole_does_not_count_among_those_kept(checkpoints: Checkpoints) -> None:
     await save_all(checkpoints, 2, 4, 6)
     tear(checkpoints.folder / "step-000006" / "policy" / "weights.pt")
-    checkpoints.prune(2)
+    await checkpoints.prune(2)
     assert versions(checkpoints) == [4, 2]
 
 
@@ -259,7 +259,7 @@ async def test_another_objects_checkpoints_are_neither_used_nor_deleted(
         await others.save(position(version, uid="another"), policy())
     await save_all(checkpoints, 2, 4)
     assert versions(checkpoints) == [4, 2] and versions(others) == [5, 3, 1]
-    checkpoints.prune(2)
+    await checkpoints.prune(2)
     checkpoints.drop_after(-1)
     assert versions(checkpoints) == [] and versions(others) == [5, 3, 1]
 

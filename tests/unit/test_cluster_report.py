@@ -161,28 +161,29 @@ async def test_a_pod_without_a_service_account_trains_all_the_same(
 ) -> None:
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     has_run = False
-    async with copying_report(run_config(), lambda: 0.0):
+    async with copying_report(run_config(), lambda: 0.0, lambda: None):
         has_run = True
     assert has_run and "no report reaches ConfigMap gsm8k-report" in caplog.text
 
 
 async def test_what_ends_the_training_is_passed_on_after_the_last_word(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     server = Server()
     client = httpx.AsyncClient(transport=httpx.MockTransport(server), base_url="https://api")
     monkeypatch.setattr(cluster_report, "in_cluster_client", lambda: client)
-    config = run_config().model_copy(update={"report_file": tmp_path / "report.json"})
     with pytest.raises(ValueError, match="numbers"):
-        async with copying_report(config, lambda: 0.0):
-            TRAINING.model_copy(update={"state": "Failed"}).save(config.report_file)
+        said = [TRAINING]
+        async with copying_report(run_config(), lambda: 0.0, lambda: said[-1]):
+            said.append(TRAINING.model_copy(update={"state": "Failed"}))
             raise ValueError("numbers")
     assert server.sent[-1].state == "Failed"
 
 
 async def test_nothing_is_copied_on_a_laptop(caplog: pytest.LogCaptureFixture) -> None:
+    config = run_config().model_copy(update={"report_config_map": ""})
     with caplog.at_level(logging.DEBUG):
-        async with copying_report(run_config().model_copy(update={"report_config_map": ""}), lambda: 0.0):
+        async with copying_report(config, lambda: 0.0, lambda: None):
             pass
     assert not caplog.records
 

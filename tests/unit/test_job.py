@@ -112,6 +112,7 @@ DEFAULTS: dict[str, Any] = {
         "checkpoint": {
             "location": {"claimName": "checkpoints", "path": ""},
             "everySteps": 50,
+            "everySeconds": 600,
             "keep": 3,
             "resume": "Auto",
             "resumePath": "",

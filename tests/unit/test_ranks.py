@@ -5,8 +5,10 @@ import threading
 from pathlib import Path
 from typing import Any, cast
 
+from asyncrl_runtime.trainer.sealing import Sealed
 from asyncrl_runtime.trainer.turn_clock import TurnClock
 from asyncrl_runtime.trainer.update.ranks import Export, Ranks, Save, make_commands_group
+from asyncrl_runtime.trainer.update.together import DiskWork
 
 
 class HeldUpPolicy:
@@ -18,13 +20,16 @@ class HeldUpPolicy:
         self.may_end = threading.Event()
         self.folders: list[Path] = []
 
-    def save(self, folder: Path) -> None:
-        folder.mkdir()
-        self.folders.append(folder)
-        assert self.may_end.wait(10)
+    def save(self, folder: Path) -> DiskWork:
+        def write(sealed: Sealed) -> None:
+            folder.mkdir()
+            self.folders.append(folder)
+            assert self.may_end.wait(10)
 
-    def export(self, folder: Path, tokenizer: Any) -> None:
-        self.save(folder)
+        return write
+
+    def export(self, folder: Path, tokenizer: Any) -> DiskWork:
+        return self.save(folder)
 
     def bucket(self, names: tuple[str, ...]) -> str:
         assert self.may_end.wait(10)

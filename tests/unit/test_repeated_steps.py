@@ -73,7 +73,7 @@ def plans_of(folder: Path, spec: Spec, number: int) -> list[Any]:
         for _ in range(NUM_STEPS):
             batch = await attempt.next_batch()
             assert batch is not None and batch.is_repeat is (number > 1)
-            attempt.record(batch)
+            await attempt.record(batch)
             await attempt.train_step(batch)
             await attempt.advance(batch)
 

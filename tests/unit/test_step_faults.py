@@ -43,15 +43,19 @@ class Scene:
             raise outcome
         return outcome
 
-    def train(self, skipped: tuple[int, ...] = ()) -> dict[str, float]:
+    def train(self, skipped: tuple[int, ...] = ()) -> dict[str, float] | None:
         version = self.attempt.version
         groups = [
             assess(make_group(4 * version + n), version, SPEC.staleness, {}, "None") for n in range(1, 5)
         ]
         live = tuple(group for group in groups if isinstance(group, LiveGroup))
-        batch = Batch(version, live, {}, 9, skipped=skipped)
-        self.attempt.record(batch)
-        report = run_in_virtual_time(self.attempt.train_step(batch))
+        batch = Batch(version, live, {}, 9, SPEC.sampling.max_new_tokens, skipped=skipped)
+
+        async def record_and_train() -> dict[str, float] | None:
+            await self.attempt.record(batch)
+            return await self.attempt.train_step(batch)
+
+        report = run_in_virtual_time(record_and_train())
         self._books.advance(batch)
         return report
 

@@ -6,9 +6,11 @@ from typing import Any
 import msgspec
 
 from asyncrl_api.times import is_time, to_seconds
+from asyncrl_operator.decide.disruption import LONGEST_NOTICE, taint_that_announces
 from asyncrl_operator.decide.observed import ContainerEnd, Node, Pod
 from asyncrl_operator.resources import (
     ATTEMPT_LABEL,
+    DISRUPTION_ANNOTATION,
     GPUS_ANNOTATION,
     GROUP_LABEL,
     JOB_UID_LABEL,
@@ -51,10 +53,16 @@ def trim_job(raw: Json) -> bytes:
 
 
 def trim_node(raw: Json) -> Node:
-    """Return whether a node is ready, and since when."""
+    """Return whether a node is ready, and since when, and what announces its end."""
     ready = _condition(raw, "Ready") or {}
     since = ready.get("lastTransitionTime") or _map(raw["metadata"]).get("creationTimestamp")
-    return Node(is_ready=ready.get("status") == "True", since=_time(since))
+    taint = taint_that_announces(_map(raw.get("spec")).get("taints") or ())
+    notice = str(_map(_map(raw["metadata"]).get("annotations")).get(DISRUPTION_ANNOTATION) or "")
+    return Node(
+        is_ready=ready.get("status") == "True",
+        since=_time(since),
+        notice=f"taint {taint}" if taint else notice[:LONGEST_NOTICE],
+    )
 
 
 def trim_pod(raw: Json) -> KeptPod:
@@ -81,6 +89,7 @@ def trim_pod(raw: Json) -> KeptPod:
         created_at=_time(metadata.get("creationTimestamp")),
         deleted_at=_time(deletion) if deletion else None,
         disruption=str(disrupted.get("reason") or "?") if disrupted.get("status") == "True" else "",
+        notice=str(annotations.get(DISRUPTION_ANNOTATION) or "")[:LONGEST_NOTICE],
         unschedulable=_message(scheduled) if scheduled.get("status") == "False" else "",
         waiting=next(filter(None, map(_waiting, statuses)), ""),
         ends=tuple(filter(None, map(_end, containers))),

@@ -28,6 +28,8 @@ class Desired:
     messaging_replicas: int | None = None
     trainer: DesiredTrainer | None = None
     rollout_replicas: int | None = None
+    disruption: str = ""
+    """What is announced to end the trainer's pods; handed on to the trainer."""
 
 
 @dataclass(frozen=True)

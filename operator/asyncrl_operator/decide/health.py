@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 from asyncrl_api.job_status import AttemptStatus, ClocksStatus
 from asyncrl_api.times import to_seconds, to_text
-from asyncrl_operator.decide import reasons
+from asyncrl_operator.decide import attempts, reasons
 from asyncrl_operator.decide.clocks import (
     Clocks,
     Deadline,
@@ -14,6 +14,7 @@ from asyncrl_operator.decide.clocks import (
     is_below_minimum,
     is_up,
 )
+from asyncrl_operator.decide.disruption import announced_disruption
 from asyncrl_operator.decide.observed import Problem
 from asyncrl_operator.decide.pass_state import PassState
 from asyncrl_operator.decide.rolling import Wave
@@ -61,8 +62,16 @@ def assess(state: PassState, memory: Memory, wave: Wave) -> Health:
     report = state.report
     progress = "no step yet" if report is None else f"step {report.step} of {report.max_steps}"
     message = f"{held}/{state.spec.gpu_budget.total} GPUs in use, {progress}"
+    if disruption := disruption_of(state, memory.attempt):
+        message += f"; a disruption is announced ({disruption}): a checkpoint after each step"
     degraded = _degraded(state, wave, is_below_minimum(state.spec, parts), stale_at)
     return Health(Standing("Running", reasons.RUNNING, message, degraded=degraded), memory, tuple(wakes))
+
+
+def disruption_of(state: PassState, attempt: AttemptStatus | None) -> str:
+    """Return what is announced to end an attempt's pods; empty if nothing is."""
+    pods = [] if attempt is None else attempts.pods_of(attempt, state.seen)
+    return announced_disruption(pods, state.seen.nodes)
 
 
 def overdue(state: PassState, memory: Memory) -> Standing | None:
@@ -171,6 +180,8 @@ def _degraded(state: PassState, wave: Wave, below: bool, stale_at: float | None)
         return Problem(
             reasons.REPORT_STALE, f"the trainer has not reported for {int(REPORT_STALE_SECONDS)} s or more"
         )
+    if report is not None and report.disk_fault:
+        return Problem(reasons.DISK_FAILING, report.disk_fault)
     if report is not None and report.staleness_p95 is not None and report.staleness_p95 > bound:
         text = (
             f"tokens of {report.staleness_p95} versions ago are trained on; staleness.maxVersions is {bound}"

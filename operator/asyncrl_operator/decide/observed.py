@@ -56,6 +56,8 @@ class Pod:
     """When its grace period ends, if it is being deleted (`deletionTimestamp`)."""
     disruption: str = ""
     """The reason of its condition DisruptionTarget: preemption, eviction, a taint."""
+    notice: str = ""
+    """The announcement of its end that somebody has written on it (annotation `asyncrl.dev/disruption`)."""
     unschedulable: str = ""
     """The scheduler's message while no node is found for it."""
     waiting: str = ""
@@ -98,6 +100,8 @@ class Node:
     is_ready: bool
     since: Seconds
     """When `is_ready` last changed."""
+    notice: str = ""
+    """What announces its end, or that of its pods: a taint, or the annotation `asyncrl.dev/disruption`."""
 
 
 @dataclass(frozen=True)

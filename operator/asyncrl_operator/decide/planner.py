@@ -23,7 +23,7 @@ from asyncrl_operator.decide.desired import (
     Outcome,
 )
 from asyncrl_operator.decide.edits import current_templates, rollout_hash
-from asyncrl_operator.decide.health import assess, overdue
+from asyncrl_operator.decide.health import assess, disruption_of, overdue
 from asyncrl_operator.decide.observed import Observed, Problem, TrainerJob
 from asyncrl_operator.decide.pass_state import PassState
 from asyncrl_operator.decide.rebalance import decide_split, next_move
@@ -196,6 +196,7 @@ def _go_on(state: PassState, memory: Memory) -> Decision:
         messaging_replicas=1 if state.spec.messaging.mode == "Embedded" else None,
         trainer=None if is_between or attempt is None else DesiredTrainer(attempt.number, attempt.gpus),
         rollout_replicas=replicas,
+        disruption=disruption_of(state, attempt),
     )
     move = next_move(state.spec, split) if split.pressure else None
     return Decision(

@@ -149,6 +149,12 @@ ROLLOUT_UPDATE_STUCK = _reason(
     "an updated engine has not become ready within 15 minutes; the old ones are kept",
     "fix the image or the arguments and apply the job again",
 )
+DISK_FAILING = _reason(
+    "DiskFailing",
+    "the claim of the checkpoints does not take what the trainer writes; it tries again for ten minutes, and "
+    "nothing is lost",
+    "free some space or enlarge the claim; if the message says read-only or I/O error, look at its storage",
+)
 STALENESS_EXCEEDED = _reason(
     "StalenessExceeded",
     "samples older than `staleness.maxVersions` arrive at the trainer",

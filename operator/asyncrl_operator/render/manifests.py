@@ -11,6 +11,7 @@ from pathlib import Path
 from asyncrl_api.base import parse_quantity
 from asyncrl_api.job import AsyncRLJob, Spec
 from asyncrl_api.names import JobNames, NatsAddress
+from asyncrl_api.run_config import DISRUPTION_FILE as DISRUPTION_KEY
 from asyncrl_api.run_config import RunConfig, live_values
 from asyncrl_operator.decide.desired import DesiredTrainer
 from asyncrl_operator.decide.edits import rollout_hash
@@ -49,8 +50,12 @@ __all__ = [
 ]
 
 
-def render_shared(job: AsyncRLJob, defaults: Defaults) -> list[Json]:
-    """Return what all groups need: access, Services, live values, the report."""
+def render_shared(job: AsyncRLJob, defaults: Defaults, disruption: str = "") -> list[Json]:
+    """Return what all groups need: access, Services, live values, the report.
+
+    Args:
+        disruption: what is announced to end the trainer's pods.
+    """
     name = job.metadata.name
     objects = [
         _object(job, each["apiVersion"], each["kind"], each["name"], each["body"])
@@ -61,7 +66,8 @@ def render_shared(job: AsyncRLJob, defaults: Defaults) -> list[Json]:
         ports["nats"] = NATS_PORT
     objects += [_service(job, suffix, port) for suffix, port in ports.items()]
     live = json.dumps(live_values(job.spec), sort_keys=True)
-    objects.append(_object(job, "v1", "ConfigMap", f"{name}-live", {"data": {"live.json": live}}))
+    told = {"live.json": live, DISRUPTION_KEY: disruption}
+    objects.append(_object(job, "v1", "ConfigMap", f"{name}-live", {"data": told}))
     objects.append(_object(job, "v1", "ConfigMap", f"{name}-report", {}))  # the trainer writes its data
     return objects
 

@@ -1,5 +1,6 @@
 """Writes ledger.jsonl, one attempt at a time; its lines and their reader are in `asyncrl_api.ledger`."""
 
+import contextlib
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -99,17 +100,41 @@ class Ledger:
 
         Raises:
             Superseded: a later attempt has written since.
-            OSError: the disk is full, for example; the line is then torn, and the next claim drops it.
+            OSError: the disk is full, for example. The file is as it was before, so this may be tried again.
+                Only if the disk has turned read-only half way, the line is torn, and the next claim drops it.
         """
         with self._path.open("ab+") as file:
             file.seek(self._read_to)
             for text in filter(None, file.read().split(b"\n")):
                 if (attempt := _attempt_of(text, self._path)) > self._attempt:
                     raise Superseded(f"attempt {attempt} has claimed {self._path}; this is {self._attempt}")
-            file.write(_encoder.encode(line) + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-            self._read_to = file.tell()
+            end = file.seek(0, os.SEEK_END)
+        data = _encoder.encode(line) + b"\n"
+        append_whole(self._path, data, is_flushed=True)
+        self._read_to = end + len(data)
+
+
+def append_whole(path: Path, data: bytes, *, is_flushed: bool = False) -> None:
+    """Append to a file all of `data` or nothing.
+
+    Args:
+        is_flushed: whether it must have reached the disk.
+
+    Raises:
+        OSError: the disk does not take it.
+    """
+    with path.open("ab", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        try:
+            written = 0
+            while written < len(data):
+                written += file.write(data[written:])
+            if is_flushed:
+                os.fsync(file.fileno())
+        except OSError:
+            with contextlib.suppress(OSError):
+                file.truncate(end)
+            raise
 
 
 def _attempt_of(text: bytes, path: Path) -> int:

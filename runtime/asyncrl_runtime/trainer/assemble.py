@@ -40,7 +40,6 @@ from asyncrl_runtime.trainer.books.books import Books
 from asyncrl_runtime.trainer.books.checkpoints import (
     FOLDER,
     Checkpoint,
-    CheckpointFailed,
     Checkpoints,
     Position,
     set_aside_strangers,
@@ -57,11 +56,13 @@ from asyncrl_runtime.trainer.seams import AttemptParts
 from asyncrl_runtime.trainer.side_tasks import SideTasks
 from asyncrl_runtime.trainer.starting import Start
 from asyncrl_runtime.trainer.step_faults import NumbersUnusable
+from asyncrl_runtime.trainer.stopping import announced_disruption
 from asyncrl_runtime.trainer.train import train
 from asyncrl_runtime.trainer.update.failures import StepFailed
 from asyncrl_runtime.trainer.update.policy import Policy
 from asyncrl_runtime.trainer.update.policy_api import TrainedPolicy
 from asyncrl_runtime.trainer.update.ranks import COMMAND_SECONDS, Load, PeerLost, Ranks, make_commands_group
+from asyncrl_runtime.trainer.update.together import WorkStalled
 from asyncrl_runtime.transport.trainer_end import TrainerEnd
 from asyncrl_runtime.weights.adapter_publisher import AdapterPublisher
 from asyncrl_runtime.weights.engines import Publisher, WeightsRefused
@@ -121,7 +122,7 @@ def run_rank(config: RunConfig, options: Options, start: Start) -> None:
             for number in (signal.SIGTERM, signal.SIGINT):  # rank 0 acts on them, and needs this one for it
                 signal.signal(number, signal.SIG_IGN)
             ranks.follow()
-    except (Superseded, TransportError, CheckpointFailed, PeerLost, OSError) as error:
+    except (Superseded, TransportError, PeerLost, WorkStalled, OSError) as error:
         raise ExitError(ExitCode.TRY_AGAIN, f"{type(error).__name__}: {error}") from error
     except StepFailed as error:
         raise ExitError(
@@ -157,7 +158,8 @@ def check_names(policy: TrainedPolicy, folder: Path) -> None:
 
 async def _lead(config: RunConfig, options: Options, model_folder: Path, ranks: Ranks, start: Start) -> None:
     """Do rank 0's part: connect, take the lease, restore, train."""
-    rows = await asyncio.to_thread(load_rows, config.spec)
+    async with ranks.awake():  # a data set may take long to come
+        rows = await asyncio.to_thread(load_rows, config.spec)
     storage_bytes = parse_quantity(config.spec.messaging.embedded.storage.size)
     name = f"trainer-{options.attempt}"
     refusals = Refusals()
@@ -166,13 +168,15 @@ async def _lead(config: RunConfig, options: Options, model_folder: Path, ranks: 
         await broker.take_lease(options.attempt, f"{socket.gethostname()}-{os.getpid()}")
         fleet = Fleet(time.monotonic)
         await broker.hear_heartbeats(fleet.heard, fleet.was_deaf)
-        parts, side_tasks, restored = await _open_parts(
-            config, options, model_folder, ranks, rows, broker, fleet, start, refusals
-        )
-        attempt = Attempt(parts, restored)
-        if restored is None:
-            await attempt.open_history()
-        async with copying_report(config, time.monotonic):
+        async with ranks.awake():
+            parts, side_tasks, restored = await _open_parts(
+                config, options, model_folder, ranks, rows, broker, fleet, start, refusals
+            )
+            attempt = Attempt(parts, restored)
+            if restored is None:
+                await attempt.open_history()
+        # From memory: a disk that does not take the report must not hide that it fails.
+        async with copying_report(config, time.monotonic, lambda: parts.metrics.report):
             await _run_beside(attempt, parts, side_tasks, broker)
     finally:
         await broker.close()
@@ -200,8 +204,8 @@ async def _run_beside(
             if task.done():
                 task.result()
                 raise TransportError(f"{task.get_name()}: ended, and the job cannot go on without it")
-        if not await training:
-            raise ExitError(ExitCode.TRY_AGAIN, f"stopped at step {attempt.version}, after a checkpoint")
+        if stopped := await training:
+            raise ExitError(ExitCode.TRY_AGAIN, stopped)
     finally:
         for task in (training, *beside):
             task.cancel()
@@ -259,6 +263,7 @@ async def _open_parts(
         fleet=fleet,
         weights=_make_publisher(config, options, broker, fleet, ranks, refusals),
         checkpoints=checkpoints,
+        disruption=lambda: announced_disruption(config.live_file),
         examiner=_make_evaluator(options, broker, streams, rows, refusals, num_ids),
         metrics=_open_metrics(config, options, books, checkpoint, rows, model_folder, start),
         failures=tuple(history.failures),
@@ -276,7 +281,8 @@ def choose_checkpoint(config: RunConfig, checkpoints: Checkpoints, history: Hist
         checkpoints.drop_after(-1)
         return None
     checkpoints.drop_after(history.version)  # those of a history that was cut
-    checkpoint = next(iter(checkpoints.restorable()), None)
+    kept = (each for each in checkpoints.restorable() if each.position.version <= history.version)
+    checkpoint = next(kept, None)  # a read-only disk keeps what was to be deleted
     if checkpoint is None:
         return None
     made_under, now = checkpoint.position.origin, origin_of(config.spec)

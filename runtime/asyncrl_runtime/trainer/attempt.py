@@ -3,7 +3,10 @@
 import asyncio
 import contextlib
 import logging
+import math
+from collections.abc import Callable, Coroutine
 from dataclasses import replace
+from typing import Any
 
 from asyncrl_api.report import MASTERED_STATE
 from asyncrl_runtime.contract.messages import PolicyVersion
@@ -12,10 +15,12 @@ from asyncrl_runtime.trainer.books.checkpoints import Position
 from asyncrl_runtime.trainer.books.step_values import StepValues
 from asyncrl_runtime.trainer.checkpointing import Checkpointing
 from asyncrl_runtime.trainer.evaluation_schedule import EvaluationSchedule
+from asyncrl_runtime.trainer.patience import Patience
 from asyncrl_runtime.trainer.seams import AttemptParts
 from asyncrl_runtime.trainer.step_faults import StepFaults
+from asyncrl_runtime.trainer.stopping import LEAVE_SECONDS, StepTimes, fits_into_grace
 from asyncrl_runtime.trainer.update.deepspeed_config import step_settings
-from asyncrl_runtime.trainer.update.failures import MicroBatchWatch, StepFailed
+from asyncrl_runtime.trainer.update.failures import MicroBatchWatch, StepFailed, StepStopped
 from asyncrl_runtime.trainer.update.ranks import Stop, Train
 from asyncrl_runtime.trainer.update.step import StepOutcome, StepPlan, learning_rate, plan_step
 
@@ -42,10 +47,16 @@ class Attempt:
         self._values = StepValues.of(parts.spec)
         self._has_begun = False
         self._stopping = asyncio.Event()
-        self._checkpointing = Checkpointing(parts, restored)
+        self._stop_at = math.inf
+        self._patience = Patience(self._tell_disk_fault, self._stopping, parts.clock)
+        self._checkpointing = Checkpointing(parts, restored, self._patience)
+        self._steps = StepTimes(parts.clock)
+        self._before_step: Position | None = None
+        parts.ranks.must_stop = self._must_stop_step
         self._evaluations = EvaluationSchedule(parts, self._checkpointing)
-        self._faults = StepFaults(parts)
+        self._faults = StepFaults(parts, self._write_ledger)
         self._step_began = parts.clock()
+        self._num_updates = 0
         self._waited = 0.0
         self._publish_seconds = 0.0
 
@@ -65,7 +76,11 @@ class Attempt:
         return bool(self._books.mastered)
 
     def request_stop(self) -> None:
-        """Have `next_batch` return None at the next boundary."""
+        """Have `next_batch` return None at the next boundary, and a step stop that is too long for it."""
+        if not self._stopping.is_set():
+            grace = self._parts.spec.trainer.termination_grace_period_seconds
+            self._stop_at = self._parts.clock() + grace
+            log.warning("told to stop within %d s", grace)
         self._stopping.set()
         self._books.news.ring()
 
@@ -86,9 +101,29 @@ class Attempt:
         began = self._parts.clock()
         label = PolicyVersion(self._parts.attempt, version)
         interrupt = self._books.live.rollout.interrupt
-        await self._parts.weights.publish(label, interrupt)
-        await self._streams.announce(label)
+        if await self._while_there_is_time(self._parts.weights.publish(label, interrupt)):
+            await self._streams.announce(label)
         self._publish_seconds = self._parts.clock() - began
+
+    async def _while_there_is_time(self, work: Coroutine[Any, Any, Any]) -> bool:
+        """Do something that a checkpoint at a stop must not have to wait for; return whether it was done.
+
+        It is broken off when the grace has just enough left for the checkpoint.
+        """
+        task, stop = asyncio.ensure_future(work), asyncio.ensure_future(self._stopping.wait())
+        try:
+            await asyncio.wait({task, stop}, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                left = self._stop_at - self._parts.clock() - self._checkpointing.seconds - LEAVE_SECONDS
+                await asyncio.wait({task}, timeout=max(0.0, left))
+            if not task.done():
+                log.warning("broken off, because the trainer is to stop: engines keep the weights they have")
+                return False
+            task.result()
+            return True
+        finally:
+            task.cancel()
+            stop.cancel()
 
     async def _boundary(self) -> None:
         """Do what is due wherever the trainer waits: mend lost streams, bring late engines their weights.
@@ -117,7 +152,7 @@ class Attempt:
                 self._cut()
                 continue
             if not self._books.is_repeating and not self._has_begun:
-                self._parts.ledger.begin(self.version, self._values.to_ledger())
+                await self._write_ledger(self._parts.ledger.begin, self.version, self._values.to_ledger())
                 self._books.begin(self._parts.attempt)
                 self._has_begun = True
                 await self.publish_weights()
@@ -164,26 +199,51 @@ class Attempt:
 
     # -- steps
 
-    def record(self, batch: Batch) -> None:
-        """Write the step into the ledger, unless it is there already."""
+    async def record(self, batch: Batch) -> None:
+        """Write the step into the ledger, unless it is there already; wait for a disk that is full."""
+        self._before_step = self._checkpointing.position()
         if not batch.is_repeat:
             live = recorded_values(self._books.live)
-            self._parts.ledger.record_step(batch.version, batch.tickets, batch.discards, live)
+            await self._write_ledger(
+                self._parts.ledger.record_step, batch.version, batch.tickets, batch.discards, live
+            )
         self._books.close(batch)
 
-    async def train_step(self, batch: Batch) -> dict[str, float]:
-        """Update the policy on every rank."""
+    async def _write_ledger(self, write: Callable[..., None], *values: Any) -> None:
+        """Write a line, apart from the event loop, and again while the disk does not take it."""
+
+        async def once() -> None:
+            await self._parts.in_thread(write, *values)
+
+        await self._patience.insist("the ledger", once)
+
+    def _tell_disk_fault(self, message: str) -> None:
+        self._metrics.update(disk_fault=message)
+
+    def _must_stop_step(self) -> bool:
+        """Whether the step under way would not be done, and saved, within the grace. Called by the ranks."""
+        if not self._stopping.is_set():
+            return False
+        left = self._stop_at - self._parts.clock()
+        return not fits_into_grace(left, self._steps.left(), self._checkpointing.seconds)
+
+    async def train_step(self, batch: Batch) -> dict[str, float] | None:
+        """Update the policy on every rank; None if the step was stopped, because the trainer is to stop."""
         self._metrics.update(state="Training", queue_depth=len(self._books.inbox.arrived))
         values = self._values.as_recorded(batch.frozen)
         tokens = self._faults.tokens_per_micro_batch(batch, values.tokens_per_micro_batch)
         try:
             with MicroBatchWatch().naming_failures():
                 plan = self._plan(batch, values, tokens)
-            outcome: StepOutcome = await self._parts.ranks.run(Train(plan))
+            with self._steps.measured():
+                outcome: StepOutcome = await self._parts.ranks.run(Train(plan))
+        except StepStopped as stopped:
+            self._num_updates = stopped.num_updates
+            return None
         except StepFailed as failed:
-            self._faults.failed(batch, failed, tokens)
+            await self._faults.failed(batch, failed, tokens)
             raise
-        self._faults.skipped(batch, outcome.skipped, plan.num_minibatches)
+        await self._faults.skipped(batch, outcome.skipped, plan.num_minibatches)
         return outcome.report
 
     def _plan(self, batch: Batch, values: StepValues, tokens_per_micro_batch: int) -> StepPlan:
@@ -201,7 +261,7 @@ class Attempt:
 
     async def advance(self, batch: Batch) -> None:
         """Offer the new version to the engines, then move the gate, so no new ticket meets old weights."""
-        if not batch.is_repeat:
+        if not batch.is_repeat and not self._stopping.is_set():  # the next attempt publishes first of all
             await self._publish(batch.version + 1)
         self._books.advance(batch)
 
@@ -259,12 +319,44 @@ class Attempt:
 
     # -- the end
 
-    async def stop(self) -> None:
-        """Save and leave, having been told to stop: the next attempt goes on with the next step."""
+    async def stop(self) -> str:
+        """Save and leave, having been told to stop: the next attempt goes on with the next step.
+
+        Returns:
+            What the next attempt begins with, for the message.
+        """
         self._evaluations.cancel()
-        await self._checkpointing.save_last()
+        what = "after a checkpoint"
+        try:
+            await self._checkpointing.save_last()
+        except OSError as error:  # nothing that is recorded is lost, and the grace has an end
+            log.error("no checkpoint at the stop: %s", error)
+            what = "without a checkpoint: the disk failed"
+        return await self._end(f"stopped at step {self.version}, {what}")
+
+    async def stop_within_step(self) -> str:
+        """Leave, having been told to stop within a step, which the next attempt repeats from the ledger.
+
+        The half step is never saved. Before its first update the weights are still those that it began with,
+        and these are saved.
+
+        Returns:
+            What the next attempt begins with, for the message.
+        """
+        self._evaluations.cancel()
+        what = f"after {self._num_updates} updates of the next, which are lost"
+        if self._num_updates == 0 and self._before_step is not None:
+            what = "before the first update of the next"
+            try:
+                await self._checkpointing.save_at(self._before_step)
+            except OSError as error:
+                log.error("no checkpoint at the stop: %s", error)
+        return await self._end(f"stopped at step {self.version}, {what}; it is repeated from the ledger")
+
+    async def _end(self, message: str) -> str:
         await self._leave()
-        self._metrics.update(state="Stopped", message=f"stopped at step {self.version}")
+        self._metrics.update(state="Stopped", message=message)
+        return message
 
     async def finish(self) -> None:
         """Measure, save, export and close the ledger: no step is left, or nothing to learn."""
@@ -272,8 +364,8 @@ class Attempt:
             await self._evaluations.measure_last(self._boundary)
         self._metrics.update(state="Exporting")
         await self._checkpointing.save_last()
-        export = await self._checkpointing.export("final")
-        self._parts.ledger.end(self._books.last_ticket, self._books.left_over())
+        export = await self._checkpointing.export_last()
+        await self._write_ledger(self._parts.ledger.end, self._books.last_ticket, self._books.left_over())
         await self._leave()
         state = MASTERED_STATE if self.has_mastered else "Finished"
         message = self._books.mastered

@@ -9,6 +9,8 @@ from typing import Any
 from asyncrl_api.report import CheckpointReport
 from asyncrl_api.spec_views import FrozenSpec
 from asyncrl_runtime.trainer.books.checkpoints import CheckpointFailed, Position
+from asyncrl_runtime.trainer.patience import Patience
+from asyncrl_runtime.trainer.sealing import sync
 from asyncrl_runtime.trainer.seams import AttemptParts
 from asyncrl_runtime.trainer.update.ranks import Export, Save
 
@@ -16,8 +18,12 @@ log = logging.getLogger(__name__)
 
 FULL_SECONDS = 3.0
 """How long a batch is waited for while the stream hardly has room for it, before more is purged."""
-MAX_FAILED_CHECKPOINTS = 3
-"""How many failed checkpoints in a row end the job, since it could not be resumed where it stands."""
+MIN_FAILED_CHECKPOINTS = 3
+FAILING_SECONDS = 600.0
+"""The attempt ends, since it could not be resumed where it stands, when at least so many checkpoints in a row
+have failed, and for at least so long: a disk may be full for a while."""
+RETRY_SECONDS = 30.0
+"""How long after a checkpoint that has failed the next is tried, if none is due before."""
 
 
 class Checkpointing:
@@ -25,11 +31,17 @@ class Checkpointing:
 
     Args:
         restored: the position of the checkpoint that the attempt began with.
+        patience: tries again what a disk does not take.
     """
 
-    def __init__(self, parts: AttemptParts, restored: Position | None) -> None:
+    def __init__(self, parts: AttemptParts, restored: Position | None, patience: Patience) -> None:
         self._parts = parts
         self._books = parts.books
+        self._patience = patience
+        self._tried_at = parts.clock()
+        self._failing_since: float | None = None
+        self.seconds = 0.0
+        """How long the last checkpoint took that was made; 0 before the first."""
         self._saved: list[Position] = [restored] if restored is not None else []
         self._first_evaluation = restored.first_evaluation if restored is not None else None
         self._num_failed = 0
@@ -46,20 +58,52 @@ class Checkpointing:
         await self.save()
 
     async def save_if_due(self) -> None:
-        """Save every so many steps, and at once when the trajectory stream fills up; export when due."""
+        """Save when it is due (`_reason_to_save`), and export every so many steps."""
         spec, version = self._books.live.checkpoint, self._books.version
-        if self._parts.streams.is_nearly_full:
-            log.warning("the trajectory stream is nearly full: checkpoint, to purge behind it")
-            await self.save()
-        elif version % spec.every_steps == 0:
+        if (reason := self._reason_to_save()) is not None:
+            if reason:
+                log.warning("checkpoint of step %d: %s", version, reason)
             await self.save()
         if spec.export_every_steps and version % spec.export_every_steps == 0:
-            await self.export(f"step-{version:06d}")
+            try:
+                await self.export(f"step-{version:06d}")
+            except OSError as error:  # the job's end makes one in any case
+                message = (
+                    f"the export of step {version} failed: {error}; the next one is tried when it is due"
+                )
+                log.error("%s", message)
+                self._parts.metrics.update(disk_fault=message)
+
+    def _reason_to_save(self) -> str | None:
+        """Return why a checkpoint is due; empty if its time or step has come, None if none is due."""
+        spec, waited = self._books.live.checkpoint, self._parts.clock() - self._tried_at
+        if self._parts.streams.is_nearly_full:
+            return "the trajectory stream is nearly full, and is purged behind it"
+        if disruption := self._parts.disruption():
+            return f"a disruption is announced: {disruption}"
+        if self._num_failed:
+            is_due = waited >= min(RETRY_SECONDS, spec.every_seconds)
+        else:
+            is_due = waited >= spec.every_seconds
+        return "" if is_due or self._books.version % spec.every_steps == 0 else None
 
     async def save_last(self) -> None:
-        """Save, unless the version that has been reached is saved already."""
+        """Save, unless the version that has been reached is saved already; try again while the disk fails.
+
+        Raises:
+            CheckpointFailed: it has failed for too long, or the trainer is to stop.
+        """
         if not self._has_saved_this_version():
-            await self.save()
+            await self._patience.insist("the last checkpoint", lambda: self._make(self.position()))
+
+    async def save_at(self, position: Position) -> None:
+        """Save the policy as it was before a step that was stopped half way, if it is not saved already.
+
+        Args:
+            position: the books before the step.
+        """
+        if not self._saved or self._saved[-1].version < position.version:
+            await self._make(position)
 
     async def make_room(self, waited_seconds: float) -> None:
         """Keep a stream that fills up from ending the job: without room for a batch there is no next step.
@@ -84,27 +128,45 @@ class Checkpointing:
         """Make a checkpoint now, and let go of what only older ones needed.
 
         Raises:
-            CheckpointFailed: MAX_FAILED_CHECKPOINTS have failed in a row.
+            CheckpointFailed: too many have failed in a row, for too long.
         """
-        position = self._position()
+        now = self._parts.clock()
+        try:
+            await self._make(self.position())
+        except CheckpointFailed as error:
+            self._num_failed += 1
+            self._failing_since = now if self._failing_since is None else self._failing_since
+            log.error("%s (%d in a row)", error, self._num_failed)
+            self._parts.metrics.update(disk_fault=str(error))
+            lasted = self._parts.clock() - self._failing_since
+            if self._num_failed >= MIN_FAILED_CHECKPOINTS and lasted >= FAILING_SECONDS:
+                raise
+
+    async def _make(self, position: Position) -> None:
+        """Make the checkpoint of a position, and let go of what only older ones needed.
+
+        Raises:
+            CheckpointFailed: it could not be written, or lines before it could not.
+        """
+        began = self._parts.clock()
 
         async def save_policy(folder: Path) -> None:
+            self._parts.metrics.flush()  # no step before a checkpoint is trained again, so its line is here
             await self._parts.ranks.run(Save(folder))
 
         try:
             checkpoint = await self._parts.checkpoints.save(
                 position, save_policy if position.version > 0 else None
             )
-        except CheckpointFailed as error:
-            self._num_failed += 1
-            log.error("%s (%d in a row)", error, self._num_failed)
-            self._parts.metrics.update(message=str(error))
-            if self._num_failed >= MAX_FAILED_CHECKPOINTS:
-                raise
-            return
-        self._num_failed = 0
+        finally:
+            self._tried_at = self._parts.clock()
+        self.seconds = self._tried_at - began
+        if self._num_failed:
+            log.warning("checkpoint %s is made, after %d that failed", checkpoint.folder, self._num_failed)
+            self._parts.metrics.update(disk_fault="")
+        self._num_failed, self._failing_since = 0, None
         self._saved = [*[p for p in self._saved if p.version < position.version], position][-2:]
-        self._parts.checkpoints.prune(self._books.live.checkpoint.keep)
+        await self._parts.checkpoints.prune(self._books.live.checkpoint.keep)
         await self._purge_behind(self._saved[0])
         self._parts.metrics.update(
             last_checkpoint=CheckpointReport(
@@ -118,14 +180,29 @@ class Checkpointing:
         """Delete the checkpoints after `version`, where the surviving history ends: none may be restored."""
         self._parts.checkpoints.drop_after(version)
 
+    async def export_last(self) -> Path:
+        """Export the trained policy; a disk that fails is waited for, since the training is done.
+
+        Raises:
+            OSError: it has failed for too long, or the trainer is to stop.
+        """
+        return await self._patience.insist("the export of the trained policy", lambda: self.export("final"))
+
     async def export(self, name: str) -> Path:
-        """Write a Hugging Face folder, complete or not at all; return where it is."""
+        """Write a Hugging Face folder, complete or not at all; return where it is.
+
+        Raises:
+            OSError: it could not be written; an earlier one of this name is untouched.
+        """
         folder = self._parts.folder / "export" / name
         scratch = folder.with_name(folder.name + ".tmp")
-        shutil.rmtree(scratch, ignore_errors=True)
-        await self._parts.ranks.run(Export(scratch))
-        shutil.rmtree(folder, ignore_errors=True)
-        scratch.rename(folder)
+        await self._parts.in_thread(shutil.rmtree, scratch, True)
+        try:
+            await self._parts.ranks.run(Export(scratch))
+            await self._parts.in_thread(_put_in_place, scratch, folder)
+        except OSError:
+            await self._parts.in_thread(shutil.rmtree, scratch, True)  # it gives its room back
+            raise
         return folder
 
     def _has_saved_this_version(self) -> bool:
@@ -135,7 +212,8 @@ class Checkpointing:
         self._purged_behind = position.stream_sequence
         await self._parts.streams.purge_behind(position.stream_sequence)
 
-    def _position(self) -> Position:
+    def position(self) -> Position:
+        """Return what a checkpoint made now would say beside the policy."""
         return Position(
             uid=self._parts.uid,
             version=self._books.version,
@@ -147,6 +225,12 @@ class Checkpointing:
             first_evaluation=self._first_evaluation,
             rewards=self._books.rewards,
         )
+
+
+def _put_in_place(scratch: Path, folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    scratch.rename(folder)
+    sync(folder.parent)
 
 
 def origin_of(spec: FrozenSpec) -> dict[str, Any]:

@@ -106,10 +106,13 @@ def _news(report: Report) -> Report:
 
 
 @contextlib.asynccontextmanager
-async def copying_report(config: RunConfig, clock: Callable[[], float]) -> AsyncIterator[None]:
+async def copying_report(
+    config: RunConfig, clock: Callable[[], float], read: Callable[[], Report | None]
+) -> AsyncIterator[None]:
     """Copy the report while the body runs, and once more at its end; do nothing outside a cluster.
 
-    Enter it only after this attempt has written a report: before that, the file may hold an earlier object's.
+    Args:
+        read: returns this attempt's report.
     """
     client = _client_for(config.report_config_map)
     if client is None:
@@ -117,7 +120,7 @@ async def copying_report(config: RunConfig, clock: Callable[[], float]) -> Async
         return
     async with client:
         path = f"/api/v1/namespaces/{config.namespace}/configmaps/{config.report_config_map}"
-        copier = ReportCopier(client, path, lambda: Report.load(config.report_file), clock)
+        copier = ReportCopier(client, path, read, clock)
         task = asyncio.create_task(copier.keep(), name="copy report")
         try:
             yield

@@ -10,17 +10,22 @@ from pathlib import Path
 from typing import Any
 
 from asyncrl_api.report import Report
+from asyncrl_runtime.history.ledger_writer import append_whole
 
 log = logging.getLogger(__name__)
 
 RECENT_STEPS = 20
 """The number of steps over which the report's rates and shares are taken."""
+MAX_UNWRITTEN = 10_000
+"""How many lines are kept for a disk that does not take them; the oldest go first."""
 RENEW_SECONDS = 5.0
 """The time after which a report is renewed even if nothing has changed."""
 
 
 class Metrics:
     """Writes a job's metrics.jsonl and its report file.
+
+    A disk that fails holds nothing up: lines are kept and written later, in order, and so is the report.
 
     Args:
         wall_clock: returns the time that is written into the files.
@@ -40,6 +45,8 @@ class Metrics:
         self._report_file = report_file
         self._wall_clock = wall_clock
         self._seconds_without_progress = seconds_without_progress
+        self._unwritten: deque[tuple[Path, bytes]] = deque(maxlen=MAX_UNWRITTEN)
+        self._fault = ""
         self._recent: deque[Mapping[str, float]] = deque(maxlen=RECENT_STEPS)
         self.report = report
 
@@ -66,8 +73,7 @@ class Metrics:
                 any others.
         """
         line = {"time": self._wall_clock().isoformat(timespec="milliseconds"), **values}
-        with self._path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        self._write_line(self._path, line)
         self._recent.append(values)
         seconds = sum(step["step_seconds"] for step in self._recent)
         waited = sum(step["wait_seconds"] for step in self._recent)
@@ -87,24 +93,53 @@ class Metrics:
         )
 
     def log_evaluation(self, values: Mapping[str, Any]) -> None:
-        with self._evaluations.open("a") as file:
-            file.write(json.dumps(values) + "\n")
+        self._write_line(self._evaluations, values)
+
+    def _write_line(self, path: Path, values: Mapping[str, Any]) -> None:
+        self._unwritten.append((path, json.dumps(values).encode() + b"\n"))
+        try:
+            self.flush()
+        except OSError as error:
+            self._tell(
+                f"{path} takes no line: {error}; {len(self._unwritten)} lines are kept, and tried again"
+            )
+
+    def flush(self) -> None:
+        """Write the lines that the disk has not taken yet.
+
+        Raises:
+            OSError: it still does not; they are kept.
+        """
+        while self._unwritten:
+            append_whole(*self._unwritten[0])
+            self._unwritten.popleft()
+
+    def _tell(self, fault: str) -> None:
+        """Log what is wrong with the disk, once until it is well again."""
+        if fault and not self._fault:
+            log.warning("%s", fault)
+        elif self._fault and not fault:
+            log.warning("the disk takes reports and metrics again")
+        self._fault = fault
 
     def update(self, **changes: Any) -> None:
-        """Change the report and write it."""
+        """Change the report and write it. It is kept in memory if the disk does not take it."""
         changes["time"] = self._wall_clock().isoformat(timespec="seconds")
         changes["seconds_without_progress"] = self._seconds_without_progress()
         self.report = self.report.model_copy(update=changes)
-        self.report.save(self._report_file)
+        try:
+            self.flush()
+            self.report.save(self._report_file)
+        except OSError as error:
+            self._tell(f"the report was not written to {self._report_file}: {error}; it is tried again")
+        else:
+            self._tell("")
 
     async def keep_renewed(self) -> None:
         """Renew the report every RENEW_SECONDS until cancelled; its time shows that the event loop runs."""
         while True:
             await asyncio.sleep(RENEW_SECONDS)
-            try:
-                self.update()
-            except OSError as error:
-                log.warning("the report was not written to %s: %s", self._report_file, error)
+            self.update()
 
 
 def _whole(versions: float | None) -> int | None:

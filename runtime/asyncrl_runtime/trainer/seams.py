@@ -1,5 +1,6 @@
 """What an attempt is made of, and what it asks of streams, ranks and examiner, whoever stands behind them."""
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -40,6 +41,8 @@ class Streams(Protocol):
 class TrainerRanks(Protocol):
     """All ranks of the trainer; Ranks says what each call does."""
 
+    must_stop: Callable[[], bool]
+
     async def run(self, command: Command) -> Any: ...
     async def keep_awake(self) -> None: ...
 
@@ -50,6 +53,10 @@ class Examiner(Protocol):
     async def run(
         self, step: int, max_new_tokens: int, tick: Callable[[], Awaitable[None]]
     ) -> Evaluated | None: ...
+
+
+def _none_announced() -> str:
+    return ""
 
 
 @dataclass(frozen=True)
@@ -74,3 +81,7 @@ class AttemptParts:
     clock: Callable[[], float] = time.monotonic
     failures: tuple[StepFailure, ...] = ()
     """The failures of recorded steps that earlier attempts have met."""
+    in_thread: Callable[..., Awaitable[Any]] = asyncio.to_thread
+    """Calls a function that may wait for a disk, apart from the event loop."""
+    disruption: Callable[[], str] = _none_announced
+    """Returns what is about to end this trainer's pod; empty if nothing is announced."""

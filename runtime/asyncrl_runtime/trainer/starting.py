@@ -33,6 +33,8 @@ class Start:
         self.clock = TurnClock(time.monotonic)
         self._config = config
         self._attempt = attempt
+        self._report: Report | None = None
+        self._is_unwritten = False
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._report_on, name="starting", daemon=True)
 
@@ -60,7 +62,7 @@ class Start:
         report = first_report(self._config, self._attempt)
         with self.clock.turn(what_moves):
             self._write(report)
-            async with copying_report(self._config, time.monotonic):
+            async with copying_report(self._config, time.monotonic, lambda: self._report):
                 while not self._is_over.is_set():
                     await asyncio.to_thread(self._is_over.wait, RENEW_SECONDS)
                     if not self._is_over.is_set():
@@ -71,8 +73,14 @@ class Start:
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds_without_progress": self.clock.seconds_without_progress(),
         }
-        self._config.report_file.parent.mkdir(parents=True, exist_ok=True)  # a new claim is empty
-        report.model_copy(update=changes).save(self._config.report_file)
+        self._report = report.model_copy(update=changes)
+        try:
+            self._config.report_file.parent.mkdir(parents=True, exist_ok=True)  # a new claim is empty
+            self._report.save(self._config.report_file)
+        except OSError as error:  # whoever needs the disk will wait for it, or end for it
+            if not self._is_unwritten:
+                log.warning("the report was not written to %s: %s", self._config.report_file, error)
+            self._is_unwritten = True
 
 
 def what_moves() -> int:

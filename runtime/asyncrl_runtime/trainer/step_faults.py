@@ -1,6 +1,7 @@
 """What an attempt does about steps that fail by their own fault, and about updates that were not applied."""
 
 import logging
+from collections.abc import Awaitable, Callable
 
 from asyncrl_api.ledger import StepFailure
 from asyncrl_runtime.trainer.books.books import Batch
@@ -17,10 +18,15 @@ class NumbersUnusable(Exception):
 
 
 class StepFaults:
-    """Keeps the ledger's notes on the steps of one attempt."""
+    """Keeps the ledger's notes on the steps of one attempt.
 
-    def __init__(self, parts: AttemptParts) -> None:
+    Args:
+        write_ledger: calls a method of the ledger with its arguments.
+    """
+
+    def __init__(self, parts: AttemptParts, write_ledger: Callable[..., Awaitable[None]]) -> None:
         self._parts = parts
+        self._write_ledger = write_ledger
         self._num_skipped_in_a_row = 0
         self._has_told_bound = False
 
@@ -39,14 +45,15 @@ class StepFaults:
             log.warning(text, batch.version + 1, bound, manifest)
         return bound
 
-    def failed(self, batch: Batch, failure: StepFailed, tokens_per_micro_batch: int) -> None:
+    async def failed(self, batch: Batch, failure: StepFailed, tokens_per_micro_batch: int) -> None:
         """Write into the ledger that a recorded step failed by its own fault; the next attempt decides."""
         log.error("step %d cannot be trained", batch.version + 1, exc_info=failure.__cause__)
         at = tokens_per_micro_batch if failure.is_out_of_memory else None
-        self._parts.ledger.fail(StepFailure(batch.version, failure.cause, failure.tickets, at))
+        note = StepFailure(batch.version, failure.cause, failure.tickets, at)
+        await self._write_ledger(self._parts.ledger.fail, note)
         self._parts.metrics.update(message=f"step {batch.version + 1} cannot be trained: {failure.cause}")
 
-    def skipped(self, batch: Batch, skipped: tuple[int, ...], num_minibatches: int) -> None:
+    async def skipped(self, batch: Batch, skipped: tuple[int, ...], num_minibatches: int) -> None:
         """Write into the ledger which updates were not applied, and end the job after too many in a row.
 
         Raises:
@@ -55,7 +62,7 @@ class StepFaults:
         if skipped != batch.skipped:
             parts = split_minibatches(batch.tickets, num_minibatches)
             tickets = [batch.tickets[place] for number in skipped for place in parts[number]]
-            self._parts.ledger.skip(batch.version, skipped, tickets)
+            await self._write_ledger(self._parts.ledger.skip, batch.version, skipped, tickets)
             text = "step %d: %d of %d updates are skipped: their gradient is not finite (tickets %s)"
             log.warning(text, batch.version + 1, len(skipped), num_minibatches, tickets[:20])
         limit = self._parts.books.live.failure_policy.trainer.max_skipped_updates

@@ -111,6 +111,40 @@ CASES = {
         "spec.checkpoint.resumePath",
         "checkpoint.resume FromPath needs checkpoint.resumePath, but it is empty: name a checkpoint folder",
     ),
+    "location stays on the claim": Case(
+        ["spec.checkpoint.location.path=team-a/..b/x..", "spec.checkpoint.location.path=/a/b/"],
+        ["spec.checkpoint.location.path=../tmp/x"],
+        "spec.checkpoint.location.path",
+        'checkpoint.location.path must name a folder on the claim: no part of it may be "..", and no '
+        "character a line break or another control character",
+    ),
+    "location stays on the claim further down": Case(
+        ["spec.checkpoint.location.path=a/b"],
+        ["spec.checkpoint.location.path=a/.."],
+        "spec.checkpoint.location.path",
+        'checkpoint.location.path must name a folder on the claim: no part of it may be "..", and no '
+        "character a line break or another control character",
+    ),
+    "location is one line": Case(
+        ["spec.checkpoint.location.path=ä b"],
+        ['spec.checkpoint.location.path="a\\nb"'],
+        "spec.checkpoint.location.path",
+        'checkpoint.location.path must name a folder on the claim: no part of it may be "..", and no '
+        "character a line break or another control character",
+    ),
+    "location has no NUL": Case(
+        ["spec.checkpoint.location.path=a"],
+        ['spec.checkpoint.location.path="a\\0"'],
+        "spec.checkpoint.location.path",
+        'checkpoint.location.path must name a folder on the claim: no part of it may be "..", and no '
+        "character a line break or another control character",
+    ),
+    "resumePath is one line": Case(
+        ["spec.checkpoint.resume=FromPath", "spec.checkpoint.resumePath=../runs/a/checkpoints/step-000050"],
+        ['spec.checkpoint.resumePath="a\\nb"'],
+        "spec.checkpoint.resumePath",
+        "checkpoint.resumePath contains a line break or another control character: leave it out",
+    ),
     "Manual needs a split": Case(
         [MANUAL, "spec.gpuBudget.split={trainer: 4, rollout: 12}"],
         [MANUAL],

@@ -8,9 +8,10 @@ A checkpoint is written beside its final place, flushed to disk, and renamed int
 can be restored: the stream is purged behind the older of them.
 """
 
+import asyncio
+import contextlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -21,9 +22,12 @@ import msgspec
 
 from asyncrl_api.exits import ExitCode, ExitError
 from asyncrl_runtime.trainer.books.tickets import BookRecord, RewardRange
+from asyncrl_runtime.trainer.sealing import sync
 
 log = logging.getLogger(__name__)
 
+CallApart = Callable[..., Awaitable[Any]]
+"""Calls a function with arguments."""
 FOLDER = "checkpoints"
 
 
@@ -62,15 +66,19 @@ class Checkpoint:
         return self.policy_folder.exists()
 
 
-class CheckpointFailed(Exception):
+class CheckpointFailed(OSError):
     """A checkpoint could not be written. Earlier ones are untouched; it says what is wrong with the disk."""
 
 
 class Checkpoints:
     """The checkpoints of one job in one folder."""
 
-    def __init__(self, job_folder: Path, uid: str) -> None:
+    def __init__(self, job_folder: Path, uid: str, run: CallApart = asyncio.to_thread) -> None:
+        """Args:
+        run: calls a function that waits for the disk, apart from the event loop.
+        """
         self._job_folder = job_folder
+        self._run = run
         self._uid = uid
         self.folder = job_folder / FOLDER
 
@@ -96,7 +104,8 @@ class Checkpoints:
         """Write one checkpoint.
 
         Args:
-            save_policy: writes the policy into a folder; None where the policy is the model's source.
+            save_policy: writes the policy into a folder and flushes it; None where the policy is the model's
+                source.
 
         Raises:
             CheckpointFailed: it could not be written; nothing has changed on disk.
@@ -104,31 +113,24 @@ class Checkpoints:
         place = self.folder / f"step-{position.version:06d}"
         scratch, replaced = place.with_suffix(".tmp"), place.with_suffix(".old")
         try:
-            shutil.rmtree(scratch, ignore_errors=True)
-            scratch.mkdir(parents=True)
+            await self._run(_begin, scratch)
             if save_policy is not None:
                 await save_policy(scratch / "policy")
-            (scratch / "position.json").write_bytes(msgspec.json.encode(position))
-            _seal(scratch)
-            shutil.rmtree(replaced, ignore_errors=True)  # left by a crash at this very place
-            if place.exists():  # made by an attempt whose history was cut there
-                place.rename(replaced)
-            scratch.rename(place)
-            _sync(self.folder)
+            await self._run(_put_in_place, scratch, place, replaced, position)
         except (OSError, RuntimeError) as error:  # torch hides a full disk in a RuntimeError
-            free = _free_space(self._job_folder)  # asked before what was written is deleted
-            shutil.rmtree(scratch, ignore_errors=True)
-            if replaced.exists() and not place.exists():
-                replaced.rename(place)
+            free = await self._run(_give_up, self._job_folder, scratch, place, replaced)
             raise CheckpointFailed(
                 f"checkpoint {place}: {_disk_error(error)}; {free}. Earlier checkpoints are untouched; free "
                 "some space, or enlarge the volume"
             ) from error
-        shutil.rmtree(replaced, ignore_errors=True)
+        await self._run(_delete, replaced)
         return Checkpoint(place, position)
 
-    def prune(self, keep: int) -> None:
+    async def prune(self, keep: int) -> None:
         """Delete all but the newest `keep` checkpoints, two at least, and what a crash has left."""
+        await self._run(self._prune, keep)
+
+    def _prune(self, keep: int) -> None:
         for checkpoint in self.restorable()[max(2, keep) :]:
             shutil.rmtree(checkpoint.folder, ignore_errors=True)
         for leftover in (*self.folder.glob("*.tmp"), *self.folder.glob("*.old")):
@@ -169,22 +171,43 @@ def _uid_of(path: Path) -> str | None:
         return None
 
 
-def _seal(folder: Path) -> None:
-    """List every file with its size, and flush all to disk."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files}
-    listing = folder / "files.json"
+def _begin(scratch: Path) -> None:
+    _delete(scratch)
+    scratch.mkdir(parents=True)
+
+
+def _put_in_place(scratch: Path, place: Path, replaced: Path, position: Position) -> None:
+    """Add the books to the policy, list every file with its size, and rename the folder to its place.
+
+    Whoever wrote the policy has flushed it; here only the books and the folders are.
+    """
+    books = scratch / "position.json"
+    books.write_bytes(msgspec.json.encode(position))
+    files = [path for path in sorted(scratch.rglob("*")) if path.is_file()]
+    sizes = {str(path.relative_to(scratch)): path.stat().st_size for path in files}
+    listing = scratch / "files.json"
     listing.write_text(json.dumps(sizes))
-    for path in (*files, listing, *(p for p in folder.rglob("*") if p.is_dir()), folder):
-        _sync(path)
+    for path in (books, listing, *(p for p in scratch.rglob("*") if p.is_dir()), scratch):
+        sync(path)
+    _delete(replaced)  # left by a crash at this very place
+    if place.exists():  # made by an attempt whose history was cut there
+        place.rename(replaced)
+    scratch.rename(place)
+    sync(place.parent)
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _give_up(job_folder: Path, scratch: Path, place: Path, replaced: Path) -> str:
+    """Leave everything as it was before; return how much space there was."""
+    free = _free_space(job_folder)  # asked before what was written is deleted
+    _delete(scratch)
+    if replaced.exists() and not place.exists():
+        with contextlib.suppress(OSError):  # the disk is read-only now; the next checkpoint goes elsewhere
+            replaced.rename(place)
+    return free
+
+
+def _delete(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _read_position(folder: Path) -> Position:
@@ -221,5 +244,8 @@ def _disk_error(error: Exception) -> str:
 
 
 def _free_space(folder: Path) -> str:
-    free = shutil.disk_usage(folder).free
+    try:
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        return f"nor does the disk say how much is free: {_disk_error(error)}"
     return f"{free / 2**20:.0f} MB were free there"

@@ -1,4 +1,4 @@
-"""Failures of a step that are its own fault: what was raised, and in which micro-batch.
+"""Why a step ends before its end: by its own fault, in which micro-batch, or because it was stopped.
 
 Its own fault is what the same samples would raise again, such as a token id that the model does not know, or
 too little memory. A lost peer, a disk and a stop are not, and a kill raises nothing.
@@ -30,6 +30,18 @@ class StepFailed(Exception):
         self.cause = cause
         self.tickets = tickets
         self.is_out_of_memory = is_out_of_memory
+
+
+class StepStopped(Exception):
+    """The step was stopped between two micro-batches, on all ranks at the same one.
+
+    Args:
+        num_updates: how many minibatches had been applied. With none the weights are still the step's first.
+    """
+
+    def __init__(self, num_updates: int) -> None:
+        super().__init__(f"stopped within a step, after {num_updates} updates of it")
+        self.num_updates = num_updates
 
 
 def is_lost_peer(error: Exception) -> bool:
@@ -94,7 +106,7 @@ class MicroBatchWatch:
         try:
             yield
         except Exception as error:
-            if isinstance(error, OSError | StepFailed) or is_lost_peer(error):
+            if isinstance(error, OSError | StepFailed | StepStopped) or is_lost_peer(error):
                 raise
             # A GPU reports what a kernel met only later, perhaps in the next micro-batch.
             is_late = "CUDA error" in str(error)

@@ -10,8 +10,6 @@ import logging
 import math
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -30,17 +28,18 @@ from transformers.utils import logging as transformers_logging
 from asyncrl_api.exits import ExitCode, ExitError
 from asyncrl_api.job import AlgorithmSpec, DeepSpeedSpec, LoRASpec, TrainingSpec
 from asyncrl_runtime.model import attention
+from asyncrl_runtime.trainer.sealing import Sealed, seal, seal_folder
 from asyncrl_runtime.trainer.update.deepspeed_config import Dtype, derive_config
 from asyncrl_runtime.trainer.update.loss import compute_loss
 from asyncrl_runtime.trainer.update.packing import MicroBatch
 from asyncrl_runtime.trainer.update.policy_api import StepSettings, Update
+from asyncrl_runtime.trainer.update.saved_files import HeldBack, ignore, make_universal, nothing
+from asyncrl_runtime.trainer.update.together import DiskWork
 from asyncrl_runtime.trainer.update.token_logprobs import token_logprobs
 from asyncrl_runtime.weights.adapter_publisher import Adapter
 from asyncrl_runtime.weights.bucket import Bucket, BucketBuffer
 
 _TAG = "policy"
-CONVERSION_SECONDS = 540
-"""The time limit of a conversion, shorter than the other ranks' wait for rank 0."""
 _TORCH_DTYPES = {"BFloat16": torch.bfloat16, "Float32": torch.float32}
 
 
@@ -267,7 +266,7 @@ class Policy:
         }
         return Adapter(config, safetensors.torch.save(weights))
 
-    def export(self, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    def export(self, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> DiskWork:
         """See the protocol. If the policy is sharded, rank 0 needs room for all weights on the CPU."""
         state: dict[str, Tensor] | None = None
         if self.is_sharded:
@@ -275,10 +274,16 @@ class Policy:
             for name, tensor in self.weights(tuple(self._parameters)):
                 if dist.get_rank() == 0:
                     state[name] = tensor.to("cpu", copy=True)
-        if dist.get_rank() == 0:
+        if dist.get_rank() != 0:
+            return nothing
+
+        def write(sealed: Sealed) -> None:
             self._engine.module.causal_lm.save_pretrained(folder, state_dict=state)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
+            seal_folder(folder, sealed)
+
+        return write
 
     def export_whole(self, base: Path, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         """Write a folder that an engine can sample from as it is, with adapters merged into the model.
@@ -287,38 +292,70 @@ class Policy:
             base: the folder of the model that training started from.
         """
         if not self.trains_adapters:
-            self.export(folder, tokenizer)
+            self.export(folder, tokenizer)(ignore)
             return
-        self.export(folder / "adapter", None)
+        self.export(folder / "adapter", None)(ignore)
         merge_adapter(base, folder / "adapter", folder)
         tokenizer.save_pretrained(folder)
 
-    def save(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        torch.save(_random_state(), folder / f"random_{dist.get_rank()}.pt")
-        if dist.get_rank() == 0:
-            (folder / "layout.json").write_text(json.dumps(self._layout))
-        self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+    def save(self, folder: Path) -> DiskWork:
+        held_back, own = HeldBack(), self._engine.checkpoint_engine
+        self._engine.checkpoint_engine, self._engine._copy_recovery_script = held_back, lambda path: None
+        try:
+            self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+        finally:
+            self._engine.checkpoint_engine = own
+        rank = dist.get_rank()
+        files: dict[Path, Any] = {**held_back.files, folder / f"random_{rank}.pt": _random_state()}
+
+        def write(sealed: Sealed) -> None:
+            for path, state in files.items():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                torch.save(state, path)
+                seal(path, sealed)
+            if rank == 0:
+                (folder / "layout.json").write_text(json.dumps(self._layout))
+                seal(folder / "layout.json", sealed)
+
+        return write
+
+    def convert(self, folder: Path, scratch: Path) -> DiskWork:
+        layout = self._layout_of(folder)  # by all ranks, so that all refuse it together
+        if dist.get_rank() != 0 or not self._needs_conversion(layout):
+            return nothing
+
+        def write(sealed: Sealed) -> None:
+            shutil.rmtree(scratch, ignore_errors=True)
+            make_universal(folder / _TAG, scratch / _TAG, sealed, is_sharded=self.is_sharded)
+
+        return write
 
     def load(self, folder: Path, scratch: Path) -> None:
-        layout = json.loads((folder / "layout.json").read_text())
-        if layout | {"world_size": self.world_size} != self._layout:
-            raise ValueError(f"checkpoint {folder} has layout {layout}, this trainer {self._layout}")
-        is_resized = layout["world_size"] != self.world_size
+        layout = self._layout_of(folder)
         with _without_prints():
-            if is_resized and self._zero_stage > 0:
-                self._load_shares_of_others(folder, scratch)
+            if self._needs_conversion(layout):
+                self._load_shares_of_others(scratch)
             else:
                 self._engine.load_checkpoint(str(folder), tag=_TAG)
         source = dist.get_rank() % layout["world_size"]
         _set_random_state(torch.load(folder / f"random_{source}.pt", weights_only=True))
 
-    def _load_shares_of_others(self, folder: Path, scratch: Path) -> None:
-        """Load a ZeRO checkpoint of another number of ranks by way of DeepSpeed's universal format."""
-        if dist.get_rank() == 0:
-            shutil.rmtree(scratch, ignore_errors=True)
-            make_universal(folder / _TAG, scratch / _TAG, is_sharded=self.is_sharded)
-        dist.barrier()
+    def _layout_of(self, folder: Path) -> Any:
+        """Return the layout of a checkpoint.
+
+        Raises:
+            ValueError: this policy cannot load it.
+        """
+        layout = json.loads((folder / "layout.json").read_text())
+        if layout | {"world_size": self.world_size} != self._layout:
+            raise ValueError(f"checkpoint {folder} has layout {layout}, this trainer {self._layout}")
+        return layout
+
+    def _needs_conversion(self, layout: Any) -> bool:
+        return layout["world_size"] != self.world_size and self._zero_stage > 0
+
+    def _load_shares_of_others(self, scratch: Path) -> None:
+        """Load a ZeRO checkpoint of another number of ranks, as `convert` has prepared it."""
         decays = [group["weight_decay"] for group in self._engine.optimizer.param_groups]
         self._engine._config.load_universal_checkpoint = True
         try:
@@ -347,28 +384,6 @@ def _mend_optimizer(optimizer: torch.optim.Optimizer, decays: Sequence[float]) -
         group["weight_decay"] = decay
     for state in optimizer.state.values():
         state["step"] = torch.as_tensor(state["step"]).clone()
-
-
-def make_universal(checkpoint: Path, target: Path, *, is_sharded: bool) -> None:
-    """Convert a ZeRO checkpoint into DeepSpeed's universal format, which any number of ranks can load.
-
-    The conversion runs in a process of its own, because it starts workers, and prints.
-
-    Raises:
-        OSError: the conversion failed, because the disk is full for example; has the last lines it printed.
-    """
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
-    command += [] if is_sharded else ["--inject_missing_state"]
-    command += ["--input_folder", str(checkpoint), "--output_folder", str(target)]
-    what = f"checkpoint {checkpoint} was not converted for another number of ranks"
-    try:
-        done = subprocess.run(
-            command, check=False, capture_output=True, text=True, timeout=CONVERSION_SECONDS
-        )
-    except subprocess.TimeoutExpired as error:
-        raise OSError(f"{what} within {CONVERSION_SECONDS} s") from error
-    if done.returncode != 0:
-        raise OSError("\n".join([f"{what}:", *(done.stdout + done.stderr).splitlines()[-5:]]))
 
 
 def load_model(folder: Path, dtype: Dtype, *, sharded_by: Mapping[str, Any] | None = None) -> ResponseModel:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from asyncrl_api.job import AlgorithmSpec
 from asyncrl_runtime.trainer.update.packing import MicroBatch
+from asyncrl_runtime.trainer.update.together import DiskWork
 from asyncrl_runtime.weights.adapter_publisher import Adapter
 from asyncrl_runtime.weights.bucket import Bucket
 
@@ -121,26 +122,47 @@ class TrainedPolicy(StepPolicy, Protocol):
         """Return the adapters as an engine loads them; not collective. The policy must train adapters."""
         ...
 
-    def export(self, folder: Path, tokenizer: "PreTrainedTokenizerBase | None") -> None:
-        """Write a folder that `from_pretrained` loads, in the model's dtype; collective if it is sharded.
+    def export(self, folder: Path, tokenizer: "PreTrainedTokenizerBase | None") -> DiskWork:
+        """Prepare a folder that `from_pretrained` loads, in the model's dtype; collective if it is sharded.
 
-        Rank 0 writes, and the other ranks do not wait. If the policy trains adapters, the folder has only
-        these, as PEFT loads them.
+        If the policy trains adapters, the folder has only these, as PEFT loads them.
+
+        Returns:
+            What rank 0 still has to write and to flush; the weights must not change before. Other ranks have
+            nothing to do.
         """
         ...
 
-    def save(self, folder: Path) -> None:
-        """Write weights, optimizer and random state into `folder`; collective, and complete on return."""
+    def save(self, folder: Path) -> DiskWork:
+        """Prepare a checkpoint of weights, optimizer and random state; collective. Nothing is written yet.
+
+        Returns:
+            What this rank still has to write into `folder` and to flush; the weights must not change before.
+        """
+        ...
+
+    def convert(self, folder: Path, scratch: Path) -> DiskWork:
+        """Prepare the load of a checkpoint that another number of ranks wrote; not collective.
+
+        Args:
+            scratch: a folder that all ranks see; it is created here if the optimizer's state has to be
+                divided anew.
+
+        Returns:
+            What this rank has to do before any rank may `load`.
+
+        Raises:
+            ValueError: it was written with another ZeRO stage or dtype, or other adapters.
+        """
         ...
 
     def load(self, folder: Path, scratch: Path) -> None:
         """Restore exactly what `save` wrote, even if another number of ranks wrote it; collective.
 
         Args:
-            scratch: a folder that all ranks see; it is created and deleted here if the optimizer's state has
-                to be divided anew.
+            scratch: what `convert` has made, if anything; it is deleted.
 
         Raises:
-            ValueError: it was written with another ZeRO stage or dtype, or other adapters.
+            ValueError: as `convert`.
         """
         ...

@@ -1,32 +1,35 @@
 """Rank 0 decides, and all ranks act: collectives stay collective because every rank runs the same commands.
 
 Rank 0 runs its event loop (tickets, lease, weights) in the main thread and commands in one other thread, so
-that a backward pass never holds up a heartbeat. The other ranks only run the loop of `follow`.
+that a backward pass never holds up a heartbeat. The other ranks only run the loop of `follow`. What reads or
+writes files for long is done beside an exchange of all ranks (`together.py`), and has no time limit.
 """
 
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from asyncrl_runtime.trainer.turn_clock import Measure, TurnClock, folder_bytes
-from asyncrl_runtime.trainer.update.failures import FailureNote, StepFailed, is_lost_peer
+from asyncrl_runtime.trainer.update.failures import FailureNote, StepFailed, StepStopped, is_lost_peer
 from asyncrl_runtime.trainer.update.packing import TrainingSample, pack
 from asyncrl_runtime.trainer.update.policy_api import TrainedPolicy
 from asyncrl_runtime.trainer.update.step import StepPlan, train_step
+from asyncrl_runtime.trainer.update.together import DiskWork, WorkFailed, work_together
 from asyncrl_runtime.weights.adapter_publisher import Adapter
 from asyncrl_runtime.weights.bucket import Bucket
 
 log = logging.getLogger(__name__)
 
-COMMAND_SECONDS = 600
+COMMAND_SECONDS = 600.0
 """The longest time that a rank waits for the others within a command, and for the next command."""
 NOTE_SECONDS = 1.0
 """How often rank 0 looks, within a step, whether another rank has failed: its launcher then gives it 5 s."""
@@ -110,6 +113,8 @@ class Ranks:
         self._rank = dist.get_rank()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="policy")
         self._idle = asyncio.Event()
+        self.must_stop: Callable[[], bool] = lambda: False
+        """Rank 0's answer, before each micro-batch, to whether the step that is under way must not go on."""
 
     async def run(self, command: Command) -> Any:
         """Let every rank carry out `command`; return rank 0's result, or raise what it raised."""
@@ -158,6 +163,16 @@ class Ranks:
                 continue
             await self.run(Ping())
 
+    @contextlib.asynccontextmanager
+    async def awake(self) -> AsyncIterator[None]:
+        """Ping during the body. If a rank is lost meanwhile, the next command says so."""
+        pinging = asyncio.create_task(self.keep_awake(), name="ranks")
+        try:
+            yield
+        finally:
+            pinging.cancel()
+            await asyncio.wait([pinging])
+
     async def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Run a function on rank 0 alone, in the policy's thread, so that no command runs beside it."""
         loop = asyncio.get_running_loop()
@@ -177,7 +192,10 @@ class Ranks:
                 if isinstance(box[0], Stop):
                     return
                 assert box[0] is not None
-                self._execute(box[0])
+                try:
+                    self._execute(box[0])
+                except (WorkFailed, StepStopped) as error:  # all ranks raise it; rank 0 decides what then
+                    log.warning("%s: %s", type(box[0]).__name__, error)
 
     def _run_everywhere(self, command: Command) -> Any:
         with _naming_lost_peers():
@@ -189,24 +207,45 @@ class Ranks:
         match command:
             case Train(plan):
                 try:
-                    return train_step(self.policy, plan, self._rank, made=self._clock.moved)
+                    return train_step(
+                        self.policy, plan, self._rank, made=self._clock.moved, go_on=self._go_on
+                    )
                 except StepFailed as failure:
                     if self._rank != 0:
                         log.error("this rank cannot train the step", exc_info=failure.__cause__)
                         self._failure_note.leave(failure)
                     raise
             case Save(folder):
-                self.policy.save(folder)
-                dist.barrier(group=self._commands_group)  # rank 0 renames the folder when all have written
+                self._write(self.policy.save(folder), folder_bytes(folder))
             case Load(folder, scratch):
-                self.policy.load(folder, scratch)
+                self._write(self.policy.convert(folder, scratch))
+                self._write(lambda _: self.policy.load(folder, scratch))
             case Export(folder):
-                self.policy.export(folder, self._tokenizer)
+                self._write(self.policy.export(folder, self._tokenizer), folder_bytes(folder))
             case Gather(names):
                 return self.policy.bucket(names)
             case Logprobs(samples):
                 return [self.policy.logprobs([pack([sample])])[0] for sample in samples]
         return None
+
+    def _write(self, work: DiskWork, measure: Measure = lambda: 0) -> None:
+        work_together(work, self._commands_group, self._clock.moved, measure)
+
+    def _go_on(self, num_updates: int) -> None:
+        """Agree with the other ranks whether the step goes on; collective, before each micro-batch.
+
+        It costs one small broadcast between CPUs: a few tenths of a millisecond on one machine.
+
+        Raises:
+            StepStopped: it does not, on any rank.
+        """
+        must_stop = self._rank == 0 and self.must_stop()
+        if dist.get_world_size() > 1:
+            vote = torch.tensor([int(must_stop)])
+            dist.broadcast(vote, src=0, group=self._commands_group)
+            must_stop = bool(vote.item())
+        if must_stop:
+            raise StepStopped(num_updates)
 
 
 def _written_by(command: Command) -> Measure | None:

@@ -2,8 +2,10 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import overload
 
 import numpy as np
 import torch
@@ -95,12 +97,39 @@ def _nothing() -> None:
     """Do nothing: the listener for a caller that does not want to hear about progress."""
 
 
+def _always(num_updates: int) -> None:
+    """Go on: for a caller that stops no step."""
+
+
+class _Asking(Sequence[MicroBatch]):
+    """Micro-batches before each of which it is asked whether the step goes on."""
+
+    def __init__(self, batches: Sequence[MicroBatch], ask: Callable[[], None]) -> None:
+        self._batches, self._ask = batches, ask
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    @overload
+    def __getitem__(self, place: int) -> MicroBatch: ...
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[MicroBatch]: ...
+    def __getitem__(self, place: int | slice) -> MicroBatch | Sequence[MicroBatch]:
+        return self._batches[place]
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        for batch in self._batches:
+            self._ask()
+            yield batch
+
+
 def train_step(
     policy: StepPolicy,
     plan: StepPlan,
     rank: int,
     clock: Callable[[], float] = time.perf_counter,
     made: Callable[[], None] = _nothing,
+    go_on: Callable[[int], None] = _always,
 ) -> StepOutcome:
     """Make all optimizer updates of one step; collective.
 
@@ -110,13 +139,15 @@ def train_step(
 
     Args:
         made: called whenever a minibatch is done, so that the step's progress can be followed.
+        go_on: called before each micro-batch with the number of updates made; raises StepStopped to stop.
 
     Raises:
         StepFailed: a micro-batch, or the whole, raised an exception that is its own fault.
+        StepStopped: `go_on` raised it; gradients that were accumulated are of no use any more.
     """
     watch = MicroBatchWatch()
     with watch.naming_failures():
-        return _train_step(policy, plan, rank, clock, made, watch)
+        return _train_step(policy, plan, rank, clock, made, go_on, watch)
 
 
 def _train_step(
@@ -125,6 +156,7 @@ def _train_step(
     rank: int,
     clock: Callable[[], float],
     made: Callable[[], None],
+    go_on: Callable[[int], None],
     watch: MicroBatchWatch,
 ) -> StepOutcome:
     began = clock()
@@ -139,13 +171,13 @@ def _train_step(
     needs_proximal = POLICY_LOSSES[plan.settings.algorithm.policy_loss].needs_proximal
     proximal = []
     for batches in packed[1:]:
-        proximal.append(policy.logprobs(batches) if needs_proximal else None)
+        proximal.append(policy.logprobs(_Asking(batches, partial(go_on, 0))) if needs_proximal else None)
         made()
     updates: dict[int, Update] = {}
     for number, (batches, proximal_logprobs) in enumerate(zip(packed, [None, *proximal], strict=True)):
         if number not in plan.skipped:
             updates[number] = policy.update(
-                batches,
+                _Asking(batches, partial(go_on, len(updates))),
                 proximal_logprobs=proximal_logprobs,
                 num_tokens=sum(s.num_sampled_tokens for s in minibatches[number]),
                 learning_rate=plan.learning_rate,

@@ -1,0 +1,64 @@
+"""Faults in the ranks of a trainer: Python imports this file at its start if the folder is on its path.
+
+ASYNCRL_FAULT says which. `slow-disk`: the first flush of each rank's part of a checkpoint, and the final
+export, last longer than the ranks wait for each other. `slow-passes`: once the file ASYNCRL_SLOW_FROM exists,
+each training pass of a micro-batch, or with the word `all` in that file every pass, lasts PASS_SECONDS.
+"""
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+WAIT_SECONDS = 5.0
+"""What stands in for COMMAND_SECONDS."""
+DISK_SECONDS = 8.0
+PASS_SECONDS = 4.0
+
+
+def slow_down_the_disk() -> None:
+    from transformers import PreTrainedModel
+
+    import asyncrl_runtime.trainer.assemble  # noqa: F401  # first, so that the ranks find each other in the usual time
+    from asyncrl_runtime.trainer.update import ranks
+
+    ranks.COMMAND_SECONDS, ranks.PING_SECONDS = WAIT_SECONDS, 0.5
+    fsync, save_pretrained = os.fsync, PreTrainedModel.save_pretrained
+    slow = [True]
+
+    def slow_fsync(descriptor: int) -> None:
+        if slow and "/policy/" in str(Path(f"/proc/self/fd/{descriptor}").readlink()):
+            slow.clear()
+            time.sleep(DISK_SECONDS)
+        fsync(descriptor)
+
+    def slow_export(*args: Any, **kwargs: Any) -> None:
+        time.sleep(DISK_SECONDS)
+        save_pretrained(*args, **kwargs)
+
+    os.fsync, PreTrainedModel.save_pretrained = slow_fsync, slow_export  # type: ignore[method-assign]
+
+
+def slow_down_passes(begin: Path) -> None:
+    import torch
+
+    from asyncrl_runtime.trainer.update import policy
+
+    forward = policy.ResponseModel.forward
+
+    def slow_forward(model: policy.ResponseModel, batch: Any) -> Any:
+        if begin.exists() and (torch.is_grad_enabled() or begin.read_text() == "all"):
+            begin.with_name("inside").touch()
+            time.sleep(PASS_SECONDS)
+        return forward(model, batch)
+
+    policy.ResponseModel.forward = slow_forward  # type: ignore[method-assign]
+
+
+if "asyncrl_runtime.main" in sys.orig_argv and "rank" in sys.orig_argv:
+    match os.environ.get("ASYNCRL_FAULT"):
+        case "slow-disk":
+            slow_down_the_disk()
+        case "slow-passes":
+            slow_down_passes(Path(os.environ["ASYNCRL_SLOW_FROM"]))
