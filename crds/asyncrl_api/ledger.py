@@ -47,7 +47,7 @@ class RecordedStep:
     began: Mapping[int, int]
     """The version at which each attempt began (attempt -> version), as known when the step was recorded."""
     frozen: Mapping[str, Any] = field(default_factory=dict)
-    """The values, in that attempt, of the fields marked R that decide what is trained; none in older ledgers."""
+    """The values, in that attempt, of fields marked R that decide what is trained; none in older ledgers."""
 
 
 @dataclass

@@ -42,6 +42,8 @@ OFFLOADED: dict[int, dict[str, Any]] = {
     3: {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}},
 }
 REPEATED = ((0, "Float32"), (0, "BFloat16"), (2, "Float32"), (3, "Float32"))
+RESTAGED = ((1, 2, "Float32"), (2, 1, "BFloat16"))
+"""The edits of `zeroStage` that a running job allows, one in each dtype."""
 NUM_STEPS = 3
 LEARNING_RATE = 3e-3
 CAPACITY = 60
@@ -221,9 +223,11 @@ def run_repeated(model: Path, folder: Path, stage: int, dtype: str) -> dict[str,
     }
 
 
-def run_resized(model: Path, folder: Path, stage: int, dtype: str, source: Path) -> dict[str, Any]:
-    """Go on from the checkpoint of `run_resume` under another number of ranks."""
-    saved = source / f"resume-{stage}-{dtype}" / "checkpoint"
+def run_resized(
+    model: Path, folder: Path, stage: int, dtype: str, source: Path, was: int | None = None
+) -> dict[str, Any]:
+    """Go on from the checkpoint of `run_resume` under another number of ranks, and perhaps another stage."""
+    saved = source / f"resume-{stage if was is None else was}-{dtype}" / "checkpoint"
     policy = make_policy(model, stage, dtype=dtype)
     policy.load(saved, folder / "scratch")
     restored = weights_of(policy)
@@ -244,7 +248,7 @@ def run_foreign_checkpoint(model: Path, folder: Path) -> dict[str, Any]:
     layout = folder / "checkpoint" / "layout.json"
     policy.save(layout.parent)
     if dist.get_rank() == 0:
-        layout.write_text(json.dumps(json.loads(layout.read_text()) | {"zero_stage": 1}))
+        layout.write_text(json.dumps(json.loads(layout.read_text()) | {"zero_stage": 3}))
     dist.barrier()
     with pytest.raises(ValueError) as refused:
         policy.load(layout.parent, folder / "scratch")
@@ -369,6 +373,12 @@ def resized_scenarios(source: Path) -> dict[str, tuple[Scenario, dict[str, Any]]
         f"resized-{stage}-{dtype}": (run_resized, {"stage": stage, "dtype": dtype, "source": source})
         for stage in STAGES
         for dtype in ("Float32", "BFloat16")
+    } | {
+        f"restaged-{was}-{dtype}": (
+            run_resized,
+            {"stage": stage, "was": was, "dtype": dtype, "source": source},
+        )
+        for was, stage, dtype in RESTAGED
     }
 
 
@@ -523,15 +533,23 @@ def test_a_resumed_run_is_bit_equal(session: Session, stage: int, dtype: str) ->
     assert {name: result[name] for name in expected} == expected
 
 
+@pytest.mark.parametrize(("was", "stage", "dtype"), RESTAGED)
+def test_another_zero_stage_goes_on_where_the_last_stopped(
+    resized: tuple[Session, Session], was: int, stage: int, dtype: str
+) -> None:
+    assert_goes_on(resized, f"resume-{was}-{dtype}", f"restaged-{was}-{dtype}", dtype)
+
+
 @pytest.mark.parametrize("dtype", ["Float32", "BFloat16"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_another_number_of_ranks_goes_on_where_the_last_stopped(
     resized: tuple[Session, Session], stage: int, dtype: str
 ) -> None:
-    expected, found = (
-        session[f"{what}-{stage}-{dtype}"]
-        for session, what in zip(resized, ("resume", "resized"), strict=True)
-    )
+    assert_goes_on(resized, f"resume-{stage}-{dtype}", f"resized-{stage}-{dtype}", dtype)
+
+
+def assert_goes_on(sessions: tuple[Session, Session], before: str, after: str, dtype: str) -> None:
+    expected, found = sessions[0][before], sessions[1][after]
     assert same(found["restored"], expected["weights"])
     for name, weight in expected["after"].items():  # sums over ranks are rounded in another order
         tolerance = 1e-5 if dtype == "Float32" else 2e-2
@@ -552,7 +570,8 @@ def test_a_step_has_its_own_settings_whatever_the_policy_began_with(
 
 def test_a_checkpoint_of_another_zero_stage_is_refused(session: Session) -> None:
     message = session["foreign"]["message"]
-    assert re.search(r"has layout {'world_size': \d, 'zero_stage': 1, 'dtype': 'Float32'}, this", message)
+    assert re.search(r"has layout {'world_size': \d, 'zero_stage': 3, 'dtype': 'Float32'}, this", message)
+    assert message.endswith("spec.trainer.deepspeed.zeroStage may only change between 1 and 2; put it back")
 
 
 @pytest.mark.parametrize("dtype", ["Float32", "BFloat16"])

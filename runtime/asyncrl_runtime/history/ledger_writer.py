@@ -40,7 +40,7 @@ class Ledger:
         return read_ledger(self._path)
 
     def begin(self, version: int, frozen: Mapping[str, Any]) -> None:
-        """Announce that this attempt forms new steps from `version` on, under these values of fields marked R."""
+        """Announce that this attempt forms new steps from `version` on, under these values of R fields."""
         self._append(LedgerLine(attempt=self._attempt, began=version, frozen=dict(frozen)))
 
     def record_step(

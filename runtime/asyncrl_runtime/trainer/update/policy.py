@@ -302,11 +302,11 @@ class Policy:
 
     def load(self, folder: Path, scratch: Path) -> None:
         layout = json.loads((folder / "layout.json").read_text())
-        if layout | {"world_size": self.world_size} != self._layout:
-            raise ValueError(f"checkpoint {folder} has layout {layout}, this trainer {self._layout}")
-        is_resized = layout["world_size"] != self.world_size
+        fault = _misfit(layout, self._layout)
+        if fault:
+            raise ValueError(f"checkpoint {folder} has layout {layout}, this trainer {self._layout}: {fault}")
         with _without_prints():
-            if is_resized and self._zero_stage > 0:
+            if layout != self._layout and self._zero_stage > 0:
                 self._load_shares_of_others(folder, scratch)
             else:
                 self._engine.load_checkpoint(str(folder), tag=_TAG)
@@ -314,7 +314,7 @@ class Policy:
         _set_random_state(torch.load(folder / f"random_{source}.pt", weights_only=True))
 
     def _load_shares_of_others(self, folder: Path, scratch: Path) -> None:
-        """Load a ZeRO checkpoint of another number of ranks by way of DeepSpeed's universal format."""
+        """Load a ZeRO checkpoint of other ranks, or of another stage, in DeepSpeed's universal format."""
         if dist.get_rank() == 0:
             shutil.rmtree(scratch, ignore_errors=True)
             make_universal(folder / _TAG, scratch / _TAG, is_sharded=self.is_sharded)
@@ -335,6 +335,19 @@ class Policy:
     def _layout(self) -> dict[str, int | str]:
         layout = {"world_size": self.world_size, "zero_stage": self._zero_stage, "dtype": self._dtype}
         return layout | ({"lora": self._lora.model_dump_json()} if self.trains_adapters else {})
+
+
+def _misfit(saved: Mapping[str, Any], own: Mapping[str, Any]) -> str:
+    """Return why a checkpoint of layout `saved` cannot be loaded; empty if it can.
+
+    Shares of the optimizer can be divided anew, among other ranks and between the stages that divide nothing
+    else. DeepSpeed's universal formats of stage 3 and of the others are different ones.
+    """
+    stages = {saved["zero_stage"], own["zero_stage"]}
+    if len(stages) > 1 and not stages <= {1, 2}:
+        return "spec.trainer.deepspeed.zeroStage may only change between 1 and 2; put it back"
+    anew = {"world_size": own["world_size"], "zero_stage": own["zero_stage"]}
+    return "" if {**saved, **anew} == own else "dtype and adapters must be those of the checkpoint"
 
 
 def _mend_optimizer(optimizer: torch.optim.Optimizer, decays: Sequence[float]) -> None:

@@ -141,6 +141,7 @@ class TrainedPolicy(StepPolicy, Protocol):
                 to be divided anew.
 
         Raises:
-            ValueError: it was written with another ZeRO stage or dtype, or other adapters.
+            ValueError: it was written with another dtype, with other adapters, or with a ZeRO stage from
+                which there is no way to this one's.
         """
         ...
