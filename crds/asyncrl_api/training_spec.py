@@ -142,7 +142,8 @@ class AlgorithmSpec(ApiType):
     )
     kl_coefficient: NonNegative = field(
         "Weight of a loss term: the KL divergence from model.source (k3 estimator), even if training begins "
-        "with other weights by checkpoint.resume FromPath. 0: off, and no reference is kept in memory.",
+        "with other weights by checkpoint.resume FromPath. 0: off, and no reference is kept in memory. With "
+        "adapters none is kept either; with ZeRO 3 each rank keeps its share.",
         default=0.0,
     )
     entropy_coefficient: NonNegative = field(

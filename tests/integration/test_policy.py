@@ -28,7 +28,7 @@ from asyncrl_api.job import AlgorithmSpec, DeepSpeedSpec, LoRASpec, TrainingSpec
 from asyncrl_runtime.trainer.update.deepspeed_config import BETAS, deep_merge
 from asyncrl_runtime.trainer.update.diagnostics import report_tokens
 from asyncrl_runtime.trainer.update.packing import TrainingSample, distribute, pack, split_minibatches
-from asyncrl_runtime.trainer.update.policy import Policy
+from asyncrl_runtime.trainer.update.policy import Policy, load_model
 from asyncrl_runtime.trainer.update.policy_api import StepSettings, Update
 from asyncrl_runtime.weights.bucket import Bucket
 from support.jobs.naive_rl import NaiveTrainer
@@ -272,10 +272,31 @@ def run_not_finite(model: Path, _: Path, stage: int, dtype: str) -> dict[str, An
     }
 
 
-def run_reference(model: Path, _: Path) -> dict[str, Any]:
-    policy = make_policy(model, 2, algorithm={"klCoefficient": 0.5})
+def run_reference(model: Path, _: Path, stage: int, **changes: Any) -> dict[str, Any]:
+    policy = make_policy(model, stage, algorithm={"klCoefficient": 0.5}, **changes)
+    reference: Any = policy._reference
     updates = [u for step in range(2) for u in train_step(policy, make_batch(step))]
-    return {"kl": [report_tokens(u.sums)["reference_kl"] for u in updates]}
+    shares = [] if stage < 3 else [each.ds_tensor.numel() for each in reference.module.parameters()]
+    whole = sum(len(tensor.view(-1)) for tensor in weights_of(policy).values())
+    return {
+        "kl": [report_tokens(u.sums)["reference_kl"] for u in updates],
+        "share": sum(shares) / whole if shares and dist.get_rank() == 0 else None,
+    }
+
+
+def run_reference_of_adapters(model: Path, _: Path, stage: int) -> dict[str, Any]:
+    """The KL term without a copy of the model, and with one."""
+    lora = LoRASpec(rank=4, alpha=8.0, target_modules=["q_proj", "down_proj"])
+    found: dict[str, Any] = {}
+    for name in ("kl", "kl of a copy"):
+        policy = make_policy(model, stage, algorithm={"klCoefficient": 0.5}, lora=lora)
+        found["is model"] = isinstance(policy._reference, torch.nn.Module)
+        if name == "kl of a copy":
+            policy._reference = load_model(model, "Float32").requires_grad_(False)
+        updates = [u for step in range(2) for u in train_step(policy, make_batch(step))]
+        found[name] = [report_tokens(u.sums)["reference_kl"] for u in updates]
+        found[f"adapters, {name}"] = adapters_of(policy)
+    return found
 
 
 def run_export(model: Path, folder: Path) -> dict[str, Any]:
@@ -362,7 +383,8 @@ SCENARIOS: dict[str, tuple[Scenario, dict[str, Any]]] = {
         for stage, dtype in REPEATED
     },
     "foreign": (run_foreign_checkpoint, {}),
-    "reference": (run_reference, {}),
+    **{f"reference-{stage}": (run_reference, {"stage": stage}) for stage in (2, 3)},
+    **{f"reference-adapters-{stage}": (run_reference_of_adapters, {"stage": stage}) for stage in (0, 2)},
     "export": (run_export, {}),
 }
 
@@ -406,7 +428,7 @@ class Session:
     """
 
     def __init__(self, model: Path, folder: Path, num_ranks: int, source: Path | None = None) -> None:
-        self.model, self.folder = model, folder
+        self.model, self.folder, self.num_ranks = model, folder, num_ranks
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -586,9 +608,27 @@ def test_a_gradient_that_is_not_finite_is_reported_and_not_applied(
     assert all(w.isfinite().all() for w in result["after"].values())
 
 
-def test_the_reference_is_where_training_began(session: Session) -> None:
-    kl = session["reference"]["kl"]
-    assert kl[0] == 0 and all(value > 0 for value in kl[1:])
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_reference_is_where_training_began(sessions: dict[int, Session], stage: int) -> None:
+    expected = sessions[1]["reference-2"]["kl"]
+    assert expected[0] == 0 and all(value > 0 for value in expected[1:])
+    for session in sessions.values():
+        assert session[f"reference-{stage}"]["kl"] == pytest.approx(expected, rel=1e-3, abs=1e-6)
+
+
+def test_under_zero_3_each_rank_holds_its_share_of_the_reference(session: Session) -> None:
+    found = session["reference-3"]
+    assert found["share"] == pytest.approx(1 / session.num_ranks, rel=0.05)
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_with_adapters_the_reference_is_the_model_without_them(session: Session, stage: int) -> None:
+    found = session[f"reference-adapters-{stage}"]
+    assert not found["is model"], "no second copy is kept"
+    assert found["kl"][0] == 0 and found["kl"][-1] > 0
+    assert found["kl"] == pytest.approx(found["kl of a copy"], rel=1e-4, abs=1e-8)
+    for name, tensor in found["adapters, kl"].items():
+        assert torch.allclose(tensor, found["adapters, kl of a copy"][name], rtol=0, atol=1e-6), name
 
 
 def test_an_export_is_a_hugging_face_folder(session: Session) -> None:

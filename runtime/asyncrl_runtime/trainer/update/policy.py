@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from transformers.utils import logging as transformers_logging
 from asyncrl_api.exits import ExitCode, ExitError
 from asyncrl_api.job import AlgorithmSpec, DeepSpeedSpec, LoRASpec, TrainingSpec
 from asyncrl_runtime.model import attention
-from asyncrl_runtime.trainer.update.deepspeed_config import Dtype, derive_config
+from asyncrl_runtime.trainer.update.deepspeed_config import Dtype, derive_config, derive_reference_config
 from asyncrl_runtime.trainer.update.loss import compute_loss
 from asyncrl_runtime.trainer.update.packing import MicroBatch
 from asyncrl_runtime.trainer.update.policy_api import StepSettings, Update
@@ -106,6 +106,7 @@ class Policy:
             overrides=deepspeed.config,
         )
         config = derive(num_parameters=count_parameters(folder))
+        self._reference_config = derive_reference_config(config) if self.is_sharded else None
         with _without_prints():
             model = load_model(folder, dtype, sharded_by=config if self.is_sharded else None)
         if self.trains_adapters:
@@ -117,7 +118,7 @@ class Policy:
         with _without_prints():
             self._engine = library.initialize(model=model, model_parameters=groups, config=config)[0]
         self._buffer = BucketBuffer()
-        self._reference: ResponseModel | None = None
+        self._reference: Callable[[MicroBatch], tuple[Tensor, Tensor]] | None = None
         self._keep_reference(algorithm.kl_coefficient > 0)
 
     def use(self, settings: StepSettings) -> None:
@@ -137,8 +138,27 @@ class Policy:
         if not is_needed:
             self._reference = None
         elif self._reference is None:
-            reference = load_model(self._folder, self._dtype)
-            self._reference = reference.to(self.device).requires_grad_(False)
+            self._reference = self._without_adapters if self.trains_adapters else self._load_reference()
+
+    def _without_adapters(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """Return what the model returns without its adapters: it has not been trained itself."""
+        model: ResponseModel = self._engine.module
+        peft_model: Any = model.causal_lm
+        with peft_model.disable_adapter():
+            result: tuple[Tensor, Tensor] = model(batch)
+        return result
+
+    def _load_reference(self) -> Callable[[MicroBatch], tuple[Tensor, Tensor]]:
+        """Load the model once more; if the policy is sharded, this is too, and loading is collective."""
+        with _without_prints():
+            model = load_model(self._folder, self._dtype, sharded_by=self._reference_config)
+            if self._reference_config is None:
+                return model.to(self.device).requires_grad_(False)
+            # Not its module alone: an engine that nobody holds takes its hooks away.
+            engine: Callable[[MicroBatch], tuple[Tensor, Tensor]] = _import_deepspeed().initialize(
+                model=model, config=self._reference_config
+            )[0]
+            return engine
 
     @torch.no_grad()
     def logprobs(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
@@ -157,6 +177,8 @@ class Policy:
             batch = batch.to(self.device)
             # Set before each, because DeepSpeed's own count does not allow minibatches of varying size.
             self._engine.set_gradient_accumulation_boundary(number == len(micro_batches) - 1)
+            # Before the pass that is differentiated: to switch adapters off changes what needs a gradient.
+            reference_logprobs = self._reference_logprobs(batch)
             new_logprobs, entropies = self._engine(batch)
             loss = compute_loss(
                 self._algorithm,
@@ -164,7 +186,7 @@ class Policy:
                 new_logprobs,
                 entropies,
                 proximal_logprobs=None if proximal_logprobs is None else proximal_logprobs[number],
-                reference_logprobs=self._reference_logprobs(batch),
+                reference_logprobs=reference_logprobs,
                 num_tokens=num_tokens,
             )
             # DeepSpeed takes the mean of the ranks' gradients, while this loss needs their sum.
