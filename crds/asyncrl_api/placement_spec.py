@@ -144,7 +144,7 @@ class DeepSpeedSpec(ApiType):
 
     zero_stage: Annotated[int, Field(ge=0, le=3)] = field(
         "What is partitioned over the ranks (ZeRO, arXiv 1910.02054). 0: nothing. 1: the optimizer state. 2: "
-        "the gradients too. 3: the weights too.",
+        "the gradients too. 3: the weights too. It may only change between 1 and 2.",
         default=2,
     )
     config: FreeForm = field("DeepSpeed configuration that is merged over the derived one.", default={})

@@ -235,6 +235,22 @@ _TRAINING = (
     ),
 )
 
+# A checkpoint can be divided anew for another stage if both stages divide the optimizer alone. Stage 0 does
+# not divide it, and stage 3 divides the weights too: what one of them has written, no other can read.
+_STAGE = "self.zeroStage == oldSelf.zeroStage || (self.zeroStage in [1, 2] && oldSelf.zeroStage in [1, 2])"
+
+_CHECKPOINT = (
+    _rule(
+        "spec.trainer.deepspeed",
+        "zeroStage",
+        _STAGE,
+        "trainer.deepspeed.zeroStage is %d and was %d, but may only change between 1 and 2, because no "
+        "checkpoint of the job could be read: put it back, or create a new AsyncRLJob",
+        "self.zeroStage",
+        "oldSelf.zeroStage",
+    ),
+)
+
 # 0 stands for a size that the operator derives, and counts as 1 here: if the derived size does not fit, the
 # job is Stalled with reason BudgetTooSmall.
 _REPLICA = "(self.rollout.gpusPerReplica > 0 ? self.rollout.gpusPerReplica : 1)"
@@ -413,7 +429,7 @@ _NOT_YET = (
     ),
 )
 
-RULES = (_NAME, *_SOURCES, *_SELECTED, *_TRAINING, *_BUDGET, *_ENGINE, *_ADAPTERS, *_NOT_YET)
+RULES = (_NAME, *_SOURCES, *_SELECTED, *_TRAINING, *_CHECKPOINT, *_BUDGET, *_ENGINE, *_ADAPTERS, *_NOT_YET)
 """All rules except those that follow from change marks."""
 
 

@@ -1,6 +1,6 @@
 """What a step does to the policy: batches, optimizer, algorithm, staleness."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field
 
@@ -67,14 +67,30 @@ class TrainingSpec(ApiType):
         return self.lora.rank > 0
 
 
+class ClipBounds(NamedTuple):
+    """The half-widths of a trust region."""
+
+    low: float
+    high: float
+
+
+DEFAULT_CLIPS = {"GSPO": ClipBounds(3e-4, 4e-4), "CISPO": ClipBounds(1.0, 0.2)}
+"""The trust regions of the policy losses whose papers differ from 0.2 on either side. GSPO's ratios are means
+over sequences, which move far less than those of tokens (arXiv 2507.18071, section 5.1); CISPO has no lower
+bound (arXiv 2506.13585, section 3.1)."""
+
+
 class ClipSpec(ApiType):
     """The trust region around the proximal policy: ratios within [1 - low, 1 + high]."""
 
-    low: Annotated[float, Field(gt=0, le=1)] = field("Lower half-width of the trust region.", default=0.2)
-    high: Positive = field(
+    low: Annotated[float, Field(gt=0, le=1)] | None = field(
+        "Lower half-width of the trust region. Absent: 0.2; 0.0003 for GSPO; 1 (no bound) for CISPO.",
+        default=None,
+    )
+    high: Positive | None = field(
         "Upper half-width of the trust region; above `low` it leaves room for unlikely tokens (clip-higher, "
-        "DAPO, arXiv 2503.14476).",
-        default=0.2,
+        "DAPO, arXiv 2503.14476). Absent: 0.2; 0.0004 for GSPO.",
+        default=None,
     )
     dual: Annotated[float, Field(gt=1)] | None = field(
         "Upper bound of the ratio where the advantage is negative, for example 3.0 (dual clip, arXiv "
@@ -125,9 +141,9 @@ class AlgorithmSpec(ApiType):
         "Correction for stale tokens.", default=ImportanceWeightSpec()
     )
     kl_coefficient: NonNegative = field(
-        "Weight of a loss term: the KL divergence from model.source (k3 estimator), also if "
-        "checkpoint.resume FromPath begins with other weights. 0: off, and no reference policy is kept in "
-        "memory.",
+        "Weight of a loss term: the KL divergence from model.source (k3 estimator), even if training begins "
+        "with other weights by checkpoint.resume FromPath. 0: off, and no reference is kept in memory. With "
+        "adapters none is kept either; with ZeRO 3 each rank keeps its share.",
         default=0.0,
     )
     entropy_coefficient: NonNegative = field(
@@ -148,6 +164,19 @@ class AlgorithmSpec(ApiType):
     overlong_penalty: OverlongPenaltySpec | None = field(
         "Penalty for responses near the length limit. Absent: there is none.", default=None
     )
+
+    @property
+    def clip_bounds(self) -> ClipBounds:
+        """The trust region in force: what the user wrote, and for the rest the default of the policy loss."""
+        low, high = DEFAULT_CLIPS.get(self.policy_loss, ClipBounds(0.2, 0.2))
+        clip = self.clip
+        return ClipBounds(low if clip.low is None else clip.low, high if clip.high is None else clip.high)
+
+    @property
+    def resolved(self) -> "AlgorithmSpec":
+        """The same with every value written out, so that no later default can change it."""
+        clip = self.clip.model_copy(update=self.clip_bounds._asdict())
+        return self.model_copy(update={"clip": clip})
 
 
 class StalenessSpec(ApiType):

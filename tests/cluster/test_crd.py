@@ -133,6 +133,7 @@ TRANSITIONS = {
     "spec.scheduling.serviceAccountName": "spec.scheduling.serviceAccountName=me",
     "spec.scheduling.imagePullSecrets": "spec.scheduling.imagePullSecrets=[{name: registry}]",
     "spec.scheduling.priorityClassName": "spec.scheduling.priorityClassName=high",
+    "spec.trainer.deepspeed.zeroStage": "spec.trainer.deepspeed.zeroStage=3",
     "spec.training.maxSteps": "spec.training.maxSteps=199",
 }
 ONE_VALUE = {"spec.trainer.backend", "spec.scheduling.startOrder"}

@@ -28,7 +28,7 @@ from asyncrl_api.job import AlgorithmSpec, DeepSpeedSpec, LoRASpec, TrainingSpec
 from asyncrl_runtime.trainer.update.deepspeed_config import BETAS, deep_merge
 from asyncrl_runtime.trainer.update.diagnostics import report_tokens
 from asyncrl_runtime.trainer.update.packing import TrainingSample, distribute, pack, split_minibatches
-from asyncrl_runtime.trainer.update.policy import Policy
+from asyncrl_runtime.trainer.update.policy import Policy, load_model
 from asyncrl_runtime.trainer.update.policy_api import StepSettings, Update
 from asyncrl_runtime.trainer.update.saved_files import ignore
 from asyncrl_runtime.weights.bucket import Bucket
@@ -43,6 +43,8 @@ OFFLOADED: dict[int, dict[str, Any]] = {
     3: {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}},
 }
 REPEATED = ((0, "Float32"), (0, "BFloat16"), (2, "Float32"), (3, "Float32"))
+RESTAGED = ((1, 2, "Float32"), (2, 1, "BFloat16"))
+"""The edits of `zeroStage` that a running job allows, one in each dtype."""
 NUM_STEPS = 3
 LEARNING_RATE = 3e-3
 CAPACITY = 60
@@ -233,9 +235,11 @@ def run_repeated(model: Path, folder: Path, stage: int, dtype: str) -> dict[str,
     }
 
 
-def run_resized(model: Path, folder: Path, stage: int, dtype: str, source: Path) -> dict[str, Any]:
-    """Go on from the checkpoint of `run_resume` under another number of ranks."""
-    saved = source / f"resume-{stage}-{dtype}" / "checkpoint"
+def run_resized(
+    model: Path, folder: Path, stage: int, dtype: str, source: Path, was: int | None = None
+) -> dict[str, Any]:
+    """Go on from the checkpoint of `run_resume` under another number of ranks, and perhaps another stage."""
+    saved = source / f"resume-{stage if was is None else was}-{dtype}" / "checkpoint"
     policy = make_policy(model, stage, dtype=dtype)
     restore(policy, saved, folder / "scratch")
     restored = weights_of(policy)
@@ -256,7 +260,7 @@ def run_foreign_checkpoint(model: Path, folder: Path) -> dict[str, Any]:
     layout = folder / "checkpoint" / "layout.json"
     save(policy, layout.parent)
     if dist.get_rank() == 0:
-        layout.write_text(json.dumps(json.loads(layout.read_text()) | {"zero_stage": 1}))
+        layout.write_text(json.dumps(json.loads(layout.read_text()) | {"zero_stage": 3}))
     dist.barrier()
     with pytest.raises(ValueError) as refused:
         policy.load(layout.parent, folder / "scratch")
@@ -286,10 +290,31 @@ def run_not_finite(model: Path, _: Path, stage: int, dtype: str) -> dict[str, An
     return {"norms": norms, "is_traceless": same(*weights), "weights": weights[0]}
 
 
-def run_reference(model: Path, _: Path) -> dict[str, Any]:
-    policy = make_policy(model, 2, algorithm={"klCoefficient": 0.5})
+def run_reference(model: Path, _: Path, stage: int, **changes: Any) -> dict[str, Any]:
+    policy = make_policy(model, stage, algorithm={"klCoefficient": 0.5}, **changes)
+    reference: Any = policy._reference
     updates = [u for step in range(2) for u in train_step(policy, make_batch(step))]
-    return {"kl": [report_tokens(u.sums)["reference_kl"] for u in updates]}
+    shares = [] if stage < 3 else [each.ds_tensor.numel() for each in reference.module.parameters()]
+    whole = sum(len(tensor.view(-1)) for tensor in weights_of(policy).values())
+    return {
+        "kl": [report_tokens(u.sums)["reference_kl"] for u in updates],
+        "share": sum(shares) / whole if shares and dist.get_rank() == 0 else None,
+    }
+
+
+def run_reference_of_adapters(model: Path, _: Path, stage: int) -> dict[str, Any]:
+    """The KL term without a copy of the model, and with one."""
+    lora = LoRASpec(rank=4, alpha=8.0, target_modules=["q_proj", "down_proj"])
+    found: dict[str, Any] = {}
+    for name in ("kl", "kl of a copy"):
+        policy = make_policy(model, stage, algorithm={"klCoefficient": 0.5}, lora=lora)
+        found["is model"] = isinstance(policy._reference, torch.nn.Module)
+        if name == "kl of a copy":
+            policy._reference = load_model(model, "Float32").requires_grad_(False)
+        updates = [u for step in range(2) for u in train_step(policy, make_batch(step))]
+        found[name] = [report_tokens(u.sums)["reference_kl"] for u in updates]
+        found[f"adapters, {name}"] = adapters_of(policy)
+    return found
 
 
 def run_export(model: Path, folder: Path) -> dict[str, Any]:
@@ -376,7 +401,8 @@ SCENARIOS: dict[str, tuple[Scenario, dict[str, Any]]] = {
         for stage, dtype in REPEATED
     },
     "foreign": (run_foreign_checkpoint, {}),
-    "reference": (run_reference, {}),
+    **{f"reference-{stage}": (run_reference, {"stage": stage}) for stage in (2, 3)},
+    **{f"reference-adapters-{stage}": (run_reference_of_adapters, {"stage": stage}) for stage in (0, 2)},
     "export": (run_export, {}),
 }
 
@@ -387,6 +413,12 @@ def resized_scenarios(source: Path) -> dict[str, tuple[Scenario, dict[str, Any]]
         f"resized-{stage}-{dtype}": (run_resized, {"stage": stage, "dtype": dtype, "source": source})
         for stage in STAGES
         for dtype in ("Float32", "BFloat16")
+    } | {
+        f"restaged-{was}-{dtype}": (
+            run_resized,
+            {"stage": stage, "was": was, "dtype": dtype, "source": source},
+        )
+        for was, stage, dtype in RESTAGED
     }
 
 
@@ -414,7 +446,7 @@ class Session:
     """
 
     def __init__(self, model: Path, folder: Path, num_ranks: int, source: Path | None = None) -> None:
-        self.model, self.folder = model, folder
+        self.model, self.folder, self.num_ranks = model, folder, num_ranks
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -541,15 +573,23 @@ def test_a_resumed_run_is_bit_equal(session: Session, stage: int, dtype: str) ->
     assert {name: result[name] for name in expected} == expected
 
 
+@pytest.mark.parametrize(("was", "stage", "dtype"), RESTAGED)
+def test_another_zero_stage_goes_on_where_the_last_stopped(
+    resized: tuple[Session, Session], was: int, stage: int, dtype: str
+) -> None:
+    assert_goes_on(resized, f"resume-{was}-{dtype}", f"restaged-{was}-{dtype}", dtype)
+
+
 @pytest.mark.parametrize("dtype", ["Float32", "BFloat16"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_another_number_of_ranks_goes_on_where_the_last_stopped(
     resized: tuple[Session, Session], stage: int, dtype: str
 ) -> None:
-    expected, found = (
-        session[f"{what}-{stage}-{dtype}"]
-        for session, what in zip(resized, ("resume", "resized"), strict=True)
-    )
+    assert_goes_on(resized, f"resume-{stage}-{dtype}", f"resized-{stage}-{dtype}", dtype)
+
+
+def assert_goes_on(sessions: tuple[Session, Session], before: str, after: str, dtype: str) -> None:
+    expected, found = sessions[0][before], sessions[1][after]
     assert same(found["restored"], expected["weights"])
     for name, weight in expected["after"].items():  # sums over ranks are rounded in another order
         tolerance = 1e-5 if dtype == "Float32" else 2e-2
@@ -570,7 +610,8 @@ def test_a_step_has_its_own_settings_whatever_the_policy_began_with(
 
 def test_a_checkpoint_of_another_zero_stage_is_refused(session: Session) -> None:
     message = session["foreign"]["message"]
-    assert re.search(r"has layout {'world_size': \d, 'zero_stage': 1, 'dtype': 'Float32'}, this", message)
+    assert re.search(r"has layout {'world_size': \d, 'zero_stage': 3, 'dtype': 'Float32'}, this", message)
+    assert message.endswith("spec.trainer.deepspeed.zeroStage may only change between 1 and 2; put it back")
 
 
 @pytest.mark.parametrize("dtype", ["Float32", "BFloat16"])
@@ -586,9 +627,27 @@ def test_a_gradient_that_is_not_finite_is_reported_and_not_applied(
     assert all(w.isfinite().all() for w in result["weights"].values())
 
 
-def test_the_reference_is_where_training_began(session: Session) -> None:
-    kl = session["reference"]["kl"]
-    assert kl[0] == 0 and all(value > 0 for value in kl[1:])
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_reference_is_where_training_began(sessions: dict[int, Session], stage: int) -> None:
+    expected = sessions[1]["reference-2"]["kl"]
+    assert expected[0] == 0 and all(value > 0 for value in expected[1:])
+    for session in sessions.values():
+        assert session[f"reference-{stage}"]["kl"] == pytest.approx(expected, rel=1e-3, abs=1e-6)
+
+
+def test_under_zero_3_each_rank_holds_its_share_of_the_reference(session: Session) -> None:
+    found = session["reference-3"]
+    assert found["share"] == pytest.approx(1 / session.num_ranks, rel=0.05)
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_with_adapters_the_reference_is_the_model_without_them(session: Session, stage: int) -> None:
+    found = session[f"reference-adapters-{stage}"]
+    assert not found["is model"], "no second copy is kept"
+    assert found["kl"][0] == 0 and found["kl"][-1] > 0
+    assert found["kl"] == pytest.approx(found["kl of a copy"], rel=1e-4, abs=1e-8)
+    for name, tensor in found["adapters, kl"].items():
+        assert torch.allclose(tensor, found["adapters, kl of a copy"][name], rtol=0, atol=1e-6), name
 
 
 def test_an_export_is_a_hugging_face_folder(session: Session) -> None:

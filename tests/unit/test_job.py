@@ -68,7 +68,7 @@ DEFAULTS: dict[str, Any] = {
         "algorithm": {
             "policyLoss": "DecoupledPPO",
             "advantage": "GroupNormalized",
-            "clip": {"low": 0.2, "high": 0.2},
+            "clip": {},
             "importanceWeight": {"max": 5.0, "onExceed": "Mask"},
             "klCoefficient": 0.0,
             "entropyCoefficient": 0.0,
@@ -161,7 +161,7 @@ OPTIONAL: dict[str, Any] = {
     "workflow": {"class": "pkg.module:Class", "configMapRef": {"name": "code"}},
     "reward": {"function": "pkg.module:score", "configMapRef": {"name": "code"}},
     "algorithm": {
-        "clip": {"dual": 3.0},
+        "clip": {"low": 0.1, "high": 0.3, "dual": 3.0},
         "overlongPenalty": {"bufferTokens": 512, "penalty": 1.0},
         "rewardClip": 20.0,
     },

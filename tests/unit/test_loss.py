@@ -10,7 +10,13 @@ from torch import Tensor
 
 from asyncrl_api.job import AlgorithmSpec
 from asyncrl_runtime.trainer.update.diagnostics import SCALARS
-from asyncrl_runtime.trainer.update.loss import POLICY_LOSSES, Loss, compute_loss
+from asyncrl_runtime.trainer.update.loss import (
+    POLICY_LOSSES,
+    Loss,
+    clipped_objective,
+    compute_loss,
+    doubts_about,
+)
 from asyncrl_runtime.trainer.update.packing import MicroBatch, TrainingSample, pack
 from support.jobs.naive_rl import Token, naive_loss
 from support.manifests.api_values import values_of
@@ -261,7 +267,11 @@ def one_token(
         # TIS: the weight is truncated at 2. log(4.4 / 8) = -0.597837.
         ({"policyLoss": "TIS", "importanceWeight": {"max": 2.0}}, 1.1, 4.0, 4.0, 2 * 0.597837, -2.0),
         # One token is a sequence.
-        ({"policyLoss": "GSPO"}, 1.1, 2.0, 3.0, -1.65, -1.65),
+        ({"policyLoss": "GSPO", "clip": {"high": 0.2}}, 1.1, 2.0, 3.0, -1.65, -1.65),
+        # By default GSPO clips at 1.0004: -2 * 1.0004 * 3 / 4, and no gradient.
+        ({"policyLoss": "GSPO"}, 1.1, 2.0, 3.0, -1.5006, 0.0),
+        # By default CISPO lets small weights be: 0.55 counts as 0.55.
+        ({"policyLoss": "CISPO"}, 1.1, 0.5, 4.0, 0.55 * 2.677279, -0.55),
     ],
 )
 def test_one_token_by_hand(
@@ -283,7 +293,8 @@ def test_masked_tokens_stay_in_the_denominator(case: Case) -> None:
 def one_row_loss(case: Case, algorithm: AlgorithmSpec, row: int) -> Tensor:
     ratio = (case.logprobs[row] - case.batch.behavior_logprobs[row]).exp()
     advantage = case.batch.advantages[row]
-    clipped = ratio.clamp(1 - algorithm.clip.low, 1 + algorithm.clip.high)
+    low, high = algorithm.clip_bounds
+    clipped = ratio.clamp(1 - low, 1 + high)
     return -torch.minimum(ratio * advantage, clipped * advantage) / case.batch.num_sampled_tokens
 
 
@@ -318,3 +329,39 @@ def test_an_empty_micro_batch_has_a_loss_of_zero_with_a_gradient() -> None:
         )
         assert loss.value.item() == 0 and loss.value.requires_grad
         assert loss.sums.sum() == 0
+
+
+@pytest.mark.parametrize(
+    ("spec", "low", "high"),
+    [
+        ({}, 0.2, 0.2),
+        ({"policyLoss": "PPO"}, 0.2, 0.2),
+        ({"policyLoss": "GSPO"}, 3e-4, 4e-4),
+        ({"policyLoss": "CISPO"}, 1.0, 0.2),
+        ({"policyLoss": "GSPO", "clip": {"low": 0.2}}, 0.2, 4e-4),
+        ({"policyLoss": "CISPO", "clip": {"low": 0.2, "high": 4.0}}, 0.2, 4.0),
+    ],
+)
+def test_the_clip_is_that_of_the_policy_loss_unless_it_is_written(
+    spec: dict[str, Any], low: float, high: float
+) -> None:
+    algorithm = AlgorithmSpec.model_validate(spec)
+    assert algorithm.clip_bounds == (low, high)
+    written = algorithm.resolved.clip
+    assert (written.low, written.high) == (low, high), "in the ledger, where no later default may change it"
+
+
+def test_by_default_gspo_clips_sequences_that_moved_by_a_thousandth() -> None:
+    moved, advantages = torch.tensor([1.001, 0.999]), torch.tensor([1.0, -1.0])
+    for policy_loss, is_clipped in (("GSPO", True), ("DecoupledPPO", False)):
+        algorithm = AlgorithmSpec.model_validate({"policyLoss": policy_loss})
+        assert clipped_objective(moved, advantages, algorithm)[1].tolist() == [is_clipped] * 2
+
+
+@pytest.mark.parametrize("policy_loss", ["GSPO", "CISPO"])
+def test_a_clip_that_an_earlier_version_has_stored_is_doubted(policy_loss: str) -> None:
+    """An API server stores defaults as values, so objects from before have 0.2, and nobody wrote it."""
+    stored = {"policyLoss": policy_loss, "clip": {"low": 0.2, "high": 0.2}}
+    assert "clip" in doubts_about(AlgorithmSpec.model_validate(stored))
+    for fine in ({"policyLoss": policy_loss}, {"clip": {"low": 0.2, "high": 0.2}}):
+        assert doubts_about(AlgorithmSpec.model_validate(fine)) == ""

@@ -100,6 +100,19 @@ def test_steps_may_grow_but_not_shrink() -> None:
     ]
 
 
+@pytest.mark.parametrize(("was", "now"), [(a, b) for a in range(4) for b in range(4)])
+def test_the_zero_stage_changes_only_where_a_checkpoint_can_be_read(was: int, now: int) -> None:
+    said = update(
+        f"spec.trainer.deepspeed.zeroStage={now}", before=(f"spec.trainer.deepspeed.zeroStage={was}",)
+    )
+    message = (
+        f"trainer.deepspeed.zeroStage is {now} and was {was}, but may only change between 1 and 2, because "
+        "no checkpoint of the job could be read: put it back, or create a new AsyncRLJob"
+    )
+    can_be_read = was == now or {was, now} == {1, 2}
+    assert said == ([] if can_be_read else [("spec.trainer.deepspeed.zeroStage", message)])
+
+
 @pytest.mark.parametrize(
     ("override", "path", "was"),
     [
@@ -142,7 +155,7 @@ def test_an_optional_immutable_field_cannot_vanish() -> None:
         "gpuBudget.total=32",
         "gpuBudget.mode=Auto",
         "rollout.podTemplate={spec: {}}",
-        "trainer.deepspeed.zeroStage=3",
+        "trainer.deepspeed.zeroStage=1",
         "checkpoint.keep=2",
         "suspend=true",
         "failurePolicy.trainer.maxRestarts=0",
@@ -171,7 +184,7 @@ def test_placement_changes_only_with_suspend(field: str, value: str) -> None:
 
 def test_transitions_are_marked_and_told_apart() -> None:
     assert all(rule.is_transition for rule in immutability_rules())
-    assert [rule.field_path for rule in RULES if rule.is_transition] == [".maxSteps"]
+    assert [rule.field_path for rule in RULES if rule.is_transition] == [".maxSteps", ".zeroStage"]
 
 
 def test_rules_keep_to_what_both_evaluators_know() -> None:

@@ -59,6 +59,7 @@ from asyncrl_runtime.trainer.step_faults import NumbersUnusable
 from asyncrl_runtime.trainer.stopping import announced_disruption
 from asyncrl_runtime.trainer.train import train
 from asyncrl_runtime.trainer.update.failures import StepFailed
+from asyncrl_runtime.trainer.update.loss import doubts_about
 from asyncrl_runtime.trainer.update.policy import Policy
 from asyncrl_runtime.trainer.update.policy_api import TrainedPolicy
 from asyncrl_runtime.trainer.update.ranks import COMMAND_SECONDS, Load, PeerLost, Ranks, make_commands_group
@@ -117,6 +118,8 @@ def run_rank(config: RunConfig, options: Options, start: Start) -> None:
         tokenizer = load_tokenizer(folder)
         ranks = Ranks(policy, make_commands_group(), tokenizer, start.clock)
         if dist.get_rank() == 0:
+            if doubts := doubts_about(spec.algorithm):
+                log.warning("%s", doubts)
             asyncio.run(_lead(config, options, folder, ranks, start))
         else:
             for number in (signal.SIGTERM, signal.SIGINT):  # rank 0 acts on them, and needs this one for it

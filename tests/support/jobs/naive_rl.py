@@ -54,7 +54,8 @@ def naive_loss(
 def _objective(
     algorithm: AlgorithmSpec, token: Token, logprob: float, tokens: Sequence[Token], logprobs: Sequence[float]
 ) -> float:
-    low, high = 1 - algorithm.clip.low, 1 + algorithm.clip.high
+    bounds = algorithm.clip_bounds
+    low, high = 1 - bounds.low, 1 + bounds.high
     cap = algorithm.importance_weight.max
     frozen = math.exp(token.logprob - token.behavior)
     match algorithm.policy_loss:
@@ -79,7 +80,8 @@ def _objective(
 
 
 def _clipped(algorithm: AlgorithmSpec, ratio: float, advantage: float) -> float:
-    low, high = 1 - algorithm.clip.low, 1 + algorithm.clip.high
+    bounds = algorithm.clip_bounds
+    low, high = 1 - bounds.low, 1 + bounds.high
     objective = min(ratio * advantage, max(low, min(high, ratio)) * advantage)
     if algorithm.clip.dual is not None and advantage < 0:
         objective = max(objective, algorithm.clip.dual * advantage)

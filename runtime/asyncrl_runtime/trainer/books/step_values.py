@@ -50,7 +50,7 @@ class StepValues(BaseModel):
     def of(cls, spec: FrozenSpec) -> "StepValues":
         """Return the values of an attempt that began with `spec`."""
         return cls(
-            algorithm=spec.algorithm,
+            algorithm=spec.algorithm.resolved,
             minibatches=spec.training.minibatches,
             tokens_per_micro_batch=spec.training.tokens_per_micro_batch,
             learning_rate=spec.training.learning_rate,

@@ -54,6 +54,23 @@ def derive_config(
     return deep_merge(config, overrides)
 
 
+def derive_reference_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config of a model that is divided like the policy, but is never trained.
+
+    Args:
+        config: the policy's, with ZeRO 3.
+    """
+    of_the_optimizer = {"offload_optimizer", "reduce_bucket_size"}
+    kept = {key: value for key, value in config["zero_optimization"].items() if key not in of_the_optimizer}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": kept,
+        "bf16": {"enabled": "bf16" in config},
+        "timers": config["timers"],
+        "wall_clock_breakdown": False,
+    }
+
+
 def step_settings(values: StepValues) -> StepSettings:
     """Return what the values mean for a step's updates; `trainer.deepspeed.config` may override them."""
     config = derive_config(

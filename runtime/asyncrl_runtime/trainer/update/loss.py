@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from asyncrl_api.job import AlgorithmSpec, ClipSpec, ImportanceWeightSpec
+from asyncrl_api.job import AlgorithmSpec, ImportanceWeightSpec
 from asyncrl_runtime.trainer.update.diagnostics import token_sums
 from asyncrl_runtime.trainer.update.packing import MicroBatch
 
@@ -99,6 +99,30 @@ def compute_loss(
     return Loss(value, sums)
 
 
+WIDEST_SEQUENCE_CLIP = 0.01
+"""The half-width above which a trust region of whole sequences never binds; GSPO's own is 0.0004."""
+
+
+def doubts_about(algorithm: AlgorithmSpec) -> str:
+    """Return what is unlikely to be meant, for the log; empty if there is nothing.
+
+    Objects that an API server stored under an earlier version hold clips of 0.2 that nobody wrote.
+    """
+    low, high = algorithm.clip_bounds
+    if algorithm.policy_loss == "GSPO" and min(low, high) > WIDEST_SEQUENCE_CLIP:
+        return (
+            f"spec.algorithm.clip is {low:g} below and {high:g} above 1, and ratios of whole sequences "
+            "hardly ever leave that: policyLoss GSPO clips nothing; remove clip.low and clip.high for the "
+            "paper's 0.0003 and 0.0004"
+        )
+    if algorithm.policy_loss == "CISPO" and low < 1:
+        return (
+            f"spec.algorithm.clip.low is {low:g}, so policyLoss CISPO raises weights below {1 - low:g}; the "
+            "paper has no lower bound: remove it"
+        )
+    return ""
+
+
 def decoupled_ppo(
     algorithm: AlgorithmSpec, batch: MicroBatch, logprobs: Tensor, proximal: Tensor
 ) -> Surrogate:
@@ -137,7 +161,7 @@ def ppo(algorithm: AlgorithmSpec, batch: MicroBatch, logprobs: Tensor, _: Tensor
     """PPO (arXiv 1707.06347, eq. 7) with the behavior policy as pi_old, which is also the clip's center."""
     log_ratios = _log_ratio(logprobs, batch.behavior_logprobs)
     ratios = log_ratios.exp()
-    objective, clipped = clipped_objective(ratios, batch.advantages, algorithm.clip)
+    objective, clipped = clipped_objective(ratios, batch.advantages, algorithm)
     return Surrogate(
         objective, log_ratios, log_ratios, ratios.detach(), clipped, capped=torch.zeros_like(clipped)
     )
@@ -146,11 +170,13 @@ def ppo(algorithm: AlgorithmSpec, batch: MicroBatch, logprobs: Tensor, _: Tensor
 def cispo(algorithm: AlgorithmSpec, batch: MicroBatch, logprobs: Tensor, _: Tensor) -> Surrogate:
     """CISPO (MiniMax-M1, arXiv 2506.13585, eq. 4 and 5): the weight is clipped, no token loses its gradient.
 
-    The ratio is to the behavior policy, which pi_old is in the paper.
+    The ratio is to the behavior policy, which pi_old is in the paper. By default only the upper bound binds,
+    as there.
     """
     log_ratios = _log_ratio(logprobs, batch.behavior_logprobs).detach()
     ratios = log_ratios.exp()
-    weights = ratios.clamp(1 - algorithm.clip.low, 1 + algorithm.clip.high)
+    low, high = algorithm.clip_bounds
+    weights = ratios.clamp(1 - low, 1 + high)
     objective = weights * batch.advantages * logprobs
     return Surrogate(
         objective,
@@ -177,16 +203,17 @@ def tis(algorithm: AlgorithmSpec, batch: MicroBatch, logprobs: Tensor, _: Tensor
     )
 
 
-def clipped_objective(ratios: Tensor, advantages: Tensor, clip: ClipSpec) -> tuple[Tensor, Tensor]:
+def clipped_objective(ratios: Tensor, advantages: Tensor, algorithm: AlgorithmSpec) -> tuple[Tensor, Tensor]:
     """Return min(u A, clip(u) A), [R], and where the bound removed the gradient, [R] bool.
 
     With `dual`, the cost of a negative advantage is bounded too: max(that, dual A) where A < 0 (dual-clip
     PPO, arXiv 1912.09729, eq. 5).
     """
     free = ratios * advantages
-    objective = torch.minimum(free, ratios.clamp(1 - clip.low, 1 + clip.high) * advantages)
-    if clip.dual is not None:
-        objective = torch.where(advantages < 0, objective.maximum(clip.dual * advantages), objective)
+    low, high = algorithm.clip_bounds
+    objective = torch.minimum(free, ratios.clamp(1 - low, 1 + high) * advantages)
+    if (dual := algorithm.clip.dual) is not None:
+        objective = torch.where(advantages < 0, objective.maximum(dual * advantages), objective)
     return objective, (objective != free).detach()
 
 
@@ -209,7 +236,7 @@ def k3(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
 def _decoupled(
     algorithm: AlgorithmSpec, advantages: Tensor, *, log_ratios: Tensor, log_weights: Tensor
 ) -> Surrogate:
-    objective, clipped = clipped_objective(log_ratios.exp(), advantages, algorithm.clip)
+    objective, clipped = clipped_objective(log_ratios.exp(), advantages, algorithm)
     weights, capped = bounded_weights(log_weights, algorithm.importance_weight)
     return Surrogate(weights * objective, log_ratios.detach(), log_weights.detach(), weights, clipped, capped)
 

@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from asyncrl_api.exits import ExitCode, ExitError
 from asyncrl_api.job import AlgorithmSpec, DeepSpeedSpec, LoRASpec, TrainingSpec
 from asyncrl_runtime.model import attention
 from asyncrl_runtime.trainer.sealing import Sealed, seal, seal_folder
-from asyncrl_runtime.trainer.update.deepspeed_config import Dtype, derive_config
+from asyncrl_runtime.trainer.update.deepspeed_config import Dtype, derive_config, derive_reference_config
 from asyncrl_runtime.trainer.update.loss import compute_loss
 from asyncrl_runtime.trainer.update.packing import MicroBatch
 from asyncrl_runtime.trainer.update.policy_api import StepSettings, Update
@@ -105,6 +105,7 @@ class Policy:
             overrides=deepspeed.config,
         )
         config = derive(num_parameters=count_parameters(folder))
+        self._reference_config = derive_reference_config(config) if self.is_sharded else None
         with _without_prints():
             model = load_model(folder, dtype, sharded_by=config if self.is_sharded else None)
         if self.trains_adapters:
@@ -116,7 +117,7 @@ class Policy:
         with _without_prints():
             self._engine = library.initialize(model=model, model_parameters=groups, config=config)[0]
         self._buffer = BucketBuffer()
-        self._reference: ResponseModel | None = None
+        self._reference: Callable[[MicroBatch], tuple[Tensor, Tensor]] | None = None
         self._keep_reference(algorithm.kl_coefficient > 0)
 
     def use(self, settings: StepSettings) -> None:
@@ -136,8 +137,27 @@ class Policy:
         if not is_needed:
             self._reference = None
         elif self._reference is None:
-            reference = load_model(self._folder, self._dtype)
-            self._reference = reference.to(self.device).requires_grad_(False)
+            self._reference = self._without_adapters if self.trains_adapters else self._load_reference()
+
+    def _without_adapters(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """Return what the model returns without its adapters: it has not been trained itself."""
+        model: ResponseModel = self._engine.module
+        peft_model: Any = model.causal_lm
+        with peft_model.disable_adapter():
+            result: tuple[Tensor, Tensor] = model(batch)
+        return result
+
+    def _load_reference(self) -> Callable[[MicroBatch], tuple[Tensor, Tensor]]:
+        """Load the model once more; if the policy is sharded, this is too, and loading is collective."""
+        with _without_prints():
+            model = load_model(self._folder, self._dtype, sharded_by=self._reference_config)
+            if self._reference_config is None:
+                return model.to(self.device).requires_grad_(False)
+            # Not its module alone: an engine that nobody holds takes its hooks away.
+            engine: Callable[[MicroBatch], tuple[Tensor, Tensor]] = _import_deepspeed().initialize(
+                model=model, config=self._reference_config
+            )[0]
+            return engine
 
     @torch.no_grad()
     def logprobs(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
@@ -156,6 +176,8 @@ class Policy:
             batch = batch.to(self.device)
             # Set before each, because DeepSpeed's own count does not allow minibatches of varying size.
             self._engine.set_gradient_accumulation_boundary(number == len(micro_batches) - 1)
+            # Before the pass that is differentiated: to switch adapters off changes what needs a gradient.
+            reference_logprobs = self._reference_logprobs(batch)
             new_logprobs, entropies = self._engine(batch)
             loss = compute_loss(
                 self._algorithm,
@@ -163,7 +185,7 @@ class Policy:
                 new_logprobs,
                 entropies,
                 proximal_logprobs=None if proximal_logprobs is None else proximal_logprobs[number],
-                reference_logprobs=self._reference_logprobs(batch),
+                reference_logprobs=reference_logprobs,
                 num_tokens=num_tokens,
             )
             # DeepSpeed takes the mean of the ranks' gradients, while this loss needs their sum.
@@ -347,15 +369,15 @@ class Policy:
             ValueError: this policy cannot load it.
         """
         layout = json.loads((folder / "layout.json").read_text())
-        if layout | {"world_size": self.world_size} != self._layout:
-            raise ValueError(f"checkpoint {folder} has layout {layout}, this trainer {self._layout}")
+        if fault := _misfit(layout, self._layout):
+            raise ValueError(f"checkpoint {folder} has layout {layout}, this trainer {self._layout}: {fault}")
         return layout
 
     def _needs_conversion(self, layout: Any) -> bool:
-        return layout["world_size"] != self.world_size and self._zero_stage > 0
+        return layout != self._layout and self._zero_stage > 0
 
     def _load_shares_of_others(self, scratch: Path) -> None:
-        """Load a ZeRO checkpoint of another number of ranks, as `convert` has prepared it."""
+        """Load a ZeRO checkpoint of other ranks, or of another stage, as `convert` has prepared it."""
         decays = [group["weight_decay"] for group in self._engine.optimizer.param_groups]
         self._engine._config.load_universal_checkpoint = True
         try:
@@ -372,6 +394,19 @@ class Policy:
     def _layout(self) -> dict[str, int | str]:
         layout = {"world_size": self.world_size, "zero_stage": self._zero_stage, "dtype": self._dtype}
         return layout | ({"lora": self._lora.model_dump_json()} if self.trains_adapters else {})
+
+
+def _misfit(saved: Mapping[str, Any], own: Mapping[str, Any]) -> str:
+    """Return why a checkpoint of layout `saved` cannot be loaded; empty if it can.
+
+    Shares of the optimizer can be divided anew, among other ranks and between the stages that divide nothing
+    else. DeepSpeed's universal formats of stage 3 and of the others are different ones.
+    """
+    stages = {saved["zero_stage"], own["zero_stage"]}
+    if len(stages) > 1 and not stages <= {1, 2}:
+        return "spec.trainer.deepspeed.zeroStage may only change between 1 and 2; put it back"
+    anew = {"world_size": own["world_size"], "zero_stage": own["zero_stage"]}
+    return "" if {**saved, **anew} == own else "dtype and adapters must be those of the checkpoint"
 
 
 def _mend_optimizer(optimizer: torch.optim.Optimizer, decays: Sequence[float]) -> None:

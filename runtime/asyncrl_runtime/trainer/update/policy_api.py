@@ -142,7 +142,7 @@ class TrainedPolicy(StepPolicy, Protocol):
         ...
 
     def convert(self, folder: Path, scratch: Path) -> DiskWork:
-        """Prepare the load of a checkpoint that another number of ranks wrote; not collective.
+        """Prepare the load of a checkpoint that other ranks, or another ZeRO stage, wrote; not collective.
 
         Args:
             scratch: a folder that all ranks see; it is created here if the optimizer's state has to be
@@ -152,7 +152,8 @@ class TrainedPolicy(StepPolicy, Protocol):
             What this rank has to do before any rank may `load`.
 
         Raises:
-            ValueError: it was written with another ZeRO stage or dtype, or other adapters.
+            ValueError: it was written with another dtype, with other adapters, or with a ZeRO stage from
+                which there is no way to this one's.
         """
         ...
 
