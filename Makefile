@@ -13,7 +13,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 WORKERS := --numprocesses logical --maxprocesses 8 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test unit e2e contract-sglang contract-sglang-before-sessions sglang lint crd docs \
+.PHONY: help quickstart test unit fuzz e2e contract-sglang contract-sglang-before-sessions sglang lint crd docs \
 	constraints kube-tools clean
 
 help: ## List the targets.
@@ -29,6 +29,9 @@ test: lint docs $(STAMP) ## Run linters, types, docs and every test that this ma
 
 unit: $(STAMP) ## Run the unit tests (under a minute).
 	$(BIN)/pytest tests/unit --quiet $(WORKERS)
+
+fuzz: $(STAMP) ## Hand every parser of foreign data a million cases (hours; CASES=1000 for a look).
+	cd tests && ../$(BIN)/python -m support.fuzz --cases $(or $(CASES),1000000)
 
 e2e: $(STAMP) ## Run all tests in pods, from built images: as root, with KUBEUP (about 35 minutes).
 	ASYNCRL_E2E_IMAGES=1 $(BIN)/pytest tests/e2e --durations 10

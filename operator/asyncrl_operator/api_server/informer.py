@@ -159,7 +159,7 @@ class Store(Generic[T]):
             name=metadata["name"],
             uid=metadata["uid"],
             version=int(metadata["resourceVersion"]),
-            job=(metadata.get("labels") or {}).get(JOB_LABEL, owned),
+            job=str((metadata.get("labels") or {}).get(JOB_LABEL, owned)),
             owner=controller.get("uid", ""),
             is_deleting="deletionTimestamp" in metadata,
             value=self._trim(raw),

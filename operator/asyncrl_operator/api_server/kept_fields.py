@@ -78,7 +78,7 @@ def trim_pod(raw: Json) -> KeptPod:
     pod = Pod(
         name=metadata["name"],
         uid=metadata["uid"],
-        group=labels.get(GROUP_LABEL, "rollout"),
+        group=labels.get(GROUP_LABEL) or "rollout",
         attempt=number_of(labels.get(ATTEMPT_LABEL)),
         template=labels.get(TEMPLATE_LABEL, ""),
         gpus=number_of(annotations.get(GPUS_ANNOTATION)),
@@ -136,6 +136,11 @@ def _end(container: Json) -> ContainerEnd | None:
     return ContainerEnd(
         str(container.get("name", "")), code if isinstance(code, int) else 1, str(ended.get("reason") or "")
     )
+
+
+def label_of(raw: Json, name: str) -> str:
+    """Return a label; empty if there is none."""
+    return str(_map(_map(raw.get("metadata")).get("labels")).get(name, ""))
 
 
 def number_of(text: Any) -> int:

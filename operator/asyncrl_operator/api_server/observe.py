@@ -10,7 +10,7 @@ import msgspec
 
 from asyncrl_api.report import ReadReport, read_report
 from asyncrl_operator.api_server.informer import Entry
-from asyncrl_operator.api_server.kept_fields import KeptPod, number_of
+from asyncrl_operator.api_server.kept_fields import KeptPod, label_of, number_of
 from asyncrl_operator.decide import reasons
 from asyncrl_operator.decide.observed import (
     Node,
@@ -136,9 +136,10 @@ def _pod(entry: Entry[KeptPod], uid: str) -> Pod:
 
 def _trainer_job(child: Child) -> TrainerJob:
     live = child.decode()
-    true = {each["type"]: each["message"] for each in live.get("conditions", ()) if each["status"] == "True"}
+    conditions = [each for each in live.get("conditions", ()) if each["status"] == "True"]
+    true = {str(each["type"]): str(each["message"]) for each in conditions}
     failed = next((kind for kind in ("Failed", "FailureTarget") if kind in true), None)
-    attempt = (live["metadata"].get("labels") or {}).get(ATTEMPT_LABEL, "")
+    attempt = label_of(live, ATTEMPT_LABEL)
     return TrainerJob(
         name=child.entry.name,
         attempt=number_of(attempt),
@@ -153,7 +154,7 @@ def _stateful_set(children: Iterable[Child], name: str) -> StatefulSet | None:
     for child in children:
         if child.resource is STATEFUL_SETS and child.entry.name == name:
             live = child.decode()
-            template = (live["metadata"].get("labels") or {}).get(TEMPLATE_LABEL, "")
+            template = label_of(live, TEMPLATE_LABEL)
             replicas = live["spec"].get("replicas", 1)
             return StatefulSet(name, replicas, template, child.entry.is_deleting)
     return None

@@ -18,19 +18,20 @@ INT64 = 2**63
 
 def faults(schema: Mapping[str, Any], value: Any, path: str = "status") -> Iterator[str]:
     """Yield why the API server would refuse a value; nothing if it would take it."""
-    kind = schema["type"]
+    kind: str = schema["type"]
+    checked: Any = value
     if not isinstance(value, KINDS[kind]) or (isinstance(value, bool) and kind != "boolean"):
         yield f"{path}: {value!r:.80} is no {kind}"
         return
     if kind == "object":
-        yield from _of_object(schema, value, path)
+        yield from _of_object(schema, checked, path)
     elif kind == "array":
-        for number, each in enumerate(value):
+        for number, each in enumerate(checked):
             yield from faults(schema["items"], each, f"{path}[{number}]")
-        if len(value) > schema.get("maxItems", len(value)):
-            yield f"{path}: {len(value)} items"
+        if len(checked) > schema.get("maxItems", len(checked)):
+            yield f"{path}: {len(checked)} items"
     elif kind == "string":
-        yield from _of_string(schema, value, path)
+        yield from _of_string(schema, checked, path)
     elif kind in ("integer", "number"):
         lowest, highest = schema.get("minimum", -INT64), schema.get("maximum", INT64 - 1)
         if not lowest <= value <= highest:

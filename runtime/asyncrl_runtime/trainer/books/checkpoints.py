@@ -167,7 +167,7 @@ def _uid_of(path: Path) -> str | None:
     """Return the uid in a position.json; None for one that a crash has left half written."""
     try:
         return str(json.loads(path.read_bytes())["uid"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
@@ -228,14 +228,17 @@ def _fault(folder: Path) -> str | None:
         msgspec.json.decode((folder / "position.json").read_bytes())
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         return f"its books cannot be read: {error}"
-    for name, size in sizes.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+    try:
+        for name, size in sizes.items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != size:
+                return f"{name} has {path.stat().st_size} bytes instead of {size}"
+    except OSError as error:  # a name that can be none, for one
+        return f"its files cannot be looked at: {error}"
     return None
 
 

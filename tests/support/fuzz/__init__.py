@@ -1,0 +1,1 @@
+"""Foreign data for every parser: real messages, mutated, and what becomes of them."""
