@@ -57,6 +57,7 @@ def test_a_job_whose_prompts_are_all_solved_ends_as_a_success(tmp_path: Path) ->
         "sampling.groupSize=2",
     ).spec
     books = Books(spec)
+    books.issued(1000)
     for ticket in range(1, 1001):
         group = Group(ticket=ticket, group_size=2, samples=(make_sample(0), make_sample(1)))
         books.take(StreamMessage(ticket, f"rl.j.traj.{ticket}", encode(group)))

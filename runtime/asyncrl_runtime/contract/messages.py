@@ -289,8 +289,8 @@ class Heartbeat(Message, frozen=True, kw_only=True, tag="heartbeat.v1"):
     held: tuple[int, ...] = ()
     """The tickets that this worker holds; they are handed back when it falls silent."""
     late_seconds: float = 0.0
-    """For how long the worker's event loop has not run although it should: user code may block it. It can
-    have been given tickets meanwhile that it does not know of."""
+    """The time for which the worker's event loop has not run although it should: user code may block it. It
+    can have been given tickets meanwhile that it does not know of."""
 
 
 ENGINE_STATES = ("down", "empty", "ready", "draining", "drained", "updating", "dirty")

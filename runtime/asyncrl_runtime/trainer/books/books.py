@@ -31,6 +31,9 @@ from asyncrl_runtime.trainer.books.tickets import (
 
 log = logging.getLogger(__name__)
 
+UNBOUNDED_DISCARDS = 10**6
+"""More discards between two steps than there will be, where the manifest does not bound them."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -259,12 +262,13 @@ class Books:
     def _highest_plausible(self) -> int:
         """Return a ticket that surely no worker was ever given a higher one than.
 
-        After a restart the streams may be gone, and with them what an earlier attempt has issued. It did not
-        go further beyond what is closed than the gate allowed it, and its discards, which end a job when they
-        are ten batches, are no longer known either.
+        After a restart the prompt stream may be gone, and with it what an earlier attempt has issued. It did
+        not go further beyond what is closed than the gate and its discards allowed it, of which no ledger line
+        tells before the next step.
         """
         ahead = (self._live.staleness.max_versions + 1) * self._batch_size
-        return max(self._most_issued, self._book.highest) + 2 * ahead + 20 * self._batch_size
+        discards = self._live.sampling.max_discards_in_a_row or UNBOUNDED_DISCARDS
+        return max(self._most_issued, self._book.highest) + 2 * (ahead + discards)
 
     def is_known(self, ticket: int) -> bool:
         """Return whether a ticket is closed, or its group or a part of it has arrived."""
