@@ -71,6 +71,7 @@ def test_exit_codes_are_those_of_the_documentation() -> None:
         "DONE": 0,
         "USAGE": 64,
         "UNUSABLE": 65,
+        "STEP_FAILED": 74,
         "TRY_AGAIN": 75,
         "REFUSED": 78,
     }
@@ -79,7 +80,8 @@ def test_exit_codes_are_those_of_the_documentation() -> None:
 def test_what_is_final_is_final_for_every_process() -> None:
     """The trainer's default in the manifest has the same codes as the rule for other processes."""
     default = make_job().spec.failure_policy.trainer.fatal_exit_codes
-    assert set(default) == FINAL_CODES == set(ExitCode) - {ExitCode.DONE, ExitCode.TRY_AGAIN}
+    others = {ExitCode.DONE, ExitCode.STEP_FAILED, ExitCode.TRY_AGAIN}
+    assert set(default) == FINAL_CODES == set(ExitCode) - others
 
 
 @pytest.mark.parametrize("code", list(ExitCode))
