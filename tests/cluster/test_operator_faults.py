@@ -194,3 +194,25 @@ def starve(job: Job) -> bool:
 def flood(job: Job) -> bool:
     """Report as a trainer that falls behind."""
     return job.report(wait_share=0.0, queue_depth=100)
+
+
+def test_a_job_with_poison_in_its_report_is_shown_and_can_be_suspended(job: Job) -> None:
+    job.apply(gpuBudget={"total": 3, **CPU})
+    job.wait("Running")
+    job.report(step=7, reward=-1e30, queue_depth=-1, message="x" * 5000)
+    eventually("it is shown", lambda: job.status().get("progress", {}).get("step") == 7)
+    assert job.status()["reward"]["mean"] == "-1.000e+30"
+    checkpoint = {"step": 8, "path": "p" * 2000, "time": "2026-01-02T03:04:05Z"}
+    report = {
+        "attempt": 1,
+        "step": -8,
+        "maxSteps": 9,
+        "state": "y" * 300,
+        "time": "soon",
+        "lastCheckpoint": checkpoint,
+    }
+    body = {"data": {"report": json.dumps(report)}}
+    job.kubectl("patch", "configmap", f"{job.name}-report", "--type=merge", "-p", json.dumps(body))
+    job.patch({"suspend": True})
+    job.wait("Suspended")
+    assert job.condition("Degraded")["reason"] != "OperatorError"
