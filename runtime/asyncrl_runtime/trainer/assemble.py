@@ -44,6 +44,7 @@ from asyncrl_runtime.trainer.dataset import Rows, count_shared, load_rows
 from asyncrl_runtime.trainer.evaluation import Evaluator
 from asyncrl_runtime.trainer.job_streams import JobStreams
 from asyncrl_runtime.trainer.metrics import Metrics
+from asyncrl_runtime.trainer.patience import Patience
 from asyncrl_runtime.trainer.seams import AttemptParts
 from asyncrl_runtime.trainer.side_tasks import SideTasks
 from asyncrl_runtime.trainer.starting import Start
@@ -206,11 +207,9 @@ async def _open_parts(
     start: Start,
 ) -> tuple[AttemptParts, SideTasks, Position | None]:
     """Claim the history, restore the newest checkpoint of it, and find or make the streams."""
-    config.job_folder.mkdir(parents=True, exist_ok=True)  # a claim is empty at first
-    ledger_path = config.job_folder / "ledger.jsonl"
-    set_aside_strangers(config.job_folder, config.uid, read_ledger(ledger_path).uid)
-    ledger = Ledger(ledger_path, options.attempt)
-    history = ledger.claim(config.uid)
+    ledger = Ledger(config.job_folder / "ledger.jsonl", options.attempt)
+    patience = Patience(start.tell_disk_fault, asyncio.Event())
+    history = await patience.insist("the ledger", partial(asyncio.to_thread, claim, config, ledger))
     checkpoints = Checkpoints(config.job_folder, config.uid)
     checkpoint = choose_checkpoint(config, checkpoints, history)
     if checkpoint is None and history.steps:
@@ -244,6 +243,17 @@ async def _open_parts(
         metrics=_open_metrics(config, options, books, checkpoint, rows, model_folder, start),
     )
     return parts, side_tasks, None if checkpoint is None else checkpoint.position
+
+
+def claim(config: RunConfig, ledger: Ledger) -> History:
+    """Make the job's folder, move what another object has left out of the way, and claim the ledger.
+
+    Raises:
+        OSError: the disk does not take it; this may be tried again.
+    """
+    config.job_folder.mkdir(parents=True, exist_ok=True)  # a claim is empty at first
+    set_aside_strangers(config.job_folder, config.uid, read_ledger(config.job_folder / "ledger.jsonl").uid)
+    return ledger.claim(config.uid)
 
 
 def choose_checkpoint(config: RunConfig, checkpoints: Checkpoints, history: History) -> Checkpoint | None:
