@@ -57,8 +57,7 @@ async def test_ranks_stop_within_a_step_that_does_not_fit_into_the_grace(
             await Engine(harness, 0).slow_down(0.1)
             for passes, done in [("all", "before the first update"), ("training", "after 1 updates")]:
                 harness.start_trainer(ranks=2)
-                reached = len(harness.history.steps) + 1
-                await witness.until("a step", lambda reached=reached: len(harness.history.steps) > reached)
+                await until_steps(witness, harness, len(harness.history.steps) + 2)
                 slow_from.write_text(passes)
                 await witness.until("within a step", (tmp_path / "inside").exists)
                 harness.signal("trainer", signal.SIGTERM)
@@ -77,3 +76,8 @@ async def test_ranks_stop_within_a_step_that_does_not_fit_into_the_grace(
             result = await finish(harness)
             assert result.num_steps == job.spec.training.max_steps
             await check_weights(harness, witness)
+
+
+async def until_steps(witness: Witness, harness: JobHarness, num: int) -> None:
+    """Wait until so many steps have been recorded; all but the last are trained."""
+    await witness.until("a step", lambda: len(harness.history.steps) >= num)

@@ -1,6 +1,8 @@
 """The ledger's lines, what they amount to, and the audit of them."""
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -244,3 +246,29 @@ def test_notes_change_nothing_about_which_steps_survive(notes: list[dict[str, An
     for place in range(len(lines)):  # whatever the trainer dies of, what it has written can be read
         read_history(map(json.dumps, lines[:place]))
     audit(history)
+
+
+# -- disks
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
+def test_a_line_that_the_disk_does_not_take_leaves_none_and_may_be_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    path = tmp_path / "ledger.jsonl"
+    ledger = Ledger(path, 1)
+    ledger.claim("u")
+    record(ledger, 0, [1])
+    before = path.read_bytes()
+
+    def refuse(descriptor: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", refuse)
+        for _ in range(2):
+            with pytest.raises(OSError, match=os.strerror(number)):
+                record(ledger, 1, [2])
+    assert path.read_bytes() == before
+    record(ledger, 1, [2])
+    assert [step.tickets for step in read_ledger(path).steps] == [(1,), (2,)]

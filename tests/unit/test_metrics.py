@@ -197,3 +197,38 @@ async def test_a_report_is_renewed_though_nothing_happens_and_a_full_disk_does_n
         seen |= {found.seconds_without_progress} if found is not None else set()
     renewing.cancel()
     assert opened.report.time == "2026-01-02T03:04:05+00:00"
+
+
+def test_a_disk_that_takes_nothing_loses_no_line_and_no_report(
+    metrics: Metrics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    metrics.log_step(step(1))
+
+    def refuse(path: Path, data: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics_module, "append_whole", refuse)
+        metrics.log_step(step(2))
+        metrics.log_evaluation({"step": 2})
+        metrics.log_step(step(3))
+        metrics.update(state="Training", disk_fault="full")
+        with pytest.raises(OSError, match="No space left"):
+            metrics.flush()
+    assert [line["step"] for line in lines(tmp_path)] == [1]
+    assert metrics.report.step == 3, "whoever reads it from memory knows"
+    assert len(caplog.messages) == 1 and "No space left on device; 1 lines are kept" in caplog.text
+    metrics.update()
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
+    assert (tmp_path / "evaluations.jsonl").read_text() == '{"step": 2}\n'
+    assert report(tmp_path).step == 3 and report(tmp_path).disk_fault == "full"
+    assert caplog.messages[-1] == "the disk takes reports and metrics again"
+
+
+def test_a_report_that_cannot_be_replaced_ends_nothing(tmp_path: Path) -> None:
+    metrics = open_metrics(tmp_path)
+    (tmp_path / "report.json").mkdir()  # nothing can be renamed onto it
+    metrics.update(state="Training")
+    (tmp_path / "report.json").rmdir()
+    metrics.update()
+    assert report(tmp_path).state == "Training"

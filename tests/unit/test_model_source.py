@@ -1,5 +1,6 @@
 """A model's folder: checked before anything is loaded from it, and made once however many ask for it."""
 
+import errno
 import importlib.util
 import json
 import subprocess
@@ -205,6 +206,15 @@ def test_a_factory_whose_file_was_changed_is_asked_again(
         module.write_text(f"from {__name__} import factory as make {comment}\n")
         folders.append(ensure_model(spec, tmp_path / "cache", 7))
     assert folders[0] == folders[1] != folders[2] and len(made) == 2
+
+
+def test_a_factory_that_meets_a_full_disk_may_find_room_at_the_next_attempt(tmp_path: Path) -> None:
+    def meet_a_full_disk(folder: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    script.append(meet_a_full_disk)
+    code, text = refusal(MADE_HERE, tmp_path)
+    assert code == ExitCode.TRY_AGAIN and "factory failed: OSError: [Errno 28] No space left" in text
 
 
 def test_a_factory_that_raises_leaves_no_half_and_may_be_run_again(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Files reach the disk piece by piece, and what the disk says about it is passed on."""
 
+import ctypes
 import errno
 import os
 from pathlib import Path
@@ -41,7 +42,7 @@ def test_only_a_file_system_that_cannot_do_it_is_passed_over(
     path = tmp_path / "shard"
     path.write_bytes(b"x")
     monkeypatch.setattr(sealing, "_sync_file_range", lambda *arguments: -1)
-    monkeypatch.setattr(sealing.ctypes, "get_errno", lambda: number)
+    monkeypatch.setattr(ctypes, "get_errno", lambda: number)
     if not is_error:
         seal(path, lambda num_bytes: None)
         return

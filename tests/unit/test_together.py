@@ -22,7 +22,7 @@ def group(process_group: None, monkeypatch: pytest.MonkeyPatch) -> dist.ProcessG
     """A group of one rank that exchanges as if there were others."""
     made = make_commands_group()
     monkeypatch.setattr(together, "LONGEST_PAUSE_SECONDS", 0.001)
-    monkeypatch.setattr(together.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(together, "_raise_together", lambda part, group: part.result())
     return made
 
@@ -71,8 +71,12 @@ def test_a_measure_beside_the_thread_counts_too(group: dist.ProcessGroup) -> Non
 
 def test_one_that_is_stuck_ends_it_for_all(group: dist.ProcessGroup) -> None:
     may_end = threading.Event()
+
+    def hang(sealed: Sealed) -> None:
+        may_end.wait(10)
+
     with pytest.raises(WorkStalled, match=r"no rank has read or written anything for 600 s"):
-        work_together(lambda sealed: may_end.wait(10) and None, group, nothing, clock=Time())
+        work_together(hang, group, nothing, clock=Time())
     may_end.set()
 
 
@@ -81,7 +85,7 @@ def test_what_a_disk_refuses_is_told_in_a_line(
     group: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch, has_others: bool
 ) -> None:
     if not has_others:
-        monkeypatch.setattr(together.dist, "get_world_size", lambda: 1)
+        monkeypatch.setattr(dist, "get_world_size", lambda: 1)
 
     def refuse(sealed: Sealed) -> None:
         raise RuntimeError("[enforce fail at inline_container.cc:672] unexpected pos\nframe #0")

@@ -3,6 +3,7 @@
 A new source is a function and its entry in `SOURCES`, here, and a form in `asyncrl_api.rules.MODEL_SOURCES`.
 """
 
+import errno
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -28,6 +29,8 @@ log = logging.getLogger(__name__)
 WARMUP_PROMPTS = "warmup_prompts.json"
 """The file, in a folder that a factory wrote, with the prompts that it has trained the model on."""
 LOCK_SECONDS = 3600
+DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+"""What a factory may meet through no fault of its own: another attempt may find a disk with room."""
 
 
 def ensure_model(spec: ModelSpec, cache: Path, seed: int) -> Path:
@@ -175,8 +178,10 @@ def _from_factory(spec: ModelSpec, seed: int, scratch: Path) -> None:
         prompts = factory(scratch, seed=seed, context_length=spec.context_length)
     except Exception as error:  # user code may raise anything
         log.exception("model factory %s", spec.source)
+        is_disks = isinstance(error, OSError) and error.errno in DISK_FAULTS
         raise ExitError(
-            ExitCode.UNUSABLE, f"spec.model.source: {spec.source} failed: {type(error).__name__}: {error}"
+            ExitCode.TRY_AGAIN if is_disks else ExitCode.UNUSABLE,
+            f"spec.model.source: {spec.source} failed: {type(error).__name__}: {error}",
         ) from error
     (scratch / WARMUP_PROMPTS).write_text(json.dumps(list(prompts or [])))
 

@@ -52,6 +52,7 @@ from asyncrl_runtime.trainer.dataset import Rows, count_shared, load_rows
 from asyncrl_runtime.trainer.evaluation import Evaluator
 from asyncrl_runtime.trainer.job_streams import JobStreams
 from asyncrl_runtime.trainer.metrics import Metrics
+from asyncrl_runtime.trainer.patience import Patience
 from asyncrl_runtime.trainer.seams import AttemptParts
 from asyncrl_runtime.trainer.side_tasks import SideTasks
 from asyncrl_runtime.trainer.starting import Start
@@ -226,22 +227,17 @@ async def _open_parts(
     refusals: Refusals,
 ) -> tuple[AttemptParts, SideTasks, Position | None]:
     """Claim the history, restore the newest checkpoint of it, and find or make the streams."""
-    config.job_folder.mkdir(parents=True, exist_ok=True)  # a claim is empty at first
-    ledger_path = config.job_folder / "ledger.jsonl"
-    set_aside_strangers(config.job_folder, config.uid, read_ledger(ledger_path).uid)
-    ledger = Ledger(ledger_path, options.attempt)
-    history = ledger.claim(config.uid)
-    if given_up := step_to_give_up(history):
-        log.warning(
-            "step %d failed %d times and is given up: %s", given_up.version + 1, MAX_FAILURES, given_up.cause
-        )
-        ledger.cut(given_up.version, given_up.discards)
-        history = read_ledger(ledger_path)
+    path = config.job_folder / "ledger.jsonl"
+    ledger = Ledger(path, options.attempt)
+    patience = Patience(start.tell_disk_fault, asyncio.Event())
+    history = await patience.insist("the ledger", partial(asyncio.to_thread, claim, config, ledger))
+    give_up = partial(asyncio.to_thread, give_up_failed_step, ledger, path, history)
+    history = await patience.insist("the ledger", give_up)
     checkpoints = Checkpoints(config.job_folder, config.uid)
     checkpoint = choose_checkpoint(config, checkpoints, history)
     if checkpoint is None and history.steps:
         ledger.cut(0)
-        history = read_ledger(ledger_path)
+        history = read_ledger(path)
     await _load_policy(config, ranks, checkpoint)
 
     num_ids = vocab_size(model_folder)
@@ -272,6 +268,32 @@ async def _open_parts(
         failures=tuple(history.failures),
     )
     return parts, side_tasks, None if checkpoint is None else checkpoint.position
+
+
+def claim(config: RunConfig, ledger: Ledger) -> History:
+    """Make the job's folder, move what another object has left out of the way, and claim the ledger.
+
+    Raises:
+        OSError: the disk does not take it; this may be tried again.
+    """
+    config.job_folder.mkdir(parents=True, exist_ok=True)  # a claim is empty at first
+    path = config.job_folder / "ledger.jsonl"
+    set_aside_strangers(config.job_folder, config.uid, read_ledger(path).uid)
+    return ledger.claim(config.uid)
+
+
+def give_up_failed_step(ledger: Ledger, path: Path, history: History) -> History:
+    """Give up a step that has failed too often by its own fault; return the history without it.
+
+    Raises:
+        OSError: the disk does not take it; this may be tried again.
+    """
+    if (given_up := step_to_give_up(history)) is None:
+        return history
+    text = "step %d failed %d times and is given up: %s"
+    log.warning(text, given_up.version + 1, MAX_FAILURES, given_up.cause)
+    ledger.cut(given_up.version, given_up.discards)
+    return read_ledger(path)
 
 
 def choose_checkpoint(config: RunConfig, checkpoints: Checkpoints, history: History) -> Checkpoint | None:

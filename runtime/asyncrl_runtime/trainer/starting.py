@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from typing import Any
 
 from asyncrl_api.ledger import LedgerError, read_ledger
 from asyncrl_api.report import Report
@@ -35,6 +36,7 @@ class Start:
         self._attempt = attempt
         self._report: Report | None = None
         self._is_unwritten = False
+        self._disk_fault = ""
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._report_on, name="starting", daemon=True)
 
@@ -51,6 +53,10 @@ class Start:
         """Stop reporting, so that whoever writes the report next is the only one."""
         self._is_over.set()
         self._thread.join(END_SECONDS)
+
+    def tell_disk_fault(self, message: str) -> None:
+        """Say in the next report what the disk does not take; empty when it does again."""
+        self._disk_fault = message
 
     def _report_on(self) -> None:
         try:
@@ -69,7 +75,8 @@ class Start:
                         self._write(report)
 
     def _write(self, report: Report) -> None:
-        changes = {
+        changes: dict[str, Any] = {
+            "disk_fault": self._disk_fault,
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds_without_progress": self.clock.seconds_without_progress(),
         }

@@ -37,7 +37,7 @@ def slow_down_the_disk() -> None:
         time.sleep(DISK_SECONDS)
         save_pretrained(*args, **kwargs)
 
-    os.fsync, PreTrainedModel.save_pretrained = slow_fsync, slow_export  # type: ignore[method-assign]
+    os.fsync, PreTrainedModel.save_pretrained = slow_fsync, slow_export  # type: ignore[method-assign,assignment]
 
 
 def slow_down_passes(begin: Path) -> None:
@@ -53,7 +53,7 @@ def slow_down_passes(begin: Path) -> None:
             time.sleep(PASS_SECONDS)
         return forward(model, batch)
 
-    policy.ResponseModel.forward = slow_forward  # type: ignore[method-assign]
+    policy.ResponseModel.forward = slow_forward  # type: ignore[method-assign,assignment]
 
 
 if "asyncrl_runtime.main" in sys.orig_argv and "rank" in sys.orig_argv:
