@@ -12,7 +12,7 @@ SILENCE_SECONDS = 3.0
 """How long a worker may say nothing before it counts as dead; one whose last word came late may be silent for
 longer: it may have little of a CPU."""
 LATE_SECONDS = 1.0
-"""The lateness from which a worker counts as busy: it may have been given tickets that it does not know of."""
+"""The lateness from which a worker is busy: it may have been given tickets that it does not know of."""
 BLOCKED_SECONDS = 300.0
 """How long a worker may be busy before it counts as dead all the same: its tickets wait for so long."""
 

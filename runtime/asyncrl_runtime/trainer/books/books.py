@@ -263,8 +263,8 @@ class Books:
         """Return a ticket that surely no worker was ever given a higher one than.
 
         After a restart the prompt stream may be gone, and with it what an earlier attempt has issued. It did
-        not go further beyond what is closed than the gate and its discards allowed it, and no ledger line tells
-        of discards before the next step.
+        not go further beyond what is closed than the gate and its discards allowed it, and the ledger does
+        not tell of discards before the next step.
         """
         ahead = (self._live.staleness.max_versions + 1) * self._batch_size
         discards = self._live.sampling.max_discards_in_a_row or UNBOUNDED_DISCARDS
