@@ -53,10 +53,13 @@ def sync(path: Path) -> None:
 
 def _write_out(descriptor: int, start: int, length: int) -> None:
     """Have the kernel write a piece of a file to disk, where the file system can; fsync does it otherwise."""
+    if _sync_file_range is None:
+        return
     if _sync_file_range(descriptor, ctypes.c_int64(start), ctypes.c_int64(length), _WAIT_WRITE_WAIT) == 0:
         return
     if (number := ctypes.get_errno()) not in _UNSUPPORTED:
         raise OSError(number, os.strerror(number))
 
 
-_sync_file_range = ctypes.CDLL(None, use_errno=True).sync_file_range
+_sync_file_range = getattr(ctypes.CDLL(None, use_errno=True), "sync_file_range", None)
+"""Linux has it; other systems do not."""
