@@ -129,6 +129,17 @@ def test_an_update_that_was_skipped_before_is_not_made_when_the_step_is_repeated
     assert outcome.skipped == known and len(policy.proximal) == NUM_MINIBATCHES - len(known)
 
 
+def test_what_is_raised_after_the_last_micro_batch_names_no_ticket() -> None:
+    class CannotReduce(RecordingPolicy):
+        def reduce(self, sums: Tensor) -> Tensor:
+            raise ValueError("no sums")
+
+    for skipped in ((), (0,)):
+        with pytest.raises(StepFailed, match="ValueError: no sums") as failed:
+            step(CannotReduce(), "DecoupledPPO", skipped)
+        assert failed.value.tickets == ()
+
+
 class FailingPolicy(RecordingPolicy):
     """Works on its micro-batches one by one, as the real one does, until the one of ticket 5."""
 

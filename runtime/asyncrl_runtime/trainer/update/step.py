@@ -216,7 +216,7 @@ def _report(
     mismatch = sum(
         (
             diagnostics.mismatch_sums(logprobs, batch.behavior_logprobs, batch.staleness)
-            for batch, logprobs in zip(first_minibatch, first_logprobs, strict=False)
+            for batch, logprobs in zip([*first_minibatch], first_logprobs, strict=False)
         ),
         start=torch.zeros(4, dtype=torch.float64),
     )
