@@ -245,6 +245,17 @@ async def test_a_workflow_that_keeps_failing_takes_its_sample_out_with_its_error
     assert workflow.num_runs == MAX_WORKFLOW_ATTEMPTS
 
 
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), asyncio.CancelledError()], ids=repr)
+async def test_a_workflow_that_ends_its_process_ends_its_sample_alone(error: BaseException) -> None:
+    class Leaves:
+        async def run(self, session: Session) -> float:
+            await session.generate()
+            raise error
+
+    outcomes = await Rig(workflow=Leaves()).run(size=2)
+    assert [failures(outcomes)[index][0] for index in (0, 1)] == ["workflow_error"] * 2
+
+
 async def test_a_workflow_that_samples_nothing_is_told_so() -> None:
     class Lazy:
         async def run(self, session: Session) -> float:

@@ -64,7 +64,9 @@ class WorkerEnd:
 
     async def answer_requests(self, answer: Callable[[bytes], Awaitable[bytes]]) -> None:
         async def on_message(message: Msg) -> None:  # nats-py calls it for one message after another
-            await message.respond(await answer(message.data))
+            said = await answer(message.data)
+            if message.reply:  # otherwise nobody waits for it
+                await message.respond(said)
 
         with asking("requests"):
             await self._broker.client.subscribe(self._names.control(self._worker), cb=on_message)

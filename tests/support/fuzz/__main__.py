@@ -45,7 +45,9 @@ def main() -> int:
     options = parser.parse_args()
     logging.disable(logging.CRITICAL)
     failed = False
-    with tempfile.TemporaryDirectory(prefix="asyncrl-fuzz-") as folder:
+    memory = Path("/dev/shm")  # files of a case are read once
+    place = memory if memory.is_dir() else None
+    with tempfile.TemporaryDirectory(prefix="asyncrl-fuzz-", dir=place) as folder:
         for target in all_targets(Path(folder)):
             if options.targets and target.name not in options.targets:
                 continue

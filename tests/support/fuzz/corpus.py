@@ -11,7 +11,7 @@ CORPUS = ROOT / "tests" / "fuzz" / "corpus"
 
 
 def all_targets(folder: Path) -> list[Target]:
-    return [*runtime_targets.targets(), *operator_targets.targets(folder)]
+    return [*runtime_targets.targets(folder), *operator_targets.targets(folder)]
 
 
 def corpus_file(name: str) -> Path:

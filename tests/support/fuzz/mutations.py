@@ -29,8 +29,13 @@ def mutated(seeds: Sequence[bytes], rng: random.Random) -> bytes:
     """Return one of the seeds, changed in one to three places."""
     data = rng.choice(seeds)
     for _ in range(rng.choice((1, 1, 2, 3))):
-        change = rng.choice((_as_value, _as_value, _as_value, _as_bytes, _spliced))
-        data = change(data, rng) if change is not _spliced else _spliced(data, rng, rng.choice(seeds))
+        match rng.randrange(5):
+            case 0:
+                data = _as_bytes(data, rng)
+            case 1:
+                data = _spliced(data, rng, rng.choice(seeds))
+            case _:
+                data = _as_value(data, rng)
     return data
 
 

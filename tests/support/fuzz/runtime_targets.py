@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import tempfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -250,10 +249,8 @@ def _lines() -> list[bytes]:
 class _Files:
     """A job's folder, in which one file is the case."""
 
-    def __init__(self) -> None:
-        self._folder = Path(
-            tempfile.mkdtemp(prefix="asyncrl-fuzz-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None)
-        )
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
         self.checkpoint = self._folder / "checkpoints" / "step-000001"
         self.checkpoint.mkdir(parents=True)
         (self.checkpoint / "files.json").write_text("{}")
@@ -328,8 +325,9 @@ REQUESTS = (
 )
 
 
-def targets() -> list[Target]:
-    names, files, engine = JobNames(job="job"), _Files(), _Engine()
+def targets(folder: Path) -> list[Target]:
+    """Return the targets; `folder` is for files."""
+    names, files, engine = JobNames(job="job"), _Files(folder), _Engine()
     lost = (EngineLost, EngineRefused)
     failure = SampleFailure(index=1, reason="reward_error")
     answers = EvaluationResult(evaluation="1-1", outcomes=(make_sample(0), failure))
