@@ -13,7 +13,7 @@ from asyncrl_runtime.trainer.update.diagnostics import NUM_BINS, SCALARS
 from asyncrl_runtime.trainer.update.loss import POLICY_LOSSES
 from asyncrl_runtime.trainer.update.packing import MicroBatch, TrainingSample
 from asyncrl_runtime.trainer.update.policy_api import Update
-from asyncrl_runtime.trainer.update.step import NumbersUnusable, StepPlan, train_step
+from asyncrl_runtime.trainer.update.step import NumbersUnusable, StepPlan, StepStopped, train_step
 
 NUM_MINIBATCHES = 3
 
@@ -99,3 +99,25 @@ def test_a_gradient_that_is_not_finite_ends_the_step(norm: float) -> None:
     with pytest.raises(NumbersUnusable, match=r"the gradient of 2 samples is (nan|inf); lower"):
         step(policy, "DecoupledPPO")
     assert len(policy.proximal) == 1
+
+
+@pytest.mark.parametrize("stop_at", range(7))
+def test_it_is_asked_before_each_micro_batch_whether_the_step_goes_on(stop_at: int) -> None:
+    """First before those of the proximal pass, which are two: the first minibatch needs none."""
+    plan = StepPlan(tuple(sample(t, 2 + t) for t in range(6)), (0.0,) * 6, NUM_MINIBATCHES, 16, 0.5)
+    policy, asked = RecordingPolicy(), list[int]()
+
+    def go_on(num_updates: int) -> None:
+        if len(asked) == stop_at:
+            raise StepStopped(num_updates)
+        asked.append(num_updates)
+
+    expected = [0, 0, 0, 1, 2]
+    if stop_at >= len(expected):
+        train_step(policy, plan, AlgorithmSpec(), rank=0, go_on=go_on)
+        assert asked == expected and len(policy.proximal) == NUM_MINIBATCHES
+        return
+    with pytest.raises(StepStopped) as stopped:
+        train_step(policy, plan, AlgorithmSpec(), rank=0, go_on=go_on)
+    assert asked == expected[:stop_at] and stopped.value.num_updates == expected[stop_at]
+    assert len(policy.proximal) == expected[stop_at], "updates that were made"
