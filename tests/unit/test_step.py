@@ -12,7 +12,7 @@ from torch import Tensor
 
 from asyncrl_api.job import AlgorithmSpec
 from asyncrl_runtime.trainer.update.diagnostics import NUM_BINS, SCALARS
-from asyncrl_runtime.trainer.update.failures import StepFailed
+from asyncrl_runtime.trainer.update.failures import StepFailed, StepStopped
 from asyncrl_runtime.trainer.update.loss import POLICY_LOSSES
 from asyncrl_runtime.trainer.update.packing import MicroBatch, TrainingSample
 from asyncrl_runtime.trainer.update.policy_api import StepPolicy, StepSettings, Update
@@ -202,3 +202,26 @@ def test_what_is_not_the_steps_fault_is_passed_on_as_it_is(error: Exception) -> 
     with pytest.raises(type(error)) as raised:
         step(FailingPolicy(error, "update"), "DecoupledPPO", capacity=8)
     assert raised.value is error
+
+
+@pytest.mark.parametrize("stop_at", range(7))
+def test_it_is_asked_before_each_micro_batch_whether_the_step_goes_on(stop_at: int) -> None:
+    """First before those of the proximal pass, which are two: the first minibatch needs none."""
+    settings = StepSettings(AlgorithmSpec(), 0.1, 1.0, (0.9, 0.95), 1e-8)
+    samples = tuple(sample(ticket, 2 + ticket) for ticket in range(6))
+    plan = StepPlan(samples, (0.0,) * 6, NUM_MINIBATCHES, 16, 0.5, settings)
+    policy, asked = RecordingPolicy(), list[int]()
+
+    def go_on(num_updates: int) -> None:
+        if len(asked) == stop_at:
+            raise StepStopped(num_updates)
+        asked.append(num_updates)
+
+    expected = [0, 0, 0, 1, 2]
+    if stop_at >= len(expected):
+        train_step(policy, plan, rank=0, go_on=go_on)
+        assert asked == expected and len(policy.proximal) == NUM_MINIBATCHES
+        return
+    with pytest.raises(StepStopped) as stopped:
+        train_step(policy, plan, rank=0, go_on=go_on)
+    assert asked == expected[:stop_at] and stopped.value.num_updates == expected[stop_at]

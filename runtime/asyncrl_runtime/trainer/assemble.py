@@ -267,6 +267,8 @@ async def _open_parts(
         metrics=_open_metrics(config, options, books, checkpoint, rows, model_folder, start),
         failures=tuple(history.failures),
     )
+    rewind = partial(asyncio.to_thread, parts.metrics.rewind, books.version)
+    await Patience(parts.metrics.tell_disk_fault, asyncio.Event()).insist("metrics.jsonl", rewind)
     return parts, side_tasks, None if checkpoint is None else checkpoint.position
 
 
@@ -473,7 +475,6 @@ def _open_metrics(
     )
     without = start.clock.seconds_without_progress
     metrics = Metrics(config.job_folder, config.report_file, report, seconds_without_progress=without)
-    metrics.rewind(books.version)
     metrics.update()
     log.info(
         "%d rows to train on, %d held out; held-out prompts that occur in training: %d, in warm-up: %d",

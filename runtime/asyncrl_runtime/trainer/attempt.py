@@ -48,7 +48,7 @@ class Attempt:
         self._has_begun = False
         self._stopping = asyncio.Event()
         self._stop_at = math.inf
-        self._patience = Patience(self._tell_disk_fault, self._stopping, parts.clock)
+        self._patience = Patience(parts.metrics.tell_disk_fault, self._stopping, parts.clock)
         self._checkpointing = Checkpointing(parts, restored, self._patience)
         self._steps = StepTimes(parts.clock)
         self._before_step: Position | None = None
@@ -76,7 +76,7 @@ class Attempt:
         return bool(self._books.mastered)
 
     def request_stop(self) -> None:
-        """Have `next_batch` return None at the next boundary, and a step stop that is too long for it."""
+        """Have `next_batch` return None, and a step stop that does not fit into the grace period."""
         if not self._stopping.is_set():
             grace = self._parts.spec.trainer.termination_grace_period_seconds
             self._stop_at = self._parts.clock() + grace
@@ -216,9 +216,6 @@ class Attempt:
             await self._parts.in_thread(write, *values)
 
         await self._patience.insist("the ledger", once)
-
-    def _tell_disk_fault(self, message: str) -> None:
-        self._metrics.update(disk_fault=message)
 
     def _must_stop_step(self) -> bool:
         """Whether the step under way would not be done, and saved, within the grace. Called by the ranks."""

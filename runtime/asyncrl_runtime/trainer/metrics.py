@@ -135,6 +135,10 @@ class Metrics:
         else:
             self._tell("")
 
+    def tell_disk_fault(self, message: str) -> None:
+        """Say in the report what the disk does not take; empty when it does again."""
+        self.update(disk_fault=message)
+
     async def keep_renewed(self) -> None:
         """Renew the report every RENEW_SECONDS until cancelled; its time shows that the event loop runs."""
         while True:
