@@ -14,8 +14,9 @@ from asyncrl_runtime.trainer.attempt import Attempt
 from asyncrl_runtime.trainer.books.books import Books
 from asyncrl_runtime.trainer.books.checkpoints import Checkpoints
 from asyncrl_runtime.trainer.books.tickets import TicketBook
+from asyncrl_runtime.trainer.update.failures import StepStopped
 from asyncrl_runtime.trainer.update.ranks import Command, Train
-from asyncrl_runtime.trainer.update.step import StepStopped
+from asyncrl_runtime.trainer.update.step import StepOutcome
 from support.fakes import FakeRanks, FakeStreams, FakeWeights, run_in_virtual_time
 from support.jobs.attempt_parts import make_attempt_parts
 from support.messages.samples import make_group, make_job
@@ -100,10 +101,15 @@ def test_the_ranks_are_told_whether_the_step_fits_into_the_grace(
     tmp_path: Path, step_seconds: int, must_stop: bool
 ) -> None:
     async def check() -> None:
-        rig = Rig(tmp_path, lambda: {})
+        rig = Rig(tmp_path, lambda: StepOutcome({}, ()))
         rig.attempt._steps._recent.append(step_seconds)
         said = list[bool]()
-        rig.train = lambda: said.append(rig.ranks.must_stop())
+
+        def train() -> StepOutcome:
+            said.append(rig.ranks.must_stop())
+            return StepOutcome({}, ())
+
+        rig.train = train
         await rig.step()
         rig.attempt.request_stop()
         with rig.attempt._steps.measured():
@@ -129,7 +135,7 @@ def test_a_stop_waits_for_weights_only_while_there_is_time_for_a_checkpoint(tmp_
 
 def test_a_trainer_that_is_to_stop_publishes_nothing_new(tmp_path: Path) -> None:
     async def check() -> None:
-        rig = Rig(tmp_path, lambda: {})
+        rig = Rig(tmp_path, lambda: StepOutcome({}, ()))
         batch = await rig.attempt.next_batch()
         assert batch is not None
         await rig.attempt.record(batch)

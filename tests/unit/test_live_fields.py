@@ -26,7 +26,9 @@ from asyncrl_runtime.trainer.books.books import Books
 from asyncrl_runtime.trainer.books.tickets import EndlessDiscards
 from asyncrl_runtime.trainer.checkpointing import Checkpointing
 from asyncrl_runtime.trainer.evaluation_schedule import EvaluationSchedule
+from asyncrl_runtime.trainer.patience import Patience
 from asyncrl_runtime.trainer.side_tasks import SideTasks
+from asyncrl_runtime.trainer.step_faults import NumbersUnusable
 from asyncrl_runtime.trainer.update.ranks import Export, Save
 from asyncrl_runtime.weights.engines import Published
 from support.cluster.model_cluster import SMALL, ModelCluster
@@ -227,6 +229,7 @@ class Trainer:
 
     def __init__(self, folder: Path, began: Spec) -> None:
         self.folder = folder
+        self.now = 9.0
         self.books = Books(began)
         self.live_file = folder / "live.json"
         none = cast(Any, None)
@@ -237,7 +240,14 @@ class Trainer:
         self.weights = Publications()
         self.evaluator = FakeEvaluator(None)
         self.parts = make_attempt_parts(
-            folder, began, self.books, FakeStreams(), self.ranks, self.weights, self.evaluator, lambda: 9.0
+            folder,
+            began,
+            self.books,
+            FakeStreams(),
+            self.ranks,
+            self.weights,
+            self.evaluator,
+            lambda: self.now,
         )
 
     def takes_over(self, spec: Spec) -> None:
@@ -310,11 +320,15 @@ def batch(trainer: Trainer) -> Any:
     return found.tickets
 
 
+def checkpointing_of(trainer: Trainer) -> Checkpointing:
+    return Checkpointing(trainer.parts, None, Patience(lambda message: None, asyncio.Event()))
+
+
 def evaluations(trainer: Trainer) -> Any:
     async def look() -> int:
         trainer.reaches(2)
         trainer.evaluator.may_end = lambda: False
-        schedule = EvaluationSchedule(trainer.parts, Checkpointing(trainer.parts, None))
+        schedule = EvaluationSchedule(trainer.parts, checkpointing_of(trainer))
         schedule.begin_if_due()
         await asyncio.sleep(0)
         running = trainer.evaluator.num_running
@@ -331,17 +345,28 @@ def interrupts(trainer: Trainer) -> Any:
 
 def files(trainer: Trainer) -> Any:
     """The checkpoints and exports of the first versions."""
-    checkpointing = Checkpointing(trainer.parts, None)
+    checkpointing = checkpointing_of(trainer)
 
     async def run() -> None:
         for version in range(1, 7):
             trainer.reaches(version)
+            trainer.now += 100
             await checkpointing.save_if_due()
 
     run_in_virtual_time(run())
     return sorted(
         path.name for kind in ("checkpoints", "export") for path in (trainer.folder / kind).glob("*")
     )
+
+
+def skips(trainer: Trainer) -> Any:
+    trainer.take(group(1))
+    found = trainer.books.next_batch()
+    assert found is not None
+    try:
+        return run_in_virtual_time(Attempt(trainer.parts, None)._faults.skipped(found, (0,), 1))
+    except NumbersUnusable as error:
+        return str(error)
 
 
 TRAINER: dict[str, Case] = {
@@ -356,8 +381,10 @@ TRAINER: dict[str, Case] = {
     "evaluation.everySteps": Case(20, 2, evaluations),
     "rollout.interrupt": Case("Retract", "Drain", interrupts),
     "checkpoint.everySteps": Case(50, 2, files),
+    "checkpoint.everySeconds": Case(1000, 250, files),
     "checkpoint.keep": Case(2, 4, files),
     "checkpoint.exportEverySteps": Case(0, 3, files),
+    "failurePolicy.trainer.maxSkippedUpdates": Case(10, 0, skips),
 }
 WITH: dict[str, dict[str, Any]] = {
     "staleness.maxVersions": {"training": {"maxSteps": 9}},

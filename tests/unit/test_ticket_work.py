@@ -1,7 +1,7 @@
 """What a worker does with a ticket or a question that nobody can answer: it does not come back for ever."""
 
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import pytest
 
@@ -41,6 +41,8 @@ class OneDelivery:
         self.ends.append("handed back")
 
     async def keep_alive(self) -> None: ...
+
+    async def renew(self, again: Self) -> None: ...
 
 
 class Results:

@@ -59,7 +59,7 @@ class Cluster:
             input=stdin,
             text=True,
             capture_output=True,
-            timeout=120,
+            timeout=600,  # what is asked may have a deadline of its own, which is shorter
         )
 
     def kubectl(self, *arguments: str, stdin: str | None = None) -> str:
