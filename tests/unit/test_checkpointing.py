@@ -135,6 +135,8 @@ def test_an_export_on_the_way_that_fails_ends_nothing(tmp_path: Path) -> None:
         rig.fault = None
         await rig.steps(1, seconds=1)
         assert (tmp_path / "export" / "step-000004" / "shard").exists()
+        await rig.steps(1, seconds=600)
+        assert rig.fault_told == "", "a checkpoint was made"
 
     run_in_virtual_time(check())
 

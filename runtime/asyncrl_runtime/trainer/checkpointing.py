@@ -163,17 +163,17 @@ class Checkpointing:
         self.seconds = self._tried_at - began
         if self._num_failed:
             log.warning("checkpoint %s is made, after %d that failed", checkpoint.folder, self._num_failed)
-            self._parts.metrics.update(disk_fault="")
         self._num_failed, self._failing_since = 0, None
         self._saved = [*[p for p in self._saved if p.version < position.version], position][-2:]
         await self._parts.checkpoints.prune(self._books.live.checkpoint.keep)
         await self._purge_behind(self._saved[0])
         self._parts.metrics.update(
+            disk_fault="",
             last_checkpoint=CheckpointReport(
                 step=position.version,
                 path=str(checkpoint.folder),
                 time=datetime.now(UTC).isoformat(timespec="seconds"),
-            )
+            ),
         )
 
     def drop_after(self, version: int) -> None:
