@@ -3,7 +3,7 @@
 import asyncio
 import json
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import httpx
@@ -132,7 +132,7 @@ def _evaluator() -> Callable[[bytes], None]:
     return lambda case: assert_within(evaluator._taken(case, "1-1"), 4)
 
 
-def assert_within(outcomes: dict[int, object], count: int) -> None:
+def assert_within(outcomes: Mapping[int, object], count: int) -> None:
     assert all(0 <= index < count for index in outcomes)
 
 
