@@ -1,10 +1,12 @@
 """Faults in the ranks of a trainer: Python imports this file at its start if the folder is on its path.
 
 ASYNCRL_FAULT says which. `slow-disk`: the first flush of each rank's part of a checkpoint, and the final
-export, last longer than the ranks wait for each other. `slow-passes`: once the file ASYNCRL_SLOW_FROM exists,
-each training pass of a micro-batch, or with the word `all` in that file every pass, lasts PASS_SECONDS.
+export, last longer than the ranks wait for each other, and rank 1's flush fails after that. `slow-passes`:
+once the file ASYNCRL_SLOW_FROM exists, each training pass of a micro-batch, or with the word `all` in that
+file every pass, lasts PASS_SECONDS.
 """
 
+import errno
 import os
 import sys
 import time
@@ -31,6 +33,8 @@ def slow_down_the_disk() -> None:
         if slow and "/policy/" in str(Path(f"/proc/self/fd/{descriptor}").readlink()):
             slow.clear()
             time.sleep(DISK_SECONDS)
+            if os.environ["RANK"] == "1":
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
         fsync(descriptor)
 
     def slow_export(*args: Any, **kwargs: Any) -> None:
