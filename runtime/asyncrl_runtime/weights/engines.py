@@ -24,8 +24,8 @@ Member = tuple[str, str]
 """A worker and its engine process: a restarted engine is another member."""
 
 REFUSED_SECONDS = 300.0
-"""The time for which every engine must refuse every update until the job ends; long enough for each of them
-to be restarted in between."""
+"""The time for which every engine must refuse every update until the job ends: long enough for each to be
+restarted in between."""
 MIN_REFUSALS = 5
 """How often each of them must have refused in that time."""
 MAX_RANKS = 4096
