@@ -327,16 +327,13 @@ REQUESTS = (
 
 def targets(folder: Path) -> list[Target]:
     """Return the targets; `folder` is for files."""
-    names, files, engine = JobNames(job="job"), _Files(folder), _Engine()
-    lost = (EngineLost, EngineRefused)
+    return [*_of_trainer(), *_of_worker(), *_of_engines_and_rewards(), *_of_files(_Files(folder))]
+
+
+def _of_trainer() -> list[Target]:
     failure = SampleFailure(index=1, reason="reward_error")
     answers = EvaluationResult(evaluation="1-1", outcomes=(make_sample(0), failure))
-    resume = ResumePoint(
-        ticket=7, outcomes=(make_sample(0),), progress=(SampleProgress(index=1, turns=(TURN,)),)
-    )
-    ticket = Ticket(ticket=7, row={"question": "1+1"}, group_size=2, max_new_tokens=8, temperature=1.0)
-    question = EvaluationTicket(evaluation="1-1", first_index=0, rows=({"question": "1"},), max_new_tokens=8)
-    reply = names.heartbeat("w-0").encode() + b"\n\n" + encode(HEARTBEAT)
+    reply = JobNames(job="job").heartbeat("w-0").encode() + b"\n\n" + encode(HEARTBEAT)
     stored = [
         b'{"stream":"S","seq":4,"duplicate":true}',
         b'{"error":{"code":503,"err_code":10077,"description":"full"}}',
@@ -363,6 +360,16 @@ def targets(folder: Path) -> list[Target]:
             lambda c: ignore(_stored(c, "s")),
             (StreamFull, MalformedAnswer, nats.js.errors.APIError),
         ),
+    ]
+
+
+def _of_worker() -> list[Target]:
+    resume = ResumePoint(
+        ticket=7, outcomes=(make_sample(0),), progress=(SampleProgress(index=1, turns=(TURN,)),)
+    )
+    ticket = Ticket(ticket=7, row={"question": "1+1"}, group_size=2, max_new_tokens=8, temperature=1.0)
+    question = EvaluationTicket(evaluation="1-1", first_index=0, rows=({"question": "1"},), max_new_tokens=8)
+    return [
         Target("ticket", [encode(ticket)], lambda c: ignore(parse_ticket(c, 7)), (ValueError,)),
         Target("question", [encode(question)], lambda c: ignore(parse_question(c)), (ValueError,)),
         Target(
@@ -379,6 +386,12 @@ def targets(folder: Path) -> list[Target]:
             (ValueError, RecursionError, SpecError),
         ),
         Target("resume-point", [encode(resume)], _resume, (ValueError,)),
+    ]
+
+
+def _of_engines_and_rewards() -> list[Target]:
+    engine, lost = _Engine(), (EngineLost, EngineRefused)
+    return [
         Target(
             "engine-answer", [json.dumps([_answer([3, 4]), _answer([5])]).encode()], engine.generate, lost
         ),
@@ -407,6 +420,11 @@ def targets(folder: Path) -> list[Target]:
             _frames(),
             (EOFError, msgspec.DecodeError),
         ),
+    ]
+
+
+def _of_files(files: _Files) -> list[Target]:
+    return [
         Target("ledger", _lines(), _ledger, (LedgerError,)),
         Target("position", [_position()], files.position, (ExitError,)),
         Target("files", [b'{"position.json": 12, "policy/x": 3}'], files.listing, (ExitError,)),
