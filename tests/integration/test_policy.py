@@ -212,12 +212,12 @@ def run_repeated(model: Path, folder: Path, stage: int, dtype: str) -> dict[str,
     policy = make_policy(model, stage, dtype=dtype)
     policy.use(recorded)
     train_step(policy, make_batch(0))
-    policy.save(folder / "checkpoint")
+    save(policy, folder / "checkpoint")
     train_step(policy, make_batch(1))
     expected = weights_of(policy)
 
     other = make_policy(model, stage, dtype=dtype, algorithm={"klCoefficient": 0.5}, weight_decay=0.4)
-    other.load(folder / "checkpoint", folder / "scratch")
+    restore(other, folder / "checkpoint", folder / "scratch")
     other.use(recorded)
     repeated = [report_tokens(update.sums) for update in train_step(other, make_batch(1))]
     is_repeated = same(weights_of(other), expected)

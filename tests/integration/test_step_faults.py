@@ -23,6 +23,7 @@ from support.jobs.nats_server import NatsServer
 from support.jobs.replay import replay
 from support.messages.samples import make_group
 from support.paths import USER_CODE
+from support.user_code.fault_data import POISON
 
 pytestmark = pytest.mark.slow
 
@@ -58,13 +59,14 @@ async def test_a_trainer_killed_ten_times_within_a_step_discards_nothing(
 async def test_samples_that_no_step_can_train_cost_their_groups_alone(
     own_nats: NatsServer, tmp_path: Path
 ) -> None:
-    """One has a log-prob that is no number, one a token that the model does not know: no check sees that."""
-    with JobHarness(tmp_path / "run", own_nats, build_job(training={"maxSteps": 4})) as harness:
+    """One has a log-prob that is no number, one has tokens that a step cannot bear: no check sees that."""
+    job = build_job(training={"maxSteps": 4}, dataset={"source": "fault_data:rows_and_poison"})
+    with JobHarness(tmp_path / "run", own_nats, job) as harness:
         async with Witness(harness) as witness:
             harness.start_trainer()
             await witness.until("it waits", lambda: "WaitingForBatch" in str(harness.report))
             await witness.publish(spoiled(2, behavior_logprobs=floats_to_bytes([-1, math.nan, -1, -1])))
-            await witness.publish(spoiled(3, response_ids=ids_to_bytes([7, 8, 10**6, 9])))
+            await witness.publish(spoiled(3, response_ids=ids_to_bytes([7, *POISON])))
             harness.start_rollout(0)
             for _ in range(2):
                 await finish(harness, code=ExitCode.STEP_FAILED)

@@ -2,8 +2,8 @@
 
 ASYNCRL_FAULT says which. `slow-disk`: the first flush of each rank's part of a checkpoint, and the final
 export, last longer than the ranks wait for each other, and rank 1's flush fails after that. `slow-passes`:
-once the file ASYNCRL_SLOW_FROM exists, each training pass of a micro-batch, or with the word `all` in that
-file every pass, lasts PASS_SECONDS.
+from the first step that begins while the file ASYNCRL_SLOW_FROM exists, each training pass of a micro-batch,
+or with the word `all` in that file every pass, lasts PASS_SECONDS.
 """
 
 import errno
@@ -51,10 +51,16 @@ def slow_down_passes(begin: Path) -> None:
 
     forward = policy.ResponseModel.forward
 
+    steps_begun: list[bool] = []
+
     def slow_forward(model: policy.ResponseModel, batch: Any) -> Any:
-        if begin.exists() and (torch.is_grad_enabled() or begin.read_text() == "all"):
-            begin.with_name("inside").touch()
-            time.sleep(PASS_SECONDS)
+        if begin.exists():
+            trains = torch.is_grad_enabled()
+            if not trains:  # a step begins with the pass for proximal log-probs
+                steps_begun.append(True)
+            if steps_begun and (trains or begin.read_text() == "all"):
+                begin.with_name("inside").touch()
+                time.sleep(PASS_SECONDS)
         return forward(model, batch)
 
     policy.ResponseModel.forward = slow_forward  # type: ignore[method-assign,assignment]

@@ -195,6 +195,7 @@ class _Engine:
 def _answer(ids: list[int]) -> dict[str, object]:
     meta = {
         "id": "a1",
+        "completion_tokens": len(ids),
         "finish_reason": {"type": "stop", "matched": 2},
         "output_token_logprobs": [[-0.5, token, None] for token in ids],
         "weight_versions": [{"version": "1.0", "end": len(ids)}],

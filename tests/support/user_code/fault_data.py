@@ -95,6 +95,24 @@ def rows_and_little_memory(*, split: str, seed: int) -> Iterable[dict[str, Any]]
     return [{"question": f"{n} + 1 =", "answer": str(n + 1)} for n in range(40)]
 
 
+POISON = (499, 499, 499)
+"""Tokens that no random model says by chance."""
+
+
+def rows_and_poison(*, split: str, seed: int) -> Iterable[dict[str, Any]]:
+    """Return rows; and in the trainer, which asks for them, let a step fail of POISON."""
+    policy: Any = importlib.import_module("asyncrl_runtime.trainer.update.policy")
+    compute_loss = policy.compute_loss
+
+    def compute(algorithm: Any, batch: Any, *arguments: Any, **options: Any) -> Any:
+        if str(list(POISON))[1:-1] in str(batch.input_ids.tolist()):
+            raise IndexError("index out of range in self")
+        return compute_loss(algorithm, batch, *arguments, **options)
+
+    policy.compute_loss = compute
+    return [{"question": f"{n} + 1 =", "answer": str(n + 1)} for n in range(40)]
+
+
 def huge_for_some(prompt: str, response: str, row: Mapping[str, Any]) -> float:
     """Return rewards whose gradients are infinite in float32, for one row in three."""
     reward = float(sum(character.isdigit() for character in response)) / 8
