@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,8 @@ async def test_discards_without_end_end_the_job(
         harness.start_trainer()
         await finish(harness, code=ExitCode.UNUSABLE)
         last_words = harness.log_tail("trainer", lines=1)
-        assert f"20 prompt groups in a row were discarded, and none was kept ({reason}: 20)" in last_words
+        words = rf"(2\d) prompt groups in a row were discarded, and none was kept \({reason}: \1\)"
+        assert re.search(words, last_words), last_words  # more may arrive before it is decided
         assert remedy in last_words
         log = harness.log_text("trainer")
         assert all(f"ticket {n} is discarded: {reason}" in log for n in (1, 2)) and cause in log
