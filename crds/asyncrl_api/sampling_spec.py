@@ -18,6 +18,8 @@ from asyncrl_api.base import (
 )
 from asyncrl_api.marks import field
 
+MAX_GROUP_SIZE = 4096
+
 
 class ModelSpec(ApiType):
     """The language model that is trained."""
@@ -121,7 +123,7 @@ class RewardSpec(ApiType):
 class SamplingSpec(ApiType):
     """How the policy is sampled."""
 
-    group_size: Annotated[int, Field(ge=1, le=4096)] = field(
+    group_size: Annotated[int, Field(ge=1, le=MAX_GROUP_SIZE)] = field(
         "Samples per prompt; group advantages compare them with each other (GRPO, arXiv 2402.03300).",
         mark="R",
         default=8,

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import msgspec
 
 from asyncrl_api.base import MAX_INT
+from asyncrl_api.sampling_spec import MAX_GROUP_SIZE
 from asyncrl_api.spec_views import FrozenSpec
 from asyncrl_runtime.contract.broker import Delivery, ResultStore, TransportError
 from asyncrl_runtime.contract.messages import (
@@ -33,8 +34,6 @@ log = logging.getLogger(__name__)
 
 MAX_GROUP_BYTES = 7 * 2**20
 """The maximum size of a group in one message; a larger group is sent in parts."""
-MAX_GROUP_SIZE = 4096
-"""The most samples that a manifest can ask for (`spec.sampling.groupSize`)."""
 MAX_REPORTED_FAILURES = 5
 """How many failures of its generation make a ticket a tombstone. Kills are not counted: chaos must not throw
 away good tickets."""

@@ -334,20 +334,18 @@ def restore_books(
     vocabulary_size: int,
 ) -> Books:
     """Return the books as the checkpoint has them; later steps of the ledger are to be repeated."""
-    books = Books(config.spec, attempt=attempt, vocabulary_size=vocabulary_size, refusals=refusals)
-    if checkpoint is not None:
+    make = partial(Books, config.spec, attempt=attempt, vocabulary_size=vocabulary_size, refusals=refusals)
+    if checkpoint is None:
+        books = make()
+    else:
         position = checkpoint.position
-        books = Books(
-            config.spec,
+        books = make(
             version=position.version,
             book=TicketBook.restore(position.book),
             recorded=history.steps[position.version :],
             began=history.began,
             position=position.stream_sequence,
             rewards=position.rewards,
-            attempt=attempt,
-            vocabulary_size=vocabulary_size,
-            refusals=refusals,
         )
     # The job was over, and has been given more steps; or a step was given up, with some of its tickets.
     books.add_discards(history.left_over)

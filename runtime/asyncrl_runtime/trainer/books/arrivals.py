@@ -15,12 +15,11 @@ import numpy as np
 
 from asyncrl_api.base import MAX_INT
 from asyncrl_api.names import ticket_of
+from asyncrl_api.sampling_spec import MAX_GROUP_SIZE
 from asyncrl_runtime.contract.broker import StreamMessage
 from asyncrl_runtime.contract.messages import Group, GroupPart, Sample, Tombstone, decode, ids_from_bytes
 from asyncrl_runtime.contract.refused import one_line
 
-MAX_GROUP_SIZE = 4096
-"""The most samples that a manifest can ask for (`spec.sampling.groupSize`)."""
 REASON = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,39}", re.ASCII)
 """A reason is a word: it becomes a key of the ledger and of metrics.jsonl."""
 UNDECODABLE = "undecodable"

@@ -7,13 +7,12 @@ too little memory. A lost peer, a disk and a stop are not, and a kill raises not
 import contextlib
 import json
 from collections.abc import Iterator, Sequence
-from typing import overload
 
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 
-from asyncrl_runtime.trainer.update.packing import MicroBatch
+from asyncrl_runtime.trainer.update.packing import Announced, MicroBatch
 
 
 class StepFailed(Exception):
@@ -95,7 +94,8 @@ class MicroBatchWatch:
         Args:
             tickets: the tickets of each.
         """
-        return _Watched(batches, tickets, self)
+        # What comes after them, the optimizer say, is about all of them.
+        return Announced(batches, lambda place: self.now_at(tickets[place]), lambda: self.now_at(()))
 
     def now_at(self, tickets: Sequence[int]) -> None:
         self._tickets = tuple(sorted(set(tickets)))
@@ -113,26 +113,3 @@ class MicroBatchWatch:
             cause = f"{type(error).__name__}: {' '.join(str(error).split())}"
             tickets = () if is_late else self._tickets
             raise StepFailed(cause[:500], tickets, is_out_of_memory=is_out_of_memory(error)) from error
-
-
-class _Watched(Sequence[MicroBatch]):
-    def __init__(
-        self, batches: Sequence[MicroBatch], tickets: Sequence[Sequence[int]], watch: MicroBatchWatch
-    ) -> None:
-        self._batches, self._tickets, self._watch = batches, tickets, watch
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-    @overload
-    def __getitem__(self, place: int) -> MicroBatch: ...
-    @overload
-    def __getitem__(self, place: slice) -> Sequence[MicroBatch]: ...
-    def __getitem__(self, place: int | slice) -> MicroBatch | Sequence[MicroBatch]:
-        return self._batches[place]
-
-    def __iter__(self) -> Iterator[MicroBatch]:
-        for batch, tickets in zip(self._batches, self._tickets, strict=True):
-            self._watch.now_at(tickets)
-            yield batch
-        self._watch.now_at(())  # what comes next, the optimizer say, is about all of them

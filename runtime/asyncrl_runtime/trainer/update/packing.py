@@ -4,10 +4,10 @@ There is no padding: the sequences of a micro-batch lie end to end in one row of
 loss needs exists only for the R tokens that the policy sampled. Pure, apart from the tensors it makes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -196,6 +196,39 @@ class MicroBatch:
         movable = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "num_sequences"}
         moved: dict[str, Any] = {name: value.to(device) for name, value in movable.items()}
         return replace(self, **moved)
+
+
+class Announced(Sequence[MicroBatch]):
+    """Micro-batches that are announced to whoever wants to know, as they are iterated over.
+
+    Args:
+        before: called before each, with its place.
+        after: called after the last.
+    """
+
+    def __init__(
+        self,
+        batches: Sequence[MicroBatch],
+        before: Callable[[int], None],
+        after: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._batches, self._before, self._after = batches, before, after
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    @overload
+    def __getitem__(self, place: int) -> MicroBatch: ...
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[MicroBatch]: ...
+    def __getitem__(self, place: int | slice) -> MicroBatch | Sequence[MicroBatch]:
+        return self._batches[place]
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        for place, batch in enumerate(self._batches):
+            self._before(place)
+            yield batch
+        self._after()
 
 
 def pack(samples: Sequence[TrainingSample]) -> MicroBatch:

@@ -2,10 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import overload
 
 import numpy as np
 import torch
@@ -18,6 +16,7 @@ from asyncrl_runtime.trainer.update.advantages import compute_advantages, longes
 from asyncrl_runtime.trainer.update.failures import MicroBatchWatch
 from asyncrl_runtime.trainer.update.loss import POLICY_LOSSES
 from asyncrl_runtime.trainer.update.packing import (
+    Announced,
     MicroBatch,
     TrainingSample,
     distribute,
@@ -101,28 +100,6 @@ def _always(num_updates: int) -> None:
     """Go on: for a caller that stops no step."""
 
 
-class _Asking(Sequence[MicroBatch]):
-    """Micro-batches before each of which it is asked whether the step goes on."""
-
-    def __init__(self, batches: Sequence[MicroBatch], ask: Callable[[], None]) -> None:
-        self._batches, self._ask = batches, ask
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-    @overload
-    def __getitem__(self, place: int) -> MicroBatch: ...
-    @overload
-    def __getitem__(self, place: slice) -> Sequence[MicroBatch]: ...
-    def __getitem__(self, place: int | slice) -> MicroBatch | Sequence[MicroBatch]:
-        return self._batches[place]
-
-    def __iter__(self) -> Iterator[MicroBatch]:
-        for batch in self._batches:
-            self._ask()
-            yield batch
-
-
 def train_step(
     policy: StepPolicy,
     plan: StepPlan,
@@ -171,13 +148,13 @@ def _train_step(
     needs_proximal = POLICY_LOSSES[plan.settings.algorithm.policy_loss].needs_proximal
     proximal = []
     for batches in packed[1:]:
-        proximal.append(policy.logprobs(_Asking(batches, partial(go_on, 0))) if needs_proximal else None)
+        proximal.append(policy.logprobs(_asking(batches, go_on, 0)) if needs_proximal else None)
         made()
     updates: dict[int, Update] = {}
     for number, (batches, proximal_logprobs) in enumerate(zip(packed, [None, *proximal], strict=True)):
         if number not in plan.skipped:
             updates[number] = policy.update(
-                _Asking(batches, partial(go_on, len(updates))),
+                _asking(batches, go_on, len(updates)),
                 proximal_logprobs=proximal_logprobs,
                 num_tokens=sum(s.num_sampled_tokens for s in minibatches[number]),
                 learning_rate=plan.learning_rate,
@@ -187,6 +164,13 @@ def _train_step(
     skipped = tuple(number for number in range(len(packed)) if number not in applied)
     report = _report(policy, plan, packed[0], updates, applied, clock() - began)
     return StepOutcome(report | {"skipped_updates": len(skipped)}, skipped)
+
+
+def _asking(
+    batches: Sequence[MicroBatch], go_on: Callable[[int], None], num_updates: int
+) -> Sequence[MicroBatch]:
+    """Return micro-batches before each of which it is asked whether the step goes on."""
+    return Announced(batches, lambda place: go_on(num_updates))
 
 
 def _pack_for_rank(
