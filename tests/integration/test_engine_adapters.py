@@ -143,11 +143,12 @@ def test_after_a_retraction_the_adapter_is_still_there(
     engine: EngineProcess, family: Family, first: Path, pool: ThreadPoolExecutor
 ) -> None:
     name = loaded(engine, "a", first)
-    engine.post("/slow_down", {"forward_sleep_time": 0.02})
-    answer = ask(pool, engine, max_new_tokens=30, lora_path=name)
+    engine.post("/slow_down", {"forward_sleep_time": 0.1})
+    answer = ask(pool, engine, max_new_tokens=60, lora_path=name)
     wait_until(lambda: metric(engine, "num_used_tokens") >= 12)
     engine.post("/pause_generation", {"mode": "retract"})
     assert engine.post("/flush_cache").status_code == 200
+    engine.post("/slow_down", {"forward_sleep_time": None})
     engine.post("/continue_generation")
     result = answer.result()
     assert result["meta_info"]["num_retractions"] == 1
@@ -161,11 +162,12 @@ def test_rows_of_one_batch_have_their_own_adapters(
     base = tiny_model(family)
     names: list[str | None] = [loaded(engine, "a", first), None, loaded(engine, "b", second)]
     folders = [first, None, second]
-    engine.post("/slow_down", {"forward_sleep_time": 0.02})
-    earlier = ask(pool, engine, prompt=[PROMPT, LONG, PROMPT[1:]], max_new_tokens=40, lora_path=names)
+    engine.post("/slow_down", {"forward_sleep_time": 0.1})
+    earlier = ask(pool, engine, prompt=[PROMPT, LONG, PROMPT[1:]], max_new_tokens=60, lora_path=names)
     wait_until(lambda: metric(engine, "num_running_reqs") == 3)
     later = ask(pool, engine, prompt=[LONG, LONG, PROMPT, LONG], lora_path=["b", None, "a", "b"])
     wait_until(lambda: metric(engine, "num_running_reqs") == 7)
+    engine.post("/slow_down", {"forward_sleep_time": None})
     for answer, prompt, folder in zip(earlier.result(), [PROMPT, LONG, PROMPT[1:]], folders, strict=True):
         assert_sampled_from(answer, prompt, base, folder)
     answers = later.result()
@@ -246,9 +248,10 @@ def test_unloading_waits_for_requests(
     engine: EngineProcess, family: Family, first: Path, pool: ThreadPoolExecutor
 ) -> None:
     loaded(engine, "a", first)
-    engine.post("/slow_down", {"forward_sleep_time": 0.02})
+    engine.post("/slow_down", {"forward_sleep_time": 0.1})
     answer = ask(pool, engine, max_new_tokens=60, lora_path="a")
     wait_until(lambda: metric(engine, "num_running_reqs") == 1)
+    engine.post("/slow_down", {"forward_sleep_time": 0.02})
     response = engine.post("/unload_lora_adapter", {"lora_name": "a"})
     assert metric(engine, "num_running_reqs") == 0
     assert response.json() == {"success": True, "error_message": "", "loaded_adapters": {}}
@@ -285,11 +288,12 @@ def test_loading_does_not_disturb_requests_nor_the_weights(
 ) -> None:
     weights = checksum(engine)
     alone = engine.generate(**body(max_new_tokens=30))
-    engine.post("/slow_down", {"forward_sleep_time": 0.02})
+    engine.post("/slow_down", {"forward_sleep_time": 0.1})
     answer = ask(pool, engine, max_new_tokens=30)
     wait_until(lambda: metric(engine, "num_running_reqs") == 1)
     loaded(engine, "a", first)
     assert not answer.done()
+    engine.post("/slow_down", {"forward_sleep_time": None})
     adapted = ask(pool, engine, lora_path="a").result()
     assert adapted["output_ids"] != alone["output_ids"][:12]
     assert answer.result()["output_ids"] == alone["output_ids"]

@@ -26,7 +26,7 @@ from support.engines.weight_trainer import (
     weights_of,
 )
 
-STEP_SECONDS = 0.02
+STEP_SECONDS = 0.06
 
 
 @pytest.fixture(scope="module", autouse=True)
