@@ -376,6 +376,7 @@ TRAINER: dict[str, Case] = {
     "sampling.maxDiscardsInARow": Case(1000, 1, discards),
     "training.maxSteps": Case(1, 9, limit),
     "staleness.maxVersions": Case(1, 3, third_batch),
+    "staleness.target": Case("Auto", 0, limit),
     "staleness.onExceed": Case("Mask", "Keep", third_batch),
     "staleness.order": Case("OldestFirst", "FreshestFirst", batch),
     "evaluation.everySteps": Case(20, 2, evaluations),
@@ -388,6 +389,7 @@ TRAINER: dict[str, Case] = {
 }
 WITH: dict[str, dict[str, Any]] = {
     "staleness.maxVersions": {"training": {"maxSteps": 9}},
+    "staleness.target": {"training": {"maxSteps": 9}},
     "staleness.onExceed": {"training": {"maxSteps": 9}},
     "evaluation.everySteps": {"training": {"maxSteps": 9}},
     "checkpoint.keep": {"checkpoint": {"everySteps": 1}},

@@ -144,6 +144,7 @@ class Attempt:
     async def next_batch(self) -> Batch | None:
         """Wait for the next batch and return it; None if the job is to stop, or has mastered its prompts."""
         began = self._parts.clock()
+        self._books.batch_wanted()
         while not self._stopping.is_set():
             try:
                 batch = self._books.next_batch()
