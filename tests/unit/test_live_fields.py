@@ -74,7 +74,7 @@ def starved(cluster: ModelCluster) -> Any:
     """How the GPUs are divided after a while in which the trainer waited."""
     for _ in range(8):
         cluster.now += 10
-        cluster.reports(wait_share=0.6, queue_depth=0)
+        cluster.reports(wait_share=0.6, rollout_load=1.0)
         cluster.run_until_still()
     return shows(cluster)
 
