@@ -167,13 +167,13 @@ class Attempt:
             self._metrics.update(state="WaitingForBatch", queue_depth=len(self._books.inbox.arrived))
             with contextlib.suppress(_StopRequested):
                 await self._boundary()
-            if self._streams.is_nearly_full:
-                await self._checkpointing.make_room(self._parts.clock() - began)
+            await self._checkpointing.make_room()
             if missing := await self._missing_for_good():
                 log.warning(
                     "trajectories of tickets %s are lost: their step cannot be repeated", missing[:20]
                 )
                 self._cut()
+                self._streams.start_over()
             await self._books.news.wait(BOUNDARY_SECONDS)
         return None
 
