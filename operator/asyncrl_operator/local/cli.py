@@ -179,11 +179,11 @@ def render_room(room: TrajectoryRoom) -> str:
     if room.num_steps >= room.wanted_steps:
         return ""
     return (
-        f"trajectories: up to {room.step_bytes / 2**20:,.0f} MiB a step, so that {room.num_steps} steps fill the "
-        f"{room.num_bytes / 2**20:,.0f} MiB for them; a checkpoint is then made earlier than "
+        f"trajectories: up to {room.step_bytes / 2**20:,.0f} MiB a step, so that {room.num_steps} steps fill "
+        f"the {room.num_bytes / 2**20:,.0f} MiB for them; a checkpoint is then made earlier than "
         "checkpoint.everySteps says, to purge behind it\n"
-        f"  with messaging.embedded.storage.size {room.wanted_size} there is room for {room.wanted_steps} steps, "
-        "even if all samples are as long as model.contextLength"
+        f"  with messaging.embedded.storage.size {room.wanted_size} there is room for {room.wanted_steps} "
+        "steps, even if all samples are as long as model.contextLength"
     )
 
 
