@@ -155,6 +155,7 @@ class Attempt:
     async def next_batch(self) -> Batch | None:
         """Wait for the next batch and return it; None if the job is to stop, or has mastered its prompts."""
         began = self._parts.clock()
+        self._books.batch_wanted()
         while not self._stopping.is_set():
             try:
                 batch = self._books.next_batch()
@@ -293,6 +294,7 @@ class Attempt:
                 "wait_seconds": self._waited,
                 "publish_seconds": self._publish_seconds,
                 **{f"update_{what}_seconds": each for what, each in asdict(self._update_seconds).items()},
+                "rollout_load": self._parts.fleet.take_load(),
                 "num_engines": self._metrics.report.num_engines,
                 "queue_depth": len(self._books.inbox.arrived),
                 "num_open_tickets": self._books.num_open,
