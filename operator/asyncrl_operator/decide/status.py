@@ -124,6 +124,7 @@ def describe(
         progress=before.progress,
         staleness=before.staleness,
         throughput=before.throughput,
+        weight_update=before.weight_update,
         reward=before.reward,
         last_checkpoint=before.last_checkpoint,
         report_time=before.report_time,
