@@ -25,13 +25,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from asyncrl_api.job import AlgorithmSpec, DeepSpeedSpec, LoRASpec, TrainingSpec
+from asyncrl_runtime.contract.messages import BucketLayout
 from asyncrl_runtime.trainer.update.deepspeed_config import BETAS, deep_merge
 from asyncrl_runtime.trainer.update.diagnostics import report_tokens
 from asyncrl_runtime.trainer.update.packing import TrainingSample, distribute, pack, split_minibatches
 from asyncrl_runtime.trainer.update.policy import Policy, load_model
 from asyncrl_runtime.trainer.update.policy_api import StepSettings, Update
 from asyncrl_runtime.trainer.update.saved_files import ignore
-from asyncrl_runtime.weights.bucket import Bucket
 from support.jobs.naive_rl import NaiveTrainer
 
 STAGES = (0, 1, 2, 3)
@@ -148,18 +148,22 @@ def restore(policy: Policy, folder: Path, scratch: Path) -> None:
 
 def weights_of(policy: Policy) -> dict[str, Tensor]:
     """Return them on rank 0, as they are sent to engines; collective."""
-    buckets = map(policy.bucket, policy.buckets(4096))
-    return {name: tensor for bucket in buckets if bucket is not None for name, tensor in unpack(bucket)}
+    weights: dict[str, Tensor] = {}
+    for names in policy.buckets(4096):
+        bucket = policy.bucket(names)
+        if bucket is not None:
+            weights |= unpack(policy.layout(names), bucket)
+    return weights
 
 
-def unpack(bucket: Bucket) -> Iterator[tuple[str, Tensor]]:
+def unpack(layout: BucketLayout, bucket: Tensor) -> Iterator[tuple[str, Tensor]]:
     start = 0
-    for name, dtype_name, shape in zip(bucket.names, bucket.dtypes, bucket.shapes, strict=True):
+    for name, dtype_name, shape in zip(layout.names, layout.dtypes, layout.shapes, strict=True):
         dtype = getattr(torch, dtype_name)
         end = start + torch.Size(shape).numel() * dtype.itemsize
-        yield name, bucket.data[start:end].clone().view(dtype).view(shape)
+        yield name, bucket[start:end].clone().view(dtype).view(shape)
         start = end
-    assert start == bucket.data.nbytes
+    assert start == bucket.nbytes
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:

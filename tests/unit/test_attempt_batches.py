@@ -1,6 +1,7 @@
 """How the training loop comes by the steps that it has to repeat."""
 
 import asyncio
+import json
 from pathlib import Path
 
 from asyncrl_api.ledger import RecordedStep, read_ledger
@@ -46,6 +47,35 @@ def test_a_recorded_step_that_is_read_while_it_is_looked_for_is_repeated(tmp_pat
         assert '"cut"' not in (tmp_path / "ledger.jsonl").read_text()
 
     run_in_virtual_time(check())
+
+
+def test_what_an_update_spent_its_time_on_is_in_the_report_and_in_the_steps_line(tmp_path: Path) -> None:
+    async def check() -> None:
+        spec = make_job("training.batchSize=2", "training.minibatches=1").spec
+        books = Books(spec)
+        clock = asyncio.get_running_loop().time
+        streams, ranks = SlowStreams(books), FakeRanks(lambda command: None)
+        parts = make_attempt_parts(tmp_path, spec, books, streams, ranks, FakeWeights(), None, clock)
+        attempt = Attempt(parts, None)
+        await attempt.publish_weights()
+        books.issued(2)
+        await streams.has_read_everything()
+        batch = await attempt.next_batch()
+        assert batch is not None
+        attempt.log_metrics(batch, {})
+
+    run_in_virtual_time(check())
+    report = Report.load(tmp_path / "report.json")
+    assert report is not None
+    assert (report.update_gather_seconds, report.update_transfer_seconds) == (1, 2)
+    assert (report.update_load_seconds, report.update_pause_seconds) == (3, 4)
+    [line] = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert [line[f"update_{what}_seconds"] for what in ("gather", "transfer", "load", "pause")] == [
+        1,
+        2,
+        3,
+        4,
+    ]
 
 
 def test_a_job_whose_prompts_are_all_solved_ends_as_a_success(tmp_path: Path) -> None:

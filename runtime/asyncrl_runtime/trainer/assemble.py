@@ -69,10 +69,11 @@ from asyncrl_runtime.trainer.update.ranks import COMMAND_SECONDS, Load, PeerLost
 from asyncrl_runtime.trainer.update.together import WorkStalled
 from asyncrl_runtime.transport.trainer_end import TrainerEnd
 from asyncrl_runtime.weights.adapter_publisher import AdapterPublisher
+from asyncrl_runtime.weights.bucket import PublishedWeights
 from asyncrl_runtime.weights.engines import Publisher, WeightsRefused
 from asyncrl_runtime.weights.fleet import Fleet
 from asyncrl_runtime.weights.group import TorchGroups
-from asyncrl_runtime.weights.publisher import ChecksumMismatch, LoadBucket, WeightPublisher
+from asyncrl_runtime.weights.publisher import ChecksumMismatch, WeightPublisher
 
 log = logging.getLogger(__name__)
 
@@ -405,15 +406,12 @@ def _make_publisher(
             refusals=refusals,
         )
 
-    def buckets() -> list[LoadBucket]:
-        found = ranks.policy.buckets(spec.bucket_megabytes * 2**20)
-        return [partial(ranks.bucket, names) for names in found]
-
+    buckets = ranks.policy.buckets(spec.bucket_megabytes * 2**20)
     return WeightPublisher(
         broker,
         config.names,
         fleet,
-        buckets,
+        PublishedWeights(tuple(map(ranks.policy.layout, buckets)), ranks.bucket),
         TorchGroups(),
         attempt=options.attempt,
         host=options.host,

@@ -5,8 +5,8 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable, Coroutine
-from dataclasses import replace
-from typing import Any
+from dataclasses import asdict, replace
+from typing import Any, TypeVar
 
 from asyncrl_api.report import MASTERED_STATE
 from asyncrl_runtime.contract.messages import PolicyVersion
@@ -23,8 +23,11 @@ from asyncrl_runtime.trainer.update.deepspeed_config import step_settings
 from asyncrl_runtime.trainer.update.failures import MicroBatchWatch, StepFailed, StepStopped
 from asyncrl_runtime.trainer.update.ranks import Stop, Train
 from asyncrl_runtime.trainer.update.step import StepOutcome, StepPlan, learning_rate, plan_step
+from asyncrl_runtime.weights.engines import Published, UpdateSeconds
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 FIRST_HEARTBEAT_SECONDS = 1.5
 """How long a new trainer listens before it first publishes: every living worker has spoken by then."""
@@ -59,6 +62,7 @@ class Attempt:
         self._num_updates = 0
         self._waited = 0.0
         self._publish_seconds = 0.0
+        self._update_seconds = UpdateSeconds()
 
     @property
     def version(self) -> int:
@@ -101,14 +105,22 @@ class Attempt:
         began = self._parts.clock()
         label = PolicyVersion(self._parts.attempt, version)
         interrupt = self._books.live.rollout.interrupt
-        if await self._while_there_is_time(self._parts.weights.publish(label, interrupt)):
+        published = await self._while_there_is_time(self._parts.weights.publish(label, interrupt))
+        if published is not None:
             await self._streams.announce(label)
+            self._tell_seconds(published)
         self._publish_seconds = self._parts.clock() - began
 
-    async def _while_there_is_time(self, work: Coroutine[Any, Any, Any]) -> bool:
-        """Do something that a checkpoint at a stop must not have to wait for; return whether it was done.
+    def _tell_seconds(self, published: Published) -> None:
+        if published.seconds is not None:
+            self._update_seconds = published.seconds
+            told = asdict(published.seconds)
+            self._metrics.update(**{f"update_{what}_seconds": seconds for what, seconds in told.items()})
 
-        It is broken off when the grace has just enough left for the checkpoint.
+    async def _while_there_is_time(self, work: Coroutine[Any, Any, T]) -> T | None:
+        """Return the result of something that a checkpoint at a stop must not have to wait for.
+
+        It is None if it was broken off, that is when the grace has just enough left for the checkpoint.
         """
         task, stop = asyncio.ensure_future(work), asyncio.ensure_future(self._stopping.wait())
         try:
@@ -118,9 +130,8 @@ class Attempt:
                 await asyncio.wait({task}, timeout=max(0.0, left))
             if not task.done():
                 log.warning("broken off, because the trainer is to stop: engines keep the weights they have")
-                return False
-            task.result()
-            return True
+                return None
+            return task.result()
         finally:
             task.cancel()
             stop.cancel()
@@ -282,6 +293,7 @@ class Attempt:
                 "step_seconds": seconds,
                 "wait_seconds": self._waited,
                 "publish_seconds": self._publish_seconds,
+                **{f"update_{what}_seconds": each for what, each in asdict(self._update_seconds).items()},
                 "rollout_load": self._parts.fleet.take_load(),
                 "num_engines": self._metrics.report.num_engines,
                 "queue_depth": len(self._books.inbox.arrived),

@@ -27,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 from asyncrl_api.exits import ExitCode, ExitError
 from asyncrl_api.job import AlgorithmSpec, DeepSpeedSpec, LoRASpec, TrainingSpec
+from asyncrl_runtime.contract.messages import BucketLayout
 from asyncrl_runtime.model import attention
 from asyncrl_runtime.trainer.sealing import Sealed, seal, seal_folder
 from asyncrl_runtime.trainer.update.deepspeed_config import Dtype, derive_config, derive_reference_config
@@ -37,7 +38,7 @@ from asyncrl_runtime.trainer.update.saved_files import HeldBack, ignore, make_un
 from asyncrl_runtime.trainer.update.together import DiskWork
 from asyncrl_runtime.trainer.update.token_logprobs import token_logprobs
 from asyncrl_runtime.weights.adapter_publisher import Adapter
-from asyncrl_runtime.weights.bucket import Bucket, BucketBuffer
+from asyncrl_runtime.weights.bucket import BucketBuffer, describe
 
 _TAG = "policy"
 _TORCH_DTYPES = {"BFloat16": torch.bfloat16, "Float32": torch.float32}
@@ -243,9 +244,13 @@ class Policy:
             room -= _num_bytes(parameter)
         return buckets
 
+    def layout(self, names: Sequence[str]) -> BucketLayout:
+        chosen = {name: self._parameters[name] for name in names}
+        return describe((name, each.dtype, _shape(each)) for name, each in chosen.items())
+
     @torch.no_grad()
-    def bucket(self, names: Sequence[str]) -> Bucket | None:
-        """See the protocol. A rank holds its share and one whole weight; rank 0 also holds the bucket."""
+    def bucket(self, names: Sequence[str]) -> Tensor | None:
+        """See the protocol. A rank holds its share and one whole weight; rank 0 also holds two buckets."""
         weights = self.weights(names)
         if dist.get_rank() != 0:
             for _ in weights:  # rank 0 needs this rank's shares
@@ -481,6 +486,11 @@ def count_parameters(folder: Path) -> int:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """Return the shape of a parameter, of which this rank may hold only a share."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def _num_bytes(parameter: nn.Parameter) -> int:
