@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from asyncrl_api.report import MASTERED_STATE
-from asyncrl_runtime.contract.messages import PolicyVersion
+from asyncrl_runtime.contract.messages import Heartbeat, PolicyVersion
 from asyncrl_runtime.trainer.books.books import Batch, RecordedBatchLost, recorded_values
 from asyncrl_runtime.trainer.books.checkpoints import Position
 from asyncrl_runtime.trainer.books.step_values import StepValues
@@ -28,8 +28,10 @@ log = logging.getLogger(__name__)
 
 FIRST_HEARTBEAT_SECONDS = 1.5
 """How long a new trainer listens before it first publishes: every living worker has spoken by then."""
-BOUNDARY_SECONDS = 0.25
-"""How often, while it waits, the trainer looks for engines that lack the weights and for lost streams."""
+LOOK_SECONDS = 5.0
+"""How long a trainer that waits goes without looking at what has changed, if nothing rings for it."""
+TELL_SECONDS = 1.0
+"""How often a trainer that waits says in its report how many groups have come."""
 
 
 class _StopRequested(Exception):
@@ -42,6 +44,7 @@ class Attempt:
     def __init__(self, parts: AttemptParts, restored: Position | None) -> None:
         self._parts = parts
         self._books = parts.books
+        parts.fleet.listener = self._heard
         self._streams = parts.streams
         self._metrics = parts.metrics
         self._values = StepValues.of(parts.spec)
@@ -58,6 +61,7 @@ class Attempt:
         self._step_began = parts.clock()
         self._num_updates = 0
         self._waited = 0.0
+        self._told_at = -math.inf
         self._publish_seconds = 0.0
 
     @property
@@ -125,6 +129,12 @@ class Attempt:
             task.cancel()
             stop.cancel()
 
+    def _heard(self, beat: Heartbeat) -> None:
+        """Wake the training loop if an engine may lack the weights; what it lacks is looked up there."""
+        has_them = beat.version == PolicyVersion(self._parts.attempt, self.version)
+        if beat.engine_state == "dirty" or (beat.engine_state != "down" and not has_them):
+            self._books.news.ring()
+
     async def _boundary(self) -> None:
         """Do what is due wherever the trainer waits: mend lost streams, bring late engines their weights.
 
@@ -163,7 +173,7 @@ class Attempt:
             if batch is not None:
                 self._waited = self._parts.clock() - began
                 return batch
-            self._metrics.update(state="WaitingForBatch", queue_depth=len(self._books.inbox.arrived))
+            self._tell_that_it_waits()
             with contextlib.suppress(_StopRequested):
                 await self._boundary()
             if self._streams.is_nearly_full:
@@ -173,8 +183,15 @@ class Attempt:
                     "trajectories of tickets %s are lost: their step cannot be repeated", missing[:20]
                 )
                 self._cut()
-            await self._books.news.wait(BOUNDARY_SECONDS)
+            await self._books.news.wait(LOOK_SECONDS)
         return None
+
+    def _tell_that_it_waits(self) -> None:
+        """Say it in the report, which is a file: not at every group that comes."""
+        now = self._parts.clock()
+        if self._metrics.report.state != "WaitingForBatch" or now - self._told_at >= TELL_SECONDS:
+            self._told_at = now
+            self._metrics.update(state="WaitingForBatch", queue_depth=len(self._books.inbox.arrived))
 
     async def _missing_for_good(self) -> list[int]:
         """Return the tickets of the next recorded step that the stream does not hold."""

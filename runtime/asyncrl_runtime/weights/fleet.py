@@ -33,6 +33,8 @@ class Fleet:
         self._clock = clock
         self._listening_since = clock()
         self._last: dict[str, _LastWord] = {}
+        self.listener: Callable[[Heartbeat], None] = lambda beat: None
+        """Is told of each heartbeat, once it counts."""
 
     def now(self) -> float:
         """Return the time by the fleet's clock, in seconds."""
@@ -50,6 +52,7 @@ class Fleet:
                 heartbeat.late_seconds,
             )
         self._last[heartbeat.worker] = _LastWord(now, 0.0 if _is_blocked(heartbeat) else patience, heartbeat)
+        self.listener(heartbeat)
 
     def was_deaf(self) -> None:
         """Note that nothing could be heard until now, so nobody counts as dead for having been silent."""
