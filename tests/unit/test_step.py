@@ -83,7 +83,7 @@ def step(
     samples = tuple(sample(ticket, 2 + ticket) for ticket in range(6))
     plan = StepPlan(samples, (0.0,) * 6, NUM_MINIBATCHES, capacity, 0.5, settings, frozenset(skipped))
     seconds = iter((10.0, 12.5))
-    return train_step(policy, plan, rank=0, clock=lambda: next(seconds))
+    return train_step(policy, plan.shares(1)[0], clock=lambda: next(seconds))
 
 
 @pytest.mark.parametrize("name", POLICY_LOSSES)
@@ -101,7 +101,7 @@ def test_each_token_is_of_one_minibatch_and_the_report_is_of_the_step() -> None:
     policy = RecordingPolicy()
     report = step(policy, "PPO").report
     assert sum(policy.num_tokens) == sum(2 + ticket for ticket in range(6))
-    assert (report["train_seconds"], report["num_samples"], report["learning_rate"]) == (2.5, 6, 0.5)
+    assert (report["train_seconds"], report["learning_rate"]) == (2.5, 0.5)
 
 
 @pytest.mark.parametrize("norm", [math.nan, math.inf])
@@ -116,7 +116,7 @@ def test_an_update_whose_gradient_is_not_finite_is_counted_and_the_others_are_re
 def test_a_step_none_of_whose_gradients_is_finite_has_a_report_all_the_same() -> None:
     outcome = step(RecordingPolicy([math.nan] * 3), "DecoupledPPO")
     assert outcome.skipped == (0, 1, 2)
-    assert outcome.report["reward_mean"] == 0 and "gradient_norm" not in outcome.report
+    assert outcome.report["skipped_updates"] == 3 and "gradient_norm" not in outcome.report
     assert all(map(math.isfinite, outcome.report.values()))
 
 
@@ -219,9 +219,9 @@ def test_it_is_asked_before_each_micro_batch_whether_the_step_goes_on(stop_at: i
 
     expected = [0, 0, 0, 1, 2]
     if stop_at >= len(expected):
-        train_step(policy, plan, rank=0, go_on=go_on)
+        train_step(policy, plan.shares(1)[0], go_on=go_on)
         assert asked == expected and len(policy.proximal) == NUM_MINIBATCHES
         return
     with pytest.raises(StepStopped) as stopped:
-        train_step(policy, plan, rank=0, go_on=go_on)
+        train_step(policy, plan.shares(1)[0], go_on=go_on)
     assert asked == expected[:stop_at] and stopped.value.num_updates == expected[stop_at]

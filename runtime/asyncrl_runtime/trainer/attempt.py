@@ -248,9 +248,8 @@ class Attempt:
         tokens = self._faults.tokens_per_micro_batch(batch, values.tokens_per_micro_batch)
         try:
             with MicroBatchWatch().naming_failures():
-                plan = self._plan(batch, values, tokens)
-            with self._steps.measured():
-                outcome: StepOutcome = await self._parts.ranks.run(Train(plan))
+                plan: StepPlan = await self._parts.in_thread(self._plan, batch, values, tokens)
+            outcome = await self._train(plan)
         except StepStopped as stopped:
             self._num_updates = stopped.num_updates
             return None
@@ -259,6 +258,16 @@ class Attempt:
             raise
         await self._faults.skipped(batch, outcome.skipped, plan.num_minibatches)
         return outcome.report
+
+    async def _train(self, plan: StepPlan) -> StepOutcome:
+        """Have all ranks train, and meanwhile work out what there is to report about the batch."""
+        reporting = asyncio.ensure_future(self._parts.in_thread(plan.report))
+        try:
+            with self._steps.measured():
+                outcome: StepOutcome = await self._parts.ranks.run(Train(plan))
+            return replace(outcome, report={**await reporting, **outcome.report})
+        finally:
+            reporting.cancel()
 
     def _plan(self, batch: Batch, values: StepValues, tokens_per_micro_batch: int) -> StepPlan:
         plan = plan_step(
