@@ -52,7 +52,7 @@ def test_token_report_by_hand() -> None:
     report = report_tokens(
         sums_of([1, 1, 9], [1, 2, 7], live=[True, True, False], clipped=[False, True, True])
     )
-    assert report["num_tokens"] == 3 and report["num_live_tokens"] == 2
+    assert report["num_computed_tokens"] == 3 and report["num_computed_live_tokens"] == 2
     assert report["clip_fraction"] == 0.5, "a masked token is not counted"
     assert report["importance_weight_mean"] == 1.5
     assert report["effective_sample_size"] == pytest.approx(3**2 / (2 * 5))

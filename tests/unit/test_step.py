@@ -3,6 +3,7 @@
 import asyncio
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -138,6 +139,38 @@ def test_what_is_raised_after_the_last_micro_batch_names_no_ticket() -> None:
         with pytest.raises(StepFailed, match="ValueError: no sums") as failed:
             step(CannotReduce(), "DecoupledPPO", skipped)
         assert failed.value.tickets == ()
+
+
+def test_what_has_no_gradient_is_not_computed_and_counts_in_the_denominator() -> None:
+    algorithm = AlgorithmSpec.model_validate({"policyLoss": "PPO"})
+    settings = StepSettings(algorithm, 0.1, 1.0, (0.9, 0.95), 1e-8)
+    samples = tuple(replace(sample(n, 4), advantage=float(n % 2)) for n in range(8))
+    plan = StepPlan(samples, (0.0,) * 8, 2, 16, 0.5, settings)
+    for num_ranks in (1, 2, 3):
+        shares = plan.shares(num_ranks)
+        tickets = [
+            [s.ticket for share in shares for group in share.minibatches[number].micro_batches for s in group]
+            for number in range(2)
+        ]
+        assert [sorted(each) for each in tickets] == [[1, 3], [5, 7]]
+        assert {part.num_tokens for share in shares for part in share.minibatches} == {16}
+        assert len({len(part.micro_batches) for share in shares for part in share.minibatches}) == 1
+    report = plan.report()
+    assert (report["num_samples"], report["num_computed_samples"], report["num_tokens"]) == (8, 4, 32)
+    regularized = replace(
+        plan, settings=replace(settings, algorithm=algorithm.model_copy(update={"kl_coefficient": 0.1}))
+    )
+    assert regularized.report()["num_computed_samples"] == 8
+
+
+def test_an_update_of_uniform_groups_alone_is_made_all_the_same() -> None:
+    settings = StepSettings(AlgorithmSpec(), 0.1, 1.0, (0.9, 0.95), 1e-8)
+    samples = tuple(replace(sample(n, 4), advantage=0.0) for n in range(6))
+    plan = StepPlan(samples, (0.0,) * 6, NUM_MINIBATCHES, 16, 0.5, settings)
+    policy = RecordingPolicy()
+    outcome = train_step(policy, plan.shares(1)[0])
+    assert policy.num_tokens == [8, 8, 8] and outcome.skipped == ()
+    assert outcome.report["num_micro_batches"] == NUM_MINIBATCHES, "each with an empty one"
 
 
 class FailingPolicy(RecordingPolicy):

@@ -14,7 +14,7 @@ from asyncrl_runtime.trainer.books.staleness import LiveGroup
 from asyncrl_runtime.trainer.update import diagnostics
 from asyncrl_runtime.trainer.update.advantages import compute_advantages, longest_turn
 from asyncrl_runtime.trainer.update.failures import MicroBatchWatch
-from asyncrl_runtime.trainer.update.loss import POLICY_LOSSES
+from asyncrl_runtime.trainer.update.loss import POLICY_LOSSES, has_gradient
 from asyncrl_runtime.trainer.update.packing import (
     Announced,
     MicroBatch,
@@ -41,7 +41,10 @@ class StepPlan:
     """The minibatches that an earlier attempt made no update of: it made none, so none is made now."""
 
     def shares(self, num_ranks: int) -> list[StepShare]:
-        """Distribute the step over the ranks. Pure.
+        """Distribute over the ranks what has a gradient. Pure.
+
+        What has none still counts in the denominator. A minibatch without any is an empty micro-batch on each
+        rank: its update is made all the same, since momentum and decay act in it.
 
         Raises:
             ValueError: a sample is longer than a micro-batch.
@@ -50,18 +53,21 @@ class StepPlan:
             [self.samples[index] for index in members]
             for members in split_minibatches([s.ticket for s in self.samples], self.num_minibatches)
         ]
+        num_tokens = [sum(s.num_sampled_tokens for s in samples) for samples in minibatches]
+        computed = [
+            [s for s in samples if has_gradient(s, self.settings.algorithm)] for samples in minibatches
+        ]
         bins = [
             distribute([s.num_tokens for s in samples], self.tokens_per_micro_batch, num_ranks)
-            for samples in minibatches
+            for samples in computed
         ]
-        num_tokens = [sum(s.num_sampled_tokens for s in samples) for samples in minibatches]
         return [
             StepShare(
                 tuple(
                     MinibatchShare(
                         tuple(tuple(samples[index] for index in members) for members in by_rank[rank]), total
                     )
-                    for samples, by_rank, total in zip(minibatches, bins, num_tokens, strict=True)
+                    for samples, by_rank, total in zip(computed, bins, num_tokens, strict=True)
                 ),
                 self.learning_rate,
                 self.settings,
@@ -74,7 +80,7 @@ class StepPlan:
         """Return what there is to report about the batch, whatever comes of its training. Pure."""
         return {
             **diagnostics.report_batch(self.samples, np.array(self.rewards)),
-            "num_samples": len(self.samples),
+            "num_computed_samples": sum(has_gradient(s, self.settings.algorithm) for s in self.samples),
         }
 
 
@@ -196,6 +202,7 @@ def _train_step(
     skipped = tuple(number for number in range(len(packed)) if number not in applied)
     report = _report(policy, packed[0], updates, applied)
     report |= {
+        "num_micro_batches": sum(len(packed[number]) for number in updates),
         "learning_rate": share.learning_rate,
         "skipped_updates": len(skipped),
         "train_seconds": clock() - began,
@@ -239,7 +246,6 @@ def _report(
     return {
         **tokens,
         **diagnostics.report_mismatch(policy.reduce(mismatch)),
-        "num_micro_batches": len(first_minibatch) * len(updates),
     }
 
 
