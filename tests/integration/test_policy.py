@@ -118,6 +118,7 @@ def make_policy(folder: Path, stage: int, *, dtype: Any = "Float32", **changes: 
         ),
         algorithm=algorithm_of(**changes.pop("algorithm", {})),
         deepspeed=DeepSpeedSpec(zero_stage=stage, config=deep_merge(shares, changes.pop("config", {}))),
+        activation_checkpointing=changes.pop("activation_checkpointing", "Auto"),
         **changes,
     )
 
@@ -183,6 +184,7 @@ def run_updates(model: Path, _: Path, stage: int, capacity: int, **changes: Any)
     return {
         "losses": [report_tokens(u.sums)["loss"] for u in updates],
         "norms": [u.gradient_norm for u in updates],
+        "recomputes": policy._engine.module.causal_lm.is_gradient_checkpointing,
         "clipped": sum(report_tokens(u.sums)["clip_fraction"] for u in updates),
         "weights": weights_of(policy),
     }
@@ -418,7 +420,10 @@ SCENARIOS: dict[str, tuple[Scenario, dict[str, Any]]] = {
         )
         for stage, offloaded in OFFLOADED.items()
     },
-    "updates-recompute": (run_updates, {"stage": 1, "capacity": CAPACITY, "recompute_activations": True}),
+    "updates-recompute": (
+        run_updates,
+        {"stage": 1, "capacity": CAPACITY, "activation_checkpointing": "Always"},
+    ),
     **{
         # With a clip so narrow as above, rounding would decide whether a token has a gradient.
         f"updates-{stage}-bf16": (
@@ -600,6 +605,10 @@ def test_nine_updates_are_those_of_plain_pytorch(session: Session, naive: dict[s
     assert result["weights"].keys() == naive["weights"].keys()
     for key, weight in naive["weights"].items():
         torch.testing.assert_close(result["weights"][key], weight.detach(), rtol=0, atol=1e-5)
+
+
+def test_activations_are_computed_anew_if_asked(session: Session) -> None:
+    assert session["updates-recompute"]["recomputes"] and not session["updates-1"]["recomputes"]
 
 
 @pytest.mark.parametrize("stage", [0, 3])

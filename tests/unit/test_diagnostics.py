@@ -11,7 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from asyncrl_api.job import ScheduleSpec
-from asyncrl_runtime.trainer.update.deepspeed_config import deep_merge, derive_config
+from asyncrl_runtime.trainer.update.deepspeed_config import (
+    deep_merge,
+    derive_config,
+    recomputes_activations,
+)
 from asyncrl_runtime.trainer.update.diagnostics import (
     finite,
     histogram,
@@ -184,3 +188,10 @@ def test_merging_changes_neither_side() -> None:
     base, over = {"a": {"b": 1}, "c": [1]}, {"a": {"d": 2}, "c": [2]}
     assert deep_merge(base, over) == {"a": {"b": 1, "d": 2}, "c": [2]}
     assert (base, over) == ({"a": {"b": 1}, "c": [1]}, {"a": {"d": 2}, "c": [2]})
+
+
+def test_activations_are_kept_on_cpus_unless_the_manifest_says_otherwise() -> None:
+    devices = ("cuda", "cpu")
+    assert [recomputes_activations("Auto", device) for device in devices] == [True, False]
+    assert [recomputes_activations("Always", device) for device in devices] == [True, True]
+    assert [recomputes_activations("Never", device) for device in devices] == [False, False]

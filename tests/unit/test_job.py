@@ -97,6 +97,7 @@ DEFAULTS: dict[str, Any] = {
         "trainer": {
             "backend": "DeepSpeed",
             "deepspeed": {"zeroStage": 2, "config": {}},
+            "activationCheckpointing": "Auto",
             "image": "",
             "gpuGranularity": 1,
             "gpusPerNode": 8,
@@ -316,6 +317,7 @@ def test_marks_are_those_of_the_documentation() -> None:
         "rollout.interrupt": "L",
         "trainer.backend": "I",
         "trainer.deepspeed.config": "R",
+        "trainer.activationCheckpointing": "R",
         "weightSync.timeoutSeconds": "R",
         "messaging.embedded.storage.size": "I",
         "checkpoint.location.path": "I",
