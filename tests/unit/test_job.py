@@ -373,6 +373,7 @@ def test_enumerations_are_those_of_the_documentation() -> None:
         "rollout.engine.type": "SGLang CPU",
         "rollout.interrupt": "Retract InPlace Drain",
         "trainer.backend": "DeepSpeed",
+        "trainer.activationCheckpointing": "Auto Always Never",
         "weightSync.backend": "Auto NCCL Gloo",
         "messaging.mode": "Embedded Shared",
         "messaging.embedded.storage.type": "Ephemeral Persistent",
