@@ -3,6 +3,7 @@
 import asyncio
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -83,7 +84,7 @@ def step(
     samples = tuple(sample(ticket, 2 + ticket) for ticket in range(6))
     plan = StepPlan(samples, (0.0,) * 6, NUM_MINIBATCHES, capacity, 0.5, settings, frozenset(skipped))
     seconds = iter((10.0, 12.5))
-    return train_step(policy, plan, rank=0, clock=lambda: next(seconds))
+    return train_step(policy, plan.shares(1)[0], clock=lambda: next(seconds))
 
 
 @pytest.mark.parametrize("name", POLICY_LOSSES)
@@ -101,7 +102,7 @@ def test_each_token_is_of_one_minibatch_and_the_report_is_of_the_step() -> None:
     policy = RecordingPolicy()
     report = step(policy, "PPO").report
     assert sum(policy.num_tokens) == sum(2 + ticket for ticket in range(6))
-    assert (report["train_seconds"], report["num_samples"], report["learning_rate"]) == (2.5, 6, 0.5)
+    assert (report["train_seconds"], report["learning_rate"]) == (2.5, 0.5)
 
 
 @pytest.mark.parametrize("norm", [math.nan, math.inf])
@@ -116,7 +117,7 @@ def test_an_update_whose_gradient_is_not_finite_is_counted_and_the_others_are_re
 def test_a_step_none_of_whose_gradients_is_finite_has_a_report_all_the_same() -> None:
     outcome = step(RecordingPolicy([math.nan] * 3), "DecoupledPPO")
     assert outcome.skipped == (0, 1, 2)
-    assert outcome.report["reward_mean"] == 0 and "gradient_norm" not in outcome.report
+    assert outcome.report["skipped_updates"] == 3 and "gradient_norm" not in outcome.report
     assert all(map(math.isfinite, outcome.report.values()))
 
 
@@ -138,6 +139,38 @@ def test_what_is_raised_after_the_last_micro_batch_names_no_ticket() -> None:
         with pytest.raises(StepFailed, match="ValueError: no sums") as failed:
             step(CannotReduce(), "DecoupledPPO", skipped)
         assert failed.value.tickets == ()
+
+
+def test_what_has_no_gradient_is_not_computed_and_counts_in_the_denominator() -> None:
+    algorithm = AlgorithmSpec.model_validate({"policyLoss": "PPO"})
+    settings = StepSettings(algorithm, 0.1, 1.0, (0.9, 0.95), 1e-8)
+    samples = tuple(replace(sample(n, 4), advantage=float(n % 2)) for n in range(8))
+    plan = StepPlan(samples, (0.0,) * 8, 2, 16, 0.5, settings)
+    for num_ranks in (1, 2, 3):
+        shares = plan.shares(num_ranks)
+        tickets = [
+            [s.ticket for share in shares for group in share.minibatches[number].micro_batches for s in group]
+            for number in range(2)
+        ]
+        assert [sorted(each) for each in tickets] == [[1, 3], [5, 7]]
+        assert {part.num_tokens for share in shares for part in share.minibatches} == {16}
+        assert len({len(part.micro_batches) for share in shares for part in share.minibatches}) == 1
+    report = plan.report()
+    assert (report["num_samples"], report["num_computed_samples"], report["num_tokens"]) == (8, 4, 32)
+    regularized = replace(
+        plan, settings=replace(settings, algorithm=algorithm.model_copy(update={"kl_coefficient": 0.1}))
+    )
+    assert regularized.report()["num_computed_samples"] == 8
+
+
+def test_an_update_of_uniform_groups_alone_is_made_all_the_same() -> None:
+    settings = StepSettings(AlgorithmSpec(), 0.1, 1.0, (0.9, 0.95), 1e-8)
+    samples = tuple(replace(sample(n, 4), advantage=0.0) for n in range(6))
+    plan = StepPlan(samples, (0.0,) * 6, NUM_MINIBATCHES, 16, 0.5, settings)
+    policy = RecordingPolicy()
+    outcome = train_step(policy, plan.shares(1)[0])
+    assert policy.num_tokens == [8, 8, 8] and outcome.skipped == ()
+    assert outcome.report["num_micro_batches"] == NUM_MINIBATCHES, "each with an empty one"
 
 
 class FailingPolicy(RecordingPolicy):
@@ -219,9 +252,9 @@ def test_it_is_asked_before_each_micro_batch_whether_the_step_goes_on(stop_at: i
 
     expected = [0, 0, 0, 1, 2]
     if stop_at >= len(expected):
-        train_step(policy, plan, rank=0, go_on=go_on)
+        train_step(policy, plan.shares(1)[0], go_on=go_on)
         assert asked == expected and len(policy.proximal) == NUM_MINIBATCHES
         return
     with pytest.raises(StepStopped) as stopped:
-        train_step(policy, plan, rank=0, go_on=go_on)
+        train_step(policy, plan.shares(1)[0], go_on=go_on)
     assert asked == expected[:stop_at] and stopped.value.num_updates == expected[stop_at]

@@ -1,6 +1,7 @@
 """How many samples an engine is given: more while it has room, fewer when it thrashes. Pure."""
 
 import math
+from collections.abc import Callable
 
 from asyncrl_runtime.rollout.engine_api import EngineLoad
 
@@ -62,10 +63,15 @@ class ConcurrencyLimit:
 
 
 class Slots:
-    """Counts the slots that are taken; their limit is ConcurrencyLimit's."""
+    """Counts the slots that are taken; their limit is ConcurrencyLimit's.
 
-    def __init__(self) -> None:
+    Args:
+        on_freed: called whenever one is free again.
+    """
+
+    def __init__(self, on_freed: Callable[[], None] = lambda: None) -> None:
         self.num_taken = 0
+        self.on_freed = on_freed
 
     def take(self, count: int) -> "Taken":
         self.num_taken += count
@@ -83,6 +89,7 @@ class Taken:
         if self._count:
             self._count -= 1
             self._slots.num_taken -= 1
+            self._slots.on_freed()
 
     def close(self) -> None:
         while self._count:

@@ -116,6 +116,7 @@ def run_rank(config: RunConfig, options: Options, start: Start) -> None:
             training=spec.training,
             algorithm=spec.algorithm,
             deepspeed=spec.trainer.deepspeed,
+            activation_checkpointing=spec.trainer.activation_checkpointing,
         )
         if spec.rollout.engine.type == "SGLang" and not policy.trains_adapters:
             check_names(policy, folder)

@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
 from asyncrl_api.report import MASTERED_STATE
-from asyncrl_runtime.contract.messages import PolicyVersion
+from asyncrl_runtime.contract.messages import Heartbeat, PolicyVersion
 from asyncrl_runtime.trainer.books.books import Batch, RecordedBatchLost, recorded_values
 from asyncrl_runtime.trainer.books.checkpoints import Position
 from asyncrl_runtime.trainer.books.step_values import StepValues
@@ -31,8 +31,10 @@ T = TypeVar("T")
 
 FIRST_HEARTBEAT_SECONDS = 1.5
 """How long a new trainer listens before it first publishes: every living worker has spoken by then."""
-BOUNDARY_SECONDS = 0.25
-"""How often, while it waits, the trainer looks for engines that lack the weights and for lost streams."""
+LOOK_SECONDS = 5.0
+"""How long a trainer that waits goes without looking at what has changed, if nothing rings for it."""
+TELL_SECONDS = 1.0
+"""How often a trainer that waits says in its report how many groups have come."""
 
 
 class _StopRequested(Exception):
@@ -45,6 +47,7 @@ class Attempt:
     def __init__(self, parts: AttemptParts, restored: Position | None) -> None:
         self._parts = parts
         self._books = parts.books
+        parts.fleet.listener = self._heard
         self._streams = parts.streams
         self._metrics = parts.metrics
         self._values = StepValues.of(parts.spec)
@@ -61,6 +64,7 @@ class Attempt:
         self._step_began = parts.clock()
         self._num_updates = 0
         self._waited = 0.0
+        self._told_at = -math.inf
         self._publish_seconds = 0.0
         self._update_seconds = UpdateSeconds()
 
@@ -136,6 +140,12 @@ class Attempt:
             task.cancel()
             stop.cancel()
 
+    def _heard(self, beat: Heartbeat) -> None:
+        """Wake the training loop if an engine may lack the weights; what it lacks is looked up there."""
+        has_them = beat.version == PolicyVersion(self._parts.attempt, self.version)
+        if beat.engine_state == "dirty" or (beat.engine_state != "down" and not has_them):
+            self._books.news.ring()
+
     async def _boundary(self) -> None:
         """Do what is due wherever the trainer waits: mend lost streams, bring late engines their weights.
 
@@ -175,7 +185,7 @@ class Attempt:
             if batch is not None:
                 self._waited = self._parts.clock() - began
                 return batch
-            self._metrics.update(state="WaitingForBatch", queue_depth=len(self._books.inbox.arrived))
+            self._tell_that_it_waits()
             with contextlib.suppress(_StopRequested):
                 await self._boundary()
             await self._checkpointing.make_room()
@@ -185,8 +195,15 @@ class Attempt:
                 )
                 self._cut()
                 self._streams.start_over()
-            await self._books.news.wait(BOUNDARY_SECONDS)
+            await self._books.news.wait(LOOK_SECONDS)
         return None
+
+    def _tell_that_it_waits(self) -> None:
+        """Say it in the report, which is a file: not at every group that comes."""
+        now = self._parts.clock()
+        if self._metrics.report.state != "WaitingForBatch" or now - self._told_at >= TELL_SECONDS:
+            self._told_at = now
+            self._metrics.update(state="WaitingForBatch", queue_depth=len(self._books.inbox.arrived))
 
     async def _missing_for_good(self) -> list[int]:
         """Return the tickets of the next recorded step that the stream does not hold."""
@@ -243,9 +260,8 @@ class Attempt:
         tokens = self._faults.tokens_per_micro_batch(batch, values.tokens_per_micro_batch)
         try:
             with MicroBatchWatch().naming_failures():
-                plan = self._plan(batch, values, tokens)
-            with self._steps.measured():
-                outcome: StepOutcome = await self._parts.ranks.run(Train(plan))
+                plan: StepPlan = await self._parts.in_thread(self._plan, batch, values, tokens)
+            outcome = await self._train(plan)
         except StepStopped as stopped:
             self._num_updates = stopped.num_updates
             return None
@@ -254,6 +270,16 @@ class Attempt:
             raise
         await self._faults.skipped(batch, outcome.skipped, plan.num_minibatches)
         return outcome.report
+
+    async def _train(self, plan: StepPlan) -> StepOutcome:
+        """Have all ranks train, and meanwhile work out what there is to report about the batch."""
+        reporting = asyncio.ensure_future(self._parts.in_thread(plan.report))
+        try:
+            with self._steps.measured():
+                outcome: StepOutcome = await self._parts.ranks.run(Train(plan))
+            return replace(outcome, report={**await reporting, **outcome.report})
+        finally:
+            reporting.cancel()
 
     def _plan(self, batch: Batch, values: StepValues, tokens_per_micro_batch: int) -> StepPlan:
         plan = plan_step(

@@ -95,6 +95,8 @@ class JobStreams:
         self.is_nearly_full = (
             trajectories is not None and trajectories.num_bytes > FULL_SHARE * trajectories.max_bytes
         )
+        if self.is_nearly_full:
+            self._books.news.ring()
         self._lose(
             LostStreams(
                 trajectories is None

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 from asyncrl_api.job import Spec, StalenessSpec
 from asyncrl_api.ledger import RecordedStep
 from asyncrl_api.spec_views import LiveSpec
+from asyncrl_runtime.contract.bell import Bell
 from asyncrl_runtime.contract.broker import StreamMessage
 from asyncrl_runtime.contract.messages import Group, Tombstone
 from asyncrl_runtime.contract.refused import Refusals, one_line
 from asyncrl_runtime.trainer.books.arrivals import Expected, Unwanted, examine
-from asyncrl_runtime.trainer.books.bell import Bell
 from asyncrl_runtime.trainer.books.freshness import Freshness
 from asyncrl_runtime.trainer.books.inbox import Inbox
 from asyncrl_runtime.trainer.books.staleness import LiveGroup, assess, cannot_be_trained, form_batch, reject
@@ -29,6 +29,7 @@ from asyncrl_runtime.trainer.books.tickets import (
     top_reward,
     widened,
 )
+from asyncrl_runtime.trainer.books.verdicts import Verdicts
 
 log = logging.getLogger(__name__)
 
@@ -111,6 +112,7 @@ class Books:
         self.inbox = Inbox(position)
         self.counters = Counters()
         self.refusals = refusals or Refusals()
+        self._verdicts = Verdicts()
         self._batch_size = spec.training.batch_size
         self._group_size = spec.sampling.group_size
         self._attempt = attempt
@@ -226,6 +228,8 @@ class Books:
 
     def take(self, message: StreamMessage) -> None:
         """Take the next message of the trajectory stream."""
+        if self._recorded:  # how far the stream is read decides whether a recorded step is lost
+            self.news.ring()
         content = examine(message, self._expected())
         if isinstance(content, Unwanted):
             self.refusals.add(content.kind, content.why)
@@ -250,7 +254,7 @@ class Books:
 
     def _assess(self, group: Group) -> LiveGroup | Discard:
         live = self._live
-        return assess(group, self._version, live.staleness, self._began, live.sampling.filter)
+        return self._verdicts.on(group, self._version, live.staleness, self._began, live.sampling.filter)
 
     def _expected(self) -> Expected:
         highest = self._highest_plausible()
@@ -311,11 +315,9 @@ class Books:
             return self._recorded_batch(self._recorded[0])
         groups, discards = form_batch(
             (group for group in self.inbox.arrived.values() if isinstance(group, Group)),
-            version=self._version,
+            self._assess,
             batch_size=self._batch_size,
-            rule=self._live.staleness,
-            began=self._began,
-            sample_filter=self._live.sampling.filter,
+            freshest_first=self._live.staleness.order == "FreshestFirst",
         )
         for discard in discards:
             self._discard(discard, self.inbox.arrived[discard.ticket])
@@ -385,6 +387,7 @@ class Books:
         self._num_in_step = len(batch.tickets)
         for ticket in (*batch.tickets, *discarded):
             self.inbox.close(ticket)
+            self._verdicts.forget(ticket)
         self._pending = [discard for discard in self._pending if not self._book.is_closed(discard.ticket)]
 
     def advance(self, batch: Batch) -> None:
@@ -427,6 +430,7 @@ class Books:
         samples are not what was recorded.
         """
         self.inbox.forget_all()
+        self._verdicts.clear()
         self._pending.clear()
         self._is_recorded_lost = bool(self._recorded)
 
@@ -446,6 +450,7 @@ class Books:
         )
         self._pending.append(discard)
         self.inbox.set_aside(discard.ticket)
+        self._verdicts.forget(discard.ticket)
         self.counters.discards[discard.reason] += 1
         rewards = [sample.reward for sample in group.samples] if isinstance(group, Group) else []
         self._discard_count.add(discard, min(rewards, default=None))

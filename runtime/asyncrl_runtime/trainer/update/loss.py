@@ -13,20 +13,23 @@ changes nothing.
 | CISPO | sg(clip(u)) A log pi_theta, u = pi_theta / pi_behav |
 | TIS | sg(min(u, max)) A log pi_theta, u = pi_theta / pi_behav |
 
+An advantage of 0 leaves no objective, so what has none is not computed at all (`has_gradient`).
+
 To add a loss, write a function, enter it in `POLICY_LOSSES` below, and add its name to
-`AlgorithmSpec.policy_loss`.
+`AlgorithmSpec.policy_loss`. Its objective must be 0 where the advantage is.
 """
 
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from asyncrl_api.job import AlgorithmSpec, ImportanceWeightSpec
 from asyncrl_runtime.trainer.update.diagnostics import token_sums
-from asyncrl_runtime.trainer.update.packing import MicroBatch
+from asyncrl_runtime.trainer.update.packing import MicroBatch, TrainingSample
 
 MAX_LOG_RATIO = 20.0
 """The bound at which log-ratios are cut off, with no gradient beyond it: exp(90) is infinite, and infinity
@@ -97,6 +100,17 @@ def compute_loss(
         loss_mask=batch.loss_mask,
     )
     return Loss(value, sums)
+
+
+def has_gradient(sample: TrainingSample, algorithm: AlgorithmSpec) -> bool:
+    """Return whether the gradient of a sample may differ from zero, whatever the policy is.
+
+    It is zero if no token is in the loss, and, without KL and entropy terms, if the advantage is 0, as in a
+    group whose rewards are all equal. A token that is clipped does not count: that depends on the policy.
+    """
+    has_regularizer = algorithm.kl_coefficient != 0 or algorithm.entropy_coefficient != 0
+    has_advantage = np.float32(sample.advantage) != 0  # as the loss will see it
+    return bool(sample.loss_mask.any()) and bool(has_advantage or has_regularizer)
 
 
 WIDEST_SEQUENCE_CLIP = 0.01

@@ -27,10 +27,16 @@ from transformers.utils import logging as transformers_logging
 
 from asyncrl_api.exits import ExitCode, ExitError
 from asyncrl_api.job import AlgorithmSpec, DeepSpeedSpec, LoRASpec, TrainingSpec
+from asyncrl_api.placement_spec import ActivationCheckpointing
 from asyncrl_runtime.contract.messages import BucketLayout
 from asyncrl_runtime.model import attention
 from asyncrl_runtime.trainer.sealing import Sealed, seal, seal_folder
-from asyncrl_runtime.trainer.update.deepspeed_config import Dtype, derive_config, derive_reference_config
+from asyncrl_runtime.trainer.update.deepspeed_config import (
+    Dtype,
+    derive_config,
+    derive_reference_config,
+    recomputes_activations,
+)
 from asyncrl_runtime.trainer.update.loss import compute_loss
 from asyncrl_runtime.trainer.update.packing import MicroBatch
 from asyncrl_runtime.trainer.update.policy_api import StepSettings, Update
@@ -80,14 +86,13 @@ class Policy:
         training: TrainingSpec,
         algorithm: AlgorithmSpec,
         deepspeed: DeepSpeedSpec,
-        recompute_activations: bool | None = None,
+        activation_checkpointing: ActivationCheckpointing = "Auto",
     ) -> None:
         """Load the model; collective. The caller has already made the process group (gloo or nccl).
 
         Args:
             folder: the folder of a Hugging Face model, the same on all ranks; also the KL term's reference.
-            recompute_activations: whether the backward pass recomputes them, layer by layer. By default it
-                does on a GPU, whose memory bounds `tokensPerMicroBatch`, and does not on a CPU.
+            activation_checkpointing: `spec.trainer.activationCheckpointing`.
         """
         library = _import_deepspeed()  # before transformers does so and chooses the accelerator itself
         self.device = _local_device()
@@ -111,7 +116,7 @@ class Policy:
             model = load_model(folder, dtype, sharded_by=config if self.is_sharded else None)
         if self.trains_adapters:
             config = derive(num_parameters=add_adapters(model, training.lora, training.seed))
-        if self.device.type == "cuda" if recompute_activations is None else recompute_activations:
+        if recomputes_activations(activation_checkpointing, self.device.type):
             model.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
         groups = parameter_groups(model, training.weight_decay)
         self._is_decayed = [_num_dimensions(group["params"][0]) >= 2 for group in groups]
