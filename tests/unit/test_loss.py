@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from asyncrl_api.doubts import doubts_about
 from asyncrl_api.job import AlgorithmSpec
 from asyncrl_runtime.trainer.update.diagnostics import SCALARS
 from asyncrl_runtime.trainer.update.loss import (
@@ -15,7 +16,6 @@ from asyncrl_runtime.trainer.update.loss import (
     Loss,
     clipped_objective,
     compute_loss,
-    doubts_about,
 )
 from asyncrl_runtime.trainer.update.packing import MicroBatch, TrainingSample, pack
 from support.jobs.naive_rl import Token, naive_loss

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from asyncrl_api.base import parse_quantity
+from asyncrl_api.doubts import doubts_about
 from asyncrl_api.exits import ExitCode, ExitError
 from asyncrl_api.ledger import History, LedgerError, read_ledger
 from asyncrl_api.report import CheckpointReport, EvaluationReport, Report
@@ -60,7 +61,6 @@ from asyncrl_runtime.trainer.step_faults import NumbersUnusable
 from asyncrl_runtime.trainer.stopping import announced_disruption
 from asyncrl_runtime.trainer.train import train
 from asyncrl_runtime.trainer.update.failures import StepFailed
-from asyncrl_runtime.trainer.update.loss import doubts_about
 from asyncrl_runtime.trainer.update.policy import Policy
 from asyncrl_runtime.trainer.update.policy_api import TrainedPolicy
 from asyncrl_runtime.trainer.update.ranks import COMMAND_SECONDS, Load, PeerLost, Ranks, make_commands_group
