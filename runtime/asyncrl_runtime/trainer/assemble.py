@@ -236,7 +236,7 @@ async def _open_parts(
     checkpoints = Checkpoints(config.job_folder, config.uid)
     checkpoint = choose_checkpoint(config, checkpoints, history)
     if checkpoint is None and history.steps:
-        ledger.cut(0)
+        await patience.insist("the ledger", partial(asyncio.to_thread, ledger.cut, 0))
         history = read_ledger(path)
     await _load_policy(config, ranks, checkpoint)
 
