@@ -144,6 +144,7 @@ class Attempt:
     async def next_batch(self) -> Batch | None:
         """Wait for the next batch and return it; None if the job is to stop, or has mastered its prompts."""
         began = self._parts.clock()
+        self._books.batch_wanted()
         while not self._stopping.is_set():
             try:
                 batch = self._books.next_batch()
@@ -281,6 +282,7 @@ class Attempt:
                 "step_seconds": seconds,
                 "wait_seconds": self._waited,
                 "publish_seconds": self._publish_seconds,
+                "rollout_load": self._parts.fleet.take_load(),
                 "num_engines": self._metrics.report.num_engines,
                 "queue_depth": len(self._books.inbox.arrived),
                 "num_open_tickets": self._books.num_open,
