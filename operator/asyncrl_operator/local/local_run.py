@@ -120,7 +120,7 @@ class RunningProcess:
     hangs: str = ""
     """Why it was killed, if it hung."""
     unstartable_since: float | None = None
-    """Since when it could not be started again; None if it could."""
+    """The time from which on it could not be started again; None if it could."""
 
     def is_up(self, now: float) -> bool:
         """Whether it runs; after a failure it counts as up only after a while, because it may fail again."""
