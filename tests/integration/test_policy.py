@@ -247,6 +247,25 @@ def run_repeated(model: Path, folder: Path, stage: int, dtype: str) -> dict[str,
     }
 
 
+def run_edited(model: Path, folder: Path, stage: int, dtype: str) -> dict[str, Any]:
+    """Go on with other settings of the optimizer than those under which the checkpoint was made."""
+    policy = make_policy(model, stage, dtype=dtype)
+    train_step(policy, make_batch(0))
+    save(policy, folder / "checkpoint")
+    params = {"amsgrad": True, "fused": False, "foreach": False}
+    other = make_policy(model, stage, dtype=dtype, config={"optimizer": {"params": params}})
+    restore(other, folder / "checkpoint", folder / "scratch")
+    for each in (policy, other):
+        train_step(each, make_batch(1))
+    groups = other._engine.optimizer.param_groups
+    return {
+        "settings": [{name: group[name] for name in params} for group in groups],
+        "before": weights_of(policy),
+        "after": weights_of(other),
+        "peaks": ["max_exp_avg_sq" in state for state in other._optimizer.state.values()],
+    }
+
+
 def run_resized(
     model: Path, folder: Path, stage: int, dtype: str, source: Path, was: int | None = None
 ) -> dict[str, Any]:
@@ -458,6 +477,9 @@ SCENARIOS: dict[str, tuple[Scenario, dict[str, Any]]] = {
         )
         for stage in (0, 3)
         for computes_all in (True, False)
+    },
+    **{
+        f"edited-{stage}-{dtype}": (run_edited, {"stage": stage, "dtype": dtype}) for stage, dtype in REPEATED
     },
     "foreign": (run_foreign_checkpoint, {}),
     **{f"reference-{stage}": (run_reference, {"stage": stage}) for stage in (2, 3)},
@@ -682,6 +704,19 @@ def test_a_step_has_its_own_settings_whatever_the_policy_began_with(
     assert found["repeated"] and found["kl"] == [0, 0, 0]
     assert found["differs"] and found["new kl"] > 0
     assert found["constants"] == [(0.0, 0.8, 0.9, 1e-3), (0.4, 0.8, 0.9, 1e-3)]
+
+
+@pytest.mark.parametrize(("stage", "dtype"), REPEATED)
+def test_edited_settings_of_the_optimizer_are_in_force_after_a_restart(
+    session: Session, stage: int, dtype: str
+) -> None:
+    """So is what else `trainer.deepspeed.config` says: a checkpoint holds nothing of it."""
+    found = session[f"edited-{stage}-{dtype}"]
+    assert found["settings"] == [{"amsgrad": True, "fused": False, "foreach": False}] * 2
+    assert found["peaks"] and all(found["peaks"])
+    tolerance = LEARNING_RATE * 3 if dtype == "Float32" else 2e-2  # three updates of a rate each
+    for name, weight in found["before"].items():
+        torch.testing.assert_close(found["after"][name], weight, rtol=0, atol=tolerance)
 
 
 def test_a_checkpoint_of_another_zero_stage_is_refused(session: Session) -> None:

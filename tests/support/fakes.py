@@ -509,7 +509,7 @@ class FakeStreams:
     def start_over(self) -> None:
         pass
 
-    async def mend(self, give_up_recorded: Callable[[], None]) -> None:
+    async def mend(self, give_up_recorded: Callable[[], Awaitable[None]]) -> None:
         raise AssertionError("nothing is lost")
 
     async def has_read_everything(self) -> bool:

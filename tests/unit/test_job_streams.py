@@ -107,7 +107,7 @@ async def test_recorded_steps_that_went_with_their_stream_are_given_up_before_it
     await streams.open("another")
     assert streams.lost == LostStreams(trajectories=True, prompts=True) and queues.calls == []
 
-    def give_up() -> None:
+    async def give_up() -> None:
         queues.calls.append("give up")
         books.cut()
         streams.requeue()

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from asyncrl_api.base import parse_quantity
+from asyncrl_api.doubts import doubts_about
 from asyncrl_api.exits import ExitCode, ExitError
 from asyncrl_api.ledger import History, LedgerError, read_ledger
 from asyncrl_api.report import CheckpointReport, EvaluationReport, Report
@@ -62,7 +63,6 @@ from asyncrl_runtime.trainer.step_faults import NumbersUnusable
 from asyncrl_runtime.trainer.stopping import announced_disruption
 from asyncrl_runtime.trainer.train import train
 from asyncrl_runtime.trainer.update.failures import StepFailed
-from asyncrl_runtime.trainer.update.loss import doubts_about
 from asyncrl_runtime.trainer.update.policy import Policy
 from asyncrl_runtime.trainer.update.policy_api import TrainedPolicy
 from asyncrl_runtime.trainer.update.ranks import COMMAND_SECONDS, Load, PeerLost, Ranks, make_commands_group
@@ -240,7 +240,7 @@ async def _open_parts(
     checkpoints = Checkpoints(config.job_folder, config.uid)
     checkpoint = choose_checkpoint(config, checkpoints, history)
     if checkpoint is None and history.steps:
-        ledger.cut(0)
+        await patience.insist("the ledger", partial(asyncio.to_thread, ledger.cut, 0))
         history = read_ledger(path)
     await _load_policy(config, ranks, checkpoint)
 

@@ -171,7 +171,7 @@ class Attempt:
                 batch = self._books.next_batch()
             except RecordedBatchLost as error:
                 log.warning("%s", error)
-                self._cut()
+                await self._cut()
                 continue
             if not self._books.is_repeating and not self._has_begun:
                 await self._write_ledger(self._parts.ledger.begin, self.version, self._values.to_ledger())
@@ -193,7 +193,7 @@ class Attempt:
                 log.warning(
                     "trajectories of tickets %s are lost: their step cannot be repeated", missing[:20]
                 )
-                self._cut()
+                await self._cut()
                 self._streams.start_over()
             await self._books.news.wait(LOOK_SECONDS)
         return None
@@ -212,9 +212,9 @@ class Attempt:
             return []
         return missing()  # looked up again: they may have been read while we asked
 
-    def _cut(self) -> None:
+    async def _cut(self) -> None:
         """End the surviving history here, and go on with new steps from this version."""
-        self._parts.ledger.cut(self.version)
+        await self._write_ledger(self._parts.ledger.cut, self.version)
         self._checkpointing.drop_after(self.version)
         self._books.cut()
         self._streams.requeue()  # the tickets of the steps given up are no longer queued

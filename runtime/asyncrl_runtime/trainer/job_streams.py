@@ -11,7 +11,7 @@ streams again. Nothing else clears `lost`.
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,7 +142,7 @@ class JobStreams:
         if lost:
             self._books.news.ring()
 
-    async def mend(self, give_up_recorded: Callable[[], None]) -> None:
+    async def mend(self, give_up_recorded: Callable[[], Awaitable[None]]) -> None:
         """Make lost streams again: prompts from the first open ticket, trajectories behind the last one seen.
 
         Tickets that had arrived through a lost trajectory stream are open again. A closed ticket above the
@@ -161,7 +161,7 @@ class JobStreams:
                 log.warning("the trajectory stream is lost: open tickets are issued again")
                 self._books.streams_lost()
             if self._books.is_recorded_lost:
-                give_up_recorded()
+                await give_up_recorded()
             await self._make_again()
 
     async def _make_again(self) -> None:
