@@ -148,6 +148,15 @@ class ThroughputStatus(StatusType):
     trainer_wait_percent: Number | None = _of("Share of the time in which the trainer waited for a batch.")
 
 
+class WeightUpdateStatus(StatusType):
+    """What the time of the last update of engines went into; transfer and load overlap."""
+
+    gather_milliseconds: Number | None = _of("Waiting for weights to be gathered from the trainer's ranks.")
+    transfer_milliseconds: Number | None = _of("Sending them, until engines have loaded all but the last.")
+    load_milliseconds: Number | None = _of("Loading, after the last had been sent.")
+    pause_milliseconds: Number | None = _of("How long the engine was paused that was paused longest.")
+
+
 class RewardStatus(StatusType):
     """How well the policy does."""
 
@@ -195,6 +204,7 @@ class Status(StatusType):
     progress: ProgressStatus | None = _of("How far training is.")
     staleness: StalenessStatus | None = _of("Age of the tokens that were trained last.")
     throughput: ThroughputStatus | None = _of("Speed of the job.")
+    weight_update: WeightUpdateStatus | None = _of("What the last update of engines spent its time on.")
     reward: RewardStatus | None = _of("How well the policy does.")
     gpus: GPUsStatus | None = _of("The GPU budget, and how much of it the job holds.")
     last_checkpoint: CheckpointStatus | None = _of("The checkpoint that a restarted trainer continues from.")

@@ -192,8 +192,8 @@ class WeightSyncSpec(ApiType):
         "Library for collective communication. Auto: NCCL on GPUs, Gloo on CPUs.", default="Auto"
     )
     bucket_megabytes: Annotated[int, Field(ge=1, le=65_536)] = field(
-        "Size of the pieces in which weights are sent, in megabytes; trainer and engines need GPU memory for "
-        "one such piece.",
+        "Size of the pieces in which weights are sent, in megabytes; the trainer needs GPU memory for two of "
+        "them, an engine for one.",
         default=256,
     )
     timeout_seconds: CountOrZero = field(

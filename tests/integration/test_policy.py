@@ -27,6 +27,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from asyncrl_api.job import AlgorithmSpec, DeepSpeedSpec, LoRASpec, TrainingSpec
+from asyncrl_runtime.contract.messages import BucketLayout
 from asyncrl_runtime.trainer.update import step as step_module
 from asyncrl_runtime.trainer.update.advantages import ADVANTAGES, compute_advantages
 from asyncrl_runtime.trainer.update.deepspeed_config import BETAS, deep_merge
@@ -37,7 +38,6 @@ from asyncrl_runtime.trainer.update.policy import Policy, load_model
 from asyncrl_runtime.trainer.update.policy_api import StepSettings, Update
 from asyncrl_runtime.trainer.update.saved_files import ignore
 from asyncrl_runtime.trainer.update.step import StepPlan
-from asyncrl_runtime.weights.bucket import Bucket
 from support.jobs.naive_rl import NaiveTrainer
 
 STAGES = (0, 1, 2, 3)
@@ -155,18 +155,22 @@ def restore(policy: Policy, folder: Path, scratch: Path) -> None:
 
 def weights_of(policy: Policy) -> dict[str, Tensor]:
     """Return them on rank 0, as they are sent to engines; collective."""
-    buckets = map(policy.bucket, policy.buckets(4096))
-    return {name: tensor for bucket in buckets if bucket is not None for name, tensor in unpack(bucket)}
+    weights: dict[str, Tensor] = {}
+    for names in policy.buckets(4096):
+        bucket = policy.bucket(names)
+        if bucket is not None:
+            weights |= unpack(policy.layout(names), bucket)
+    return weights
 
 
-def unpack(bucket: Bucket) -> Iterator[tuple[str, Tensor]]:
+def unpack(layout: BucketLayout, bucket: Tensor) -> Iterator[tuple[str, Tensor]]:
     start = 0
-    for name, dtype_name, shape in zip(bucket.names, bucket.dtypes, bucket.shapes, strict=True):
+    for name, dtype_name, shape in zip(layout.names, layout.dtypes, layout.shapes, strict=True):
         dtype = getattr(torch, dtype_name)
         end = start + torch.Size(shape).numel() * dtype.itemsize
-        yield name, bucket.data[start:end].clone().view(dtype).view(shape)
+        yield name, bucket[start:end].clone().view(dtype).view(shape)
         start = end
-    assert start == bucket.data.nbytes
+    assert start == bucket.nbytes
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
@@ -240,6 +244,25 @@ def run_repeated(model: Path, folder: Path, stage: int, dtype: str) -> dict[str,
         "new kl": report_tokens(updates[-1].sums)["reference_kl"],
         "differs": not same(weights_of(other), weights_of(policy)),
         "constants": sorted((g["weight_decay"], *g["betas"], g["eps"]) for g in groups),
+    }
+
+
+def run_edited(model: Path, folder: Path, stage: int, dtype: str) -> dict[str, Any]:
+    """Go on with other settings of the optimizer than those under which the checkpoint was made."""
+    policy = make_policy(model, stage, dtype=dtype)
+    train_step(policy, make_batch(0))
+    save(policy, folder / "checkpoint")
+    params = {"amsgrad": True, "fused": False, "foreach": False}
+    other = make_policy(model, stage, dtype=dtype, config={"optimizer": {"params": params}})
+    restore(other, folder / "checkpoint", folder / "scratch")
+    for each in (policy, other):
+        train_step(each, make_batch(1))
+    groups = other._engine.optimizer.param_groups
+    return {
+        "settings": [{name: group[name] for name in params} for group in groups],
+        "before": weights_of(policy),
+        "after": weights_of(other),
+        "peaks": ["max_exp_avg_sq" in state for state in other._optimizer.state.values()],
     }
 
 
@@ -454,6 +477,9 @@ SCENARIOS: dict[str, tuple[Scenario, dict[str, Any]]] = {
         )
         for stage in (0, 3)
         for computes_all in (True, False)
+    },
+    **{
+        f"edited-{stage}-{dtype}": (run_edited, {"stage": stage, "dtype": dtype}) for stage, dtype in REPEATED
     },
     "foreign": (run_foreign_checkpoint, {}),
     **{f"reference-{stage}": (run_reference, {"stage": stage}) for stage in (2, 3)},
@@ -678,6 +704,19 @@ def test_a_step_has_its_own_settings_whatever_the_policy_began_with(
     assert found["repeated"] and found["kl"] == [0, 0, 0]
     assert found["differs"] and found["new kl"] > 0
     assert found["constants"] == [(0.0, 0.8, 0.9, 1e-3), (0.4, 0.8, 0.9, 1e-3)]
+
+
+@pytest.mark.parametrize(("stage", "dtype"), REPEATED)
+def test_edited_settings_of_the_optimizer_are_in_force_after_a_restart(
+    session: Session, stage: int, dtype: str
+) -> None:
+    """So is what else `trainer.deepspeed.config` says: a checkpoint holds nothing of it."""
+    found = session[f"edited-{stage}-{dtype}"]
+    assert found["settings"] == [{"amsgrad": True, "fused": False, "foreach": False}] * 2
+    assert found["peaks"] and all(found["peaks"])
+    tolerance = LEARNING_RATE * 3 if dtype == "Float32" else 2e-2  # three updates of a rate each
+    for name, weight in found["before"].items():
+        torch.testing.assert_close(found["after"][name], weight, rtol=0, atol=tolerance)
 
 
 def test_a_checkpoint_of_another_zero_stage_is_refused(session: Session) -> None:

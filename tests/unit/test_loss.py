@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from asyncrl_api.doubts import doubts_about
 from asyncrl_api.job import AlgorithmSpec
 from asyncrl_runtime.trainer.update.diagnostics import SCALARS
 from asyncrl_runtime.trainer.update.loss import (
@@ -16,7 +17,6 @@ from asyncrl_runtime.trainer.update.loss import (
     Loss,
     clipped_objective,
     compute_loss,
-    doubts_about,
     has_gradient,
 )
 from asyncrl_runtime.trainer.update.packing import MicroBatch, TrainingSample, pack

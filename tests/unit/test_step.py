@@ -6,18 +6,22 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from asyncrl_api.job import AlgorithmSpec
+from asyncrl_api.job import AlgorithmSpec, StalenessSpec
+from asyncrl_runtime.contract.messages import Group
+from asyncrl_runtime.trainer.books.staleness import LiveGroup, assess
 from asyncrl_runtime.trainer.update.diagnostics import NUM_BINS, SCALARS
 from asyncrl_runtime.trainer.update.failures import StepFailed, StepStopped
 from asyncrl_runtime.trainer.update.loss import POLICY_LOSSES
 from asyncrl_runtime.trainer.update.packing import MicroBatch, TrainingSample
 from asyncrl_runtime.trainer.update.policy_api import StepPolicy, StepSettings, Update
-from asyncrl_runtime.trainer.update.step import StepOutcome, StepPlan, train_step
+from asyncrl_runtime.trainer.update.step import StepOutcome, StepPlan, plan_step, train_step
+from support.messages.samples import make_sample
 
 NUM_MINIBATCHES = 3
 
@@ -258,3 +262,24 @@ def test_it_is_asked_before_each_micro_batch_whether_the_step_goes_on(stop_at: i
     with pytest.raises(StepStopped) as stopped:
         train_step(policy, plan.shares(1)[0], go_on=go_on)
     assert asked == expected[:stop_at] and stopped.value.num_updates == expected[stop_at]
+
+
+def test_the_overlong_penalty_of_a_sample_is_that_of_its_longest_turn_under_its_own_bound() -> None:
+    """Twelve tokens in two turns of six are far from a bound of ten; a turn of six is at a bound of six."""
+    turns = make_sample(0, spans=[(1, 0, 13)], mask=[True] * 6 + [False] + [True] * 6)
+    near = msgspec.structs.replace(make_sample(1, spans=[(1, 0, 6)]), max_new_tokens=6)
+    groups = [
+        assess(Group(ticket=1, group_size=2, samples=(turns, near)), 0, StalenessSpec(), {1: 0}, "None")
+    ]
+    algorithm = AlgorithmSpec.model_validate(
+        {"advantage": "GroupCentered", "overlongPenalty": {"bufferTokens": 2, "penalty": 1.0}}
+    )
+    plan = plan_step(
+        [group for group in groups if isinstance(group, LiveGroup)],
+        settings=StepSettings(algorithm, 0.0, 0.0, (0.9, 0.95), 1e-8),
+        max_new_tokens=10,
+        num_minibatches=1,
+        tokens_per_micro_batch=64,
+        learning_rate=0.0,
+    )
+    assert [sample.advantage for sample in plan.samples] == [0.5, -0.5]

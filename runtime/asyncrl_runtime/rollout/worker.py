@@ -256,10 +256,10 @@ class Worker:
             asked = decode_request(request)
         except ValueError as error:
             self._refusals.add("request of a trainer", str(error))
-            return encode(ControlReply(ok=False, message=one_line(str(error))))
+            return encode(ControlReply(ok=False, message=one_line(str(error)), worker=self._name))
         reply = await self._updates.handle(asked)
         self._ring()
-        return encode(reply)
+        return encode(msgspec.structs.replace(reply, worker=self._name))
 
     async def _poll_state(self) -> None:
         """Act on the job's state, read every STATE_POLL_SECONDS, as on a change; nobody wakes it earlier."""

@@ -5,8 +5,8 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable, Coroutine
-from dataclasses import replace
-from typing import Any
+from dataclasses import asdict, replace
+from typing import Any, TypeVar
 
 from asyncrl_api.report import MASTERED_STATE
 from asyncrl_runtime.contract.messages import Heartbeat, PolicyVersion
@@ -23,8 +23,11 @@ from asyncrl_runtime.trainer.stopping import LEAVE_SECONDS, StepTimes, fits_into
 from asyncrl_runtime.trainer.update.failures import StepFailed, StepStopped
 from asyncrl_runtime.trainer.update.ranks import Stop, Train
 from asyncrl_runtime.trainer.update.step import StepOutcome, StepPlan
+from asyncrl_runtime.weights.engines import Published, UpdateSeconds
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 FIRST_HEARTBEAT_SECONDS = 1.5
 """How long a new trainer listens before it first publishes: every living worker has spoken by then."""
@@ -64,6 +67,7 @@ class Attempt:
         self._waited = 0.0
         self._told_at = -math.inf
         self._publish_seconds = 0.0
+        self._update_seconds = UpdateSeconds()
 
     @property
     def version(self) -> int:
@@ -106,14 +110,22 @@ class Attempt:
         began = self._parts.clock()
         label = PolicyVersion(self._parts.attempt, version)
         interrupt = self._books.live.rollout.interrupt
-        if await self._while_there_is_time(self._parts.weights.publish(label, interrupt)):
+        published = await self._while_there_is_time(self._parts.weights.publish(label, interrupt))
+        if published is not None:
             await self._streams.announce(label)
+            self._tell_seconds(published)
         self._publish_seconds = self._parts.clock() - began
 
-    async def _while_there_is_time(self, work: Coroutine[Any, Any, Any]) -> bool:
-        """Do something that a checkpoint at a stop must not have to wait for; return whether it was done.
+    def _tell_seconds(self, published: Published) -> None:
+        if published.seconds is not None:
+            self._update_seconds = published.seconds
+            told = asdict(published.seconds)
+            self._metrics.update(**{f"update_{what}_seconds": seconds for what, seconds in told.items()})
 
-        It is broken off when the grace has just enough left for the checkpoint.
+    async def _while_there_is_time(self, work: Coroutine[Any, Any, T]) -> T | None:
+        """Return the result of something that a checkpoint at a stop must not have to wait for.
+
+        It is None if it was broken off, that is when the grace has just enough left for the checkpoint.
         """
         task, stop = asyncio.ensure_future(work), asyncio.ensure_future(self._stopping.wait())
         try:
@@ -123,9 +135,8 @@ class Attempt:
                 await asyncio.wait({task}, timeout=max(0.0, left))
             if not task.done():
                 log.warning("broken off, because the trainer is to stop: engines keep the weights they have")
-                return False
-            task.result()
-            return True
+                return None
+            return task.result()
         finally:
             task.cancel()
             stop.cancel()
@@ -161,7 +172,7 @@ class Attempt:
                 batch = self._books.next_batch()
             except RecordedBatchLost as error:
                 log.warning("%s", error)
-                self._cut()
+                await self._cut()
                 continue
             if not self._books.is_repeating and not self._has_begun:
                 await self._write_ledger(self._parts.ledger.begin, self.version, self._values.to_ledger())
@@ -178,13 +189,13 @@ class Attempt:
             self._tell_that_it_waits()
             with contextlib.suppress(_StopRequested):
                 await self._boundary()
-            if self._streams.is_nearly_full:
-                await self._checkpointing.make_room(self._parts.clock() - began)
+            await self._checkpointing.make_room()
             if missing := await self._missing_for_good():
                 log.warning(
                     "trajectories of tickets %s are lost: their step cannot be repeated", missing[:20]
                 )
-                self._cut()
+                await self._cut()
+                self._streams.start_over()
             await self._books.news.wait(LOOK_SECONDS)
         return None
 
@@ -202,9 +213,9 @@ class Attempt:
             return []
         return missing()  # looked up again: they may have been read while we asked
 
-    def _cut(self) -> None:
+    async def _cut(self) -> None:
         """End the surviving history here, and go on with new steps from this version."""
-        self._parts.ledger.cut(self.version)
+        await self._write_ledger(self._parts.ledger.cut, self.version)
         self._checkpointing.drop_after(self.version)
         self._books.cut()
         self._streams.requeue()  # the tickets of the steps given up are no longer queued
@@ -307,6 +318,7 @@ class Attempt:
                 "step_seconds": seconds,
                 "wait_seconds": self._waited,
                 "publish_seconds": self._publish_seconds,
+                **{f"update_{what}_seconds": each for what, each in asdict(self._update_seconds).items()},
                 "rollout_load": self._parts.fleet.take_load(),
                 "num_engines": self._metrics.report.num_engines,
                 "queue_depth": len(self._books.inbox.arrived),

@@ -287,8 +287,11 @@ class Books:
         return max(self._most_issued, self._book.highest) + 2 * (ahead + discards)
 
     def is_known(self, ticket: int) -> bool:
-        """Return whether a ticket is closed, or its group or a part of it has arrived."""
-        return self.is_closed(ticket) or self.inbox.has_seen(ticket)
+        """Return whether a ticket is closed, or its group or a part of it has arrived.
+
+        One that a recorded step discards is closed when that step is repeated; it need not have arrived.
+        """
+        return self.is_closed(ticket) or self.inbox.has_seen(ticket) or self._is_recorded_discard(ticket)
 
     # -- batches
 
@@ -471,10 +474,10 @@ class Books:
     # -- helpers
 
     def _is_recorded(self, ticket: int) -> bool:
-        return any(
-            ticket in step.tickets or any(ticket in tickets for tickets in step.discards.values())
-            for step in self._recorded
-        )
+        return self._is_recorded_discard(ticket) or any(ticket in step.tickets for step in self._recorded)
+
+    def _is_recorded_discard(self, ticket: int) -> bool:
+        return any(ticket in tickets for step in self._recorded for tickets in step.discards.values())
 
     def _discard(self, discard: Discard, group: Group | Tombstone) -> None:
         log.info(

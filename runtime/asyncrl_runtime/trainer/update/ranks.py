@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from asyncrl_runtime.trainer.turn_clock import Measure, TurnClock, folder_bytes
 from asyncrl_runtime.trainer.update.failures import (
@@ -38,7 +39,6 @@ from asyncrl_runtime.trainer.update.shares import (
 from asyncrl_runtime.trainer.update.step import StepOutcome, StepPlan, train_step
 from asyncrl_runtime.trainer.update.together import DiskWork, WorkFailed, work_together
 from asyncrl_runtime.weights.adapter_publisher import Adapter
-from asyncrl_runtime.weights.bucket import Bucket
 
 log = logging.getLogger(__name__)
 
@@ -162,9 +162,9 @@ class Ranks:
             if done:
                 return work.result()
 
-    async def bucket(self, names: tuple[str, ...]) -> Bucket:
-        """Return the weights of these names, valid until the next bucket."""
-        bucket: Bucket
+    async def bucket(self, names: tuple[str, ...]) -> Tensor:
+        """Return the weights of these names, [bytes] uint8, valid until the next bucket but one."""
+        bucket: Tensor
         if self.policy.is_sharded:
             bucket = await self.run(Gather(names))
         else:
