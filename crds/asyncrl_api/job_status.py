@@ -13,7 +13,6 @@ from asyncrl_api.base import MAX_INT, Text
 from asyncrl_api.times import is_time
 
 Number = Annotated[int, Field(ge=0, le=MAX_INT)]
-Positive = Annotated[int, Field(ge=1, le=MAX_INT)]
 Word = Annotated[str, Field(max_length=253)]
 
 
@@ -87,7 +86,7 @@ class SplitStatus(StatusType):
     trainer: Number = _of("GPUs of the trainer.", ...)
     rollout: Number = _of("GPUs of the rollout group.", ...)
     idle: Number = _of("GPUs of the budget that are not used.", ...)
-    gpus_per_replica: Positive = _of("GPUs of one engine.", ...)
+    gpus_per_replica: Annotated[int, Field(ge=1, le=MAX_INT)] = _of("GPUs of one engine.", ...)
     total: Number = _of("The budget that was split.", ...)
     decided_by: Literal["Auto", "Manual"] = _of(
         "Who decided the split: the operator (Auto) or the user (Manual).", ...
