@@ -70,7 +70,7 @@ class Report(Wire):
     """The number of prompt groups that have arrived and are not trained yet."""
     num_engines: int = 0
     update_gather_seconds: float | None = None
-    """Of the last update of engines: how long it waited for weights to be gathered."""
+    """How long the last update of engines waited for weights to be gathered."""
     update_transfer_seconds: float | None = None
     """How long it sent them, which waits for engines that still load what came before."""
     update_load_seconds: float | None = None

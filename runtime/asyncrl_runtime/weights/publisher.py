@@ -28,7 +28,7 @@ from asyncrl_runtime.contract.messages import (
 )
 from asyncrl_runtime.contract.refused import Refusals
 from asyncrl_runtime.weights.bucket import PublishedWeights
-from asyncrl_runtime.weights.engines import Answers, Engines, Member, Published, UpdateSeconds
+from asyncrl_runtime.weights.engines import Engines, Member, Published, Replies, UpdateSeconds
 from asyncrl_runtime.weights.fleet import Fleet
 from asyncrl_runtime.weights.group import MeetingPlace, WeightGroup, WeightGroups
 
@@ -270,7 +270,10 @@ class WeightPublisher(Engines):
             version=version,
             timeout_seconds=self._bucket_timeout,
         )
-        answers, longest = Answers(members), self._bucket_timeout * (1 + len(self.weights.layout)) + 10
+        answers, longest = (
+            Replies(members),
+            self._bucket_timeout * (1 + len(self.weights.layout)) + 10,
+        )
         asking = asyncio.create_task(self._collect(answers, receive, longest))
         sent = dict.fromkeys(epochs, 0)
         try:
@@ -288,7 +291,7 @@ class WeightPublisher(Engines):
         finally:
             asking.cancel()
 
-    async def _broadcast(self, bucket: Tensor, sent: dict[_Epoch, int], answers: Answers) -> Exception | None:
+    async def _broadcast(self, bucket: Tensor, sent: dict[_Epoch, int], answers: Replies) -> Exception | None:
         """Send a bucket to all groups, and count it in `sent`; return what went wrong.
 
         A member that says no does not take part in this broadcast, so it is not waited for to the deadline.
@@ -316,7 +319,11 @@ class WeightPublisher(Engines):
         return None
 
     async def _broken_broadcast(
-        self, answers: Answers, asking: "asyncio.Task[None]", sent: Mapping[_Epoch, int], error: Exception
+        self,
+        answers: Replies,
+        asking: "asyncio.Task[None]",
+        sent: Mapping[_Epoch, int],
+        error: Exception,
     ) -> "_EpochFailed":
         """Leave the groups, to free those who wait for what will not be sent any more, and find who broke it.
 
