@@ -45,7 +45,12 @@ DECIDE_A_STEP = {
     for path in RESTARTING
     if path.startswith(("algorithm.", "training.")) and path != "training.batchSize"
 }
-OF_DEEPSPEED = {"trainer.deepspeed.zeroStage", "trainer.deepspeed.config"}
+OF_THE_POLICY = {
+    "trainer.activationCheckpointing",
+    "trainer.deepspeed.zeroStage",
+    "trainer.deepspeed.config",
+}
+"""What `Policy` is made with: tests/integration/test_policy.py tries them."""
 DEFAULTS = Defaults("localhost/runtime:1", "localhost/nats:1", ())
 EDITS = {f"{edit.node.path} {edit.kind}": edit for edit in edits_of(BARE, FULL) if "R" in edit.node.mark}
 
@@ -273,4 +278,4 @@ def test_the_next_attempt_goes_by_the_new_value(
 
 
 def test_every_field_that_restarts_the_trainer_is_tried() -> None:
-    assert CASES.keys() | DECIDE_A_STEP | OF_DEEPSPEED == RESTARTING
+    assert CASES.keys() | DECIDE_A_STEP | OF_THE_POLICY == RESTARTING

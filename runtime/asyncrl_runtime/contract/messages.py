@@ -408,7 +408,7 @@ class ControlReply(Message, frozen=True, kw_only=True, tag="reply.v1"):
     bucket: int = 0
     """The number, from 1 on, of the bucket at which ReceiveWeights failed; 0 if it was at none."""
     paused_seconds: float = 0.0
-    """How long the engine sampled nothing, in the answer to CommitUpdate."""
+    """How long the engine sampled nothing; in the answer to CommitUpdate."""
 
 
 LONGEST_TIMEOUT_SECONDS = 7 * 24 * 3600.0

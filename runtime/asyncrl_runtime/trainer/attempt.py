@@ -16,13 +16,13 @@ from asyncrl_runtime.trainer.books.step_values import StepValues
 from asyncrl_runtime.trainer.checkpointing import Checkpointing
 from asyncrl_runtime.trainer.evaluation_schedule import EvaluationSchedule
 from asyncrl_runtime.trainer.patience import Patience
+from asyncrl_runtime.trainer.planning import Planner
 from asyncrl_runtime.trainer.seams import AttemptParts
 from asyncrl_runtime.trainer.step_faults import StepFaults
 from asyncrl_runtime.trainer.stopping import LEAVE_SECONDS, StepTimes, fits_into_grace
-from asyncrl_runtime.trainer.update.deepspeed_config import step_settings
-from asyncrl_runtime.trainer.update.failures import MicroBatchWatch, StepFailed, StepStopped
+from asyncrl_runtime.trainer.update.failures import StepFailed, StepStopped
 from asyncrl_runtime.trainer.update.ranks import Stop, Train
-from asyncrl_runtime.trainer.update.step import StepOutcome, StepPlan, learning_rate, plan_step
+from asyncrl_runtime.trainer.update.step import StepOutcome, StepPlan
 from asyncrl_runtime.weights.engines import Published, UpdateSeconds
 
 log = logging.getLogger(__name__)
@@ -60,6 +60,7 @@ class Attempt:
         self._before_step: Position | None = None
         parts.ranks.must_stop = self._must_stop_step
         self._evaluations = EvaluationSchedule(parts, self._checkpointing)
+        self._planner = Planner(parts.in_thread)
         self._faults = StepFaults(parts, self._write_ledger)
         self._step_began = parts.clock()
         self._num_updates = 0
@@ -259,9 +260,8 @@ class Attempt:
         values = self._values.as_recorded(batch.frozen)
         tokens = self._faults.tokens_per_micro_batch(batch, values.tokens_per_micro_batch)
         try:
-            with MicroBatchWatch().naming_failures():
-                plan: StepPlan = await self._parts.in_thread(self._plan, batch, values, tokens)
-            outcome = await self._train(plan)
+            plan = await self._planner.plan(batch, values, tokens)
+            outcome = await self._train(batch, plan)
         except StepStopped as stopped:
             self._num_updates = stopped.num_updates
             return None
@@ -271,28 +271,27 @@ class Attempt:
         await self._faults.skipped(batch, outcome.skipped, plan.num_minibatches)
         return outcome.report
 
-    async def _train(self, plan: StepPlan) -> StepOutcome:
-        """Have all ranks train, and meanwhile work out what there is to report about the batch."""
+    async def _train(self, batch: Batch, plan: StepPlan) -> StepOutcome:
+        """Have all ranks train; meanwhile work out what to report about the batch, and plan the next one."""
         reporting = asyncio.ensure_future(self._parts.in_thread(plan.report))
+        planning = asyncio.ensure_future(self._plan_next(batch))
         try:
             with self._steps.measured():
                 outcome: StepOutcome = await self._parts.ranks.run(Train(plan))
             return replace(outcome, report={**await reporting, **outcome.report})
         finally:
             reporting.cancel()
+            planning.cancel()
 
-    def _plan(self, batch: Batch, values: StepValues, tokens_per_micro_batch: int) -> StepPlan:
-        plan = plan_step(
-            batch.groups,
-            settings=step_settings(values),
-            max_new_tokens=batch.max_new_tokens,
-            num_minibatches=min(values.minibatches, len(batch.groups)),
-            tokens_per_micro_batch=tokens_per_micro_batch,
-            learning_rate=learning_rate(
-                values.schedule, batch.version, batch.max_steps, values.learning_rate
-            ),
-        )
-        return replace(plan, skipped=frozenset(batch.skipped))
+    async def _plan_next(self, batch: Batch) -> None:
+        """Plan the step after this one, if its batch is foreseeable; what is decided is decided later."""
+        foreseen = await self._parts.in_thread(self._books.foresee(batch))
+        if foreseen is None:
+            return
+        self._books.take_foreseen(foreseen)
+        tokens = self._faults.tokens_per_micro_batch(foreseen.batch, self._values.tokens_per_micro_batch)
+        values = self._values.as_recorded(foreseen.batch.frozen)
+        await self._planner.plan_ahead(foreseen.batch, values, tokens)
 
     async def advance(self, batch: Batch) -> None:
         """Offer the new version to the engines, then move the gate, so no new ticket meets old weights."""

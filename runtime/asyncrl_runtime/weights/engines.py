@@ -58,9 +58,9 @@ class UpdateSeconds:
     transfer: float = 0.0
     """Broadcasts, each of which waits until every engine has loaded the bucket before."""
     load: float = 0.0
-    """Loading, after the last broadcast, until every engine has loaded all."""
+    """Waiting, after the last broadcast, until every engine has loaded all."""
     pause: float = 0.0
-    """How long the engine sampled nothing that was paused longest."""
+    """The time that the engine sampled nothing which was paused longest."""
 
 
 class WeightsRefused(Exception):
@@ -162,7 +162,7 @@ class Publisher(Protocol):
         ...
 
 
-class Replies:
+class PhaseAnswers:
     """What the members who are meant have answered so far to a request that went to all workers."""
 
     def __init__(self, members: Iterable[Member]) -> None:
@@ -282,11 +282,11 @@ class Engines:
         self, members: Collection[Member], request: Message, timeout_seconds: float
     ) -> dict[Member, ControlReply | None]:
         """Put one request to all workers, of whom `members` are meant; None stands for no answer in time."""
-        answers = Replies(members)
+        answers = PhaseAnswers(members)
         await self._collect(answers, request, timeout_seconds)
         return answers.all
 
-    async def _collect(self, answers: "Replies", request: Message, timeout_seconds: float) -> None:
+    async def _collect(self, answers: "PhaseAnswers", request: Message, timeout_seconds: float) -> None:
         """Put one request to all workers, and wait for the answers of those who are meant.
 
         Nobody is waited for who has fallen silent, or has another engine now, while others are heard.

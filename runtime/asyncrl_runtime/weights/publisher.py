@@ -28,7 +28,7 @@ from asyncrl_runtime.contract.messages import (
 )
 from asyncrl_runtime.contract.refused import Refusals
 from asyncrl_runtime.weights.bucket import PublishedWeights
-from asyncrl_runtime.weights.engines import Engines, Member, Published, Replies, UpdateSeconds
+from asyncrl_runtime.weights.engines import PhaseAnswers, Engines, Member, Published, UpdateSeconds
 from asyncrl_runtime.weights.fleet import Fleet
 from asyncrl_runtime.weights.group import MeetingPlace, WeightGroup, WeightGroups
 
@@ -270,10 +270,7 @@ class WeightPublisher(Engines):
             version=version,
             timeout_seconds=self._bucket_timeout,
         )
-        answers, longest = (
-            Replies(members),
-            self._bucket_timeout * (1 + len(self.weights.layout)) + 10,
-        )
+        answers, longest = PhaseAnswers(members), self._bucket_timeout * (1 + len(self.weights.layout)) + 10
         asking = asyncio.create_task(self._collect(answers, receive, longest))
         sent = dict.fromkeys(epochs, 0)
         try:
@@ -291,7 +288,9 @@ class WeightPublisher(Engines):
         finally:
             asking.cancel()
 
-    async def _broadcast(self, bucket: Tensor, sent: dict[_Epoch, int], answers: Replies) -> Exception | None:
+    async def _broadcast(
+        self, bucket: Tensor, sent: dict[_Epoch, int], answers: PhaseAnswers
+    ) -> Exception | None:
         """Send a bucket to all groups, and count it in `sent`; return what went wrong.
 
         A member that says no does not take part in this broadcast, so it is not waited for to the deadline.
@@ -320,7 +319,7 @@ class WeightPublisher(Engines):
 
     async def _broken_broadcast(
         self,
-        answers: Replies,
+        answers: PhaseAnswers,
         asking: "asyncio.Task[None]",
         sent: Mapping[_Epoch, int],
         error: Exception,

@@ -6,7 +6,7 @@ side_tasks.py, so that this can be tested with any order of events.
 
 import logging
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -59,6 +59,14 @@ class Batch:
     @property
     def tickets(self) -> tuple[int, ...]:
         return tuple(group.ticket for group in self.groups)
+
+
+class Foreseen(NamedTuple):
+    """The batch that will probably be the next, but for its discards."""
+
+    batch: Batch
+    verdicts: Verdicts
+    """What was worked out to form it, at its version."""
 
 
 class RecordedBatchLost(Exception):
@@ -335,6 +343,35 @@ class Books:
             max_steps=self._live.training.max_steps,
             max_new_tokens=self._live.sampling.max_new_tokens,
         )
+
+    def foresee(self, batch: Batch) -> Callable[[], Foreseen | None]:
+        """Return what works out, apart from the event loop, what `next_batch` will say after `batch`.
+
+        That is so if nothing arrives and nothing changes meanwhile; it decides and changes nothing.
+        """
+        live, began, version = self._live, dict(self._began), batch.version + 1
+        arrived = [group for group in self.inbox.arrived.values() if isinstance(group, Group)]
+        if self._recorded or len(arrived) < self._batch_size or version >= live.training.max_steps:
+            return lambda: None
+
+        def work_out() -> Foreseen | None:
+            verdicts = Verdicts()
+            groups, _ = form_batch(
+                arrived,
+                lambda group: verdicts.on(group, version, live.staleness, began, live.sampling.filter),
+                batch_size=self._batch_size,
+                freshest_first=live.staleness.order == "FreshestFirst",
+            )
+            if groups is None:
+                return None
+            limit, max_steps = live.sampling.max_new_tokens, live.training.max_steps
+            return Foreseen(Batch(version, tuple(groups), {}, max_steps, limit), verdicts)
+
+        return work_out
+
+    def take_foreseen(self, foreseen: Foreseen) -> None:
+        """Keep what was worked out about groups, for the version that it is about."""
+        self._verdicts.take_over(foreseen.verdicts)
 
     def _recorded_batch(self, step: RecordedStep) -> Batch | None:
         """Return a batch as it was recorded, under the values that were in force then."""

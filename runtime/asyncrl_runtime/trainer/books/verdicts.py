@@ -18,6 +18,7 @@ class Verdicts:
     def __init__(self) -> None:
         self._rests_on: object = None
         self._by_ticket: dict[int, LiveGroup | Discard] = {}
+        self._ahead: Verdicts | None = None
 
     def on(
         self,
@@ -30,8 +31,11 @@ class Verdicts:
         """Return what `assess` says of a group that has arrived."""
         rests_on = version, rule, dict(began), sample_filter
         if rests_on != self._rests_on:
-            self._rests_on = rests_on
+            ahead = self._ahead
             self.clear()
+            self._rests_on = rests_on
+            if ahead is not None and ahead._rests_on == rests_on:
+                self._by_ticket = ahead._by_ticket
         if (known := self._by_ticket.get(group.ticket)) is not None:
             return known
         verdict = assess(group, version, rule, began, sample_filter)
@@ -45,3 +49,8 @@ class Verdicts:
     def clear(self) -> None:
         """Forget all: tickets may come back with other samples."""
         self._by_ticket.clear()
+        self._ahead = None
+
+    def take_over(self, ahead: "Verdicts") -> None:
+        """Keep what was worked out elsewhere for the version that comes next."""
+        self._ahead = ahead

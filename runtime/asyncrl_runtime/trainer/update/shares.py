@@ -23,7 +23,7 @@ class MinibatchShare(NamedTuple):
     """One rank's part of a minibatch."""
 
     micro_batches: tuple[MicroBatchSamples, ...]
-    """As many as every rank has; some may be empty."""
+    """The same number on every rank; some may be empty."""
     num_tokens: int
     """The sampled tokens of the whole minibatch, over all ranks: the loss's denominator."""
 
@@ -44,14 +44,14 @@ class ShareOutline:
     """What is the same in all ranks' shares, small enough to be broadcast, and how much follows for whom."""
 
     num_micro_batches: tuple[int, ...]
-    """By minibatch."""
+    """Their number in each minibatch."""
     num_tokens: tuple[int, ...]
-    """By minibatch."""
+    """The sampled tokens of each minibatch, over all ranks."""
     learning_rate: float
     settings: StepSettings
     skipped: frozenset[int]
     num_samples: tuple[int, ...]
-    """By rank."""
+    """The samples that each rank gets."""
 
 
 def outline(shares: Sequence[StepShare]) -> ShareOutline:
