@@ -91,7 +91,7 @@ def test_messages_are_imported_without_torch_and_without_nats() -> None:
 
 
 def test_a_worker_needs_no_torch_and_one_http_client(tmp_path: Path) -> None:
-    """Torch would take 240 MB of each rollout pod, and seconds of its start; httpx is slow with many streams."""
+    """Torch would take 240 MB and seconds of its start; httpx is slow with many streams."""
     build_tokenizer().save_pretrained(tmp_path)
     script = (
         "import sys, pathlib, asyncrl_runtime.rollout.assemble as worker; "
