@@ -77,7 +77,9 @@ class Worker:
         self._monitor = EngineMonitor(
             engine, self._updates, lambda: self._slots.num_taken, self._limit.observe, clock
         )
-        self._runner = GroupRunner(engine, renderer, workflow, scorer, self._cache_salt)
+        self._runner = GroupRunner(
+            engine, renderer, workflow, scorer, self._cache_salt, finished=self._limit.finished
+        )
         self._work = TicketWork(name, self._spec.frozen, broker, self._runner, self.report_failure, clock)
         self._clock = clock
         self._in_hand: dict[tuple[bool, int], Delivery] = {}
