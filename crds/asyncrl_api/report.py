@@ -61,11 +61,22 @@ class Report(Wire):
     tokens_per_second: float | None = None
     wait_share: float | None = None
     """The share of the last steps' time in which the trainer waited for a batch."""
+    rollout_load: float | None = None
+    """The share of the samples that the engines could have run at once which they ran during the last steps.
+    None: there were no engines, or the runtime is older than this field."""
     skipped_updates: int = 0
     """The number of optimizer updates of the last steps that were skipped: their gradient was not finite."""
     queue_depth: int = 0
     """The number of prompt groups that have arrived and are not trained yet."""
     num_engines: int = 0
+    update_gather_seconds: float | None = None
+    """How long the last update of engines waited for weights to be gathered."""
+    update_transfer_seconds: float | None = None
+    """How long it sent them, which waits for engines that still load what came before."""
+    update_load_seconds: float | None = None
+    """How long engines loaded after the last had been sent."""
+    update_pause_seconds: float | None = None
+    """How long the engine sampled nothing that was paused longest."""
     remaining_seconds: float | None = None
     first_evaluation: EvaluationReport | None = None
     last_evaluation: EvaluationReport | None = None
@@ -135,6 +146,7 @@ def _usable_report(report: Report) -> Report:
             **changes,
             "reward": _finite(report.reward),
             "wait_share": _share(report.wait_share),
+            "rollout_load": _share(report.rollout_load),
             "time": report.time if is_time(report.time) else "",
             "first_evaluation": _usable(report.first_evaluation, _usable_evaluation),
             "last_evaluation": _usable(report.last_evaluation, _usable_evaluation),
@@ -160,6 +172,10 @@ _AMOUNTS = (
     "staleness_mean",
     "tokens_per_second",
     "remaining_seconds",
+    "update_gather_seconds",
+    "update_transfer_seconds",
+    "update_load_seconds",
+    "update_pause_seconds",
     "seconds_without_progress",
 )
 _TEXTS = {"state": LONGEST_WORD, "message": LONGEST_TEXT, "export": LONGEST_TEXT}

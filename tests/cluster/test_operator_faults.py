@@ -188,12 +188,12 @@ def shares(job: Job) -> tuple[int, int]:
 
 def starve(job: Job) -> bool:
     """Report as a trainer that waits for trajectories."""
-    return job.report(wait_share=0.8, queue_depth=0)
+    return job.report(wait_share=0.8, rollout_load=1.0)
 
 
 def flood(job: Job) -> bool:
     """Report as a trainer that falls behind."""
-    return job.report(wait_share=0.0, queue_depth=100)
+    return job.report(wait_share=0.0, rollout_load=0.3)
 
 
 def test_a_job_with_poison_in_its_report_is_shown_and_can_be_suspended(job: Job) -> None:
@@ -216,3 +216,14 @@ def test_a_job_with_poison_in_its_report_is_shown_and_can_be_suspended(job: Job)
     job.patch({"suspend": True})
     job.wait("Suspended")
     assert job.condition("Degraded")["reason"] != "OperatorError"
+
+
+def test_skipped_updates_are_told_of_until_there_are_none(job: Job) -> None:
+    job.apply(gpuBudget={"total": 3, **CPU})
+    job.wait("Running")
+    job.report(step=7, skipped_updates=3)
+    message = job.wait_for_reason("Degraded", "UpdatesSkipped")
+    assert "3" in message and "not finite" in message
+    assert job.condition("Ready") | {"reason": "Degraded"} == job.condition("Ready")
+    job.report(step=8, skipped_updates=0)
+    eventually("it is well again", lambda: job.condition("Degraded")["status"] == "False")

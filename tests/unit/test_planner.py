@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from asyncrl_api.base import MAX_INT
 from asyncrl_api.exits import ExitCode
 from asyncrl_operator.decide.observed import Pod, Problem
 from asyncrl_operator.decide.rolling import next_wave
@@ -18,10 +19,6 @@ def running(**overrides: object) -> ModelCluster:
     cluster.run_until_still()
     assert cluster.phase == "Running"
     return cluster
-
-
-FULL = 4 * (4 - 1)
-"""The depth of a full queue in these jobs: all that may wait while engines work on the newest batch."""
 
 
 def reasons(cluster: ModelCluster) -> list[str]:
@@ -297,11 +294,20 @@ def test_a_larger_trainer_waits_until_the_engines_have_given_back_the_last_gpu()
     assert attempt is not None and (attempt.number, attempt.gpus, cluster.held) == (2, 3, 8)
 
 
+def test_the_status_says_what_the_last_update_of_engines_spent_its_time_on() -> None:
+    cluster = running()
+    cluster.reports(update_gather_seconds=0.0, update_transfer_seconds=1.25, update_pause_seconds=1e300)
+    cluster.run_until_still()
+    shown = cluster.status.weight_update
+    assert shown is not None and (shown.gather_milliseconds, shown.transfer_milliseconds) == (0, 1250)
+    assert (shown.load_milliseconds, shown.pause_milliseconds) == (None, MAX_INT)
+
+
 def test_a_starved_trainer_gives_gpus_to_rollout_after_half_a_cooldown() -> None:
     cluster = running(gpuBudget={"auto": {"cooldownSeconds": 100}})
     cluster.now += 100
     for _ in range(8):
-        cluster.reports(wait_share=0.6, queue_depth=0)
+        cluster.reports(wait_share=0.6, rollout_load=1.0)
         cluster.run_until_still()
         cluster.now += 10
     assert cluster.status.split is not None
@@ -310,11 +316,11 @@ def test_a_starved_trainer_gives_gpus_to_rollout_after_half_a_cooldown() -> None
     assert cluster.status.attempt is not None and cluster.status.attempt.last_reason == "Resized"
 
 
-def test_a_full_queue_gives_gpus_to_the_trainer_and_back_never_at_once() -> None:
+def test_idle_engines_give_gpus_to_the_trainer_and_back_never_at_once() -> None:
     cluster = running(gpuBudget={"auto": {"cooldownSeconds": 100}})
     sizes = []
     for step in range(60):
-        cluster.reports(wait_share=0.0, queue_depth=FULL, step=step)
+        cluster.reports(wait_share=0.0, rollout_load=0.4, step=step)
         cluster.run_until_still()
         assert cluster.status.split is not None
         sizes.append(cluster.status.split.trainer)
@@ -327,7 +333,7 @@ def test_a_full_queue_gives_gpus_to_the_trainer_and_back_never_at_once() -> None
 def test_without_leave_to_resize_the_trainer_spare_gpus_are_given_back() -> None:
     cluster = running(gpuBudget={"auto": {"cooldownSeconds": 100, "trainerResize": "Never"}})
     for _ in range(30):
-        cluster.reports(wait_share=0.0, queue_depth=FULL)
+        cluster.reports(wait_share=0.0, rollout_load=0.4)
         cluster.run_until_still()
         cluster.now += 10
     assert cluster.status.split is not None and cluster.status.split.trainer == 2

@@ -1,10 +1,14 @@
 """How many samples an engine is given: as many as its KV cache will hold once they have grown. Pure."""
 
+import math
 from collections import deque
+from collections.abc import Callable
 
 from asyncrl_runtime.rollout.engine_api import EngineLoad
 
 GROWTH = 2.0
+LOW_KV_USAGE = 0.6
+"""The use of the cache up to which samples are expected to fit while none has finished."""
 PATIENCE = 10
 """The looks at the engine, a second apart, at which requests must wait before the limit is cut: after an
 update of the weights they wait until their cache is computed anew."""
@@ -56,6 +60,17 @@ class ConcurrencyLimit:
         elif self._may_grow(load, num_running):
             self._set(round(min(self.limit * GROWTH, max(self.limit, self._forecast(load)))))
 
+    def capacity(self, load: EngineLoad, num_running: int) -> int:
+        """Return how many samples the engine could run at once, if it were given them.
+
+        The limit grows only while it binds. Where no sample has finished yet, what those that run use of the
+        cache tells how many fit.
+        """
+        if self.ceiling or load.kv_usage <= 0:
+            return self.limit
+        fit = self._forecast(load) if self._lengths else num_running * LOW_KV_USAGE / load.kv_usage
+        return min(self.HIGHEST, max(self.limit, math.floor(fit)))
+
     def has_room(self, num_running: int) -> bool:
         """Return whether one more group may start."""
         return num_running + self.group_size <= self.limit
@@ -89,10 +104,15 @@ class ConcurrencyLimit:
 
 
 class Slots:
-    """Counts the slots that are taken; their limit is ConcurrencyLimit's."""
+    """Counts the slots that are taken; their limit is ConcurrencyLimit's.
 
-    def __init__(self) -> None:
+    Args:
+        on_freed: called whenever one is free again.
+    """
+
+    def __init__(self, on_freed: Callable[[], None] = lambda: None) -> None:
         self.num_taken = 0
+        self.on_freed = on_freed
 
     def take(self, count: int) -> "Taken":
         self.num_taken += count
@@ -110,6 +130,7 @@ class Taken:
         if self._count:
             self._count -= 1
             self._slots.num_taken -= 1
+            self._slots.on_freed()
 
     def close(self) -> None:
         while self._count:

@@ -120,8 +120,7 @@ class EngineMonitor:
             self._progressed_at = self._clock()
         self._num_tokens = num_tokens
         self.load = load
-        if self.state == "ready":  # in an update, all that ran may wait in its queue
-            self._on_load(load, self._num_running())
+        self._on_load(load, self._num_running())
 
     def _gone(self, error: Exception) -> None:
         self._is_absent = isinstance(error, EngineAbsent)

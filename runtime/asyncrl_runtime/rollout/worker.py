@@ -13,6 +13,7 @@ from asyncrl_api.job import Spec
 from asyncrl_api.parsing import SpecError
 from asyncrl_api.protocols import Workflow
 from asyncrl_api.run_config import RunningSpec
+from asyncrl_runtime.contract.bell import Bell
 from asyncrl_runtime.contract.broker import Delivery, DeliverySource, TransportError, WorkerBroker
 from asyncrl_runtime.contract.messages import (
     EVALUATION_ROWS,
@@ -26,7 +27,7 @@ from asyncrl_runtime.contract.messages import (
 )
 from asyncrl_runtime.contract.refused import Refusals, one_line
 from asyncrl_runtime.rollout.concurrency import ConcurrencyLimit, Slots, Taken
-from asyncrl_runtime.rollout.engine_api import Engine, EngineLost
+from asyncrl_runtime.rollout.engine_api import Engine, EngineLoad, EngineLost
 from asyncrl_runtime.rollout.engine_monitor import EngineMonitor
 from asyncrl_runtime.rollout.engine_updates import UpdatesOf
 from asyncrl_runtime.rollout.group_runner import GroupRunner
@@ -38,6 +39,8 @@ log = logging.getLogger(__name__)
 
 STATE_POLL_SECONDS = 15.0
 """How often the job's state is read. Changes of it are pushed; this makes up for one that was missed."""
+LOOK_SECONDS = 1.0
+"""How long a loop that waits for a fit engine goes without looking, if nothing rings for it."""
 DRAIN_SECONDS = 30
 """How long samples that are being scored are waited for at the end."""
 
@@ -69,13 +72,15 @@ class Worker:
         self._spec = RunningSpec(spec)
         self._broker = broker
         self._engine = engine
-        self._slots = Slots()
+        self._bells: list[Bell] = []
+        """One for each loop that pulls."""
+        self._slots = Slots(self._ring)
         self._limit = ConcurrencyLimit(
             self._spec.frozen.sampling.group_size, self._spec.live.rollout.max_concurrency
         )
         self._updates = updates_of(engine, lambda: self._slots.num_taken)
         self._monitor = EngineMonitor(
-            engine, self._updates, lambda: self._slots.num_taken, self._limit.observe, clock
+            engine, self._updates, lambda: self._slots.num_taken, self._observe, clock
         )
         self._runner = GroupRunner(
             engine, renderer, workflow, scorer, self._cache_salt, finished=self._limit.finished
@@ -103,6 +108,7 @@ class Worker:
     def stop(self) -> None:
         """Begin to drain: take no more tickets, break off what is in flight and hand it back."""
         self._stopping.set()
+        self._ring()
 
     def report_failure(self, message: str) -> None:
         log.warning("%s", message)
@@ -150,12 +156,15 @@ class Worker:
     async def _pull(self, queue: DeliverySource, work: Work, size: int) -> None:
         """Take one message at a time while there is room, and work on each beside the others.
 
-        Consumes the queue; produces a task for each message. Waits for a fit engine with room, which it looks
-        for every 10 ms, and for the next message, with which the broker wakes it. Ends after `stop`.
+        Consumes the queue; produces a task for each message. Waits for a fit engine with room, for which a
+        bell rings when it may be there, and for the next message, with which the broker wakes it. Ends after
+        `stop`.
         """
+        bell = Bell()
+        self._bells.append(bell)
         while not self._stopping.is_set():
             if not (self.is_fit() and self._limit.has_room(self._slots.num_taken)):
-                await asyncio.sleep(0.01)
+                await bell.wait(LOOK_SECONDS)
                 continue
             delivery = await queue.take()
             if delivery is None:
@@ -172,6 +181,17 @@ class Worker:
             task = asyncio.create_task(self._handle(delivery, work, self._slots.take(size)))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
+
+    def _ring(self) -> None:
+        """Wake those who wait for a fit engine with room: there may be one."""
+        for bell in self._bells:
+            bell.ring()
+
+    def _observe(self, load: EngineLoad, num_running: int) -> None:
+        """Hear of the engine, which answers its monitor."""
+        if self._monitor.state == "ready":  # in an update, all that ran may wait in its queue
+            self._limit.observe(load, num_running)
+        self._ring()
 
     def is_fit(self) -> bool:
         """Return whether the engine can sample, with weights that are not too old already."""
@@ -225,7 +245,7 @@ class Worker:
             engine_state=self._monitor.state,
             version=self._engine.weights.version,
             num_running_samples=self._slots.num_taken,
-            max_running_samples=self._limit.limit,
+            max_running_samples=self._limit.capacity(self._monitor.load, self._slots.num_taken),
             kv_usage=self._monitor.load.kv_usage,
             num_sampled_tokens=self._runner.num_sampled_tokens,
             num_failures=self._num_failures,
@@ -239,8 +259,10 @@ class Worker:
             asked = decode_request(request)
         except ValueError as error:
             self._refusals.add("request of a trainer", str(error))
-            return encode(ControlReply(ok=False, message=one_line(str(error))))
-        return encode(await self._updates.handle(asked))
+            return encode(ControlReply(ok=False, message=one_line(str(error)), worker=self._name))
+        reply = await self._updates.handle(asked)
+        self._ring()
+        return encode(msgspec.structs.replace(reply, worker=self._name))
 
     async def _poll_state(self) -> None:
         """Act on the job's state, read every STATE_POLL_SECONDS, as on a change; nobody wakes it earlier."""
@@ -260,6 +282,7 @@ class Worker:
                 self._refusals.add("announcement of a version", str(error))
         elif key == "live" and data:
             self._apply_live_values(data)
+        self._ring()
 
     def _apply_live_values(self, data: bytes) -> None:
         try:

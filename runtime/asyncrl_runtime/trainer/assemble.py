@@ -15,10 +15,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 import torch.distributed as dist
 
 from asyncrl_api.base import parse_quantity
+from asyncrl_api.doubts import doubts_about
 from asyncrl_api.exits import ExitCode, ExitError
 from asyncrl_api.ledger import History, LedgerError, read_ledger
 from asyncrl_api.report import CheckpointReport, EvaluationReport, Report
@@ -45,6 +47,7 @@ from asyncrl_runtime.trainer.books.checkpoints import (
     set_aside_strangers,
 )
 from asyncrl_runtime.trainer.books.failed_steps import MAX_FAILURES, step_to_give_up
+from asyncrl_runtime.trainer.books.spill import read_spill
 from asyncrl_runtime.trainer.books.tickets import EndlessDiscards, TicketBook
 from asyncrl_runtime.trainer.checkpointing import origin_of
 from asyncrl_runtime.trainer.cluster_report import copying_report
@@ -60,17 +63,17 @@ from asyncrl_runtime.trainer.step_faults import NumbersUnusable
 from asyncrl_runtime.trainer.stopping import announced_disruption
 from asyncrl_runtime.trainer.train import train
 from asyncrl_runtime.trainer.update.failures import StepFailed
-from asyncrl_runtime.trainer.update.loss import doubts_about
 from asyncrl_runtime.trainer.update.policy import Policy
 from asyncrl_runtime.trainer.update.policy_api import TrainedPolicy
 from asyncrl_runtime.trainer.update.ranks import COMMAND_SECONDS, Load, PeerLost, Ranks, make_commands_group
 from asyncrl_runtime.trainer.update.together import WorkStalled
 from asyncrl_runtime.transport.trainer_end import TrainerEnd
 from asyncrl_runtime.weights.adapter_publisher import AdapterPublisher
+from asyncrl_runtime.weights.bucket import PublishedWeights
 from asyncrl_runtime.weights.engines import Publisher, WeightsRefused
 from asyncrl_runtime.weights.fleet import Fleet
 from asyncrl_runtime.weights.group import TorchGroups
-from asyncrl_runtime.weights.publisher import ChecksumMismatch, LoadBucket, WeightPublisher
+from asyncrl_runtime.weights.publisher import ChecksumMismatch, WeightPublisher
 
 log = logging.getLogger(__name__)
 
@@ -113,6 +116,7 @@ def run_rank(config: RunConfig, options: Options, start: Start) -> None:
             training=spec.training,
             algorithm=spec.algorithm,
             deepspeed=spec.trainer.deepspeed,
+            activation_checkpointing=spec.trainer.activation_checkpointing,
         )
         if spec.rollout.engine.type == "SGLang" and not policy.trains_adapters:
             check_names(policy, folder)
@@ -236,7 +240,7 @@ async def _open_parts(
     checkpoints = Checkpoints(config.job_folder, config.uid)
     checkpoint = choose_checkpoint(config, checkpoints, history)
     if checkpoint is None and history.steps:
-        ledger.cut(0)
+        await patience.insist("the ledger", partial(asyncio.to_thread, ledger.cut, 0))
         history = read_ledger(path)
     await _load_policy(config, ranks, checkpoint)
 
@@ -347,9 +351,19 @@ def restore_books(
             position=position.stream_sequence,
             rewards=position.rewards,
         )
+        _take_spilled(books, checkpoint.folder)
     # The job was over, and has been given more steps; or a step was given up, with some of its tickets.
     books.add_discards(history.left_over)
     return books
+
+
+def _take_spilled(books: Books, folder: Path) -> None:
+    """Take what the stream no longer holds because the checkpoint has it."""
+    try:
+        for message in read_spill(folder):
+            books.take(message)
+    except (OSError, msgspec.DecodeError) as error:  # its steps cannot be repeated, and are given up
+        log.error("trajectories beside checkpoint %s cannot be read: %s", folder, error)
 
 
 async def _load_policy(config: RunConfig, ranks: Ranks, checkpoint: Checkpoint | None) -> None:
@@ -393,15 +407,12 @@ def _make_publisher(
             refusals=refusals,
         )
 
-    def buckets() -> list[LoadBucket]:
-        found = ranks.policy.buckets(spec.bucket_megabytes * 2**20)
-        return [partial(ranks.bucket, names) for names in found]
-
+    buckets = ranks.policy.buckets(spec.bucket_megabytes * 2**20)
     return WeightPublisher(
         broker,
         config.names,
         fleet,
-        buckets,
+        PublishedWeights(tuple(map(ranks.policy.layout, buckets)), ranks.bucket),
         TorchGroups(),
         attempt=options.attempt,
         host=options.host,

@@ -8,20 +8,22 @@ nothing is inspected. The training loop sees `lost` at its next boundary, saves 
 streams again. Nothing else clears `lost`.
 """
 
+import asyncio
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from asyncrl_runtime.contract.broker import JobQueues, TransportError
+from asyncrl_api.trajectory_room import FULL_SHARE
+from asyncrl_runtime.contract.broker import JobQueues, StreamMessage, TransportError
 from asyncrl_runtime.contract.messages import CurrentVersion, PolicyVersion, encode
 from asyncrl_runtime.trainer.books.books import Books
 
 log = logging.getLogger(__name__)
 
-FULL_SHARE = 0.7
-"""The share of the trajectory stream's byte limit from which on a checkpoint is made, to purge behind it."""
+READ_SECONDS = 30.0
+"""How long a trajectory that is stored is waited for."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class JobStreams:
         self._books = books
         self._live_values = live_values
         self._suspected_holes: set[int] = set()
+        self._announced = b""  # what the workers were told last of the version
         self.identity = ""
         """The identity of the trajectory stream that the books are about."""
         self.lost = LostStreams()
@@ -92,6 +95,8 @@ class JobStreams:
         self.is_nearly_full = (
             trajectories is not None and trajectories.num_bytes > FULL_SHARE * trajectories.max_bytes
         )
+        if self.is_nearly_full:
+            self._books.news.ring()
         self._lose(
             LostStreams(
                 trajectories is None
@@ -125,12 +130,19 @@ class JobStreams:
         """Have the prompt stream made again, because tickets that are open are no longer queued in it."""
         self._lose(LostStreams(self.lost.trajectories, prompts=True))
 
+    def start_over(self) -> None:
+        """Have both streams made again, because trajectories are gone from a stream that is still there.
+
+        It would not take their tickets' new ones: it remembers the message ids of the old.
+        """
+        self._lose(LostStreams(trajectories=True, prompts=True))
+
     def _lose(self, lost: LostStreams) -> None:
         self.lost = lost
         if lost:
             self._books.news.ring()
 
-    async def mend(self, give_up_recorded: Callable[[], None]) -> None:
+    async def mend(self, give_up_recorded: Callable[[], Awaitable[None]]) -> None:
         """Make lost streams again: prompts from the first open ticket, trajectories behind the last one seen.
 
         Tickets that had arrived through a lost trajectory stream are open again. A closed ticket above the
@@ -149,7 +161,7 @@ class JobStreams:
                 log.warning("the trajectory stream is lost: open tickets are issued again")
                 self._books.streams_lost()
             if self._books.is_recorded_lost:
-                give_up_recorded()
+                await give_up_recorded()
             await self._make_again()
 
     async def _make_again(self) -> None:
@@ -174,6 +186,8 @@ class JobStreams:
         self.lost = LostStreams(trajectories=known not in ("", self.identity))
         self.generation += 1
         await self.hand_on(self._live_values)
+        if self._announced:  # it may have been lost with the streams
+            await self._put("version", self._announced)
 
     # -- how far they are
 
@@ -195,6 +209,30 @@ class JobStreams:
         facts = await self._broker.trajectories()
         return facts is None or self._books.inbox.last_sequence >= facts.last_sequence
 
+    async def stored(self, after: int, last: int) -> AsyncGenerator[StreamMessage, None]:
+        """Yield the trajectories behind `after`, up to `last`, once more; all of them must be stored.
+
+        Raises:
+            TransportError: the next one did not come in READ_SECONDS.
+        """
+        if last <= after:
+            return
+        messages = self._broker.read_trajectories(after + 1)
+        try:
+            while True:
+                try:
+                    message = await asyncio.wait_for(anext(messages), READ_SECONDS)
+                except TimeoutError as error:
+                    raise TransportError(
+                        f"trajectories {after + 1} to {last}: none could be read for {READ_SECONDS:.0f} s"
+                    ) from error
+                if message.sequence <= last:
+                    yield message
+                if message.sequence >= last:
+                    return
+        finally:
+            await messages.aclose()
+
     async def purge_behind(self, sequence: int) -> None:
         """Delete trajectories up to `sequence`: no restorable checkpoint needs them."""
         try:
@@ -207,17 +245,22 @@ class JobStreams:
     # -- what workers are told
 
     async def announce(self, version: PolicyVersion) -> None:
-        """Tell the workers which version is current, before tickets are issued for it."""
+        """Tell the workers once which version is current, before tickets are issued for it."""
         current = CurrentVersion(version=version, max_versions=self._books.live.staleness.max_versions)
-        await self._put("version", encode(current))
+        told = encode(current)
+        if told != self._announced and await self._put("version", told):
+            self._announced = told
 
     async def hand_on(self, live_values: Mapping[str, Any]) -> None:
         """Tell the workers the fields marked L, now and whenever the streams are made again."""
         self._live_values = live_values
         await self._put("live", json.dumps(live_values).encode())
 
-    async def _put(self, key: str, data: bytes) -> None:
+    async def _put(self, key: str, data: bytes) -> bool:
+        """Write a key of the job's state; return whether the broker has it."""
         try:
             await self._broker.put(key, data)
         except TransportError as error:
             log.warning("key %s was not written: %s", key, error)
+            return False
+        return True

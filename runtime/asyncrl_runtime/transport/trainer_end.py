@@ -2,7 +2,8 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import Self
 
 import nats.errors
@@ -69,6 +70,11 @@ class TrainerEnd:
 
     async def request(self, subject: str, payload: bytes, timeout_seconds: float) -> bytes | None:
         return await self._broker.request(subject, payload, timeout_seconds)
+
+    def request_all(
+        self, subject: str, payload: bytes, heard: Callable[[bytes | None], None]
+    ) -> AbstractAsyncContextManager[None]:
+        return self._broker.request_all(subject, payload, heard)
 
     # -- one trainer, and its workers
 
@@ -157,7 +163,7 @@ class TrainerEnd:
         with asking("tickets"):
             return await self._broker.publish_fenced(subject, payloads, last_sequence=last_ticket)
 
-    def read_trajectories(self, start_sequence: int) -> AsyncIterator[StreamMessage]:
+    def read_trajectories(self, start_sequence: int) -> AsyncGenerator[StreamMessage, None]:
         stream = self._names.trajectory_stream
         return aiter(OrderedReader(self._broker, stream, start_sequence, self._refusals))
 
