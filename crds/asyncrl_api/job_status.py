@@ -138,6 +138,7 @@ class StalenessStatus(StatusType):
     p50: Number | None = _of("Median age.")
     p95: Number | None = _of("95th percentile of the age.")
     max: Number | None = _of("Age of the oldest token.")
+    masked_percent: Number | None = _of("Share of the tokens that were too old for the loss.")
 
 
 class ThroughputStatus(StatusType):

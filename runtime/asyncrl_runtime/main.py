@@ -72,18 +72,29 @@ def sglang(
 def worker(
     config: ConfigPath,
     name: Annotated[str, typer.Option(help="Name of this worker; a worker that replaces it has the same.")],
-    engine_url: Annotated[str, typer.Option(help="URL of the worker's engine.")] = "http://127.0.0.1:30000",
+    count: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Number of workers in this process, each with an engine. Number i, from 0, is called "
+            "NAME-i, and the ports of its engine and its health checks are i higher.",
+        ),
+    ] = 1,
+    engine_url: Annotated[
+        str, typer.Option(help="URL of the worker's engine, or of the first.")
+    ] = "http://127.0.0.1:30000",
     host: Host = "127.0.0.1",
     health_port: Annotated[
         int, typer.Option(help="Port for health checks of the worker and its engine.")
     ] = 30001,
 ) -> None:
-    """Run a rollout worker, which takes tickets and returns trajectories."""
+    """Run a rollout worker, which takes tickets and returns trajectories; or several."""
 
     def run(run_config: RunConfig) -> None:
-        from asyncrl_runtime.rollout.assemble import run_worker
+        from asyncrl_runtime.rollout.assemble import run_workers, worker_places
 
-        asyncio.run(run_worker(run_config, name, engine_url, host, health_port))
+        places = worker_places(name, engine_url, health_port, count)
+        asyncio.run(run_workers(run_config, places, host))
 
     _run(config, run)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from asyncrl_runtime.rollout.engine_client import parse_load
+from asyncrl_runtime.rollout.engine_answers import parse_load
 from support.engines.tiny_models import EngineProcess
 from support.engines.weight_trainer import (
     DYING_TRAINER,

@@ -188,8 +188,11 @@ class Exchange:
                 b"HTTP/1.1 200 -\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
             )
         for event in events:
-            data = f"data: {event if isinstance(event, str) else json.dumps(event)}\n\n".encode()
-            await self._write(b"%x\r\n%b\r\n" % (len(data), data))
+            await self.piece(f"data: {event if isinstance(event, str) else json.dumps(event)}\n\n".encode())
+
+    async def piece(self, data: bytes) -> None:
+        """Send some bytes of events, which may be part of one."""
+        await self._write(b"%x\r\n%b\r\n" % (len(data), data))
 
     async def end(self) -> None:
         """End a stream of events as HTTP has it."""

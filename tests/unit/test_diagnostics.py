@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -138,9 +139,15 @@ def test_staleness_counts_sampled_tokens_by_version() -> None:
     assert report["staleness_mean"] == 1.5 and report["staleness_max"] == 2
     assert report["reward_mean"] == pytest.approx(1 / 3)
     assert report["uniform_group_fraction"] == 0.5
-    assert report["response_tokens_mean"] == 2 and report["live_token_fraction"] == 1
+    assert report["response_tokens_mean"] == 2 and report["masked_token_share"] == 0
     assert "staleness_mean" not in report_batch([sample(2, None)], np.array([0.0]))
     json.dumps(report, allow_nan=False)
+
+
+def test_tokens_that_are_too_old_count_as_masked() -> None:
+    old = replace(sample(1, [0, 2, 7]), loss_mask=np.array([True, False, False]))
+    report = report_batch([old, sample(1, [0, 0, 7])], np.array([1.0, 0.0]))
+    assert report["masked_token_share"] == 0.25
 
 
 def test_staleness_quantiles_are_versions_that_were_sampled_at() -> None:

@@ -288,7 +288,8 @@ def test_the_programs_accept_the_commands() -> None:
         "engine",
         {**engine, "max_running_requests": "0", "max_total_tokens": "4096"},
     )
-    worker = {"config": "/job/config.json", "name": "rollout-1", "engine_url": "http://10.0.1.1:30000"}
+    engine_url = "http://10.0.1.1:30000"
+    worker = {"config": "/job/config.json", "name": "rollout-1", "count": "1", "engine_url": engine_url}
     assert told["rollout-1-worker"] == ("worker", {**worker, "host": "10.0.2.1", "health_port": "30001"})
     trainer = {"config": "/job/config.json", "attempt": "5", "ranks": "1", "host": "10.0.0.1"}
     assert told["trainer"] == (

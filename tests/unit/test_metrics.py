@@ -71,6 +71,12 @@ def test_the_report_says_how_the_last_steps_went(metrics: Metrics, tmp_path: Pat
     assert found.time == "2026-01-02T03:04:05+00:00"
 
 
+def test_the_masked_share_is_of_all_tokens_of_the_last_steps(metrics: Metrics) -> None:
+    metrics.log_step(step(1, num_tokens=300, num_live_tokens=240))
+    metrics.log_step(step(2, num_tokens=100, num_live_tokens=100))
+    assert metrics.report.masked_share == pytest.approx(0.15)
+
+
 def test_rates_are_those_of_recent_steps_alone(metrics: Metrics) -> None:
     metrics.log_step(step(1, step_seconds=1e6, num_tokens=10**9))
     for number in range(2, RECENT_STEPS + 2):

@@ -367,12 +367,15 @@ def _reported(report: Report) -> dict[str, object]:
             estimated_remaining_seconds=_whole(report.remaining_seconds),
         ),
         "staleness": StalenessStatus(
-            p50=report.staleness_p50, p95=report.staleness_p95, max=report.staleness_max
+            p50=report.staleness_p50,
+            p95=report.staleness_p95,
+            max=report.staleness_max,
+            masked_percent=_percent(report.masked_share),
         ),
         "throughput": ThroughputStatus(
             tokens_per_second=_whole(report.tokens_per_second),
             queue_depth=report.queue_depth,
-            trainer_wait_percent=None if report.wait_share is None else round(100 * report.wait_share),
+            trainer_wait_percent=_percent(report.wait_share),
         ),
         "weight_update": WeightUpdateStatus(
             gather_milliseconds=_milliseconds(report.update_gather_seconds),
@@ -399,6 +402,10 @@ def _decimal(value: float) -> str:
 
 def _milliseconds(seconds: float | None) -> int | None:
     return None if seconds is None else min(round(1000 * seconds), MAX_INT)
+
+
+def _percent(share: float | None) -> int | None:
+    return None if share is None else round(100 * share)
 
 
 def _whole(value: float | None) -> int | None:

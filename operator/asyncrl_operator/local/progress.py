@@ -84,6 +84,7 @@ def _columns(report: Report) -> list[tuple[str, str]]:
         ),
         ("tokens/s", "" if report.tokens_per_second is None else f"{report.tokens_per_second:,.0f}"),
         ("waited", "" if wait is None else f"{wait:.0%}"),
+        ("masked", f"{report.masked_share:.0%}" if report.masked_share else ""),
         ("skipped updates", str(report.skipped_updates or "")),
         ("queue", str(report.queue_depth)),
         ("engines", str(report.num_engines)),

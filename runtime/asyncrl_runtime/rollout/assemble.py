@@ -1,11 +1,14 @@
-"""Puts a worker together and runs it to its end: the command `asyncrl-runtime worker`."""
+"""Puts the workers of a process together and runs them to their end: the command `asyncrl-runtime worker`."""
 
 import asyncio
 import logging
 import os
 import signal
 import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from asyncrl_api.exits import ExitCode, ExitError
 from asyncrl_api.job import Spec
@@ -31,25 +34,64 @@ from asyncrl_runtime.transport.worker_end import WorkerEnd
 log = logging.getLogger(__name__)
 
 
-async def run_worker(config: RunConfig, name: str, engine_url: str, host: str, health_port: int) -> None:
-    """Run a worker until SIGTERM.
+@dataclass(frozen=True)
+class WorkerPlace:
+    """Which worker this is, and where it and its engine are reached."""
 
-    Args:
-        name: the worker's name, the same for its successors: the pod's name, say.
-        engine_url: the address of its only engine.
-        host, health_port: the address at which it answers probes.
+    name: str
+    """The worker's name, the same for its successors: the pod's name, say."""
+    engine_url: str
+    health_port: int
+    """The port on which it answers probes of itself and its engine."""
+
+
+def worker_places(name: str, engine_url: str, health_port: int, count: int) -> list[WorkerPlace]:
+    """Return the places of `count` workers: number i has `-i` behind its name, and ports that are i higher.
+
+    A single one is called by the name as it is.
 
     Raises:
-        ExitError: the worker cannot work; the message names the cause.
+        ExitError: there are several workers, and the URL has no port to count from.
+    """
+    if count == 1:
+        return [WorkerPlace(name, engine_url, health_port)]
+    url = urlsplit(engine_url)
+    if url.port is None:
+        raise ExitError(
+            ExitCode.USAGE,
+            f"--engine-url is {engine_url}; with --count {count} it must have a port",
+        )
+    return [
+        WorkerPlace(
+            f"{name}-{i}", f"{url.scheme}://{_with_port(url.hostname or '', url.port + i)}", health_port + i
+        )
+        for i in range(count)
+    ]
+
+
+def _with_port(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+async def run_workers(config: RunConfig, places: Sequence[WorkerPlace], host: str) -> None:
+    """Run workers until SIGTERM, on one event loop, with one tokenizer, one workflow and one set of rewards.
+
+    Each has its own engine, heartbeats, limit of concurrency and updates of the weights. What ends one ends
+    the process, and user code that blocks holds up all.
+
+    Args:
+        host: the address at which they answer probes.
+
+    Raises:
+        ExitError: a worker cannot work; the message names the cause.
     """
     spec = config.spec
     # First, since loading takes long.
-    listener = bind(host, health_port, "worker", "--host and --health-port")
+    listeners = [bind(host, each.health_port, "worker", "--host and --health-port") for each in places]
     folder = await asyncio.to_thread(ensure_model, spec.model, config.model_cache, spec.training.seed)
     try:
-        engine, updates_of = choose_engine(spec, engine_url, vocab_size(folder))
         async with _scorer(config) as scorer:
-            await _run(config, name, engine, updates_of, folder, scorer, listener)
+            await _run(config, places, listeners, folder, scorer)
     except ImportFailed as error:
         raise ExitError(ExitCode.REFUSED, str(error)) from error
     except RewardNotLoaded as error:
@@ -60,21 +102,38 @@ async def run_worker(config: RunConfig, name: str, engine_url: str, host: str, h
 
 async def _run(
     config: RunConfig,
-    name: str,
-    engine: Engine,
-    updates_of: UpdatesOf,
+    places: Sequence[WorkerPlace],
+    listeners: Sequence[socket.socket],
     folder: Path,
     scorer: Scorer,
-    listener: socket.socket,
 ) -> None:
-    workflow = make_workflow(config.spec.workflow)
-    renderer = PromptRenderer(
-        load_tokenizer(folder), config.spec.dataset.prompt_field, config.spec.workflow.system_prompt
+    spec = config.spec
+    workflow = make_workflow(spec.workflow)
+    renderer = PromptRenderer(load_tokenizer(folder), spec.dataset.prompt_field, spec.workflow.system_prompt)
+    vocabulary_size = vocab_size(folder)
+    brokers: list[WorkerBroker] = await asyncio.gather(
+        *(WorkerEnd.connect(config.nats, config.names, place.name) for place in places)
     )
-    broker: WorkerBroker = await WorkerEnd.connect(config.nats, config.names, name)
-    worker = Worker(name, config.spec, broker, engine, updates_of, renderer, workflow, scorer)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, worker.stop)
+    workers: list[Worker] = []
+    try:
+        async with asyncio.TaskGroup() as running:
+            for place, listener, broker in zip(places, listeners, brokers, strict=True):
+                engine, updates_of = choose_engine(spec, place.engine_url, vocabulary_size)
+                worker = Worker(place.name, spec, broker, engine, updates_of, renderer, workflow, scorer)
+                workers.append(worker)
+                running.create_task(_run_one(worker, engine, broker, listener), name=place.name)
+
+            def stop() -> None:
+                for worker in workers:
+                    worker.stop()
+
+            for number in (signal.SIGTERM, signal.SIGINT):
+                asyncio.get_running_loop().add_signal_handler(number, stop)
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from errors
+
+
+async def _run_one(worker: Worker, engine: Engine, broker: WorkerBroker, listener: socket.socket) -> None:
     probes = asyncio.create_task(serve_health(listener, worker.engine_fault, worker.is_fit))
     try:
         await worker.run()

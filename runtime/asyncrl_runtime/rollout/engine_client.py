@@ -7,20 +7,28 @@ another, since an abort matches by prefix; a token id outside the vocabulary kil
 
 import asyncio
 import contextlib
-import json
 import logging
-import math
 import uuid
-from collections.abc import Awaitable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
-import httpx
-from prometheus_client.parser import text_string_to_metric_families
+import aiohttp
+import msgspec
 
-from asyncrl_runtime.contract.messages import JoinGroup, PolicyVersion, VersionSpan
+from asyncrl_runtime.contract.messages import JoinGroup, PolicyVersion
 from asyncrl_runtime.contract.refused import one_line
+from asyncrl_runtime.rollout.engine_answers import (
+    NOT_UNDERSTOOD,
+    MetaInfo,
+    StreamedAnswer,
+    check_generation,
+    decode_answers,
+    generation,
+    outside,
+    parse_load,
+)
 from asyncrl_runtime.rollout.engine_api import (
     CHECKSUM_SECONDS,
     CONTROL_SECONDS,
@@ -36,23 +44,15 @@ from asyncrl_runtime.rollout.engine_api import (
     IncomingBucket,
     SamplingRequest,
     WeightsSeen,
-    merge_spans,
 )
 
 log = logging.getLogger(__name__)
 
 STREAM_INTERVAL_TOKENS = 16
-FINISH_REASONS = ("stop", "length", "abort")
-NOT_UNDERSTOOD = (
-    ValueError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    IndexError,
-    OverflowError,
-    RecursionError,
-)
-"""What reading an answer raises that is not of the form that it should have."""
+KEEP_ALIVE_SECONDS = 2.0
+"""How long an idle connection is kept: less than the 5 s after which uvicorn closes one, perhaps just as the
+next request is sent."""
+T = TypeVar("T")
 PAUSE_MODES = {"Retract": "retract", "InPlace": "in_place", "Drain": "retract"}
 
 
@@ -79,17 +79,19 @@ class EngineClient:
         buckets at any time."""
         self._vocab_size = vocab_size
         # No read timeout: a long answer takes as long as it takes, and the worker's monitor ends requests
-        # to an engine that hangs. No connection limit: the ticket gate bounds what is in flight.
-        self._http = httpx.AsyncClient(
-            base_url=base_url,
-            timeout=httpx.Timeout(PROBE_SECONDS, read=None, pool=None),
-            trust_env=False,  # a pod's HTTP_PROXY is not meant for loopback
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=256),
+        # to an engine that hangs. No connection limit: the ticket gate bounds what is in flight. No proxy of
+        # the environment, which is not meant for loopback, and no compression, which holds streams up.
+        self._http = aiohttp.ClientSession(
+            base_url,
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_SECONDS),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            headers={"Accept-Encoding": "identity"},
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=PROBE_SECONDS),
         )
         self._lost = asyncio.Event()
 
     async def close(self) -> None:
-        await self._http.aclose()
+        await self._http.close()
 
     def give_up(self) -> None:
         self._lost.set()
@@ -100,12 +102,11 @@ class EngineClient:
     ) -> list[Generation]:
         adapter = self._adapter
         body = self._body(requests, cache_salt, adapter)
-        response = self._checked(await self._until_lost(self._http.post("/generate", json=body)))
+        content = await self._until_lost(self._fetch("POST", "/generate", body))
         with self._understanding("/generate"):
-            pairs = zip(response.json(), requests, strict=True)
             earned = [
-                self._earned(answer, answer["output_ids"], _logprobs(answer), adapter, request)
-                for answer, request in pairs
+                self._earned(answer.meta_info, answer.output_ids, adapter, request)
+                for answer, request in zip(decode_answers(content), requests, strict=True)
             ]
         if not self._has_moved_on(adapter):
             return earned
@@ -117,9 +118,10 @@ class EngineClient:
 
     async def stream(self, request: SamplingRequest, *, cache_salt: str | None = None) -> Generation:
         adapter = self._adapter
-        answer = _StreamedAnswer(self.weights, adapter, self._vocab_size)
+        answer = StreamedAnswer(self.weights, adapter, self._vocab_size)
         try:
-            await self._until_lost(self._receive(self._single_body(request, cache_salt, adapter), answer))
+            body = self._single_body(request, cache_salt, adapter)
+            await self._until_lost(self._receive("/generate", body, answer.take))
             if not answer.is_whole:
                 raise EngineLost(f"{self.name}: the stream ended without an end")
         except EngineLost as error:
@@ -128,19 +130,15 @@ class EngineClient:
             ):  # otherwise nothing was lost, and going on would sample beyond the answer's end
                 raise BrokenStream(error, answer.earned()) from error
         with self._understanding("/generate"):
-            earned = self._earned(answer.last, answer.output_ids, answer.logprobs, adapter, request)
+            earned = answer.whole()
+            check_generation(earned, self._vocab_size, request.max_new_tokens)
         return await self._go_on(request, earned) if self._has_moved_on(adapter) else earned
 
     def _earned(
-        self,
-        answer: Any,
-        output_ids: list[int],
-        logprobs: list[float],
-        adapter: PolicyVersion | None,
-        request: SamplingRequest,
+        self, meta: MetaInfo, output_ids: list[int], adapter: PolicyVersion | None, request: SamplingRequest
     ) -> Generation:
         """Return what an answer to a request holds; raises whatever is raised for one that makes no sense."""
-        earned = _generation(answer, adapter, output_ids, logprobs)
+        earned = generation(meta, adapter, output_ids, meta.logprobs)
         check_generation(earned, self._vocab_size, request.max_new_tokens)
         return earned
 
@@ -187,20 +185,6 @@ class EngineClient:
             raise BrokenStream(error, earned) from error
         return earned.followed_by(more)
 
-    async def _receive(self, body: dict[str, Any], answer: "_StreamedAnswer") -> None:
-        async with self._http.stream("POST", "/generate", json=body) as response:
-            if response.status_code != 200:
-                await response.aread()
-                self._checked(response)
-            async for line in response.aiter_lines():
-                if not line.startswith("data: ") or line == "data: [DONE]":
-                    continue
-                with self._understanding("/generate"):
-                    chunk = json.loads(line.removeprefix("data: "))
-                    if "error" in chunk:
-                        raise EngineRefused(str(chunk["error"].get("message", chunk["error"])))
-                    answer.take(chunk)
-
     async def abort_all(self) -> None:
         await self.call("/abort_request", {"abort_all": True}, PROBE_SECONDS)
 
@@ -218,9 +202,9 @@ class EngineClient:
             return int(info["tp_size"])
 
     async def load(self) -> EngineLoad:
-        answer = await self._control(self._http.get("/metrics"), "/metrics", PROBE_SECONDS)
+        content = await self._control("GET", "/metrics", None, PROBE_SECONDS)
         with self._understanding("/metrics"):
-            return parse_load(answer.text)
+            return parse_load(content.decode(errors="replace"))
 
     async def take_over(self) -> None:
         self._has_sessions = True
@@ -302,10 +286,9 @@ class EngineClient:
     # -- HTTP
 
     async def get(self, path: str, timeout_seconds: float) -> dict[str, Any]:
-        response = await self._control(self._http.get(path), path, timeout_seconds)
+        content = await self._control("GET", path, None, timeout_seconds)
         with self._understanding(path):
-            result: dict[str, Any] = response.json()
-        return result
+            return msgspec.json.decode(content, type=dict[str, Any])
 
     async def call(
         self, path: str, body: dict[str, Any], timeout_seconds: float = CONTROL_SECONDS
@@ -318,35 +301,62 @@ class EngineClient:
             EngineRefused: the engine answered with a 4xx, or reported no success; the message is the
                 engine's. A 404 is EngineLacks.
         """
-        response = await self._control(self._http.post(path, json=body), path, timeout_seconds)
+        content = await self._control("POST", path, body, timeout_seconds)
         with self._understanding(path):
-            result: dict[str, Any] = json.loads(response.text) if response.text.startswith("{") else {}
+            is_object = content.startswith(b"{")
+            result = msgspec.json.decode(content, type=dict[str, Any]) if is_object else {}
         if result.get("success") is False:
             raise EngineRefused(f"{path}: {result.get('message')}")
         return result
 
     async def _control(
-        self, operation: Awaitable[httpx.Response], path: str, timeout_seconds: float
-    ) -> httpx.Response:
+        self, method: str, path: str, body: dict[str, Any] | None, timeout_seconds: float
+    ) -> bytes:
         try:
-            return self._checked(await asyncio.wait_for(operation, timeout_seconds))
+            return await asyncio.wait_for(self._fetch(method, path, body), timeout_seconds)
         except TimeoutError as error:
             raise EngineTimeout(f"{self.name}{path}: no answer in {timeout_seconds:.0f} s") from error
-        except httpx.ConnectError as error:
+        except aiohttp.ClientConnectorError as error:
             raise EngineAbsent(f"{self.name}{path}: {error}") from error
-        except httpx.HTTPError as error:
+        except (aiohttp.ClientError, OSError) as error:
             raise EngineLost(f"{self.name}{path}: {type(error).__name__}: {error}") from error
+
+    async def _fetch(self, method: str, path: str, body: dict[str, Any] | None) -> bytes:
+        """Return the content of a 200; raises what a client of aiohttp raises, and for any other status."""
+        async with self._http.request(method, path, **_json(body), allow_redirects=False) as response:
+            content = await response.read()
+            if response.status != 200:
+                self._refuse(path, response.status, content)
+            return content
+
+    async def _receive(self, path: str, body: dict[str, Any], take: Callable[[bytes], None]) -> None:
+        """Hand the data of each server-sent event to `take` as it comes; raises what `_fetch` raises.
+
+        Raises:
+            EngineFailed: `take` does not understand an event.
+        """
+        async with self._http.post(path, **_json(body), allow_redirects=False) as response:
+            if response.status != 200:
+                self._refuse(path, response.status, await response.read())
+            rest = b""
+            async for data in response.content.iter_any():
+                *lines, rest = (rest + data).split(
+                    b"\n"
+                )  # a text may hold what Python takes for a line's end
+                for line in lines:
+                    if line.startswith(b"data: ") and line.rstrip() != b"data: [DONE]":
+                        with self._understanding(path):
+                            take(line[len(b"data: ") :])
 
     def _body(
         self, requests: Sequence[SamplingRequest], cache_salt: str | None, adapter: PolicyVersion | None
     ) -> dict[str, Any]:
         for request in requests:
-            for token in request.input_ids:
-                if not 0 <= token < self._vocab_size:
-                    raise EngineRefused(
-                        f"token id {token} is outside the vocabulary of {self._vocab_size}; "
-                        "is the tokenizer the model's own?"
-                    )
+            if (token := outside(request.input_ids, self._vocab_size)) is not None:
+                raise EngineRefused(
+                    f"token id {token} is outside the vocabulary of {self._vocab_size}; "
+                    "is the tokenizer the model's own?"
+                )
         return {
             "input_ids": [list(request.input_ids) for request in requests],
             "rid": [uuid.uuid4().hex for _ in requests],
@@ -376,7 +386,7 @@ class EngineClient:
             "stream": True,
         }
 
-    async def _until_lost(self, operation: Any) -> Any:
+    async def _until_lost(self, operation: Awaitable[T]) -> T:
         """Await an HTTP operation, but no longer than the engine is believed to live."""
         task = asyncio.ensure_future(operation)
         lost = asyncio.ensure_future(self._lost.wait())
@@ -386,7 +396,7 @@ class EngineClient:
             if not task.done():
                 raise EngineLost(f"{self.name}: given up")
             return task.result()
-        except httpx.HTTPError as error:
+        except (aiohttp.ClientError, OSError) as error:
             self.is_in_doubt = True
             raise EngineLost(f"{self.name}: {type(error).__name__}: {error}") from error
         finally:
@@ -394,136 +404,16 @@ class EngineClient:
             lost.cancel()
             task.cancel()
 
-    def _checked(self, response: httpx.Response) -> httpx.Response:
-        if response.status_code == 200:
-            return response
-        message = response.text[:500]
-        if 400 <= response.status_code < 500:
-            refusal = EngineLacks if response.status_code == 404 else EngineRefused
-            raise refusal(f"{response.request.url.path}: {message}")
-        raise EngineFailed(f"{self.name}: {response.status_code}: {message}")
+    def _refuse(self, path: str, status: int, content: bytes) -> NoReturn:
+        """Raise what an answer that is no 200 means."""
+        message = content.decode(errors="replace")[:500]
+        if 400 <= status < 500:
+            raise (EngineLacks if status == 404 else EngineRefused)(f"{path}: {message}")
+        raise EngineFailed(f"{self.name}: {status}: {message}")
 
 
-class _StreamedAnswer:
-    """A streamed answer so far: each chunk holds what is new, and only the last one attests versions.
-
-    A server may be told to repeat everything in each chunk, so how much of one is new follows from its count.
-
-    In a broken answer, what came before the first update since the request began is from the version that the
-    engine had then; what came later may be from that version or a newer one, so it is dropped. If the request
-    named an adapter, all of it is from that adapter.
-    """
-
-    def __init__(self, weights: WeightsSeen, adapter: PolicyVersion | None, vocab_size: int) -> None:
-        self.last: dict[str, Any] = {}
-        self.output_ids: list[int] = []
-        self.logprobs: list[float] = []
-        self._vocab_size = vocab_size
-        self._weights = weights
-        self._adapter = adapter
-        self._version = weights.version
-        self._completed = weights.num_updates_completed
-        self._updates = self._updates_now()
-        self._num_before_update = 0
-
-    @property
-    def is_whole(self) -> bool:
-        return bool(self.last and self.last["meta_info"].get("finish_reason"))
-
-    def take(self, chunk: dict[str, Any]) -> None:
-        """Take the next chunk; one that makes no sense raises something and leaves the answer as it was.
-
-        Raises:
-            EngineLost: tokens are missing between the chunks.
-        """
-        ids, logprobs, meta = chunk["output_ids"], _logprobs(chunk), chunk["meta_info"]
-        meta.get("finish_reason")
-        num_new = meta["completion_tokens"] - len(self.output_ids)
-        if num_new < 0 or len(logprobs) != len(ids):
-            raise ValueError(f"{num_new} new tokens, {len(ids)} ids and {len(logprobs)} log-probs in a chunk")
-        if num_new > len(ids):
-            raise EngineLost(f"{num_new - len(ids)} tokens of a stream are missing")
-        self.output_ids += ids[len(ids) - num_new :]
-        self.logprobs += logprobs[len(ids) - num_new :]
-        self.last = chunk
-        if self._updates_now() == self._updates:
-            self._num_before_update = len(self.output_ids)
-
-    def earned(self) -> Generation:
-        if not self.last or self._version is None:
-            return Generation([], [], (), "abort")
-        untouched = self._adapter is not None or self._weights.num_updates_completed == self._completed
-        count = len(self.output_ids) if untouched else self._num_before_update
-        span = VersionSpan(self._version.attempt, self._version.version, count)
-        try:
-            ids, logprobs = self.output_ids[:count], self.logprobs[:count]
-            earned = Generation(ids, logprobs, (span,) if count else (), "abort")
-            check_generation(earned, self._vocab_size, len(ids))
-        except NOT_UNDERSTOOD:
-            return Generation([], [], (), "abort")
-        return earned
-
-    def _updates_now(self) -> tuple[int, int]:
-        """Return both counts, since an update may have been under way already when the request began."""
-        return self._weights.num_updates_begun, self._weights.num_updates_completed
-
-
-def _logprobs(answer: dict[str, Any]) -> list[float]:
-    return [entry[0] for entry in answer["meta_info"]["output_token_logprobs"]]
-
-
-def _generation(
-    answer: dict[str, Any], adapter: PolicyVersion | None, output_ids: list[int], logprobs: list[float]
-) -> Generation:
-    """Return what an answer, or the last chunk of a streamed one, says of these tokens."""
-    meta = answer["meta_info"]
-    reason = meta["finish_reason"]
-    if status := reason.get("status_code"):  # it failed after its stream had begun as a 200
-        raise (EngineRefused if status < 500 else EngineFailed)(f"{status}: {reason['message']}")
-    if adapter is not None:
-        span = VersionSpan(adapter.attempt, adapter.version, len(output_ids))
-        return Generation(output_ids, logprobs, merge_spans([span]), reason["type"])
-    spans = []
-    for span in meta["weight_versions"]:
-        version = PolicyVersion.parse(span["version"])
-        if version is None:
-            raise EngineLost(f"sampled with weights that are not this job's: {span['version']!r}")
-        spans.append(VersionSpan(version.attempt, version.version, span["end"]))
-    return Generation(output_ids, logprobs, tuple(spans), reason["type"])
-
-
-def check_generation(generation: Generation, vocab_size: int, max_new_tokens: int) -> None:
-    """Raise ValueError unless an answer can be that of the model to a request for so many tokens."""
-    ids, spans = generation.output_ids, generation.spans
-    if not isinstance(ids, list) or not all(type(token) is int and 0 <= token < vocab_size for token in ids):
-        raise ValueError(f"token ids outside the vocabulary of {vocab_size}")
-    if len(ids) > max_new_tokens or len(generation.logprobs) != len(ids):
-        raise ValueError(
-            f"{len(ids)} tokens and {len(generation.logprobs)} log-probs; asked for: {max_new_tokens} tokens"
-        )
-    ends = [span.end for span in spans]
-    if not all(type(end) is int for end in ends) or sorted(ends) != ends or (ids and ends[-1:] != [len(ids)]):
-        raise ValueError(f"versions up to {ends}, and {len(ids)} tokens")
-    if ends and not 0 <= ends[0] <= ends[-1] <= len(ids):
-        raise ValueError(f"versions up to {ends}, and {len(ids)} tokens")
-    if generation.finish_reason not in FINISH_REASONS:
-        raise ValueError(f"the finish reason {generation.finish_reason!r}")
-
-
-def parse_load(text: str) -> EngineLoad:
-    """Return the load from SGLang's metrics; label sets (ranks) are summed, and the largest usage counts."""
-    values: dict[str, list[float]] = {}
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            values.setdefault(sample.name.removeprefix("sglang:"), []).append(sample.value)
-
-    def total(name: str) -> int:
-        return int(sum(value for value in values.get(name, []) if math.isfinite(value)))
-
-    return EngineLoad(
-        kv_usage=max((value for value in values.get("token_usage", []) if math.isfinite(value)), default=0.0),
-        num_queued=total("num_queue_reqs"),
-        num_retracted=total("num_retracted_requests_total"),
-        num_generated_tokens=total("generation_tokens_total"),
-        num_used_tokens=total("num_used_tokens"),
-    )
+def _json(body: dict[str, Any] | None) -> dict[str, Any]:
+    """Return the arguments with which a client sends a JSON body."""
+    if body is None:
+        return {}
+    return {"data": msgspec.json.encode(body), "headers": {"Content-Type": "application/json"}}

@@ -67,7 +67,11 @@ Opener = Callable[[int, Sequence[TurnRecord]], SampleSession]
 
 
 class GroupRunner:
-    """Runs groups on one engine. Groups run concurrently, and so do the samples of a group."""
+    """Runs groups on one engine. Groups run concurrently, and so do the samples of a group.
+
+    Args:
+        finished: is told the tokens of prompt and response of each sample that has finished.
+    """
 
     def __init__(
         self,
@@ -77,12 +81,14 @@ class GroupRunner:
         scorer: Scorer,
         cache_salt: Callable[[], str | None],
         clock: Callable[[], float] = time.monotonic,
+        finished: Callable[[int, int], None] = lambda prompt_tokens, response_tokens: None,
     ) -> None:
         self._engine = engine
         self._renderer = renderer
         self._workflow = workflow
         self._scorer = scorer
         self._cache_salt = cache_salt
+        self._finished = finished
         self._clock = clock
         self.num_sampled_tokens = 0
         """The tokens sampled since the start, for metrics."""
@@ -169,6 +175,7 @@ class GroupRunner:
             try:
                 sample = session.sample(await self._with_idle_limit(session))
                 self.num_sampled_tokens += sample.num_tokens
+                self._finished(len(sample.prompt_ids) // 4, sample.num_tokens)
                 return sample
             except _ScoringFailed as error:
                 return SampleFailure(index=session.index, reason=error.reason, message=str(error))

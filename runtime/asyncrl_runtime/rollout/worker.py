@@ -82,7 +82,9 @@ class Worker:
         self._monitor = EngineMonitor(
             engine, self._updates, lambda: self._slots.num_taken, self._observe, clock
         )
-        self._runner = GroupRunner(engine, renderer, workflow, scorer, self._cache_salt)
+        self._runner = GroupRunner(
+            engine, renderer, workflow, scorer, self._cache_salt, finished=self._limit.finished
+        )
         self._work = TicketWork(name, self._spec.frozen, broker, self._runner, self.report_failure, clock)
         self._clock = clock
         self._in_hand: dict[tuple[bool, int], Delivery] = {}
@@ -187,7 +189,8 @@ class Worker:
 
     def _observe(self, load: EngineLoad, num_running: int) -> None:
         """Hear of the engine, which answers its monitor."""
-        self._limit.observe(load, num_running)
+        if self._monitor.state == "ready":  # in an update, all that ran may wait in its queue
+            self._limit.observe(load, num_running)
         self._ring()
 
     def is_fit(self) -> bool:

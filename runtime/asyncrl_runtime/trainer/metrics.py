@@ -69,8 +69,8 @@ class Metrics:
         """Append one step's line and renew the report.
 
         Args:
-            values: `step`, `step_seconds`, `wait_seconds`, perhaps `num_tokens`, `rollout_load` and
-                `skipped_updates`, and any others.
+            values: `step`, `step_seconds`, `wait_seconds`, perhaps `num_tokens`, `num_live_tokens`,
+                `rollout_load` and `skipped_updates`, and any others.
         """
         line = {"time": self._wall_clock().isoformat(timespec="milliseconds"), **values}
         self._write_line(self._path, line)
@@ -78,6 +78,7 @@ class Metrics:
         seconds = sum(step["step_seconds"] for step in self._recent)
         waited = sum(step["wait_seconds"] for step in self._recent)
         tokens = sum(step.get("num_tokens", 0) for step in self._recent)
+        live = sum(step.get("num_live_tokens", step.get("num_tokens", 0)) for step in self._recent)
         remaining = (self.report.max_steps - values["step"]) * seconds / len(self._recent)
         self.update(
             step=values["step"],
@@ -88,6 +89,7 @@ class Metrics:
             staleness_max=int(values.get("staleness_max", 0)),
             tokens_per_second=tokens / seconds if seconds else None,
             wait_share=waited / seconds if seconds else None,
+            masked_share=1 - live / tokens if tokens else None,
             rollout_load=_mean([step.get("rollout_load") for step in self._recent]),
             remaining_seconds=remaining,
             skipped_updates=sum(int(step.get("skipped_updates", 0)) for step in self._recent),

@@ -26,12 +26,13 @@ class ForkedEngine:
 
     Args:
         tp_size: the number of GPUs that the engine pretends to have.
+        port: its port; 0: any.
     """
 
-    def __init__(self, model_folder: Path, tp_size: int = 1) -> None:
+    def __init__(self, model_folder: Path, tp_size: int = 1, port: int = 0) -> None:
         self._model_folder = model_folder
         self._tp_size = tp_size
-        self._port = free_port()
+        self._port = port or free_port()
         self.url = f"http://127.0.0.1:{self._port}"
         self._http = httpx.AsyncClient(base_url=self.url, timeout=30, trust_env=False)
         self._start()

@@ -5,8 +5,8 @@ import json
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
-import httpx
 import msgspec
 import nats.js.errors
 
@@ -159,32 +159,46 @@ def _resume(case: bytes) -> None:
     fitting(decode(case, ResumePoint), 7)
 
 
+class _Client(EngineClient):
+    """A client whose engine answers every call with the case."""
+
+    case = b""
+
+    async def _fetch(self, method: str, path: str, body: dict[str, Any] | None) -> bytes:
+        return self.case
+
+    async def _receive(self, path: str, body: dict[str, Any], take: Callable[[bytes], None]) -> None:
+        for line in self.case.split(b"\n"):
+            with self._understanding(path):
+                take(line)
+
+
 class _Engine:
-    """An EngineClient whose engine answers every call with the case."""
+    """An engine that answers every call with the case."""
 
     def __init__(self, adapters: bool = False) -> None:
-        self._case = b""
         self._runner = asyncio.Runner()
-        self._client = EngineClient("http://engine", NUM_IDS, samples_with_adapters=adapters)
+        self._client = self._runner.run(self._connect(adapters))
         self._client.weights.version = PolicyVersion(1, 0)
-        transport = httpx.MockTransport(lambda request: httpx.Response(200, content=self._case))
-        self._client._http = httpx.AsyncClient(base_url="http://engine", transport=transport)
+
+    async def _connect(self, adapters: bool) -> _Client:
+        return _Client("http://engine", NUM_IDS, samples_with_adapters=adapters)
 
     def generate(self, case: bytes) -> None:
-        self._case = case
+        self._client.case = case
         asked = [SamplingRequest([1, 2], 4, 1.0, 0)] * 2
         for each in self._runner.run(self._client.generate(asked)):
             assert len(each.output_ids) == len(each.logprobs) <= 4
 
     def stream(self, case: bytes) -> None:
-        self._case = b"\n\n".join(b"data: " + line for line in case.split(b"\n")) + b"\n\ndata: [DONE]\n\n"
+        self._client.case = case
         try:
             self._runner.run(self._client.stream(SamplingRequest([1, 2], 4, 1.0, 0)))
         finally:
             self._client.give_up()
 
     def control(self, case: bytes) -> None:
-        self._case = case
+        self._client.case = case
         client = self._client
         if not case.startswith(b"{"):
             self._runner.run(client.load())

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
-import httpx
+import aiohttp
 import msgspec
 
 from asyncrl_api.protocols import Score
@@ -35,17 +35,16 @@ class RewardService:
         self._timeout_seconds = timeout_seconds
         # The time that a request waits for its turn is not the service's time.
         self._turns = asyncio.Semaphore(MAX_CONCURRENT_REQUESTS)
-        limits = httpx.Limits(max_connections=MAX_CONCURRENT_REQUESTS)
-        self._client = httpx.AsyncClient(timeout=None, limits=limits)  # noqa: S113  # `_score` has the deadline
 
     async def __aenter__(self) -> Self:
-        await self._client.__aenter__()
+        # `_score` has the deadline. A proxy of the environment is meant for services outside.
+        self._client = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None), trust_env=True)
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self._client.__aexit__(kind, error, trace)
+        await self._client.close()
 
     async def attempt(self, requests: Sequence[ScoreRequest]) -> list[Score | RewardFailure]:
         """Score each response once, in order."""
@@ -58,25 +57,27 @@ class RewardService:
             )
         except (TypeError, ValueError) as error:
             return RewardFailure("reward_error", f"the row cannot be sent as JSON: {error}")
+        headers = {"Content-Type": "application/json"}
         try:
-            async with self._turns, asyncio.timeout(self._timeout_seconds):
-                answer = await self._client.post(
-                    self._url, content=body, headers={"Content-Type": "application/json"}
-                )
+            async with (
+                self._turns,
+                asyncio.timeout(self._timeout_seconds),
+                self._client.post(self._url, data=body, headers=headers, allow_redirects=False) as answer,
+            ):
+                content = await answer.read()
         except TimeoutError:
             return RewardFailure(
                 "reward_timeout", f"no answer in {self._timeout_seconds:g} s from {self._url}"
             )
-        except httpx.HTTPError as error:
+        except (aiohttp.ClientError, OSError) as error:
             return RewardFailure("reward_error", f"{self._url}: {type(error).__name__}: {error}")
-        if answer.status_code != 200:
-            return RewardFailure(
-                "reward_error", f"{self._url} answered {answer.status_code}: {answer.text:.200}"
-            )
+        said = content.decode(errors="replace")[:200]
+        if answer.status != 200:
+            return RewardFailure("reward_error", f"{self._url} answered {answer.status}: {said}")
         try:
-            score = parse_score(answer.content)
+            score = parse_score(content)
         except ValueError as error:
-            return RewardFailure("reward_error", f"{self._url} sent no reward: {error}: {answer.text:.200}")
+            return RewardFailure("reward_error", f"{self._url} sent no reward: {error}: {said}")
         return Score(score.reward, score.feedback)
 
 

@@ -161,7 +161,7 @@ def report_batch(samples: Sequence[TrainingSample], rewards: NDArray[np.float64]
         "response_tokens_mean": float(lengths.mean()),
         "response_tokens_max": float(lengths.max()),
         "prompt_tokens_mean": float(np.mean([len(s.prompt_ids) for s in samples])),
-        "live_token_fraction": float(num_live / lengths.sum()),
+        "masked_token_share": float(1 - num_live / lengths.sum()),
     }
     if histogram := staleness_histogram(samples):
         total = sum(histogram.values())
