@@ -28,7 +28,7 @@ from asyncrl_runtime.contract.messages import (
 )
 from asyncrl_runtime.contract.refused import Refusals
 from asyncrl_runtime.weights.bucket import PublishedWeights
-from asyncrl_runtime.weights.engines import PhaseAnswers, Engines, Member, Published, UpdateSeconds
+from asyncrl_runtime.weights.engines import Engines, Member, PhaseAnswers, Published, UpdateSeconds
 from asyncrl_runtime.weights.fleet import Fleet
 from asyncrl_runtime.weights.group import MeetingPlace, WeightGroup, WeightGroups
 
