@@ -1,6 +1,7 @@
 """How many samples an engine is given: more while it has room, fewer when it thrashes. Pure."""
 
 import math
+from collections.abc import Callable
 
 from asyncrl_runtime.rollout.engine_api import EngineLoad
 
@@ -50,14 +51,23 @@ class ConcurrencyLimit:
 
 
 class Slots:
-    """Counts the slots that are taken; their limit is ConcurrencyLimit's."""
+    """Counts the slots that are taken; their limit is ConcurrencyLimit's.
 
-    def __init__(self) -> None:
+    Args:
+        freed: called whenever one is free again.
+    """
+
+    def __init__(self, freed: Callable[[], None] = lambda: None) -> None:
         self.num_taken = 0
+        self._freed = freed
 
     def take(self, count: int) -> "Taken":
         self.num_taken += count
         return Taken(self, count)
+
+    def free_one(self) -> None:
+        self.num_taken -= 1
+        self._freed()
 
 
 class Taken:
@@ -70,7 +80,7 @@ class Taken:
     def free_one(self) -> None:
         if self._count:
             self._count -= 1
-            self._slots.num_taken -= 1
+            self._slots.free_one()
 
     def close(self) -> None:
         while self._count:

@@ -1,6 +1,7 @@
 """The rollout worker: it pulls a ticket, runs the workflow on the engine, scores, publishes, acknowledges."""
 
 import asyncio
+import contextlib
 import json
 import logging
 import time
@@ -26,7 +27,7 @@ from asyncrl_runtime.contract.messages import (
 )
 from asyncrl_runtime.contract.refused import Refusals, one_line
 from asyncrl_runtime.rollout.concurrency import ConcurrencyLimit, Slots, Taken
-from asyncrl_runtime.rollout.engine_api import Engine, EngineLost
+from asyncrl_runtime.rollout.engine_api import Engine, EngineLoad, EngineLost
 from asyncrl_runtime.rollout.engine_monitor import EngineMonitor
 from asyncrl_runtime.rollout.engine_updates import UpdatesOf
 from asyncrl_runtime.rollout.group_runner import GroupRunner
@@ -38,6 +39,8 @@ log = logging.getLogger(__name__)
 
 STATE_POLL_SECONDS = 15.0
 """How often the job's state is read. Changes of it are pushed; this makes up for one that was missed."""
+ROOM_SECONDS = 1.0
+"""How often room is looked for although nothing has changed."""
 DRAIN_SECONDS = 30
 """How long samples that are being scored are waited for at the end."""
 
@@ -69,15 +72,17 @@ class Worker:
         self._spec = RunningSpec(spec)
         self._broker = broker
         self._engine = engine
-        self._slots = Slots()
+        self._changed = asyncio.Event()
+        """Set, and replaced, whenever there may be room that was not there before."""
+        self._slots = Slots(self._ring)
         self._limit = ConcurrencyLimit(
             self._spec.frozen.sampling.group_size, self._spec.live.rollout.max_concurrency
         )
         self._updates = updates_of(engine, lambda: self._slots.num_taken)
         self._monitor = EngineMonitor(
-            engine, self._updates, lambda: self._slots.num_taken, self._limit.observe, clock
+            engine, self._updates, lambda: self._slots.num_taken, self._observe, clock
         )
-        self._runner = GroupRunner(engine, renderer, workflow, scorer, self._cache_salt)
+        self._runner = GroupRunner(engine, renderer, workflow, scorer, self._cache_salt, clock)
         self._work = TicketWork(name, self._spec.frozen, broker, self._runner, self.report_failure, clock)
         self._clock = clock
         self._in_hand: dict[tuple[bool, int], Delivery] = {}
@@ -101,6 +106,15 @@ class Worker:
     def stop(self) -> None:
         """Begin to drain: take no more tickets, break off what is in flight and hand it back."""
         self._stopping.set()
+        self._ring()
+
+    def _ring(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def _observe(self, load: EngineLoad, num_running: int) -> None:
+        self._limit.observe(load, num_running)
+        self._ring()
 
     def report_failure(self, message: str) -> None:
         log.warning("%s", message)
@@ -148,12 +162,12 @@ class Worker:
     async def _pull(self, queue: DeliverySource, work: Work, size: int) -> None:
         """Take one message at a time while there is room, and work on each beside the others.
 
-        Consumes the queue; produces a task for each message. Waits for a fit engine with room, which it looks
-        for every 10 ms, and for the next message, with which the broker wakes it. Ends after `stop`.
+        Consumes the queue; produces a task for each message. Waits for a fit engine with room, of which
+        `_ring` tells, and for the next message, with which the broker wakes it. Ends after `stop`.
         """
         while not self._stopping.is_set():
             if not (self.is_fit() and self._limit.has_room(self._slots.num_taken)):
-                await asyncio.sleep(0.01)
+                await self._wait_for_change()
                 continue
             delivery = await queue.take()
             if delivery is None:
@@ -170,6 +184,11 @@ class Worker:
             task = asyncio.create_task(self._handle(delivery, work, self._slots.take(size)))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
+
+    async def _wait_for_change(self) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(ROOM_SECONDS):
+                await self._changed.wait()
 
     def is_fit(self) -> bool:
         """Return whether the engine can sample, with weights that are not too old already."""
@@ -238,7 +257,9 @@ class Worker:
         except ValueError as error:
             self._refusals.add("request of a trainer", str(error))
             return encode(ControlReply(ok=False, message=one_line(str(error))))
-        return encode(await self._updates.handle(asked))
+        reply = await self._updates.handle(asked)
+        self._ring()
+        return encode(reply)
 
     async def _poll_state(self) -> None:
         """Act on the job's state, read every STATE_POLL_SECONDS, as on a change; nobody wakes it earlier."""
@@ -258,6 +279,7 @@ class Worker:
                 self._refusals.add("announcement of a version", str(error))
         elif key == "live" and data:
             self._apply_live_values(data)
+        self._ring()
 
     def _apply_live_values(self, data: bytes) -> None:
         try:
