@@ -63,15 +63,16 @@ class _Stream:
 
     Args:
         first_sequence: the sequence of its first message.
+        ids: the ids of what is stored, and was.
     """
 
-    def __init__(self, number: int, first_sequence: int, max_bytes: int) -> None:
+    def __init__(self, number: int, first_sequence: int, max_bytes: int, ids: set[str]) -> None:
         self.identity = f"stream {number}"
         self.messages: dict[int, StreamMessage] = {}
         self.last_sequence = first_sequence - 1
         self.max_bytes = max_bytes
         self.num_bytes = 0
-        self._ids: set[str] = set()
+        self._ids = ids
 
     def has_room(self, data: bytes) -> bool:
         return self.num_bytes + len(data) <= self.max_bytes
@@ -227,12 +228,14 @@ class MemoryBroker:
         if self.trajectories is None:
             self.trajectories = self._stream(first_trajectory or 1, TRAJECTORY_SHARE)
         if self.questions is None or self.answers is None:
-            self.questions = _WorkQueue(self._stream(1, 0.05), QUESTION_ACK_WAIT_SECONDS)
-            self.answers = _WorkQueue(self._stream(1, 0.05), QUESTION_ACK_WAIT_SECONDS)
+            ids: set[str] = set()  # of both, which NATS has in one stream
+            self.questions = _WorkQueue(self._stream(1, 0.05, ids), QUESTION_ACK_WAIT_SECONDS)
+            self.answers = _WorkQueue(self._stream(1, 0.05, ids), QUESTION_ACK_WAIT_SECONDS)
         self.news.ring()
 
-    def _stream(self, first_sequence: int, share: float) -> _Stream:
-        return _Stream(next(self._numbers), first_sequence, int(self._storage_bytes * share))
+    def _stream(self, first_sequence: int, share: float, ids: set[str] | None = None) -> _Stream:
+        max_bytes = int(self._storage_bytes * share)
+        return _Stream(next(self._numbers), first_sequence, max_bytes, set() if ids is None else ids)
 
     def delete(self, *names: str) -> None:
         for name in names:
