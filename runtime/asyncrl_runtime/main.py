@@ -143,6 +143,25 @@ def evaluate(
     _run(config, run)
 
 
+@app.command(hidden=True)
+def simulate(
+    plan: Annotated[Path, typer.Option(help="What `asyncrl simulate` has written: the jobs.")],
+    device_model: Annotated[str, typer.Option(help="Name of a device model, or its file.")],
+    steps: Annotated[int, typer.Option(help="Steps that are measured.")] = 8,
+    price: Annotated[float | None, typer.Option(help="What a GPU costs in an hour.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a line of JSON for each job.")] = False,
+) -> None:
+    """Simulate jobs; `asyncrl simulate` starts it."""
+    from asyncrl_runtime.simulation.command import run_plan
+
+    logging.basicConfig(level=logging.ERROR, format="%(name)s: %(message)s")
+    try:
+        run_plan(plan, device_model, steps, price, as_json=as_json)
+    except ExitError as error:
+        _fail(error)
+    _end(ExitCode.DONE)
+
+
 @app.command()
 def audit(
     folder: Annotated[Path, typer.Argument(help="The job's folder, which holds ledger.jsonl.")],
