@@ -1,6 +1,8 @@
 """`asyncrl simulate`, as a user types it."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +11,9 @@ import pytest
 from ruamel.yaml import YAML
 
 from asyncrl_runtime.emulation.device import MODELS
+from support.doc_commands import blocks_of
 from support.manifests.smallest import SMALLEST
+from support.paths import ROOT
 
 SHORT = ("sampling.maxNewTokens=2000", "sampling.groupSize=4", "training.batchSize=4")
 FITTING = ("model.contextLength=4096", "training.tokensPerMicroBatch=8192", "gpuBudget.total=3")
@@ -71,3 +75,26 @@ def test_what_cannot_be_simulated_is_refused_with_the_remedy(manifest: Path, tmp
     custom = simulate(manifest, "--device-model", "areal-1.5b", *user_code)
     assert custom.returncode == 78
     assert "spec.workflow.type" in custom.stderr
+
+
+@pytest.mark.slow
+def test_what_the_page_shows_can_be_typed(tmp_path: Path) -> None:
+    """docs/simulate.md: the manifest as it stands there, and each command after it."""
+    page = "docs/simulate.md"
+    manifest = re.search(r"^```yaml\n(.*?)^```$", (ROOT / page).read_text(), re.M | re.S)
+    assert manifest is not None
+    (tmp_path / "areal.yaml").write_text(manifest[1])
+    programs = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": programs}
+    [block] = blocks_of(page)
+    for command in block.commands:
+        result = subprocess.run(
+            ["bash", "-c", command],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert result.returncode == 0, result.stderr
+        assert "6+2" in result.stdout or "trainer 2, 6 engine(s)" in result.stdout

@@ -48,5 +48,5 @@ def test_a_sweep_has_an_end() -> None:
 
 
 def test_a_cluster_on_which_the_job_does_not_fit_is_refused() -> None:
-    with pytest.raises(SpecError, match="gpuBudget.total is 1"):
+    with pytest.raises(SpecError, match=r"gpuBudget\.total is 1"):
         simulation_plan(SMALLEST, [], ["gpus=1"])
