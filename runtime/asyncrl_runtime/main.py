@@ -50,6 +50,25 @@ def engine(
     _run(config, run)
 
 
+@app.command(name="emulated-engine")
+def emulated_engine(
+    config: ConfigPath,
+    host: Host = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port of the HTTP API.")] = 30000,
+    count: Annotated[
+        int, typer.Option(help="Number of engines; the others are at /e/1 and so on.", min=1, max=10_000)
+    ] = 1,
+) -> None:
+    """Serve engines that take the time that the job's device model says, and sample random tokens."""
+
+    def run(run_config: RunConfig) -> None:
+        from asyncrl_runtime.emulation.http import run_emulated_engines
+
+        run_emulated_engines(run_config, host, port, count)
+
+    _run(config, run)
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def sglang(
     context: typer.Context,

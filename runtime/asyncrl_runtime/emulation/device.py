@@ -14,6 +14,9 @@ import msgspec
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from asyncrl_api.exits import ExitCode, ExitError
+from asyncrl_api.job import EmulationSpec
+
 MODELS = Path(__file__).parent / "models"
 """The device models that come with asyncrl."""
 
@@ -150,6 +153,18 @@ def load_device_model(name_or_file: str) -> DeviceModel:
             f"device model {name_or_file}: {error.strerror}; name a file, or one of {', '.join(built_in)}"
         ) from error
     return parse_device_model(text, str(path))
+
+
+def device_model_of(spec: EmulationSpec) -> DeviceModel:
+    """Return the device model of a job.
+
+    Raises:
+        ExitError: it cannot be used; the message names the field.
+    """
+    try:
+        return load_device_model(spec.device_model)
+    except DeviceModelError as error:
+        raise ExitError(ExitCode.REFUSED, f"spec.emulation.deviceModel: {error}") from error
 
 
 def parse_device_model(text: str, where: str) -> DeviceModel:

@@ -38,7 +38,7 @@ class EmulatedRanks:
     """
 
     def __init__(self, model: DeviceModel, gpus: int, token_scale: int, clock: Callable[[], float]) -> None:
-        self.policy = EmulatedPolicy(model, self._spend, gpus, token_scale)
+        self.policy = EmulatedPolicy(model, self._spend, gpus=gpus, token_scale=token_scale)
         self.trained = Trained()
         self.must_stop: Callable[[], bool] = lambda: False
         self._clock = clock

@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from asyncrl_runtime.emulation.device import DeviceModel
+from asyncrl_runtime.trainer.sealing import seal
 from asyncrl_runtime.trainer.update import diagnostics
 from asyncrl_runtime.trainer.update.packing import MicroBatch
 from asyncrl_runtime.trainer.update.policy_api import StepSettings, Update
@@ -17,21 +19,28 @@ from asyncrl_runtime.weights.bucket import Bucket
 
 
 class EmulatedPolicy:
-    """Implements TrainedPolicy, as the only rank, on behalf of all GPUs of the trainer.
+    """Implements TrainedPolicy.
 
     Args:
         spend: lets model seconds pass.
-        gpus: the trainer's GPUs.
+        gpus: the GPUs for which this rank stands.
+        world_size: the number of ranks.
         token_scale: tokens of the model that one token of a micro-batch stands for.
     """
 
     trains_adapters = False
     is_sharded = False
-    world_size = 1
 
     def __init__(
-        self, model: DeviceModel, spend: Callable[[float], None], gpus: int, token_scale: int = 1
+        self,
+        model: DeviceModel,
+        spend: Callable[[float], None],
+        *,
+        gpus: int,
+        world_size: int = 1,
+        token_scale: int = 1,
     ) -> None:
+        self.world_size = world_size
         self._trainer = model.trainer
         self.num_bytes = model.weights.num_bytes
         self._spend = spend
@@ -53,15 +62,16 @@ class EmulatedPolicy:
         num_tokens: int,
         learning_rate: float,
     ) -> Update:
-        rate, num_live, logprobs = self._trainer.update_tokens_per_second, 0, []
+        rate, num_sampled, num_live, logprobs = self._trainer.update_tokens_per_second, 0, 0, []
         for batch in micro_batches:
             logprobs.append(self._pass(batch, rate))
+            num_sampled += batch.num_sampled_tokens
             num_live += int(batch.loss_mask.sum())
         self._spend(self._trainer.seconds_per_update)
         sums = torch.zeros(len(diagnostics.SCALARS) + 2 * diagnostics.NUM_BINS, dtype=torch.float64)
-        sums[diagnostics.SCALARS.index("tokens")] = num_tokens
+        sums[diagnostics.SCALARS.index("tokens")] = num_sampled
         sums[diagnostics.SCALARS.index("live")] = num_live
-        return Update(sums, 0.0, logprobs)
+        return Update(self.reduce(sums), 0.0, logprobs)
 
     def _pass(self, batch: MicroBatch, tokens_per_second: float) -> Tensor:
         num_tokens = len(batch.input_ids) * self._token_scale
@@ -69,6 +79,9 @@ class EmulatedPolicy:
         return batch.behavior_logprobs
 
     def reduce(self, sums: Tensor) -> Tensor:
+        if self.world_size > 1:
+            sums = sums.clone()
+            dist.all_reduce(sums)
         return sums
 
     def buckets(self, max_bytes: int) -> list[tuple[str, ...]]:
@@ -93,10 +106,15 @@ class EmulatedPolicy:
     def _write(self, folder: Path) -> DiskWork:
         def work(sealed: Callable[[int], None]) -> None:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "emulated").write_text("The trainer was emulated: there are no weights.\n")
+            path = folder / f"emulated-{self._rank()}"
+            path.write_text("The trainer was emulated: there are no weights.\n")
+            seal(path, sealed)
             self._spend(self._trainer.checkpoint_seconds)
 
         return work
+
+    def _rank(self) -> int:
+        return dist.get_rank() if self.world_size > 1 else 0
 
     def convert(self, folder: Path, scratch: Path) -> DiskWork:
         return lambda sealed: None
