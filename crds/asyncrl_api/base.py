@@ -2,10 +2,11 @@
 
 import re
 from decimal import ROUND_CEILING, Decimal
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema
 from pydantic.alias_generators import to_camel
+from pydantic_core import PydanticCustomError
 
 from asyncrl_api.marks import field
 
@@ -22,6 +23,25 @@ PATTERN_WORDS = {
 }
 """What a user is told whose value does not match the pattern."""
 
+
+def _int_or_auto(value: object) -> object:
+    if value == "Auto" or (type(value) is int and 0 <= value <= MAX_INT):
+        return value
+    raise PydanticCustomError("int_or_auto", "must be Auto, or an integer from 0")
+
+
+IntOrAuto = Annotated[
+    int | Literal["Auto"],
+    PlainValidator(_int_or_auto),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "integer", "minimum": 0, "maximum": MAX_INT},
+                {"type": "string", "const": "Auto"},
+            ]
+        }
+    ),
+]
 # Every string and list has a bound: the API server derives the cost of CEL rules from it.
 Count = Annotated[int, Field(ge=1, le=MAX_INT)]
 CountOrZero = Annotated[int, Field(ge=0, le=MAX_INT)]

@@ -62,7 +62,7 @@ def _status_lines(schema: Mapping[str, Any], path: str) -> Iterator[str]:
     for name, below in schema["properties"].items():
         here = f"{path}.{name}"
         entries = below.get("items", below)
-        if below["type"] == "array":
+        if below.get("type") == "array":
             here += "[]"
         if "properties" in entries:
             yield from _status_lines(entries, here)
@@ -77,6 +77,8 @@ def _row(*cells: str) -> str:
 
 def _kind(schema: Mapping[str, Any]) -> str:
     """Return the type and its bounds in words."""
+    if "x-kubernetes-int-or-string" in schema:
+        return "integer or Auto"
     kind: str = schema["type"]
     if "enum" in schema:
         return " | ".join(each or '""' for each in schema["enum"])

@@ -61,6 +61,9 @@ class Report(Wire):
     tokens_per_second: float | None = None
     wait_share: float | None = None
     """The share of the last steps' time in which the trainer waited for a batch."""
+    rollout_load: float | None = None
+    """The share of the samples that the engines could have run at once which they ran during the last steps.
+    None: there were no engines, or the runtime is older than this field."""
     skipped_updates: int = 0
     """The number of optimizer updates of the last steps that were skipped: their gradient was not finite."""
     queue_depth: int = 0
@@ -135,6 +138,7 @@ def _usable_report(report: Report) -> Report:
             **changes,
             "reward": _finite(report.reward),
             "wait_share": _share(report.wait_share),
+            "rollout_load": _share(report.rollout_load),
             "time": report.time if is_time(report.time) else "",
             "first_evaluation": _usable(report.first_evaluation, _usable_evaluation),
             "last_evaluation": _usable(report.last_evaluation, _usable_evaluation),

@@ -162,6 +162,18 @@ _SELECTED = (
     ),
 )
 
+_STALENESS = (
+    _rule(
+        "spec.staleness",
+        "target",
+        "type(self.target) == int ? self.target >= 0 && self.target <= self.maxVersions : "
+        "self.target == 'Auto'",
+        'staleness.target is "%s", but must be Auto or an integer from 0 to staleness.maxVersions, which '
+        "bounds how far sampling may run ahead in any case: lower it, or write Auto",
+        "self.target",
+    ),
+)
+
 _TRAINING = (
     _rule(
         "spec.training",
@@ -454,6 +466,7 @@ RULES = (
     _NAME,
     *_SOURCES,
     *_SELECTED,
+    *_STALENESS,
     *_TRAINING,
     *_CHECKPOINT,
     *_BUDGET,

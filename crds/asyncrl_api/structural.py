@@ -48,7 +48,7 @@ def leaf_schema(node: FieldNode) -> dict[str, Any]:
     schema = holder.model_json_schema(by_alias=True)
     name = next(iter(schema["properties"]))
     found = _structural(schema["properties"][name], schema.get("$defs", {}))
-    if found["type"] == "array":
+    if found.get("type") == "array":
         found["x-kubernetes-list-type"] = list_type or "atomic"
     return found
 
@@ -73,8 +73,11 @@ def _structural(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> di
         below = _structural(definitions[schema["$ref"].rpartition("/")[2]], definitions)
         return {**below, **description}
     if "anyOf" in schema:  # X or null: an absent value is absent, and a null is refused
-        (inner,) = (each for each in schema["anyOf"] if each.get("type") != "null")
-        return {**_structural(inner, definitions), **description}
+        inner = [each for each in schema["anyOf"] if each.get("type") != "null"]
+        if {each.get("type") for each in inner} == {"integer", "string"}:  # a rule says which strings
+            return {**description, "x-kubernetes-int-or-string": True, "maxLength": MAX_LENGTH}
+        (only,) = inner
+        return {**_structural(only, definitions), **description}
     kind = schema["type"]
     return {**description, "type": kind, **_of_kind(kind, schema, definitions)}
 

@@ -4,7 +4,7 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field
 
-from asyncrl_api.base import ApiType, Count, CountOrZero, Name, NonNegative, Positive
+from asyncrl_api.base import ApiType, Count, CountOrZero, IntOrAuto, Name, NonNegative, Positive
 from asyncrl_api.marks import field
 
 
@@ -186,6 +186,13 @@ class StalenessSpec(ApiType):
         "Maximum number of policy versions between the one that sampled a token and the one that trains on "
         "it. 0: synchronous; sampling and training take turns.",
         default=4,
+    )
+    target: IntOrAuto = field(
+        "How many policy versions sampling is meant to run ahead: at most (target + 1) batches of prompt "
+        "groups are open at a time. Auto: as few as keep half a batch waiting when the trainer wants one, so "
+        "that tokens are as fresh as they can be without the trainer waiting for them. maxVersions stays the "
+        "bound of either.",
+        default="Auto",
     )
     on_exceed: Literal["Mask", "Drop", "Keep"] = field(
         "What happens to tokens that are older than that when their batch is formed. Mask: they are left out "

@@ -188,12 +188,12 @@ def shares(job: Job) -> tuple[int, int]:
 
 def starve(job: Job) -> bool:
     """Report as a trainer that waits for trajectories."""
-    return job.report(wait_share=0.8, queue_depth=0)
+    return job.report(wait_share=0.8, rollout_load=1.0)
 
 
 def flood(job: Job) -> bool:
     """Report as a trainer that falls behind."""
-    return job.report(wait_share=0.0, queue_depth=100)
+    return job.report(wait_share=0.0, rollout_load=0.3)
 
 
 def test_a_job_with_poison_in_its_report_is_shown_and_can_be_suspended(job: Job) -> None:

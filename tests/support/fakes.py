@@ -5,7 +5,7 @@ import json
 import selectors
 import zlib
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
 from asyncrl_api.protocols import Score
-from asyncrl_runtime.contract.broker import StreamFacts
+from asyncrl_runtime.contract.broker import StreamFacts, StreamMessage, TransportError
 from asyncrl_runtime.contract.messages import JoinGroup, PolicyVersion, ReceiveBucket, VersionSpan
 from asyncrl_runtime.rollout.engine_api import (
     CHECKSUM_SECONDS,
@@ -444,6 +444,10 @@ class FakeJobQueues:
 
     facts = StreamFacts(identity="made", last_sequence=0, num_bytes=0, max_bytes=2**20)
 
+    async def read_trajectories(self, start_sequence: int) -> AsyncGenerator[StreamMessage, None]:
+        await asyncio.Event().wait()
+        yield StreamMessage(start_sequence, "", b"")
+
     async def prompts(self) -> StreamFacts | None:
         return self.facts
 
@@ -479,7 +483,15 @@ class FakeStreams:
     lost = LostStreams()
     is_nearly_full = False
 
+    def __init__(self) -> None:
+        self.messages: list[StreamMessage] = []
+        self.fault: TransportError | None = None
+        self.purged_behind: list[int] = []
+
     def requeue(self) -> None:
+        pass
+
+    def start_over(self) -> None:
         pass
 
     async def mend(self, give_up_recorded: Callable[[], None]) -> None:
@@ -491,5 +503,12 @@ class FakeStreams:
     async def announce(self, version: PolicyVersion) -> None:
         pass
 
+    async def stored(self, after: int, last: int) -> AsyncGenerator[StreamMessage, None]:
+        for message in self.messages:
+            if self.fault is not None:
+                raise self.fault
+            if after < message.sequence <= last:
+                yield message
+
     async def purge_behind(self, sequence: int) -> None:
-        pass
+        self.purged_behind.append(sequence)

@@ -1,7 +1,7 @@
 """The training loop and the issuer of tickets wake each when they should, and neither for nothing."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ class SlowTickets:
         await asyncio.sleep(SLOW_SECONDS)
         return last_ticket + len(payloads)
 
-    async def read_trajectories(self, start_sequence: int) -> AsyncIterator[StreamMessage]:
+    async def read_trajectories(self, start_sequence: int) -> AsyncGenerator[StreamMessage, None]:
         await asyncio.Event().wait()
         yield StreamMessage(start_sequence, "", b"")
 

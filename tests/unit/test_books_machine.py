@@ -39,8 +39,15 @@ BASE = parse_spec(
 )
 
 
-def make_spec(batch_size: int, max_versions: int, on_exceed: str, sample_filter: str, order: str) -> Spec:
-    staleness = {"max_versions": max_versions, "on_exceed": on_exceed, "order": order}
+def make_spec(
+    batch_size: int,
+    max_versions: int,
+    on_exceed: str,
+    sample_filter: str,
+    order: str,
+    target: int | str = "Auto",
+) -> Spec:
+    staleness = {"max_versions": max_versions, "on_exceed": on_exceed, "order": order, "target": target}
     blocks = {
         "training": BASE.training.model_copy(update={"batch_size": batch_size}),
         "sampling": BASE.sampling.model_copy(
@@ -256,6 +263,7 @@ class BooksMachine(RuleBasedStateMachine):
         books = self.books
         if self.finished or self.batch is not None or books.version >= MAX_STEPS:
             return
+        books.batch_wanted()
         try:
             batch = books.next_batch()
         except EndlessDiscards:
@@ -359,10 +367,13 @@ class BooksMachine(RuleBasedStateMachine):
         on_exceed=st.sampled_from(["Mask", "Drop", "Keep"]),
         sample_filter=st.sampled_from(["None", "DropUniformGroups"]),
         order=st.sampled_from(["OldestFirst", "FreshestFirst"]),
+        ahead=st.sampled_from(["Auto", 0, 1, 3]),
     )
-    def change_live_values(self, max_versions: int, on_exceed: str, sample_filter: str, order: str) -> None:
+    def change_live_values(
+        self, max_versions: int, on_exceed: str, sample_filter: str, order: str, ahead: int | str
+    ) -> None:
         batch_size = self.spec.training.batch_size
-        self.spec = make_spec(batch_size, max_versions, on_exceed, sample_filter, order)
+        self.spec = make_spec(batch_size, max_versions, on_exceed, sample_filter, order, ahead)
         self.books.use(self.spec)
 
     @rule()

@@ -5,13 +5,15 @@ import errno
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
+from asyncrl_runtime.contract.broker import StreamMessage, TransportError
 from asyncrl_runtime.trainer.attempt import Attempt
 from asyncrl_runtime.trainer.books.books import Books
 from asyncrl_runtime.trainer.books.checkpoints import CheckpointFailed, Checkpoints
+from asyncrl_runtime.trainer.books.spill import Spill, read_spill
 from asyncrl_runtime.trainer.checkpointing import FAILING_SECONDS, Checkpointing
 from asyncrl_runtime.trainer.patience import Patience
 from asyncrl_runtime.trainer.update.ranks import Command, Export, Save
@@ -188,3 +190,87 @@ def test_a_stop_saves_or_says_that_it_did_not(tmp_path: Path) -> None:
         assert rig.saved == [3]
 
     run_in_virtual_time(check())
+
+
+# -- a stream that fills up
+
+MESSAGES = [StreamMessage(n, f"rl.j.traj.{n}", bytes([n]) * n, f"id{n}") for n in range(1, 12)]
+
+
+class Filling:
+    """A rig with checkpoints of versions 1 and 2, between which messages 4 to 8 were dealt with."""
+
+    def __init__(self, folder: Path) -> None:
+        self.rig = Rig(folder)
+        self.streams = cast(FakeStreams, self.rig.parts.streams)
+        self.streams.messages = list(MESSAGES)
+
+    async def saves(self) -> None:
+        for version, sequence in ((1, 3), (2, 8)):
+            self.rig.books._version = version
+            self.rig.books.inbox.pass_over(sequence)
+            await self.rig.checkpointing.save()
+        assert self.streams.purged_behind == [3, 3]
+
+    @property
+    def older(self) -> Path:
+        return self.rig.parts.checkpoints.folder_of(1)
+
+
+def test_the_older_checkpoint_keeps_what_is_purged(tmp_path: Path) -> None:
+    async def run() -> None:
+        filling = Filling(tmp_path)
+        await filling.saves()
+        filling.rig.books._version = 3
+        filling.streams.is_nearly_full = True
+        await filling.rig.checkpointing.save_if_due()
+        assert filling.streams.purged_behind == [3, 3, 8]
+        assert list(read_spill(filling.older)) == MESSAGES[3:8]
+        assert filling.rig.saved == [1, 2], "no third checkpoint was needed"
+        await filling.rig.checkpointing.save_if_due()
+        assert filling.rig.saved == [1, 2, 3], "what is left is before this step"
+
+    run_in_virtual_time(run())
+
+
+def test_nothing_is_purged_that_could_not_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that is full is waited for."""
+    put, tries = Spill.add, 0
+
+    def add(self: Spill, message: StreamMessage) -> None:
+        nonlocal tries
+        tries += 1
+        if tries < 5:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        put(self, message)
+
+    monkeypatch.setattr(Spill, "add", add)
+
+    async def run() -> None:
+        filling = Filling(tmp_path)
+        await filling.saves()
+        filling.streams.is_nearly_full = True
+        making = asyncio.create_task(filling.rig.checkpointing.make_room())
+        await asyncio.sleep(3)  # two tries have failed
+        assert (
+            filling.streams.purged_behind == [3, 3]
+            and "No space" in filling.rig.parts.metrics.report.disk_fault
+        )
+        await making
+        assert filling.streams.purged_behind == [3, 3, 8]
+        assert list(read_spill(filling.older)) == MESSAGES[3:8]
+
+    run_in_virtual_time(run())
+
+
+def test_a_broker_that_does_not_answer_leaves_everything_as_it_was(tmp_path: Path) -> None:
+    async def run() -> None:
+        filling = Filling(tmp_path)
+        await filling.saves()
+        filling.streams.is_nearly_full = True
+        filling.streams.fault = TransportError("away")
+        await filling.rig.checkpointing.make_room()
+        assert filling.streams.purged_behind == [3, 3]
+        assert list(filling.older.glob("trajectories*")) == []
+
+    run_in_virtual_time(run())

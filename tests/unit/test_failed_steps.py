@@ -1,5 +1,7 @@
 """What becomes of recorded steps that failed by their own fault."""
 
+from dataclasses import replace
+
 import pytest
 
 from asyncrl_api.ledger import History, RecordedStep, StepFailure
@@ -37,6 +39,17 @@ def test_a_step_that_failed_twice_is_given_up_with_what_is_known_to_be_guilty(
     given_up = step_to_give_up(history_of(failure(2), first, second))
     assert given_up is not None
     assert (given_up.version, given_up.discards, given_up.cause) == (1, discards, second.cause)
+
+
+def test_what_the_given_up_steps_discarded_stays_discarded() -> None:
+    """Workers have acknowledged those tickets, so nobody would sample them again."""
+    failed = [failure(1, 3), failure(1, 3)]
+    steps = history_of().steps
+    discards = [{"stale": (9,)}, {"stale": (10,), "step_failed": (11,)}, {"stale": (12, 13)}]
+    steps = [replace(step, discards=each) for step, each in zip(steps, discards, strict=True)]
+    given_up = step_to_give_up(History(steps=steps, failures=failed, in_a_row=failed))
+    assert given_up is not None
+    assert given_up.discards == {"step_failed": (3, 11), "stale": (10, 12, 13)}
 
 
 @pytest.mark.parametrize(

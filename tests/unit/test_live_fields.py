@@ -74,7 +74,7 @@ def starved(cluster: ModelCluster) -> Any:
     """How the GPUs are divided after a while in which the trainer waited."""
     for _ in range(8):
         cluster.now += 10
-        cluster.reports(wait_share=0.6, queue_depth=0)
+        cluster.reports(wait_share=0.6, rollout_load=1.0)
         cluster.run_until_still()
     return shows(cluster)
 
@@ -376,6 +376,7 @@ TRAINER: dict[str, Case] = {
     "sampling.maxDiscardsInARow": Case(1000, 1, discards),
     "training.maxSteps": Case(1, 9, limit),
     "staleness.maxVersions": Case(1, 3, third_batch),
+    "staleness.target": Case("Auto", 0, limit),
     "staleness.onExceed": Case("Mask", "Keep", third_batch),
     "staleness.order": Case("OldestFirst", "FreshestFirst", batch),
     "evaluation.everySteps": Case(20, 2, evaluations),
@@ -388,6 +389,7 @@ TRAINER: dict[str, Case] = {
 }
 WITH: dict[str, dict[str, Any]] = {
     "staleness.maxVersions": {"training": {"maxSteps": 9}},
+    "staleness.target": {"training": {"maxSteps": 9}},
     "staleness.onExceed": {"training": {"maxSteps": 9}},
     "evaluation.everySteps": {"training": {"maxSteps": 9}},
     "checkpoint.keep": {"checkpoint": {"everySteps": 1}},

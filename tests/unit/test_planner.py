@@ -20,10 +20,6 @@ def running(**overrides: object) -> ModelCluster:
     return cluster
 
 
-FULL = 4 * (4 - 1)
-"""The depth of a full queue in these jobs: all that may wait while engines work on the newest batch."""
-
-
 def reasons(cluster: ModelCluster) -> list[str]:
     return [event.reason for event in cluster.events]
 
@@ -301,7 +297,7 @@ def test_a_starved_trainer_gives_gpus_to_rollout_after_half_a_cooldown() -> None
     cluster = running(gpuBudget={"auto": {"cooldownSeconds": 100}})
     cluster.now += 100
     for _ in range(8):
-        cluster.reports(wait_share=0.6, queue_depth=0)
+        cluster.reports(wait_share=0.6, rollout_load=1.0)
         cluster.run_until_still()
         cluster.now += 10
     assert cluster.status.split is not None
@@ -310,11 +306,11 @@ def test_a_starved_trainer_gives_gpus_to_rollout_after_half_a_cooldown() -> None
     assert cluster.status.attempt is not None and cluster.status.attempt.last_reason == "Resized"
 
 
-def test_a_full_queue_gives_gpus_to_the_trainer_and_back_never_at_once() -> None:
+def test_idle_engines_give_gpus_to_the_trainer_and_back_never_at_once() -> None:
     cluster = running(gpuBudget={"auto": {"cooldownSeconds": 100}})
     sizes = []
     for step in range(60):
-        cluster.reports(wait_share=0.0, queue_depth=FULL, step=step)
+        cluster.reports(wait_share=0.0, rollout_load=0.4, step=step)
         cluster.run_until_still()
         assert cluster.status.split is not None
         sizes.append(cluster.status.split.trainer)
@@ -327,7 +323,7 @@ def test_a_full_queue_gives_gpus_to_the_trainer_and_back_never_at_once() -> None
 def test_without_leave_to_resize_the_trainer_spare_gpus_are_given_back() -> None:
     cluster = running(gpuBudget={"auto": {"cooldownSeconds": 100, "trainerResize": "Never"}})
     for _ in range(30):
-        cluster.reports(wait_share=0.0, queue_depth=FULL)
+        cluster.reports(wait_share=0.0, rollout_load=0.4)
         cluster.run_until_still()
         cluster.now += 10
     assert cluster.status.split is not None and cluster.status.split.trainer == 2

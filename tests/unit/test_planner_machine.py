@@ -124,9 +124,11 @@ class PlannerMachine(RuleBasedStateMachine):
     def configurations_are_deleted_by_hand(self, what: str) -> None:
         (self.cluster.attempts_began if what == "attempts" else self.cluster.templates_began).clear()
 
-    @rule(wait=st.sampled_from([0.0, 0.1, 0.5]), depth=st.sampled_from([0, 99]), step=st.integers(0, 9))
-    def trainer_reports(self, wait: float, depth: int, step: int) -> None:
-        self.cluster.reports(wait_share=wait, queue_depth=depth, step=step)
+    @rule(
+        wait=st.sampled_from([0.0, 0.1, 0.5]), load=st.sampled_from([None, 0.3, 1.0]), step=st.integers(0, 9)
+    )
+    def trainer_reports(self, wait: float, load: float | None, step: int) -> None:
+        self.cluster.reports(wait_share=wait, rollout_load=load, step=step)
 
     # -- what always holds
 

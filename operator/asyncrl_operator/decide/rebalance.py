@@ -3,6 +3,11 @@
 In mode Auto, GPUs move in whole rollout replicas. They move only if every report for half a cooldown has
 shown the same group to be short, and a whole cooldown has passed since the last move. Nothing moves while a
 group is not well, because reports then say more about the fault than about the split.
+
+A group is short if the next split in its favor is expected to make steps shorter. Both groups work side by
+side, so a step takes as long as the slower one needs: the trainer is busy for `1 - wait_share` of it, and the
+engines run `rollout_load` of what they could, which stands for the time that they would need if nothing held
+them up. With more GPUs a group needs proportionally less.
 """
 
 from dataclasses import dataclass
@@ -16,16 +21,11 @@ from asyncrl_operator.layout import Split, gpus_per_replica, plan_split, smalles
 
 Short = Literal["", "Rollout", "Trainer"]
 
-STARVED_SHARE = 0.25
-"""The share of its time that the trainer waits for a batch, from which on rollout is short if fewer groups
-than a batch are queued."""
+LEAST_GAIN = 0.03
+"""The share by which steps must be expected to become shorter for GPUs to move. What is expected is not that
+exact: a smaller gain might send the same GPUs to and fro."""
 BUSY_SHARE = 0.05
-"""The share of its time that the trainer waits for a batch, up to which the trainer is short if the queue is
-full.
-
-A full queue holds everything that may wait at one time except one batch: tickets are issued as a step begins,
-and while it lasts engines are working on them.
-"""
+"""The share of its time that the trainer may wait for a batch while GPUs of rollout count as superfluous."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,9 @@ def decide_split(
         return _moved(fitted, spec, sizes, "BudgetChanged", now)
     if before.decided_by != "Auto":
         return _moved(fitted, spec, sizes, "ModeChanged", now)
-    return _follow_measurements(spec, before, sizes, _short(spec, report) if is_well else "", now)
+    return _follow_measurements(
+        spec, before, sizes, _short(spec, before, sizes, report) if is_well else "", now
+    )
 
 
 def _sizes(spec: Spec) -> _Sizes:
@@ -98,16 +100,39 @@ def _refit(before: SplitStatus, sizes: _Sizes) -> tuple[int, int] | None:
     return trainer, max(wanted, sizes.fewest * sizes.replica)
 
 
-def _short(spec: Spec, report: Report | None) -> Short:
+@dataclass(frozen=True)
+class _Need:
+    """What each group needs of the time of a step, with the split that it was measured with."""
+
+    trainer: float
+    rollout: float
+    split: SplitStatus
+
+    @property
+    def step(self) -> float:
+        return max(self.trainer, self.rollout)
+
+    def at(self, trainer: int, rollout: int) -> float:
+        """Return how long a step is expected to take with other sizes, in GPUs."""
+        return max(self.trainer * self.split.trainer / trainer, self.rollout * self.split.rollout / rollout)
+
+
+def _short(spec: Spec, before: SplitStatus, sizes: _Sizes, report: Report | None) -> Short:
     """Return the group that is short according to one report."""
     if report is None or report.wait_share is None:
         return ""
-    batch = spec.training.batch_size
-    if report.wait_share >= STARVED_SHARE and report.queue_depth < batch:
-        return "Rollout"
-    full = batch * max(0, spec.staleness.max_versions - 1)
-    if report.wait_share <= BUSY_SHARE and report.queue_depth >= full:
-        return "Trainer"
+    load = 1.0 if report.rollout_load is None else report.rollout_load  # an older runtime does not tell
+    need = _Need(1 - report.wait_share, load, before)
+    groups: tuple[Short, ...] = ("Rollout", "Trainer")
+    for short in groups:
+        if (target := _relieve(short, spec, before, sizes)) is None:
+            continue
+        trainer, rollout = target
+        if need.at(trainer, rollout) <= (1 - LEAST_GAIN) * need.step:
+            return short
+        are_given_back = trainer == before.trainer and rollout < before.rollout
+        if are_given_back and need.trainer >= 1 - BUSY_SHARE and need.at(trainer, rollout) <= need.trainer:
+            return short
     return ""
 
 

@@ -17,6 +17,7 @@ from asyncrl_api.exits import ExitCode, ExitError
 from asyncrl_api.job import AsyncRLJob
 from asyncrl_api.parsing import SpecError, apply_overrides, load_documents, parse_job, validate
 from asyncrl_api.report import Report
+from asyncrl_api.trajectory_room import TrajectoryRoom, trajectory_room
 from asyncrl_operator.layout import Plan
 from asyncrl_operator.layout import plan as plan_job
 from asyncrl_operator.local import run_folder
@@ -121,6 +122,8 @@ def plan(file: Manifest, overrides: Overrides = None) -> None:
         is_shared = job.spec.messaging.mode == "Shared"
         nats_config = None if is_shared else str(Path("runs") / job.metadata.name / "nats" / "nats.conf")
         print(render_plan(plan_job(job, LocalPlaces(config, nats_config, {}))))
+        if not is_shared and (text := render_room(trajectory_room(job.spec))):
+            print(text)
         return ExitCode.DONE
 
     _exit(command)
@@ -206,6 +209,19 @@ def render_plan(job_plan: Plan) -> str:
             lines.append(f"  {process.name}: {process.gpus} GPU(s)")
             lines.append(f"    {' '.join(process.command)}")
     return "\n".join(lines)
+
+
+def render_room(room: TrajectoryRoom) -> str:
+    """Return what happens if the broker's storage is not as large as was meant; empty if it is."""
+    if room.num_steps >= room.wanted_steps:
+        return ""
+    return (
+        f"trajectories: up to {room.step_bytes / 2**20:,.0f} MiB a step, so that {room.num_steps} steps fill "
+        f"the {room.num_bytes / 2**20:,.0f} MiB for them; a checkpoint is then made earlier than "
+        "checkpoint.everySteps says, to purge behind it\n"
+        f"  with messaging.embedded.storage.size {room.wanted_size} there is room for {room.wanted_steps} "
+        "steps, even if all samples are as long as model.contextLength"
+    )
 
 
 def _errors_of(file: Path) -> list[str]:

@@ -5,7 +5,7 @@ can stand behind these Protocols: its users call nothing that is not in them.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Protocol, Self
@@ -66,7 +66,14 @@ class Connection(Protocol):
         """Send what is buffered and disconnect; never waits long."""
 
 
-class JobQueues(Protocol):
+class Trajectories(Protocol):
+    """The trajectory stream, read."""
+
+    def read_trajectories(self, start_sequence: int) -> AsyncGenerator[StreamMessage, None]:
+        """Yield every message from a sequence on, once and in order, for ever, waiting through outages."""
+
+
+class JobQueues(Trajectories, Protocol):
     """The streams, as the trainer makes and watches them. Every call may raise TransportError."""
 
     async def prompts(self) -> StreamFacts | None:
@@ -111,7 +118,7 @@ class TicketReturns(Protocol):
         """Have tickets delivered to other workers; nothing happens to one that is acknowledged."""
 
 
-class TicketStreams(TicketReturns, Protocol):
+class TicketStreams(TicketReturns, Trajectories, Protocol):
     """Tickets on their way out, and what comes back, as the side tasks of the trainer see them."""
 
     async def issue(self, payloads: Sequence[bytes], last_ticket: int) -> int:
@@ -128,9 +135,6 @@ class TicketStreams(TicketReturns, Protocol):
             WrongLastSequence: the stream is elsewhere; nothing after that message was stored.
             TransportError: not all were acknowledged; ask for the stream's last sequence and go on there.
         """
-
-    def read_trajectories(self, start_sequence: int) -> AsyncIterator[StreamMessage]:
-        """Yield every message from a sequence on, once and in order, for ever, waiting through outages."""
 
 
 class Answers(Protocol):

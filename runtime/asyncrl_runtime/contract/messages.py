@@ -280,6 +280,7 @@ class Heartbeat(Message, frozen=True, kw_only=True, tag="heartbeat.v1"):
     """The version that the engine samples with; None before its first weights."""
     num_running_samples: int = 0
     max_running_samples: int = 0
+    """The samples that the engine could run at once, by what is known of its cache."""
     kv_usage: float = 0.0
     num_sampled_tokens: int = 0
     """The tokens sampled since the worker started."""

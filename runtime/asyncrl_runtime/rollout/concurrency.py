@@ -5,6 +5,9 @@ from collections.abc import Callable
 
 from asyncrl_runtime.rollout.engine_api import EngineLoad
 
+LOW_KV_USAGE = 0.6
+"""The use of the cache below which an engine takes more samples."""
+
 
 class ConcurrencyLimit:
     """The limit on an engine's samples. It grows by a factor while KV use is low: adding would be too slow.
@@ -39,8 +42,17 @@ class ConcurrencyLimit:
             self._set(math.floor(self.limit * 0.8))
         elif load.kv_usage > 0.8 or load.num_queued > self.group_size:
             self._set(math.floor(self.limit * 0.9))
-        elif load.kv_usage < 0.6 and num_running + self.group_size > self.limit:
+        elif load.kv_usage < LOW_KV_USAGE and num_running + self.group_size > self.limit:
             self._set(math.ceil(self.limit * 1.25))  # away from where it was: rounding would stick at 2
+
+    def capacity(self, load: EngineLoad, num_running: int) -> int:
+        """Return how many samples the engine could run at once, if it were given them.
+
+        The limit grows only while it binds; what the running samples use of the cache tells how many fit.
+        """
+        if self.ceiling or load.kv_usage <= 0:
+            return self.limit
+        return min(self.HIGHEST, max(self.limit, math.floor(num_running * LOW_KV_USAGE / load.kv_usage)))
 
     def has_room(self, num_running: int) -> bool:
         """Return whether one more group may start."""

@@ -242,7 +242,7 @@ class Worker:
             engine_state=self._monitor.state,
             version=self._engine.weights.version,
             num_running_samples=self._slots.num_taken,
-            max_running_samples=self._limit.limit,
+            max_running_samples=self._limit.capacity(self._monitor.load, self._slots.num_taken),
             kv_usage=self._monitor.load.kv_usage,
             num_sampled_tokens=self._runner.num_sampled_tokens,
             num_failures=self._num_failures,

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 import torch.distributed as dist
 
@@ -49,6 +50,7 @@ from asyncrl_runtime.trainer.books.checkpoints import (
     set_aside_strangers,
 )
 from asyncrl_runtime.trainer.books.failed_steps import MAX_FAILURES, step_to_give_up
+from asyncrl_runtime.trainer.books.spill import read_spill
 from asyncrl_runtime.trainer.books.tickets import EndlessDiscards, TicketBook
 from asyncrl_runtime.trainer.checkpointing import origin_of
 from asyncrl_runtime.trainer.cluster_report import copying_report
@@ -373,9 +375,19 @@ def restore_books(
             position=position.stream_sequence,
             rewards=position.rewards,
         )
+        _take_spilled(books, checkpoint.folder)
     # The job was over, and has been given more steps; or a step was given up, with some of its tickets.
     books.add_discards(history.left_over)
     return books
+
+
+def _take_spilled(books: Books, folder: Path) -> None:
+    """Take what the stream no longer holds because the checkpoint has it."""
+    try:
+        for message in read_spill(folder):
+            books.take(message)
+    except (OSError, msgspec.DecodeError) as error:  # its steps cannot be repeated, and are given up
+        log.error("trajectories beside checkpoint %s cannot be read: %s", folder, error)
 
 
 async def _load_policy(config: RunConfig, ranks: Ranks, checkpoint: Checkpoint | None) -> None:

@@ -144,6 +144,7 @@ class Attempt:
     async def next_batch(self) -> Batch | None:
         """Wait for the next batch and return it; None if the job is to stop, or has mastered its prompts."""
         began = self._parts.clock()
+        self._books.batch_wanted()
         while not self._stopping.is_set():
             try:
                 batch = self._books.next_batch()
@@ -166,13 +167,13 @@ class Attempt:
             self._metrics.update(state="WaitingForBatch", queue_depth=len(self._books.inbox.arrived))
             with contextlib.suppress(_StopRequested):
                 await self._boundary()
-            if self._streams.is_nearly_full:
-                await self._checkpointing.make_room(self._parts.clock() - began)
+            await self._checkpointing.make_room()
             if missing := await self._missing_for_good():
                 log.warning(
                     "trajectories of tickets %s are lost: their step cannot be repeated", missing[:20]
                 )
                 self._cut()
+                self._streams.start_over()
             await self._books.news.wait(BOUNDARY_SECONDS)
         return None
 
@@ -281,6 +282,7 @@ class Attempt:
                 "step_seconds": seconds,
                 "wait_seconds": self._waited,
                 "publish_seconds": self._publish_seconds,
+                "rollout_load": self._parts.fleet.take_load(),
                 "num_engines": self._metrics.report.num_engines,
                 "queue_depth": len(self._books.inbox.arrived),
                 "num_open_tickets": self._books.num_open,

@@ -3,12 +3,15 @@
 import logging
 import shutil
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from asyncrl_api.report import CheckpointReport
 from asyncrl_api.spec_views import FrozenSpec
+from asyncrl_runtime.contract.broker import TransportError
 from asyncrl_runtime.trainer.books.checkpoints import CheckpointFailed, Position
+from asyncrl_runtime.trainer.books.spill import Spill
 from asyncrl_runtime.trainer.patience import Patience
 from asyncrl_runtime.trainer.sealing import sync
 from asyncrl_runtime.trainer.seams import AttemptParts
@@ -16,8 +19,6 @@ from asyncrl_runtime.trainer.update.ranks import Export, Save
 
 log = logging.getLogger(__name__)
 
-FULL_SECONDS = 3.0
-"""How long a batch is waited for while the stream hardly has room for it, before more is purged."""
 MIN_FAILED_CHECKPOINTS = 3
 FAILING_SECONDS = 600.0
 """The attempt ends, since it could not be resumed where it stands, when at least so many checkpoints in a row
@@ -60,6 +61,7 @@ class Checkpointing:
     async def save_if_due(self) -> None:
         """Save when it is due (`_reason_to_save`), and export every so many steps."""
         spec, version = self._books.live.checkpoint, self._books.version
+        await self.make_room()
         if (reason := self._reason_to_save()) is not None:
             if reason:
                 log.warning("checkpoint of step %d: %s", version, reason)
@@ -77,8 +79,6 @@ class Checkpointing:
     def _reason_to_save(self) -> str | None:
         """Return why a checkpoint is due; empty if its time or step has come, None if none is due."""
         spec, waited = self._books.live.checkpoint, self._parts.clock() - self._tried_at
-        if self._parts.streams.is_nearly_full:
-            return "the trajectory stream is nearly full, and is purged behind it"
         if disruption := self._parts.disruption():
             return f"a disruption is announced: {disruption}"
         if self._num_failed:
@@ -105,24 +105,47 @@ class Checkpointing:
         if not self._saved or self._saved[-1].version < position.version:
             await self._make(position)
 
-    async def make_room(self, waited_seconds: float) -> None:
+    async def make_room(self) -> None:
         """Keep a stream that fills up from ending the job: without room for a batch there is no next step.
 
-        What fills the stream may be needed by the older of the two restorable checkpoints alone. That one is
-        then given up: if it were restored all the same, its batches would be lost, and the history cut there.
-
-        Args:
-            waited_seconds: how long the next batch has been waited for.
+        First goes what only the older of the two restorable checkpoints needs, into a file beside that one;
+        then, with a checkpoint, what lies before the present step.
         """
-        if not self._has_saved_this_version():
+        if not self._parts.streams.is_nearly_full:
+            return
+        if self._saved and self._saved[-1].stream_sequence > self._purged_behind:
+            await self._spill()
+        elif not self._has_saved_this_version():
             log.warning("the trajectory stream is nearly full: checkpoint, to purge behind it")
             await self.save()
-        elif waited_seconds > FULL_SECONDS and self._saved[-1].stream_sequence > self._purged_behind:
-            log.warning(
-                "the trajectory stream is full, and no batch can form: purged behind the newest checkpoint, "
-                "so that it alone can be restored; raise spec.messaging.embedded.storage.size"
-            )
-            await self._purge_behind(self._saved[-1])
+
+    async def _spill(self) -> None:
+        """Purge behind the newest checkpoint; what the older one needs is then in a file beside it.
+
+        Raises:
+            OSError: the disk has not taken it for too long, or the trainer is to stop.
+        """
+        older, newest = self._saved[0], self._saved[-1]
+        folder = self._parts.checkpoints.folder_of(older.version)
+        try:
+            if older is not newest:
+                what = f"the trajectories of checkpoint {folder.name}"
+                await self._patience.insist(what, partial(self._write_spill, folder, older, newest))
+        except TransportError as error:
+            log.warning("the trajectory stream is nearly full and was not purged: %s", error)
+            return
+        await self._purge_behind(newest)
+
+    async def _write_spill(self, folder: Path, older: Position, newest: Position) -> None:
+        run = self._parts.in_thread
+        spill = await run(Spill, folder)
+        try:
+            async for message in self._parts.streams.stored(older.stream_sequence, newest.stream_sequence):
+                await run(spill.add, message)
+            await run(spill.seal)
+        finally:
+            await run(spill.discard)
+        log.info("%s holds %d bytes of trajectories, which the stream need not", folder, spill.num_bytes)
 
     async def save(self) -> None:
         """Make a checkpoint now, and let go of what only older ones needed.

@@ -8,20 +8,22 @@ nothing is inspected. The training loop sees `lost` at its next boundary, saves 
 streams again. Nothing else clears `lost`.
 """
 
+import asyncio
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from asyncrl_runtime.contract.broker import JobQueues, TransportError
+from asyncrl_api.trajectory_room import FULL_SHARE
+from asyncrl_runtime.contract.broker import JobQueues, StreamMessage, TransportError
 from asyncrl_runtime.contract.messages import CurrentVersion, PolicyVersion, encode
 from asyncrl_runtime.trainer.books.books import Books
 
 log = logging.getLogger(__name__)
 
-FULL_SHARE = 0.7
-"""The share of the trajectory stream's byte limit from which on a checkpoint is made, to purge behind it."""
+READ_SECONDS = 30.0
+"""How long a trajectory that is stored is waited for."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,13 @@ class JobStreams:
         """Have the prompt stream made again, because tickets that are open are no longer queued in it."""
         self._lose(LostStreams(self.lost.trajectories, prompts=True))
 
+    def start_over(self) -> None:
+        """Have both streams made again, because trajectories are gone from a stream that is still there.
+
+        It would not take their tickets' new ones: it remembers the message ids of the old.
+        """
+        self._lose(LostStreams(trajectories=True, prompts=True))
+
     def _lose(self, lost: LostStreams) -> None:
         self.lost = lost
         if lost:
@@ -194,6 +203,30 @@ class JobStreams:
         """
         facts = await self._broker.trajectories()
         return facts is None or self._books.inbox.last_sequence >= facts.last_sequence
+
+    async def stored(self, after: int, last: int) -> AsyncGenerator[StreamMessage, None]:
+        """Yield the trajectories behind `after`, up to `last`, once more; all of them must be stored.
+
+        Raises:
+            TransportError: the next one did not come in READ_SECONDS.
+        """
+        if last <= after:
+            return
+        messages = self._broker.read_trajectories(after + 1)
+        try:
+            while True:
+                try:
+                    message = await asyncio.wait_for(anext(messages), READ_SECONDS)
+                except TimeoutError as error:
+                    raise TransportError(
+                        f"trajectories {after + 1} to {last}: none could be read for {READ_SECONDS:.0f} s"
+                    ) from error
+                if message.sequence <= last:
+                    yield message
+                if message.sequence >= last:
+                    return
+        finally:
+            await messages.aclose()
 
     async def purge_behind(self, sequence: int) -> None:
         """Delete trajectories up to `sequence`: no restorable checkpoint needs them."""

@@ -4,7 +4,7 @@ import asyncio
 import json
 import logging
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -69,8 +69,8 @@ class Metrics:
         """Append one step's line and renew the report.
 
         Args:
-            values: `step`, `step_seconds`, `wait_seconds`, perhaps `num_tokens` and `skipped_updates`, and
-                any others.
+            values: `step`, `step_seconds`, `wait_seconds`, perhaps `num_tokens`, `rollout_load` and
+                `skipped_updates`, and any others.
         """
         line = {"time": self._wall_clock().isoformat(timespec="milliseconds"), **values}
         self._write_line(self._path, line)
@@ -88,6 +88,7 @@ class Metrics:
             staleness_max=int(values.get("staleness_max", 0)),
             tokens_per_second=tokens / seconds if seconds else None,
             wait_share=waited / seconds if seconds else None,
+            rollout_load=_mean([step.get("rollout_load") for step in self._recent]),
             remaining_seconds=remaining,
             skipped_updates=sum(int(step.get("skipped_updates", 0)) for step in self._recent),
         )
@@ -144,6 +145,12 @@ class Metrics:
         while True:
             await asyncio.sleep(RENEW_SECONDS)
             self.update()
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    """Return the mean of the values that are known; None if none is."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def _whole(versions: float | None) -> int | None:

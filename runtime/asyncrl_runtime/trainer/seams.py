@@ -2,13 +2,14 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from asyncrl_api.ledger import StepFailure
 from asyncrl_api.spec_views import FrozenSpec
+from asyncrl_runtime.contract.broker import StreamMessage
 from asyncrl_runtime.contract.messages import PolicyVersion
 from asyncrl_runtime.history.ledger_writer import Ledger
 from asyncrl_runtime.trainer.books.books import Books
@@ -32,8 +33,10 @@ class Streams(Protocol):
     def is_nearly_full(self) -> bool: ...
 
     def requeue(self) -> None: ...
+    def start_over(self) -> None: ...
     async def mend(self, give_up_recorded: Callable[[], None]) -> None: ...
     async def has_read_everything(self) -> bool: ...
+    def stored(self, after: int, last: int) -> AsyncGenerator[StreamMessage, None]: ...
     async def purge_behind(self, sequence: int) -> None: ...
     async def announce(self, version: PolicyVersion) -> None: ...
 

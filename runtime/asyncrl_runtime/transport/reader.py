@@ -9,7 +9,7 @@ messages all were received once and in order (docs/decisions/0002-position-in-th
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 
 import nats.errors
 import nats.js.errors
@@ -57,7 +57,7 @@ class OrderedReader:
     def stop(self) -> None:
         self._stopped = True
 
-    async def __aiter__(self) -> AsyncIterator[StreamMessage]:
+    async def __aiter__(self) -> AsyncGenerator[StreamMessage, None]:
         while not self._stopped:
             try:
                 consumer = await self._open()

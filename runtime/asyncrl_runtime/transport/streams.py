@@ -10,6 +10,7 @@ import nats.js.errors
 from nats.js import JetStreamContext, api
 
 from asyncrl_api.names import ANSWER_CONSUMER, ASK_CONSUMER, PROMPT_CONSUMER, JobNames
+from asyncrl_api.trajectory_room import TRAJECTORY_SHARE
 from asyncrl_runtime.contract.broker import TransportError
 
 log = logging.getLogger(__name__)
@@ -21,9 +22,6 @@ QUESTION_ACK_WAIT_SECONDS = 10.0
 """The same for held-out prompts, which have no reaper; one that is answered twice costs little."""
 
 NO_STORAGE = 10047
-
-TRAJECTORY_SHARE = 0.7
-"""The share of the storage for trajectories; the rest is for prompts, evaluation and buckets."""
 
 
 def stream_configs(

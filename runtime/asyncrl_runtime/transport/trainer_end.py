@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 from typing import Self
 
 import nats.errors
@@ -157,7 +157,7 @@ class TrainerEnd:
         with asking("tickets"):
             return await self._broker.publish_fenced(subject, payloads, last_sequence=last_ticket)
 
-    def read_trajectories(self, start_sequence: int) -> AsyncIterator[StreamMessage]:
+    def read_trajectories(self, start_sequence: int) -> AsyncGenerator[StreamMessage, None]:
         stream = self._names.trajectory_stream
         return aiter(OrderedReader(self._broker, stream, start_sequence, self._refusals))
 

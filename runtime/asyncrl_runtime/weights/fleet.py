@@ -33,12 +33,16 @@ class Fleet:
         self._clock = clock
         self._listening_since = clock()
         self._last: dict[str, _LastWord] = {}
+        self._ran, self._could_run = 0, 0
 
     def now(self) -> float:
         """Return the time by the fleet's clock, in seconds."""
         return self._clock()
 
     def heard(self, heartbeat: Heartbeat) -> None:
+        could_run = max(0, heartbeat.max_running_samples)
+        self._ran += max(0, min(could_run, heartbeat.num_running_samples))
+        self._could_run += could_run
         now, before, patience = self._clock(), self._last.get(heartbeat.worker), SILENCE_SECONDS
         if before is not None:
             gap = now - max(before.heard_at, self._listening_since)
@@ -50,6 +54,15 @@ class Fleet:
                 heartbeat.late_seconds,
             )
         self._last[heartbeat.worker] = _LastWord(now, 0.0 if _is_blocked(heartbeat) else patience, heartbeat)
+
+    def take_load(self) -> float | None:
+        """Return which share of the samples that the engines could run at once they ran since the last call.
+
+        None if no engine has said anything.
+        """
+        load = self._ran / self._could_run if self._could_run else None
+        self._ran, self._could_run = 0, 0
+        return load
 
     def was_deaf(self) -> None:
         """Note that nothing could be heard until now, so nobody counts as dead for having been silent."""

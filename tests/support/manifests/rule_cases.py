@@ -18,6 +18,13 @@ class Case(NamedTuple):
 MANUAL = "spec.gpuBudget.mode=Manual"
 
 CASES = {
+    "staleness target": Case(
+        ["spec.staleness.target=4"],
+        ["spec.staleness.target=5"],
+        "spec.staleness.target",
+        'staleness.target is "5", but must be Auto or an integer from 0 to staleness.maxVersions, which '
+        "bounds how far sampling may run ahead in any case: lower it, or write Auto",
+    ),
     "name is a label": Case(
         ["metadata.name=math-7b"],
         ["metadata.name=Math.7b"],

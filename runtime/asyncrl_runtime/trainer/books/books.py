@@ -18,6 +18,7 @@ from asyncrl_runtime.contract.messages import Group, Tombstone
 from asyncrl_runtime.contract.refused import Refusals, one_line
 from asyncrl_runtime.trainer.books.arrivals import Expected, Unwanted, examine
 from asyncrl_runtime.trainer.books.bell import Bell
+from asyncrl_runtime.trainer.books.freshness import Freshness
 from asyncrl_runtime.trainer.books.inbox import Inbox
 from asyncrl_runtime.trainer.books.staleness import LiveGroup, assess, cannot_be_trained, form_batch, reject
 from asyncrl_runtime.trainer.books.tickets import (
@@ -126,6 +127,7 @@ class Books:
         self._reward_type = spec.reward.type
         self._rewards = rewards
         self._mastered = ""
+        self._freshness = Freshness()
         self._num_issued = 0
         self._most_issued = max([0, *(ticket for step in self._recorded for ticket in step.tickets)])
         self._own_after: int | None = None
@@ -195,11 +197,13 @@ class Books:
 
         A discard is replaced at once; a trained batch only when its weights are published.
         """
+        staleness = self._live.staleness
         return self._book.limit(
             version=self._version,
             batch_size=self._batch_size,
-            max_versions=self._live.staleness.max_versions,
+            max_versions=staleness.max_versions,
             max_steps=self._live.training.max_steps,
+            at_most=self._freshness.open_tickets(staleness.target, self._batch_size, staleness.max_versions),
             num_in_step=self._num_in_step,
             pending={discard.ticket for discard in self._pending},
         )
@@ -271,10 +275,20 @@ class Books:
         return max(self._most_issued, self._book.highest) + 2 * (ahead + discards)
 
     def is_known(self, ticket: int) -> bool:
-        """Return whether a ticket is closed, or its group or a part of it has arrived."""
-        return self.is_closed(ticket) or self.inbox.has_seen(ticket)
+        """Return whether a ticket is closed, or its group or a part of it has arrived.
+
+        One that a recorded step discards is closed when that step is repeated; it need not have arrived.
+        """
+        return self.is_closed(ticket) or self.inbox.has_seen(ticket) or self._is_recorded_discard(ticket)
 
     # -- batches
+
+    def batch_wanted(self) -> None:
+        """Note that the trainer wants the batch of its next new step."""
+        if not self.is_repeating:
+            max_versions = self._live.staleness.max_versions
+            self._freshness.batch_wanted(len(self.inbox.arrived), self._batch_size, max_versions)
+            self.gate_moved.ring()
 
     @property
     def is_recorded_lost(self) -> bool:
@@ -419,10 +433,10 @@ class Books:
     # -- helpers
 
     def _is_recorded(self, ticket: int) -> bool:
-        return any(
-            ticket in step.tickets or any(ticket in tickets for tickets in step.discards.values())
-            for step in self._recorded
-        )
+        return self._is_recorded_discard(ticket) or any(ticket in step.tickets for step in self._recorded)
+
+    def _is_recorded_discard(self, ticket: int) -> bool:
+        return any(ticket in tickets for step in self._recorded for tickets in step.discards.values())
 
     def _discard(self, discard: Discard, group: Group | Tombstone) -> None:
         log.info(
@@ -460,7 +474,7 @@ class RecordedValues(NamedTuple):
 def recorded_values(live: LiveSpec) -> dict[str, Any]:
     """Return the live values that decide what a step trains, for the ledger."""
     return {
-        "staleness": live.staleness.model_dump(by_alias=True),
+        "staleness": live.staleness.model_dump(by_alias=True, exclude={"target"}),
         "training": {"maxSteps": live.training.max_steps},
         "sampling": {"maxNewTokens": live.sampling.max_new_tokens},
     }

@@ -3,9 +3,10 @@
     checkpoints/step-000050/position.json    the books (Position)
     checkpoints/step-000050/policy/          weights, optimizer, random state
     checkpoints/step-000050/files.json       every file with its size, written last
+    checkpoints/step-000050/trajectories.msgpack   added later: what it alone needs of a stream that fills up
 
 A checkpoint is written beside its final place, flushed to disk, and renamed into it. The two newest
-can be restored: the stream is purged behind the older of them.
+can be restored: the stream is purged behind the older of them, or what only that one needs lies beside it.
 """
 
 import asyncio
@@ -82,6 +83,9 @@ class Checkpoints:
         self._uid = uid
         self.folder = job_folder / FOLDER
 
+    def folder_of(self, version: int) -> Path:
+        return self.folder / f"step-{version:06d}"
+
     def restorable(self) -> list[Checkpoint]:
         """Return the whole checkpoints of this job, newest first, and log which ones are not whole.
 
@@ -110,7 +114,7 @@ class Checkpoints:
         Raises:
             CheckpointFailed: it could not be written; nothing has changed on disk.
         """
-        place = self.folder / f"step-{position.version:06d}"
+        place = self.folder_of(position.version)
         scratch, replaced = place.with_suffix(".tmp"), place.with_suffix(".old")
         try:
             await self._run(_begin, scratch)

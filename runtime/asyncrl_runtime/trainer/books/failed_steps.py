@@ -3,6 +3,7 @@
 The ledger holds the failures (`asyncrl_api.ledger`), so the next attempt decides, whatever ended this one.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
@@ -17,7 +18,8 @@ class GivenUp(NamedTuple):
 
     version: int
     discards: Mapping[str, tuple[int, ...]]
-    """The tickets that are discarded, by reason; all others of these steps are open again."""
+    """The tickets that are discarded, by reason: the guilty ones, and those that these steps discarded, which
+    nobody would sample again. What they trained is open again."""
     cause: str
 
 
@@ -31,7 +33,11 @@ def step_to_give_up(history: History) -> GivenUp | None:
             last, recorded = failed[-1], history.steps[version].tickets
             reason = "step_failed" if last.out_of_memory_at is None else "out_of_memory"
             guilty = tuple(ticket for ticket in recorded if ticket in last.tickets)
-            return GivenUp(version, {reason: guilty or recorded}, last.cause)
+            discards = defaultdict(tuple, {reason: guilty or recorded})
+            for step in history.steps[version:]:
+                for why, tickets in step.discards.items():
+                    discards[why] += tickets
+            return GivenUp(version, dict(discards), last.cause)
     return None
 
 

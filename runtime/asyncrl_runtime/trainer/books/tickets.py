@@ -71,6 +71,7 @@ class TicketBook:
         batch_size: int,
         max_versions: int,
         max_steps: int,
+        at_most: int | None = None,
         num_in_step: int = 0,
         pending: Collection[int] = (),
     ) -> int:
@@ -82,10 +83,12 @@ class TicketBook:
         below tickets that are closed, and passes over them.
 
         Args:
+            at_most: the number of tickets that are meant to be open, if that is fewer (`Freshness`).
             num_in_step: the tickets trained in a step whose weights are not published yet: still open here.
             pending: tickets that will be discarded, though no ledger line says so yet.
         """
-        allowance = max(0, min(max_versions + 1, max_steps - version)) * batch_size - num_in_step
+        bound = max(0, min(max_versions + 1, max_steps - version)) * batch_size
+        allowance = (bound if at_most is None else min(bound, at_most)) - num_in_step
         ticket, num_open = self.low, 0
         while (is_closed := self.is_closed(ticket + 1) or ticket + 1 in pending) or num_open < allowance:
             num_open += not is_closed
