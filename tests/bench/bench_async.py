@@ -59,6 +59,7 @@ class Cell:
     def job(self, gpus_per_engine: int) -> SimulatedJob:
         overrides = {
             "staleness.maxVersions": self.eta,
+            "staleness.target": self.eta,  # the gate alone bounds what is open
             "training.batchSize": self.batch_size,
             "training.seed": self.seed,
             "rollout.interrupt": self.interrupt,
