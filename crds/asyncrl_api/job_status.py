@@ -13,6 +13,7 @@ from asyncrl_api.base import MAX_INT, Text
 from asyncrl_api.times import is_time
 
 Number = Annotated[int, Field(ge=0, le=MAX_INT)]
+Positive = Annotated[int, Field(ge=1, le=MAX_INT)]
 Word = Annotated[str, Field(max_length=253)]
 
 
@@ -77,7 +78,7 @@ class AttemptStatus(StatusType):
     restarts: Number = _of("Attempts that count against failurePolicy.trainer.maxRestarts.", 0)
     disruptions: Number = _of("Attempts that count against failurePolicy.trainer.maxDisruptions.", 0)
     failures_in_a_row: Number = _of("Attempts that ended since the last step was made.", 0)
-    step: int = _of("Step at which the last attempt ended; -1: none has ended yet.", -1)
+    step: int = _of("Step at which the last attempt ended; -1: none has ended yet.", -1, ge=-1, le=MAX_INT)
 
 
 class SplitStatus(StatusType):
@@ -86,7 +87,7 @@ class SplitStatus(StatusType):
     trainer: Number = _of("GPUs of the trainer.", ...)
     rollout: Number = _of("GPUs of the rollout group.", ...)
     idle: Number = _of("GPUs of the budget that are not used.", ...)
-    gpus_per_replica: Number = _of("GPUs of one engine.", ...)
+    gpus_per_replica: Positive = _of("GPUs of one engine.", ...)
     total: Number = _of("The budget that was split.", ...)
     decided_by: Literal["Auto", "Manual"] = _of(
         "Who decided the split: the operator (Auto) or the user (Manual).", ...
@@ -148,6 +149,15 @@ class ThroughputStatus(StatusType):
     trainer_wait_percent: Number | None = _of("Share of the time in which the trainer waited for a batch.")
 
 
+class WeightUpdateStatus(StatusType):
+    """What the time of the last update of engines went into; transfer and load overlap."""
+
+    gather_milliseconds: Number | None = _of("Waiting for weights to be gathered from the trainer's ranks.")
+    transfer_milliseconds: Number | None = _of("Sending them, until engines have loaded all but the last.")
+    load_milliseconds: Number | None = _of("Loading, after the last had been sent.")
+    pause_milliseconds: Number | None = _of("How long the engine was paused that was paused longest.")
+
+
 class RewardStatus(StatusType):
     """How well the policy does."""
 
@@ -195,6 +205,7 @@ class Status(StatusType):
     progress: ProgressStatus | None = _of("How far training is.")
     staleness: StalenessStatus | None = _of("Age of the tokens that were trained last.")
     throughput: ThroughputStatus | None = _of("Speed of the job.")
+    weight_update: WeightUpdateStatus | None = _of("What the last update of engines spent its time on.")
     reward: RewardStatus | None = _of("How well the policy does.")
     gpus: GPUsStatus | None = _of("The GPU budget, and how much of it the job holds.")
     last_checkpoint: CheckpointStatus | None = _of("The checkpoint that a restarted trainer continues from.")

@@ -81,6 +81,11 @@ class JobNames(Wire):
         return self._subject(f"weights.{worker}")
 
     @property
+    def control_all(self) -> str:
+        """The subject on which all workers are asked at once; no worker has such a name."""
+        return self.control("_all")
+
+    @property
     def announcements(self) -> str:
         """The subject on which changes of the state bucket are republished."""
         return self._subject("ann")

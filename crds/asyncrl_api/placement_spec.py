@@ -152,6 +152,9 @@ class DeepSpeedSpec(ApiType):
     config: FreeForm = field("DeepSpeed configuration that is merged over the derived one.", default={})
 
 
+ActivationCheckpointing = Literal["Auto", "Always", "Never"]
+
+
 class TrainerSpec(ApiType):
     """The group that trains."""
 
@@ -161,6 +164,13 @@ class TrainerSpec(ApiType):
         default="DeepSpeed",
     )
     deepspeed: DeepSpeedSpec = field("Settings of DeepSpeed.", mark="R", default=DeepSpeedSpec())
+    activation_checkpointing: ActivationCheckpointing = field(
+        "Whether the backward pass computes activations once more, layer by layer, instead of keeping them: "
+        "about a third more computation for far less memory, which bounds training.tokensPerMicroBatch. "
+        "Auto: Always on GPUs, Never on CPUs.",
+        mark="R",
+        default="Auto",
+    )
     image: Text = field(
         "Container image; empty: the one that the operator was installed with.", mark="R", default=""
     )
@@ -201,8 +211,8 @@ class WeightSyncSpec(ApiType):
         "Library for collective communication. Auto: NCCL on GPUs, Gloo on CPUs.", default="Auto"
     )
     bucket_megabytes: Annotated[int, Field(ge=1, le=65_536)] = field(
-        "Size of the pieces in which weights are sent, in megabytes; trainer and engines need GPU memory for "
-        "one such piece.",
+        "Size of the pieces in which weights are sent, in megabytes; the trainer needs GPU memory for two of "
+        "them, an engine for one.",
         default=256,
     )
     timeout_seconds: CountOrZero = field(

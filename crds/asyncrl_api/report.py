@@ -69,6 +69,14 @@ class Report(Wire):
     queue_depth: int = 0
     """The number of prompt groups that have arrived and are not trained yet."""
     num_engines: int = 0
+    update_gather_seconds: float | None = None
+    """How long the last update of engines waited for weights to be gathered."""
+    update_transfer_seconds: float | None = None
+    """How long it sent them, which waits for engines that still load what came before."""
+    update_load_seconds: float | None = None
+    """How long engines loaded after the last had been sent."""
+    update_pause_seconds: float | None = None
+    """How long the engine sampled nothing that was paused longest."""
     remaining_seconds: float | None = None
     first_evaluation: EvaluationReport | None = None
     last_evaluation: EvaluationReport | None = None
@@ -164,6 +172,10 @@ _AMOUNTS = (
     "staleness_mean",
     "tokens_per_second",
     "remaining_seconds",
+    "update_gather_seconds",
+    "update_transfer_seconds",
+    "update_load_seconds",
+    "update_pause_seconds",
     "seconds_without_progress",
 )
 _TEXTS = {"state": LONGEST_WORD, "message": LONGEST_TEXT, "export": LONGEST_TEXT}

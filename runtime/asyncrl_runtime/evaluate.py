@@ -90,6 +90,7 @@ def _export(config: RunConfig, checkpoint: Checkpoint, scratch: Path) -> Path:
         training=spec.training,
         algorithm=spec.algorithm,
         deepspeed=spec.trainer.deepspeed,
+        activation_checkpointing=spec.trainer.activation_checkpointing,
     )
     try:
         resized = scratch.with_suffix(".resized")

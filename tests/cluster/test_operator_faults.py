@@ -216,3 +216,14 @@ def test_a_job_with_poison_in_its_report_is_shown_and_can_be_suspended(job: Job)
     job.patch({"suspend": True})
     job.wait("Suspended")
     assert job.condition("Degraded")["reason"] != "OperatorError"
+
+
+def test_skipped_updates_are_told_of_until_there_are_none(job: Job) -> None:
+    job.apply(gpuBudget={"total": 3, **CPU})
+    job.wait("Running")
+    job.report(step=7, skipped_updates=3)
+    message = job.wait_for_reason("Degraded", "UpdatesSkipped")
+    assert "3" in message and "not finite" in message
+    assert job.condition("Ready") | {"reason": "Degraded"} == job.condition("Ready")
+    job.report(step=8, skipped_updates=0)
+    eventually("it is well again", lambda: job.condition("Degraded")["status"] == "False")

@@ -105,7 +105,7 @@ async def read(trainer: TrainerBroker, start: int, count: int) -> list[StreamMes
     async with asyncio.timeout(DEADLINE_SECONDS):
         while len(messages) < count:
             messages.append(await anext(reader))
-    await reader.aclose()  # type: ignore[attr-defined]
+    await reader.aclose()
     return messages
 
 
@@ -347,6 +347,25 @@ async def test_a_worker_answers_one_request_after_the_other(
     assert await asyncio.gather(*asked) == [b"A", b"B", b"C"]
     assert most == 1
     assert await trainer.request(names.control("nobody"), b"a", 0.2) is None
+
+
+async def test_all_workers_answer_one_message(ends: Ends, trainer: TrainerBroker, names: JobNames) -> None:
+    heard: list[bytes | None] = []
+    async with trainer.request_all(names.control_all, b"a", heard.append):
+        await until("nobody listens", lambda: heard == [None])
+
+    def answering(name: bytes) -> Callable[[bytes], Awaitable[bytes]]:
+        async def answer(payload: bytes) -> bytes:
+            return name + payload
+
+        return answer
+
+    for name in ("one", "two"):
+        await (await ends.worker(name)).answer_requests(answering(name.encode()))
+    heard.clear()
+    async with trainer.request_all(names.control_all, b"?", heard.append):
+        await until("both have answered", lambda: len(heard) == 2)
+    assert set(heard) == {b"one?", b"two?"}
 
 
 async def test_an_answer_that_comes_too_late_is_none(

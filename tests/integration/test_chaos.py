@@ -26,7 +26,8 @@ from asyncrl_operator.local.local_run import find_program
 from asyncrl_operator.local.run_folder import RunFolder
 from asyncrl_runtime.history.audit import audit, render
 from support.jobs.job_harness import build_job
-from support.jobs.surroundings import Disk, ScoringService, poison, publish, scoring_service
+from support.jobs.json_service import serving
+from support.jobs.surroundings import Disk, ScoringService, poison, publish
 from support.paths import USER_CODE
 
 SECONDS = float(os.environ.get("CHAOS_SECONDS", "90"))
@@ -126,7 +127,7 @@ class Faults:
 @pytest.mark.parametrize("seed", SEEDS)
 def test_job_survives_random_faults(tmp_path: Path, seed: int) -> None:
     disk = Disk(tmp_path)
-    with scoring_service() as service:
+    with serving(ScoringService()) as service:
         folder, manifest = RunFolder(tmp_path / "run"), write_manifest(tmp_path, service.url)
         command = [find_program("asyncrl"), "run", str(manifest), "--out", str(folder.path)]
         log = tmp_path / "runner.log"

@@ -78,6 +78,16 @@ def test_of_several_documents_the_wrong_one_is_named(tmp_path: Path) -> None:
     assert asyncrl("validate", file).stdout == f"{file}: valid\n"
 
 
+def test_a_clip_that_never_binds_is_warned_of(tmp_path: Path) -> None:
+    """It is valid: an API server may have stored it as the default of an earlier version."""
+    clip = "  algorithm: {policyLoss: GSPO, clip: {low: 0.2, high: 0.2}}\n"
+    file = write(tmp_path, "doubtful.yaml", SMALLEST + clip)
+    ended = asyncrl("validate", file)
+    valid, warning = ended.stdout.splitlines()
+    assert (ended.returncode, valid) == (0, f"{file}: valid")
+    assert warning.startswith(f"{file}: warning: spec.algorithm.clip is 0.2 below and 0.2 above 1")
+
+
 # asyncrl plan
 
 

@@ -9,11 +9,16 @@ import pytest
 import uvicorn
 
 from asyncrl_api.processes import bind
-from asyncrl_runtime.contract.messages import JoinGroup, PolicyVersion, ReceiveBucket
+from asyncrl_runtime.contract.messages import BucketLayout, JoinGroup, PolicyVersion
 from asyncrl_runtime.emulation.device import load_device_model
 from asyncrl_runtime.emulation.http import make_app
 from asyncrl_runtime.emulation.server import Pace
-from asyncrl_runtime.rollout.engine_api import EngineRefused, Generation, SamplingRequest
+from asyncrl_runtime.rollout.engine_api import (
+    EngineRefused,
+    Generation,
+    IncomingBucket,
+    SamplingRequest,
+)
 from asyncrl_runtime.rollout.engine_client import EngineClient
 
 SPEEDUP = 50
@@ -55,12 +60,10 @@ def asking(seed: int = 1, bound: int = 10_000, earned: Sequence[int] = ()) -> Sa
 
 async def updated(engine: EngineClient, version: PolicyVersion, interrupt: str = "Retract") -> None:
     """Bring weights to an engine, as the worker does."""
-    bucket = ReceiveBucket(
+    bucket = IncomingBucket(
         group="g",
         version=version,
-        names=("w",),
-        dtypes=("uint8",),
-        shapes=((1_000_000,),),
+        layout=BucketLayout(("w",), ("uint8",), ((1_000_000,),)),
         is_last=True,
         timeout_seconds=DEADLINE_SECONDS,
     )
@@ -81,6 +84,7 @@ async def joined(engine: EngineClient) -> None:
         world_size=2,
         backend="gloo",
         timeout_seconds=DEADLINE_SECONDS,
+        layout=(),
     )
     await engine.join_group(join)
     await updated(engine, PolicyVersion(1, 0))

@@ -98,6 +98,19 @@ def test_a_process_that_fails_for_good_ends_the_run_with_its_last_words(
     assert f"asyncrl-runtime: {cause.format(folder=tmp_path)}" in lines[-1]
 
 
+def test_a_folder_that_takes_no_log_for_a_while_is_waited_for(tmp_path: Path) -> None:
+    manifest = write_job(tmp_path, build_job(training={"maxSteps": 40}))
+    with CliRun(manifest, tmp_path / "run") as run:
+        run.wait_until("it trains", lambda: run.folder.metrics.exists() and run.steps != [])
+        logs, away = run.folder.path / "logs", run.folder.path / "away"
+        logs.rename(away)
+        run.wait_for_child("worker").kill()
+        run.wait_until("it is said", lambda: "No such file or directory" in run.output)
+        assert "tried again in 5 s" in run.output
+        away.rename(logs)
+        assert run.wait(300) == ExitCode.DONE, run.output
+
+
 def test_a_signal_counts_against_max_disruptions_whoever_sent_it(tmp_path: Path) -> None:
     changes = settings("failurePolicy.trainer={maxDisruptions: 1, maxRestarts: 0}")
     with CliRun(write_job(tmp_path, JOB), tmp_path / "run", *changes) as run:

@@ -6,7 +6,9 @@ Each shows the trap, where that is possible, and shows that our code does not fa
 import asyncio
 import contextlib
 import socket
-from collections.abc import Awaitable, Callable
+import subprocess
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
 
 import nats
 import nats.errors
@@ -331,3 +333,45 @@ async def test_no_server_is_an_error_with_its_address(names: JobNames) -> None:
         url = f"nats://127.0.0.1:{taken.getsockname()[1]}"
         with pytest.raises(TransportError, match=url):
             await Broker.connect(NatsAddress(url=url), names, "test", deadline_seconds=1)
+
+
+@pytest.fixture
+def small_store(tmp_path: Path) -> Iterator[Path]:
+    """The folder of a server whose files have 8 MB of room."""
+    store = tmp_path / "nats" / "store"
+    store.mkdir(parents=True)
+    command = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(store)]
+    mounted = subprocess.run(command, capture_output=True, text=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.strip()}")
+    yield store.parent
+    subprocess.run(["umount", "--lazy", str(store)], check=True)
+
+
+async def test_a_stream_that_met_a_full_disk_goes_on_once_its_server_has_started_again(
+    small_store: Path, names: JobNames
+) -> None:
+    """Trap: a stream remembers a write that failed, and takes nothing more, though there is room again.
+
+    A worker's publish is tried again all the while, and nothing that was stored is lost.
+    """
+    server = NatsServer(small_store)
+    server.start()
+    broker = await broker_with_streams(NatsAddress(url=server.url), names)
+    stored, subject = 0, names.trajectory(1)
+    with pytest.raises(nats.errors.Error):
+        while True:
+            await broker.jetstream.publish(subject, bytes(300_000), timeout=1)
+            stored += 1
+    remount = ["mount", "-o", "remount,size=64m", str(small_store / "store")]
+    await asyncio.to_thread(subprocess.run, remount, check=True)
+    with pytest.raises(nats.errors.Error):
+        await broker.jetstream.publish(subject, b"x", timeout=1)
+    tried = asyncio.create_task(broker.publish(subject, b"x", message_id="1", attempt_timeout_seconds=0.5))
+    await asyncio.sleep(0)
+    server.kill()
+    server.start()
+    ack = await asyncio.wait_for(tried, 60)
+    assert 0 < stored < ack.seq
+    await broker.close()
+    server.kill()

@@ -4,6 +4,7 @@ Ranks are processes that run this very file; a session of them goes through all 
 takes longer than most of what it does. What they find they write into a folder, and the tests read it.
 """
 
+import itertools
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,13 +27,17 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from asyncrl_api.job import AlgorithmSpec, DeepSpeedSpec, LoRASpec, TrainingSpec
+from asyncrl_runtime.contract.messages import BucketLayout
+from asyncrl_runtime.trainer.update import step as step_module
+from asyncrl_runtime.trainer.update.advantages import ADVANTAGES, compute_advantages
 from asyncrl_runtime.trainer.update.deepspeed_config import BETAS, deep_merge
 from asyncrl_runtime.trainer.update.diagnostics import report_tokens
+from asyncrl_runtime.trainer.update.loss import POLICY_LOSSES
 from asyncrl_runtime.trainer.update.packing import TrainingSample, distribute, pack, split_minibatches
 from asyncrl_runtime.trainer.update.policy import Policy, load_model
 from asyncrl_runtime.trainer.update.policy_api import StepSettings, Update
 from asyncrl_runtime.trainer.update.saved_files import ignore
-from asyncrl_runtime.weights.bucket import Bucket
+from asyncrl_runtime.trainer.update.step import StepPlan
 from support.jobs.naive_rl import NaiveTrainer
 
 STAGES = (0, 1, 2, 3)
@@ -112,6 +118,7 @@ def make_policy(folder: Path, stage: int, *, dtype: Any = "Float32", **changes: 
         ),
         algorithm=algorithm_of(**changes.pop("algorithm", {})),
         deepspeed=DeepSpeedSpec(zero_stage=stage, config=deep_merge(shares, changes.pop("config", {}))),
+        activation_checkpointing=changes.pop("activation_checkpointing", "Auto"),
         **changes,
     )
 
@@ -148,18 +155,22 @@ def restore(policy: Policy, folder: Path, scratch: Path) -> None:
 
 def weights_of(policy: Policy) -> dict[str, Tensor]:
     """Return them on rank 0, as they are sent to engines; collective."""
-    buckets = map(policy.bucket, policy.buckets(4096))
-    return {name: tensor for bucket in buckets if bucket is not None for name, tensor in unpack(bucket)}
+    weights: dict[str, Tensor] = {}
+    for names in policy.buckets(4096):
+        bucket = policy.bucket(names)
+        if bucket is not None:
+            weights |= unpack(policy.layout(names), bucket)
+    return weights
 
 
-def unpack(bucket: Bucket) -> Iterator[tuple[str, Tensor]]:
+def unpack(layout: BucketLayout, bucket: Tensor) -> Iterator[tuple[str, Tensor]]:
     start = 0
-    for name, dtype_name, shape in zip(bucket.names, bucket.dtypes, bucket.shapes, strict=True):
+    for name, dtype_name, shape in zip(layout.names, layout.dtypes, layout.shapes, strict=True):
         dtype = getattr(torch, dtype_name)
         end = start + torch.Size(shape).numel() * dtype.itemsize
-        yield name, bucket.data[start:end].clone().view(dtype).view(shape)
+        yield name, bucket[start:end].clone().view(dtype).view(shape)
         start = end
-    assert start == bucket.data.nbytes
+    assert start == bucket.nbytes
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
@@ -177,6 +188,7 @@ def run_updates(model: Path, _: Path, stage: int, capacity: int, **changes: Any)
     return {
         "losses": [report_tokens(u.sums)["loss"] for u in updates],
         "norms": [u.gradient_norm for u in updates],
+        "recomputes": policy._engine.module.causal_lm.is_gradient_checkpointing,
         "clipped": sum(report_tokens(u.sums)["clip_fraction"] for u in updates),
         "weights": weights_of(policy),
     }
@@ -235,6 +247,25 @@ def run_repeated(model: Path, folder: Path, stage: int, dtype: str) -> dict[str,
     }
 
 
+def run_edited(model: Path, folder: Path, stage: int, dtype: str) -> dict[str, Any]:
+    """Go on with other settings of the optimizer than those under which the checkpoint was made."""
+    policy = make_policy(model, stage, dtype=dtype)
+    train_step(policy, make_batch(0))
+    save(policy, folder / "checkpoint")
+    params = {"amsgrad": True, "fused": False, "foreach": False}
+    other = make_policy(model, stage, dtype=dtype, config={"optimizer": {"params": params}})
+    restore(other, folder / "checkpoint", folder / "scratch")
+    for each in (policy, other):
+        train_step(each, make_batch(1))
+    groups = other._engine.optimizer.param_groups
+    return {
+        "settings": [{name: group[name] for name in params} for group in groups],
+        "before": weights_of(policy),
+        "after": weights_of(other),
+        "peaks": ["max_exp_avg_sq" in state for state in other._optimizer.state.values()],
+    }
+
+
 def run_resized(
     model: Path, folder: Path, stage: int, dtype: str, source: Path, was: int | None = None
 ) -> dict[str, Any]:
@@ -288,6 +319,42 @@ def run_not_finite(model: Path, _: Path, stage: int, dtype: str) -> dict[str, An
             norms += [everywhere] if is_spoiled else []
         weights.append(weights_of(policy))
     return {"norms": norms, "is_traceless": same(*weights), "weights": weights[0]}
+
+
+def run_without_zeros(model: Path, _: Path, stage: int, computes_all: bool) -> dict[str, Any]:
+    """Make one step with each loss and advantage; some groups are uniform, one sample is masked whole."""
+    policy, weights = make_policy(model, stage), []
+    pairs = list(itertools.product(POLICY_LOSSES, ADVANTAGES))
+    for number, (loss, advantage) in enumerate(pairs[:: 3 if stage == 3 else 1]):  # each loss, in any case
+        algorithm = algorithm_of(policyLoss=loss, advantage=advantage)
+        samples, rewards = batch_with_zeros(number, algorithm)
+        settings = StepSettings(algorithm, 0.1, 0.5, BETAS, 1e-8)
+        plan = StepPlan(tuple(samples), rewards, 2, CAPACITY, 1e-3, settings)
+        with pytest.MonkeyPatch.context() as patch:
+            if computes_all:
+                patch.setattr(step_module, "has_gradient", lambda sample, algorithm: True)
+            share = plan.shares(dist.get_world_size())[dist.get_rank()]
+            report = step_module.train_step(policy, share).report
+        weights.append(weights_of(policy))
+    return {"weights": weights, "num_tokens": report["num_computed_tokens"]}
+
+
+def batch_with_zeros(number: int, algorithm: AlgorithmSpec) -> tuple[list[TrainingSample], tuple[float, ...]]:
+    """Four groups of three; in every fourth batch all are uniform, so that its updates have no gradient."""
+    rng = np.random.default_rng(100 + number)
+    drawn = [sample for step in range(2) for sample in make_batch(1000 + 2 * number + step)][:12]
+    rewards = rng.random(12)
+    rewards[0:3], rewards[6:9] = 0.1, 0.7
+    if number % 4 == 3:
+        rewards = np.full(12, 0.3)
+    tickets, lengths = np.repeat(np.arange(4), 3), np.full(12, 9)
+    advantages = compute_advantages(rewards, tickets, lengths, lengths, algorithm)
+    samples = [
+        replace(sample, ticket=int(ticket), index=place, advantage=float(advantage))
+        for place, (sample, ticket, advantage) in enumerate(zip(drawn, tickets, advantages, strict=True))
+    ]
+    samples[4] = replace(samples[4], loss_mask=np.zeros_like(samples[4].loss_mask))
+    return samples, tuple(rewards.tolist())
 
 
 def run_reference(model: Path, _: Path, stage: int, **changes: Any) -> dict[str, Any]:
@@ -376,7 +443,10 @@ SCENARIOS: dict[str, tuple[Scenario, dict[str, Any]]] = {
         )
         for stage, offloaded in OFFLOADED.items()
     },
-    "updates-recompute": (run_updates, {"stage": 1, "capacity": CAPACITY, "recompute_activations": True}),
+    "updates-recompute": (
+        run_updates,
+        {"stage": 1, "capacity": CAPACITY, "activation_checkpointing": "Always"},
+    ),
     **{
         # With a clip so narrow as above, rounding would decide whether a token has a gradient.
         f"updates-{stage}-bf16": (
@@ -399,6 +469,17 @@ SCENARIOS: dict[str, tuple[Scenario, dict[str, Any]]] = {
     **{
         f"repeated-{stage}-{dtype}": (run_repeated, {"stage": stage, "dtype": dtype})
         for stage, dtype in REPEATED
+    },
+    **{
+        f"zeros-{stage}-{'all' if computes_all else 'few'}": (
+            run_without_zeros,
+            {"stage": stage, "computes_all": computes_all},
+        )
+        for stage in (0, 3)
+        for computes_all in (True, False)
+    },
+    **{
+        f"edited-{stage}-{dtype}": (run_edited, {"stage": stage, "dtype": dtype}) for stage, dtype in REPEATED
     },
     "foreign": (run_foreign_checkpoint, {}),
     **{f"reference-{stage}": (run_reference, {"stage": stage}) for stage in (2, 3)},
@@ -552,6 +633,23 @@ def test_nine_updates_are_those_of_plain_pytorch(session: Session, naive: dict[s
         torch.testing.assert_close(result["weights"][key], weight.detach(), rtol=0, atol=1e-5)
 
 
+def test_activations_are_computed_anew_if_asked(session: Session) -> None:
+    assert session["updates-recompute"]["recomputes"] and not session["updates-1"]["recomputes"]
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_what_has_no_gradient_is_left_out_and_the_weights_are_the_same(session: Session, stage: int) -> None:
+    """For every loss and advantage, one after the other; also in steps without any gradient."""
+    every, few = session[f"zeros-{stage}-all"], session[f"zeros-{stage}-few"]
+    assert few["num_tokens"] < every["num_tokens"]
+    for number, (expected, found) in enumerate(zip(every["weights"], few["weights"], strict=True)):
+        for name, weight in expected.items():
+            difference = float((weight - found[name]).abs().max())
+            assert difference < 1e-5, (number, name)
+    first, second = every["weights"][2], few["weights"][3]
+    assert not same(first, second), "momentum and decay act in a step without a gradient"
+
+
 def test_the_updates_above_clip_gradient_and_ratio(session: Session, naive: dict[str, Any]) -> None:
     assert max(naive["norms"]) > 0.5
     assert session["updates-2"]["clipped"] > 0
@@ -606,6 +704,19 @@ def test_a_step_has_its_own_settings_whatever_the_policy_began_with(
     assert found["repeated"] and found["kl"] == [0, 0, 0]
     assert found["differs"] and found["new kl"] > 0
     assert found["constants"] == [(0.0, 0.8, 0.9, 1e-3), (0.4, 0.8, 0.9, 1e-3)]
+
+
+@pytest.mark.parametrize(("stage", "dtype"), REPEATED)
+def test_edited_settings_of_the_optimizer_are_in_force_after_a_restart(
+    session: Session, stage: int, dtype: str
+) -> None:
+    """So is what else `trainer.deepspeed.config` says: a checkpoint holds nothing of it."""
+    found = session[f"edited-{stage}-{dtype}"]
+    assert found["settings"] == [{"amsgrad": True, "fused": False, "foreach": False}] * 2
+    assert found["peaks"] and all(found["peaks"])
+    tolerance = LEARNING_RATE * 3 if dtype == "Float32" else 2e-2  # three updates of a rate each
+    for name, weight in found["before"].items():
+        torch.testing.assert_close(found["after"][name], weight, rtol=0, atol=tolerance)
 
 
 def test_a_checkpoint_of_another_zero_stage_is_refused(session: Session) -> None:

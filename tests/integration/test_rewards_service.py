@@ -1,12 +1,9 @@
 """The `Service` reward against a real HTTP server on loopback."""
 
 import asyncio
-import json
-import socket
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
@@ -17,6 +14,7 @@ from asyncrl_runtime.rollout.rewards.frames import ScoreRequest
 from asyncrl_runtime.rollout.rewards.scorer import Scorer
 from asyncrl_runtime.rollout.rewards.service import RewardService
 from support.jobs.job_harness import until
+from support.jobs.json_service import JsonService, serving
 
 ANSWERS: dict[str, tuple[int, str]] = {
     "number": (200, '{"reward": 1}'),
@@ -34,61 +32,30 @@ ANSWERS: dict[str, tuple[int, str]] = {
 }
 
 
-class Service(ThreadingHTTPServer):
+class Service(JsonService):
     """Answers as `row.answer` says, and keeps what it was sent."""
 
-    request_queue_size = 128
-    daemon_threads = True
-
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+        super().__init__()
         self.received: list[dict[str, Any]] = []
         self.is_over = threading.Event()
 
-    def handle_error(self, request: object, client_address: object) -> None:
-        """Say nothing of clients that gave up."""
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}/score"
+    def answer(self, body: Any) -> tuple[int, str] | None:
+        self.received.append(body)
+        wanted = body["row"]["answer"]
+        if wanted == "slow":
+            self.is_over.wait()
+        return None if wanted == "hangs up" else ANSWERS.get(wanted, (200, "{}"))
 
     def num_calls(self) -> Counter[str]:
         return Counter(body["response"] for body in self.received)
 
 
-class Handler(BaseHTTPRequestHandler):
-    server: Service
-    protocol_version = "HTTP/1.1"
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.received.append(body)
-        answer = body["row"]["answer"]
-        if answer == "slow":
-            self.server.is_over.wait()
-        if answer == "hangs up":
-            self.connection.shutdown(socket.SHUT_RDWR)
-            return
-        status, text = ANSWERS.get(answer, (200, "{}"))
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(text)))
-        self.end_headers()
-        self.wfile.write(text.encode())
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Say nothing."""
-
-
 @pytest.fixture
 def service() -> Iterator[Service]:
-    server = Service()
-    thread = threading.Thread(target=server.serve_forever, args=[0.01])
-    thread.start()
-    yield server
-    server.is_over.set()
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(Service()) as service:
+        yield service
+        service.is_over.set()
 
 
 @pytest.fixture

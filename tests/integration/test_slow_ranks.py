@@ -11,9 +11,7 @@ from support.jobs.job_harness import JobHarness, build_job
 from support.jobs.job_witness import Engine, Witness, finish
 from support.jobs.nats_server import NatsServer
 from support.jobs.two_ranks import build_job_of_two_ranks, check_weights
-from support.paths import ROOT
-
-FAULTS = ROOT / "tests" / "support" / "faulty_ranks"
+from support.paths import FAULTS
 
 
 @pytest.fixture

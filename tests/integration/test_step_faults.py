@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from asyncrl_api.exits import ExitCode
 from asyncrl_runtime.contract.messages import Group, floats_to_bytes, ids_to_bytes
+from support.engines.null_logprobs import spoil_answers
 from support.engines.tiny_models import tiny_model
 from support.jobs.cli_runs import CliRun, asyncrl, write_job
 from support.jobs.job_harness import JobHarness, build_job
@@ -78,6 +79,25 @@ async def test_samples_that_no_step_can_train_cost_their_groups_alone(
         assert [line["attempt"] for line in failed] == [1, 2]
         assert all(line["tickets"] == [3] and "IndexError" in line["cause"] for line in failed)
         assert cut == [{"attempt": 3, "cut": failed[0]["failed"], "discards": {"step_failed": [3]}}]
+
+
+async def test_answers_of_an_engine_with_log_probs_that_are_no_numbers_cost_their_samples_alone(
+    own_nats: NatsServer, tmp_path: Path
+) -> None:
+    job = build_job(training={"maxSteps": 4}, sampling={"groupSize": 5})
+    with JobHarness(tmp_path / "run", own_nats, job) as harness:
+        async with Witness(harness) as witness:
+            harness.start_rollout(0, spoil_answers)
+            harness.start_trainer()
+            result = await finish(harness)
+            groups = witness.groups.values()
+        assert result.num_steps == 4 and set(result.discarded) <= {"leftover"}
+        *_, last = harness.metrics
+        assert last["failed_samples"] >= 4
+        failures = [failure for group in groups for failure in group.failures]
+        assert {failure.reason for failure in failures} == {"generation_error"}
+        assert any("null" in failure.message or "None" in failure.message for failure in failures)
+        assert all(len(group.samples) >= 3 for group in groups)
 
 
 async def test_a_gradient_that_is_not_finite_leaves_no_trace_in_the_policy(

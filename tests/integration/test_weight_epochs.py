@@ -3,20 +3,20 @@
 import contextlib
 import socket
 from collections.abc import AsyncIterator
-from functools import partial
 
 import pytest
+from torch import Tensor
 
 from asyncrl_api.names import JobNames, NatsAddress
 from asyncrl_runtime.contract.messages import PolicyVersion
 from asyncrl_runtime.trainer.update.policy import Policy
-from asyncrl_runtime.weights.bucket import Bucket
+from asyncrl_runtime.weights.bucket import PublishedWeights
 from asyncrl_runtime.weights.engines import Published
 from asyncrl_runtime.weights.publisher import ChecksumMismatch
 from support.engines.rollout_scene import SPEC, Scene, checksums_of, holds, open_scene, publish, versions
 from support.engines.tiny_models import tiny_model
 
-V0, V1, V2, V3 = (PolicyVersion(1, version) for version in range(4))
+V0, V1, V2, V3, V4 = (PolicyVersion(1, version) for version in range(5))
 BUCKET_BYTES = 40_000
 
 
@@ -41,13 +41,13 @@ async def test_a_policy_reaches_all_engines_to_the_bit(scene: Scene, process_gro
     assert len(buckets) > 5 and max(map(len, buckets)) > 1
     assert max(tensor.nbytes for tensor in weights.values()) > BUCKET_BYTES
 
-    async def load(names: tuple[str, ...]) -> Bucket:
+    async def gather(names: tuple[str, ...]) -> Tensor:
         bucket = policy.bucket(names)
         assert bucket is not None
         return bucket
 
     publisher = scene.publisher(verify=True)
-    publisher.buckets = [partial(load, names) for names in buckets]
+    publisher.weights = PublishedWeights(tuple(map(policy.layout, buckets)), gather)
     published = await publisher.publish(V0, "Retract")
     assert published.engines == ("a", "b") and published.num_epochs == 1
     assert len(set(published.checksums.values())) == 1 and all(published.checksums.values())
@@ -132,11 +132,16 @@ async def test_a_group_lasts_as_long_as_its_members(scene: Scene) -> None:
     assert await group_of(V1) == first and len(scene.joins) == 2
     [c] = await scene.add("c")
     second = await group_of(V2)
-    assert second[1] == 4 and second[0] != first[0]
+    assert second[1] == 2 and second[0] != first[0], "who comes late has a group of its own"
     c.engine.kill()
     await scene.until("c is known to be gone", lambda: scene.state("c") == "down")
-    third = await group_of(V3)
-    assert third[1] == 3 and third[0] not in (first[0], second[0])
+    assert await group_of(V3) == second and len(scene.joins) == 3, "nobody joins again"
+    with pytest.raises(ConnectionRefusedError), contextlib.closing(socket.socket()) as probe:
+        probe.connect(("127.0.0.1", scene.joins[-1].port))
+    scene.replicas["b"].engine.kill()
+    await scene.until("b is known to be gone", lambda: scene.state("b") == "down")
+    third = await group_of(V4)
+    assert third[1] == 2 and third[0] not in (first[0], second[0])
 
     await publisher.leave()
     with pytest.raises(ConnectionRefusedError), contextlib.closing(socket.socket()) as probe:

@@ -14,7 +14,7 @@ from typing import Any, Literal, Self, TypeVar
 
 from asyncrl_api.protocols import Score
 from asyncrl_runtime.contract.broker import StreamFacts, StreamMessage, TransportError
-from asyncrl_runtime.contract.messages import JoinGroup, PolicyVersion, ReceiveBucket, VersionSpan
+from asyncrl_runtime.contract.messages import JoinGroup, PolicyVersion, VersionSpan
 from asyncrl_runtime.rollout.engine_api import (
     CHECKSUM_SECONDS,
     CONTROL_SECONDS,
@@ -25,13 +25,14 @@ from asyncrl_runtime.rollout.engine_api import (
     EngineRefused,
     EngineTimeout,
     Generation,
+    IncomingBucket,
     SamplingRequest,
     WeightsSeen,
 )
 from asyncrl_runtime.rollout.rewards.backend import RewardFailure
 from asyncrl_runtime.rollout.rewards.frames import ScoreRequest
 from asyncrl_runtime.trainer.job_streams import LostStreams
-from asyncrl_runtime.weights.engines import Published
+from asyncrl_runtime.weights.engines import Published, UpdateSeconds
 
 T = TypeVar("T")
 
@@ -259,6 +260,9 @@ class UpdatableEngine:
         """The calls with their bodies, in order, except those that ask for the engine's health."""
         self.faults: dict[str, Exception] = {}
         """The exceptions that calls fail with, by the call."""
+        self._fails_at: dict[tuple[str, int], Exception] = {}
+        self.data_comes: Callable[[str], Awaitable[None]] = _at_once
+        """Returns once the data of the next bucket has come through a group; raises what the engine would."""
         self.hangs = False
         self.tp_size = 1
         self.digest = "c0ffee"
@@ -271,6 +275,10 @@ class UpdatableEngine:
         self.is_paused = self.has_session = self.has_all = False
         self.groups: set[str] = set()
         self.num_tokens = 0
+
+    def fails_at(self, call: str, nth: int, fault: Exception) -> None:
+        """Have the n-th such call from now on fail, and no other."""
+        self._fails_at[call, self.made.count(call) + nth] = fault
 
     @property
     def made(self) -> list[str]:
@@ -329,13 +337,15 @@ class UpdatableEngine:
         self._refuse_unless(not self.has_session, "a session is open")
         self.has_session, self.has_all = True, False
 
-    async def receive_bucket(self, request: ReceiveBucket, *, keeps_cache: bool) -> None:
-        await self._told("receive_bucket", keeps_cache, request.timeout_seconds)
+    async def receive_bucket(self, bucket: IncomingBucket, *, keeps_cache: bool) -> None:
+        await self._told("receive_bucket", keeps_cache, bucket.timeout_seconds)
+        await self.data_comes(bucket.group)
+        await self._answer("load_bucket", bucket.timeout_seconds)
         self._refuse_unless(self.has_session, "no session")
-        self._refuse_unless(request.group in self.groups, "no such group")
+        self._refuse_unless(bucket.group in self.groups, "no such group")
         self._refuse_unless(not self.has_all, "the last bucket has come before")
-        self.has_all = request.is_last
-        self.own_label = str(request.version) if request.is_last else self.own_label
+        self.has_all = bucket.is_last
+        self.own_label = str(bucket.version) if bucket.is_last else self.own_label
 
     async def end_update(self) -> None:
         await self._told("end_update", None)
@@ -370,12 +380,17 @@ class UpdatableEngine:
         await asyncio.sleep(timeout_seconds if self.hangs else 0)
         if self.hangs:
             raise EngineTimeout(f"{call}: no answer in {timeout_seconds:.0f} s")
-        if fault := self.faults.get(call):
+        fault = self._fails_at.pop((call, self.made.count(call)), None)
+        if fault := fault or self.faults.get(call):
             raise fault
 
     def _refuse_unless(self, is_right: bool, message: str) -> None:
         if not is_right:
             raise EngineRefused(message)
+
+
+async def _at_once(group: str) -> None:
+    pass
 
 
 def _names_in(folder: Path) -> set[str]:
@@ -433,7 +448,7 @@ class FakeWeights:
     async def publish(self, version: PolicyVersion, interrupt: str) -> Published:
         self.published.append(version)
         self.are_behind = False
-        return Published(("w",), num_epochs=1)
+        return Published(("w",), num_epochs=1, seconds=UpdateSeconds(1.0, 2.0, 3.0, 4.0))
 
     async def leave(self) -> None:
         pass
@@ -494,7 +509,7 @@ class FakeStreams:
     def start_over(self) -> None:
         pass
 
-    async def mend(self, give_up_recorded: Callable[[], None]) -> None:
+    async def mend(self, give_up_recorded: Callable[[], Awaitable[None]]) -> None:
         raise AssertionError("nothing is lost")
 
     async def has_read_everything(self) -> bool:

@@ -8,6 +8,8 @@ CHART = ROOT / "charts" / "asyncrl"
 EXAMPLES = ROOT / "examples"
 USER_CODE = ROOT / "tests" / "support" / "user_code"
 """A folder on the import path of jobs under test, just as the folder of a manifest is."""
+FAULTS = ROOT / "tests" / "support" / "faults"
+"""A folder that puts faults into the Python processes that start with it on their path."""
 
 
 def files_of_the_checkout() -> list[str]:

@@ -85,7 +85,7 @@ async def test_where_samples_are_let_finish_nothing_is_broken_off() -> None:
         ([pieces(V1)[0], pieces(V0)[1]], "a piece of adapter 1.0 came without those before it"),
         ([pieces(V0)[0], pieces(V0)[1], pieces(V0)[1]], "a piece of adapter 1.0 begins at 3, not 6"),
         (
-            [PrepareUpdate(group="wu-1-1", version=V0, interrupt="Retract", timeout_seconds=9)],
+            [PrepareUpdate(groups=("wu-1-1",), version=V0, interrupt="Retract", timeout_seconds=9)],
             "this engine takes adapters, and no PrepareUpdate",
         ),
     ],

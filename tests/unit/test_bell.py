@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from asyncrl_api.run_config import RunningSpec
-from asyncrl_runtime.contract.broker import StreamMessage
-from asyncrl_runtime.contract.messages import PolicyVersion, encode
-from asyncrl_runtime.trainer.attempt import BOUNDARY_SECONDS, FIRST_HEARTBEAT_SECONDS, Attempt
-from asyncrl_runtime.trainer.books.bell import Bell
+from asyncrl_runtime.contract.bell import Bell
+from asyncrl_runtime.contract.broker import StreamMessage, TransportError
+from asyncrl_runtime.contract.messages import Heartbeat, PolicyVersion, encode
+from asyncrl_runtime.simulation.virtual_time import VirtualLoop, run_virtually
+from asyncrl_runtime.trainer.attempt import FIRST_HEARTBEAT_SECONDS, LOOK_SECONDS, Attempt
 from asyncrl_runtime.trainer.books.books import Batch, Books
 from asyncrl_runtime.trainer.job_streams import JobStreams
 from asyncrl_runtime.trainer.side_tasks import ISSUE_SECONDS, SideTasks
@@ -47,10 +48,13 @@ class SlowTickets:
 
     def __init__(self) -> None:
         self.issued_at: list[float] = []
+        self.are_refused = False
 
     async def issue(self, payloads: Sequence[bytes], last_ticket: int) -> int:
         self.issued_at.append(asyncio.get_running_loop().time())
         await asyncio.sleep(SLOW_SECONDS)
+        if self.are_refused:
+            raise TransportError("no answer")
         return last_ticket + len(payloads)
 
     async def read_trajectories(self, start_sequence: int) -> AsyncGenerator[StreamMessage, None]:
@@ -73,6 +77,10 @@ class SlowWeights(FakeWeights):
         return published
 
 
+def make_heartbeat(version: PolicyVersion | None, engine_state: Any) -> Heartbeat:
+    return Heartbeat(worker="w", incarnation="i", engine="e", engine_state=engine_state, version=version)
+
+
 class Rig:
     """A training loop and an issuer around the same books."""
 
@@ -84,7 +92,7 @@ class Rig:
         self.tickets, self.weights = SlowTickets(), SlowWeights()
         ranks = FakeRanks(lambda command: None)
         parts = make_attempt_parts(folder, spec, self.books, FakeStreams(), ranks, self.weights, None, clock)
-        self.attempt = Attempt(parts, None)
+        self.attempt, self.fleet = Attempt(parts, None), parts.fleet
         streams = JobStreams(FakeJobQueues(), self.books, {})
         rows = [{"question": "1 + 1 ="}]
         self.side_tasks = SideTasks(
@@ -118,13 +126,62 @@ def test_the_training_loop_does_not_spin_while_the_issuer_is_kept(tmp_path: Path
         await asyncio.sleep(FIRST_HEARTBEAT_SECONDS + 1.5)
         before = rig.books.num_looks
         rig.books.use(rig.spec)
-        await asyncio.sleep(1)
+        await asyncio.sleep(2 * LOOK_SECONDS)
         assert not training.done() and not issuing.done()
-        assert 1 / BOUNDARY_SECONDS <= rig.books.num_looks - before <= 1 / BOUNDARY_SECONDS + 2
+        assert 2 <= rig.books.num_looks - before <= 4
         for task in (issuing, training):
             task.cancel()
 
     run_in_virtual_time(check())
+
+
+def test_no_loop_spins_while_the_broker_does_not_answer(tmp_path: Path) -> None:
+    """Nor does any poll: a controller that waits is at rest."""
+
+    async def check() -> None:
+        rig = Rig(tmp_path)
+        rig.tickets.are_refused = True
+        issuing, training = rig.start()
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, VirtualLoop)
+        await asyncio.sleep(FIRST_HEARTBEAT_SECONDS + 1.5)
+        before = loop.num_turns
+        rig.books.use(rig.spec)  # rings for both, and one of them cannot hear it
+        await asyncio.sleep(60)
+        assert not training.done() and not issuing.done()
+        assert len(rig.tickets.issued_at) >= 5, "it tries again"
+        num_waits = 60 / LOOK_SECONDS + 2 * len(rig.tickets.issued_at)
+        assert loop.num_turns - before <= 4 * num_waits + 20
+        for task in (issuing, training):
+            task.cancel()
+
+    run_virtually(check())
+
+
+@pytest.mark.parametrize(
+    ("beat", "is_rung"),
+    [
+        ({"version": None, "engine_state": "ready"}, True),
+        ({"version": PolicyVersion(1, 0), "engine_state": "ready"}, False),
+        ({"version": PolicyVersion(1, 0), "engine_state": "dirty"}, True),
+        ({"version": None, "engine_state": "down"}, False),
+    ],
+)
+def test_a_heartbeat_of_an_engine_without_the_weights_wakes_the_training_loop(
+    tmp_path: Path, beat: dict[str, Any], is_rung: bool
+) -> None:
+    async def check() -> None:
+        rig = Rig(tmp_path)
+        issuing, training = rig.start()
+        await asyncio.sleep(FIRST_HEARTBEAT_SECONDS + 1.5)
+        before = rig.books.num_looks
+        rig.fleet.heard(make_heartbeat(**beat))
+        await asyncio.sleep(0.01)
+        assert (rig.books.num_looks > before) is is_rung
+        for task in (issuing, training):
+            task.cancel()
+
+    run_virtually(check())
 
 
 def test_a_group_that_arrives_while_the_training_loop_is_busy_wakes_it_at_once(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """The books of rank 0: what may be issued, what arrives, what the next batch is."""
 
 import math
+from collections import Counter
+from typing import Any
 
 import msgspec
 import pytest
@@ -18,9 +20,11 @@ from asyncrl_runtime.contract.messages import (
     encode,
     floats_to_bytes,
 )
+from asyncrl_runtime.trainer.books import verdicts
 from asyncrl_runtime.trainer.books.books import Books, RecordedBatchLost, recorded_values
 from asyncrl_runtime.trainer.books.inbox import Inbox
-from asyncrl_runtime.trainer.books.tickets import EndlessDiscards
+from asyncrl_runtime.trainer.books.staleness import LiveGroup, assess
+from asyncrl_runtime.trainer.books.tickets import Discard, EndlessDiscards
 from support.messages.samples import make_group, make_sample
 
 
@@ -210,3 +214,65 @@ def test_what_cannot_be_decoded_is_a_discarded_ticket_and_not_a_lost_one() -> No
     books.issued(4)
     books.take(StreamMessage(1, "rl.job.traj.4", b"\xc1garbage", message_id="4"))
     assert books.left_over() == {"undecodable": [4], "leftover": [1, 2, 3]}  # issued before it
+
+
+class Assessments:
+    """Counts how often each group is assessed, at which version."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.by_ticket: Counter[tuple[int, int]] = Counter()
+        monkeypatch.setattr(verdicts, "assess", self._assess)
+
+    def _assess(self, group: Group, version: int, *rule: Any) -> LiveGroup | Discard:
+        self.by_ticket[group.ticket, version] += 1
+        return assess(group, version, *rule)
+
+
+def test_each_group_is_assessed_once_per_version_however_often_the_trainer_looks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Otherwise the groups of a large batch cost the square of their number while it waits for the last."""
+    size = 512
+    spec = make_spec()
+    training = spec.training.model_copy(update={"batch_size": size})
+    books, assessments = Books(spec.model_copy(update={"training": training})), Assessments(monkeypatch)
+    for ticket in range(1, size):
+        books.take(message(ticket, make_group(ticket), ticket))
+        assert books.next_batch() is None
+    assert assessments.by_ticket == {(ticket, 0): 1 for ticket in range(1, size)}
+    books.take(message(size, make_group(size), size))
+    batch = books.next_batch()
+    assert batch is not None and len(batch.groups) == size
+    assert assessments.by_ticket.total() == size, "the batch is made of what is known already"
+
+
+def test_a_group_is_assessed_again_at_another_version_and_under_another_rule(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    spec = make_spec()
+    books, assessments = Books(spec), Assessments(monkeypatch)
+    for ticket in (1, 2, 3):
+        books.take(message(ticket, make_group(ticket), ticket))
+    batch = books.next_batch()
+    assert batch is not None and batch.tickets == (1, 2)
+    books.close(batch)
+    books.advance(batch)
+    assert books.next_batch() is None and books.next_batch() is None
+    assert assessments.by_ticket == {(1, 0): 1, (2, 0): 1, (3, 0): 1, (3, 1): 1}
+    strict = spec.staleness.model_copy(update={"max_versions": 0})
+    books.use(spec.model_copy(update={"staleness": strict}))
+    assert books.next_batch() is None
+    assert assessments.by_ticket[3, 1] == 2 and books.counters.discards == {"stale": 1}
+
+
+def test_a_ticket_that_is_sampled_anew_is_assessed_anew() -> None:
+    """Its stream was lost, and with it what was known of the ticket."""
+    books = Books(make_spec())
+    books.take(message(1, make_group(1), 1))
+    assert books.next_batch() is None
+    books.streams_lost()
+    samples = (make_sample(0, reward=5), make_sample(1, reward=7))
+    books.take(message(1, Group(ticket=1, group_size=2, samples=samples), 1))
+    books.take(message(2, make_group(2), 2))
+    batch = books.next_batch()
+    assert batch is not None and [each.sample.reward for each in batch.groups[0].samples] == [5, 7]

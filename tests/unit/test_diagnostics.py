@@ -11,7 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from asyncrl_api.job import ScheduleSpec
-from asyncrl_runtime.trainer.update.deepspeed_config import deep_merge, derive_config
+from asyncrl_runtime.trainer.update.deepspeed_config import (
+    deep_merge,
+    derive_config,
+    recomputes_activations,
+)
 from asyncrl_runtime.trainer.update.diagnostics import (
     finite,
     histogram,
@@ -52,7 +56,7 @@ def test_token_report_by_hand() -> None:
     report = report_tokens(
         sums_of([1, 1, 9], [1, 2, 7], live=[True, True, False], clipped=[False, True, True])
     )
-    assert report["num_tokens"] == 3 and report["num_live_tokens"] == 2
+    assert report["num_computed_tokens"] == 3 and report["num_computed_live_tokens"] == 2
     assert report["clip_fraction"] == 0.5, "a masked token is not counted"
     assert report["importance_weight_mean"] == 1.5
     assert report["effective_sample_size"] == pytest.approx(3**2 / (2 * 5))
@@ -184,3 +188,10 @@ def test_merging_changes_neither_side() -> None:
     base, over = {"a": {"b": 1}, "c": [1]}, {"a": {"d": 2}, "c": [2]}
     assert deep_merge(base, over) == {"a": {"b": 1, "d": 2}, "c": [2]}
     assert (base, over) == ({"a": {"b": 1}, "c": [1]}, {"a": {"d": 2}, "c": [2]})
+
+
+def test_activations_are_kept_on_cpus_unless_the_manifest_says_otherwise() -> None:
+    devices = ("cuda", "cpu")
+    assert [recomputes_activations("Auto", device) for device in devices] == [True, False]
+    assert [recomputes_activations("Always", device) for device in devices] == [True, True]
+    assert [recomputes_activations("Never", device) for device in devices] == [False, False]

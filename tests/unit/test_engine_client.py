@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from asyncrl_runtime.contract.messages import JoinGroup, PolicyVersion, ReceiveBucket, VersionSpan
+from asyncrl_runtime.contract.messages import BucketLayout, JoinGroup, PolicyVersion, VersionSpan
 from asyncrl_runtime.rollout.engine_api import (
     BrokenStream,
     EngineFailed,
@@ -17,6 +17,7 @@ from asyncrl_runtime.rollout.engine_api import (
     EngineLost,
     EngineRefused,
     EngineTimeout,
+    IncomingBucket,
     SamplingRequest,
 )
 from asyncrl_runtime.rollout.engine_client import EngineClient
@@ -301,16 +302,16 @@ async def test_a_request_broken_off_is_an_answer() -> None:
 
 # -- updates
 
-JOIN = JoinGroup(group="wu", host="h", port=1, rank=2, world_size=3, backend="gloo", timeout_seconds=9)
+JOIN = JoinGroup(
+    group="wu", host="h", port=1, rank=2, world_size=3, backend="gloo", timeout_seconds=9, layout=()
+)
 
 
-def bucket(*, is_last: bool) -> ReceiveBucket:
-    return ReceiveBucket(
+def bucket(*, is_last: bool) -> IncomingBucket:
+    return IncomingBucket(
         group="wu",
         version=PolicyVersion(1, 4),
-        names=("w",),
-        dtypes=("float32",),
-        shapes=((2, 3),),
+        layout=BucketLayout(("w",), ("float32",), ((2, 3),)),
         is_last=is_last,
         timeout_seconds=9,
     )

@@ -45,7 +45,11 @@ def test_what_the_given_up_steps_discarded_stays_discarded() -> None:
     """Workers have acknowledged those tickets, so nobody would sample them again."""
     failed = [failure(1, 3), failure(1, 3)]
     steps = history_of().steps
-    discards = [{"stale": (9,)}, {"stale": (10,), "step_failed": (11,)}, {"stale": (12, 13)}]
+    discards: list[dict[str, tuple[int, ...]]] = [
+        {"stale": (9,)},
+        {"stale": (10,), "step_failed": (11,)},
+        {"stale": (12, 13)},
+    ]
     steps = [replace(step, discards=each) for step, each in zip(steps, discards, strict=True)]
     given_up = step_to_give_up(History(steps=steps, failures=failed, in_a_row=failed))
     assert given_up is not None

@@ -97,6 +97,7 @@ DEFAULTS: dict[str, Any] = {
         "trainer": {
             "backend": "DeepSpeed",
             "deepspeed": {"zeroStage": 2, "config": {}},
+            "activationCheckpointing": "Auto",
             "image": "",
             "gpuGranularity": 1,
             "gpusPerNode": 8,
@@ -319,6 +320,7 @@ def test_marks_are_those_of_the_documentation() -> None:
         "trainer.backend": "I",
         "emulation.speedup": "I",
         "trainer.deepspeed.config": "R",
+        "trainer.activationCheckpointing": "R",
         "weightSync.timeoutSeconds": "R",
         "messaging.embedded.storage.size": "I",
         "checkpoint.location.path": "I",
@@ -374,6 +376,7 @@ def test_enumerations_are_those_of_the_documentation() -> None:
         "rollout.engine.type": "SGLang CPU Emulated",
         "rollout.interrupt": "Retract InPlace Drain",
         "trainer.backend": "DeepSpeed Emulated",
+        "trainer.activationCheckpointing": "Auto Always Never",
         "weightSync.backend": "Auto NCCL Gloo",
         "messaging.mode": "Embedded Shared",
         "messaging.embedded.storage.type": "Ephemeral Persistent",

@@ -7,7 +7,7 @@ import pytest
 
 from asyncrl_api.ledger import RecordedStep
 from asyncrl_runtime.contract.broker import StreamFacts, StreamMessage, TransportError
-from asyncrl_runtime.contract.messages import encode
+from asyncrl_runtime.contract.messages import CurrentVersion, PolicyVersion, decode, encode
 from asyncrl_runtime.trainer.books.books import Books, recorded_values
 from asyncrl_runtime.trainer.job_streams import JobStreams, LostStreams
 from support.fakes import FakeJobQueues
@@ -22,6 +22,8 @@ class Queues(FakeJobQueues):
     def __init__(self) -> None:
         self.calls: list[str] = []
         self.values: dict[str, bytes] = {}
+        self.num_put: dict[str, int] = {}
+        self.is_away = False
         self.num_made = 0
         self.streams: dict[str, StreamFacts] = {}
         self.before_an_answer: list[asyncio.Future[None]] = []
@@ -54,7 +56,10 @@ class Queues(FakeJobQueues):
         self.streams.clear()
 
     async def put(self, key: str, data: bytes) -> None:
+        if self.is_away:
+            raise TransportError("away")
         self.values[key] = data
+        self.num_put[key] = self.num_put.get(key, 0) + 1
 
 
 def arrive(books: Books, ticket: int) -> None:
@@ -72,6 +77,27 @@ async def test_a_job_that_begins_finds_nothing_of_an_earlier_one() -> None:
     assert queues.values == {"live": b'{"training": {"maxSteps": 5}}'}
 
 
+async def test_a_version_is_announced_once_unless_the_announcement_failed_or_was_lost() -> None:
+    queues, books = Queues(), Books(SPEC)
+    streams = JobStreams(queues, books, {})
+    await streams.open(None)
+    first, second = PolicyVersion(1, 0), PolicyVersion(1, 1)
+    for _ in range(3):
+        await streams.announce(first)
+    assert queues.num_put["version"] == 1
+    queues.is_away = True
+    await streams.announce(second)
+    queues.is_away = False
+    for _ in range(3):
+        await streams.announce(second)
+    assert queues.num_put["version"] == 2
+    assert decode(queues.values["version"], CurrentVersion).version == second
+    queues.values.clear()  # the streams and the state are lost together
+    streams.requeue()
+    await streams.mend(pytest.fail)
+    assert decode(queues.values["version"], CurrentVersion).version == second
+
+
 async def test_recorded_steps_that_went_with_their_stream_are_given_up_before_it_is_made_again() -> None:
     """And the prompt stream is made once, though to give them up also asks for it."""
     queues = Queues()
@@ -81,7 +107,7 @@ async def test_recorded_steps_that_went_with_their_stream_are_given_up_before_it
     await streams.open("another")
     assert streams.lost == LostStreams(trajectories=True, prompts=True) and queues.calls == []
 
-    def give_up() -> None:
+    async def give_up() -> None:
         queues.calls.append("give up")
         books.cut()
         streams.requeue()

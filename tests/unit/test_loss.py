@@ -1,6 +1,7 @@
 """Policy losses against a naive loop, finite differences and hand-worked bounds."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from asyncrl_api.doubts import doubts_about
 from asyncrl_api.job import AlgorithmSpec
 from asyncrl_runtime.trainer.update.diagnostics import SCALARS
 from asyncrl_runtime.trainer.update.loss import (
@@ -15,7 +17,7 @@ from asyncrl_runtime.trainer.update.loss import (
     Loss,
     clipped_objective,
     compute_loss,
-    doubts_about,
+    has_gradient,
 )
 from asyncrl_runtime.trainer.update.packing import MicroBatch, TrainingSample, pack
 from support.jobs.naive_rl import Token, naive_loss
@@ -313,6 +315,24 @@ def test_ratios_beyond_floats_leave_the_gradient_finite(variant: dict[str, Any])
         num_tokens=8,
     ).value
     assert loss.isfinite() and torch.autograd.grad(loss, logprobs)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("what", ["no advantage", "no token in the loss"])
+def test_what_is_not_computed_has_a_gradient_of_exactly_zero(variant: dict[str, Any], what: str) -> None:
+    algorithm = algorithm_of(variant)
+    changes: dict[str, Any] = {"advantage": 0.0}
+    if what == "no token in the loss":
+        changes = {"loss_mask": np.zeros(40, np.bool_)}
+    samples = [replace(sample, **changes) for sample in make_samples([40] * 6)]
+    case = Case(pack(samples))
+    loss = case.loss(algorithm).value
+    gradients = torch.autograd.grad(loss, [case.logprobs, case.entropies], allow_unused=True)
+    is_zero = all(gradient is None or not gradient.any() for gradient in gradients)
+    has_regularizer = bool(algorithm.kl_coefficient or algorithm.entropy_coefficient)
+    assert is_zero == (what == "no token in the loss" or not has_regularizer)
+    assert [has_gradient(sample, algorithm) for sample in samples] == [not is_zero] * 6
+    assert not is_zero or loss.item() == 0
 
 
 def test_an_empty_micro_batch_has_a_loss_of_zero_with_a_gradient() -> None:

@@ -154,8 +154,7 @@ def test_every_message_says_on_the_wire_what_and_of_which_version_it_is() -> Non
     assert sorted(map(tag_of, KINDS)) == [
         "adapter.v1",
         "adapterpart.v1",
-        "bucket.v1",
-        "commit.v1",
+        "commit.v2",
         "drain.v1",
         "evalresult.v1",
         "evalticket.v1",
@@ -163,8 +162,8 @@ def test_every_message_says_on_the_wire_what_and_of_which_version_it_is() -> Non
         "group.v1",
         "grouppart.v1",
         "heartbeat.v1",
-        "join.v1",
-        "prepare.v1",
+        "join.v2",
+        "prepare.v2",
         "probe.v1",
         "progress.v1",
         "reply.v1",
@@ -174,6 +173,7 @@ def test_every_message_says_on_the_wire_what_and_of_which_version_it_is() -> Non
         "tombstone.v1",
         "turn.v1",
         "version.v1",
+        "weights.v1",
     ]
     assert msgspec.msgpack.decode(encode(make_sample()))[0] == "sample.v1"
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from asyncrl_api.base import MAX_INT
 from asyncrl_api.exits import ExitCode
 from asyncrl_operator.decide.observed import Pod, Problem
 from asyncrl_operator.decide.rolling import next_wave
@@ -291,6 +292,15 @@ def test_a_larger_trainer_waits_until_the_engines_have_given_back_the_last_gpu()
     cluster.run_until_still()
     attempt = cluster.status.attempt
     assert attempt is not None and (attempt.number, attempt.gpus, cluster.held) == (2, 3, 8)
+
+
+def test_the_status_says_what_the_last_update_of_engines_spent_its_time_on() -> None:
+    cluster = running()
+    cluster.reports(update_gather_seconds=0.0, update_transfer_seconds=1.25, update_pause_seconds=1e300)
+    cluster.run_until_still()
+    shown = cluster.status.weight_update
+    assert shown is not None and (shown.gather_milliseconds, shown.transfer_milliseconds) == (0, 1250)
+    assert (shown.load_milliseconds, shown.pause_milliseconds) == (None, MAX_INT)
 
 
 def test_a_starved_trainer_gives_gpus_to_rollout_after_half_a_cooldown() -> None:

@@ -1,9 +1,10 @@
 """Weight epochs in virtual time: publisher, workers' updates, engines without models, a group that sleeps."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from functools import partial
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
 
+import msgspec
 import pytest
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from asyncrl_runtime.rollout.engine_api import EngineRefused
 from asyncrl_runtime.rollout.engine_updates import EngineUpdates
 from asyncrl_runtime.rollout.weight_updates import WeightUpdates
 from asyncrl_runtime.weights.adapter_publisher import Adapter, AdapterPublisher
-from asyncrl_runtime.weights.bucket import Bucket
+from asyncrl_runtime.weights.bucket import PublishedWeights, describe
 from asyncrl_runtime.weights.engines import MIN_REFUSALS, REFUSED_SECONDS, Publisher, WeightsRefused
 from asyncrl_runtime.weights.fleet import Fleet
 from asyncrl_runtime.weights.publisher import ChecksumMismatch, WeightPublisher
@@ -32,6 +33,7 @@ V0, V1 = PolicyVersion(1, 0), PolicyVersion(1, 1)
 NAMES = JobNames(job="team_gsm8k")
 NUM_BUCKETS = 3
 JOIN_SECONDS, BROADCAST_SECONDS, PHASE_SECONDS = 2.0, 5.0, 20.0
+LAYOUT = tuple(describe([(f"w{number}", torch.float32, (1,))]) for number in range(NUM_BUCKETS))
 
 
 class Replica:
@@ -42,6 +44,9 @@ class Replica:
         self.updates: EngineUpdates = WeightUpdates(self.engine, lambda: self.num_running)
         self.num_running = 0
         self.is_silent = False
+        """Whether its worker does not answer."""
+        self.is_dead = False
+        """Whether its worker gives no sign of life."""
         self.asked: list[ControlRequest] = []
 
     @property
@@ -49,39 +54,57 @@ class Replica:
         return [request for request in self.asked if isinstance(request, JoinGroup)]
 
 
-class SleepingGroup:
-    """A weight group and the place where it meets; broadcasts take as long as a test says."""
+class SleepingGroups:
+    """Weight groups, and the place where they meet; broadcasts take as long as a test says."""
 
     port = 1
 
     def __init__(self) -> None:
         self.num_broadcasts = 0
         self.breaks_at: int | None = None
-        """The number of the broadcast that fails, counted over all epochs."""
+        """The number of the broadcast that fails, counted over all groups."""
         self.formed: list[tuple[str, int]] = []
         self.num_left = 0
         self.on_leave: Callable[[], None] = lambda: None
+        self.wires: dict[str, list[asyncio.Future[None]]] = {}
+        """Who waits for the data of a broadcast, by group."""
 
-    def open_place(self, host: str) -> "SleepingGroup":
+    def open_place(self, host: str) -> "SleepingGroups":
         return self
 
     async def form(self, world_size: int, name: str, backend: str, timeout_seconds: float) -> "SleepingGroup":
         await asyncio.sleep(JOIN_SECONDS)
         self.formed.append((name, world_size))
-        return self
+        return SleepingGroup(self, name)
 
-    async def broadcast(self, data: Tensor) -> None:
-        self.num_broadcasts += 1
-        await asyncio.sleep(BROADCAST_SECONDS)
-        if self.num_broadcasts == self.breaks_at:
-            raise RuntimeError("connection reset by peer")
-
-    async def leave(self) -> None:
-        self.num_left += 1
-        self.on_leave()
+    async def data_comes(self, group: str) -> None:
+        waiting = asyncio.get_running_loop().create_future()
+        self.wires.setdefault(group, []).append(waiting)
+        await waiting
 
     def close(self) -> None:
         pass
+
+
+class SleepingGroup:
+    def __init__(self, groups: SleepingGroups, name: str) -> None:
+        self._groups = groups
+        self._name = name
+
+    async def broadcast(self, data: Tensor) -> None:
+        groups = self._groups
+        groups.num_broadcasts += 1
+        await asyncio.sleep(BROADCAST_SECONDS)
+        if groups.num_broadcasts == groups.breaks_at:
+            raise RuntimeError("connection reset by peer")
+        for waiting in groups.wires.pop(self._name, []):
+            waiting.set_result(None)
+
+    async def leave(self) -> None:
+        self._groups.num_left += 1
+        self._groups.on_leave()
+        for waiting in self._groups.wires.pop(self._name, []):
+            waiting.set_exception(EngineRefused("connection closed"))
 
 
 class Rig:
@@ -91,12 +114,20 @@ class Rig:
         self.clock = asyncio.get_running_loop().time
         self.replicas = {name: Replica() for name in ("a", "b", "c")}
         self.fleet = Fleet(self.clock)
-        self.group = SleepingGroup()
+        self.group = SleepingGroups()
+        for replica in self.replicas.values():
+            replica.engine.data_comes = self.group.data_comes
+        self.gather_seconds = 0.0
+        self.gathered: list[tuple[str, float]] = []
+        """The buckets that were gathered, and when that began."""
+        self.num_messages = 0
+        """The messages that the trainer sent."""
+        self.num_replies = 0
         self.publisher: Publisher = WeightPublisher(
             self,
             NAMES,
             self.fleet,
-            lambda: [partial(self._load, number) for number in range(NUM_BUCKETS)],
+            PublishedWeights(LAYOUT, self._gather),
             self.group,
             attempt=7,
             host="trainer",
@@ -108,17 +139,40 @@ class Rig:
 
     async def request(self, subject: str, payload: bytes, timeout_seconds: float) -> bytes | None:
         """Pass on a request as the broker does."""
-        [replica] = [each for name, each in self.replicas.items() if NAMES.control(name) == subject]
-        request = decode_request(payload)
-        replica.asked.append(request)
-        if replica.is_silent:
+        self.num_messages += 1
+        [name] = [name for name in self.replicas if NAMES.control(name) == subject]
+        if self.replicas[name].is_silent:
+            self.replicas[name].asked.append(decode_request(payload))
             await asyncio.sleep(timeout_seconds)
             return None
-        return encode(await replica.updates.handle(request))
+        return await self._answer(name, payload)
+
+    @contextlib.asynccontextmanager
+    async def request_all(
+        self, subject: str, payload: bytes, heard: Callable[[bytes | None], None]
+    ) -> AsyncIterator[None]:
+        """Pass on a request to all, as the broker does."""
+        assert subject == NAMES.control_all
+        self.num_messages += 1
+
+        async def ask(name: str) -> None:
+            heard(await self._answer(name, payload))
+
+        listening = [name for name, each in self.replicas.items() if not each.is_silent]
+        asked = [asyncio.create_task(ask(name)) for name in listening]
+        yield
+        del asked
+
+    async def _answer(self, name: str, payload: bytes) -> bytes:
+        replica, request = self.replicas[name], decode_request(payload)
+        replica.asked.append(request)
+        reply = await replica.updates.handle(request)
+        self.num_replies += 1
+        return encode(msgspec.structs.replace(reply, worker=name))
 
     async def publish(self, version: PolicyVersion, interrupt: str = "Retract") -> tuple[set[str], int]:
         """Return which engines got the version, in how many epochs; workers speak meanwhile."""
-        speaking = asyncio.create_task(self._speak())
+        speaking = asyncio.create_task(self.speak())
         await asyncio.sleep(0)
         try:
             published = await self.publisher.publish(version, interrupt)
@@ -126,9 +180,11 @@ class Rig:
             speaking.cancel()
         return set(published.engines), published.num_epochs
 
-    async def _speak(self) -> None:
+    async def speak(self) -> None:
         while True:
             for name, replica in self.replicas.items():
+                if replica.is_dead:
+                    continue
                 beat = Heartbeat(
                     worker=name,
                     incarnation="i",
@@ -143,8 +199,10 @@ class Rig:
         """Return the version that each engine reports."""
         return {name: replica.engine.own_label for name, replica in self.replicas.items()}
 
-    async def _load(self, number: int) -> Bucket:
-        return Bucket((f"w{number}",), ("float32",), ((1,),), torch.zeros(4, dtype=torch.uint8))
+    async def _gather(self, names: tuple[str, ...]) -> Tensor:
+        self.gathered.append((names[0], self.clock()))
+        await asyncio.sleep(self.gather_seconds)
+        return torch.zeros(4, dtype=torch.uint8)
 
 
 def virtually(check: Callable[[], Awaitable[None]]) -> None:
@@ -185,7 +243,7 @@ def test_who_refuses_a_bucket_is_left_out_of_the_publication_and_tried_in_the_ne
         rig = Rig()
         await rig.publish(V0)
         broken = rig.replicas["b"]
-        broken.engine.faults["receive_bucket"] = EngineRefused("no memory")
+        broken.engine.faults["load_bucket"] = EngineRefused("no memory")
         assert await rig.publish(V1) == ({"a", "c"}, 2)
         assert rig.group.formed == [("wu-7-1", 4), ("wu-7-2", 3)] and rig.group.num_left == 1
         assert broken.updates.state == "dirty" and rig.versions() == {"a": "1.1", "b": "1.0", "c": "1.1"}
@@ -215,6 +273,126 @@ def test_who_refused_a_broadcast_that_broke_is_suspected_alone_and_tried_again()
         rig.replicas["b"].engine.faults["receive_bucket"] = EngineRefused("connection reset")
         rig.group.on_leave = rig.replicas["b"].engine.faults.clear
         assert await rig.publish(V0) == ({"a", "b", "c"}, 2)
+
+    virtually(check)
+
+
+@pytest.mark.parametrize("num_buckets", [1, 10])
+def test_messages_do_not_grow_with_buckets(num_buckets: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three messages to all, and an answer of each engine to each."""
+    layout = tuple(describe([(f"w{number}", torch.float32, (1,))]) for number in range(num_buckets))
+    monkeypatch.setitem(globals(), "LAYOUT", layout)
+
+    async def check() -> None:
+        rig = Rig()
+        await rig.publish(V0)
+        rig.num_messages = rig.num_replies = 0
+        assert await rig.publish(V1) == ({"a", "b", "c"}, 1)
+        assert rig.group.num_broadcasts == 2 * num_buckets
+        assert (rig.num_messages, rig.num_replies) == (3, 9)
+
+    virtually(check)
+
+
+def test_who_comes_late_joins_once_and_nobody_joins_again() -> None:
+    async def check() -> None:
+        rig = Rig()
+        late = rig.replicas.pop("c")
+        await rig.publish(V0)
+        rig.replicas["c"] = late
+        assert await rig.publish(V0) == ({"c"}, 1)
+        for version in (V1, PolicyVersion(1, 2)):
+            assert await rig.publish(version) == ({"a", "b", "c"}, 1)
+        assert {name: len(each.joins) for name, each in rig.replicas.items()} == {"a": 1, "b": 1, "c": 1}
+        assert rig.group.formed == [("wu-7-1", 3), ("wu-7-2", 2)] and rig.group.num_left == 0
+
+    virtually(check)
+
+
+def test_at_the_next_change_all_join_one_group() -> None:
+    async def check() -> None:
+        rig = Rig()
+        late = rig.replicas.pop("c")
+        await rig.publish(V0)
+        rig.replicas["c"] = late
+        await rig.publish(V0)
+        rig.replicas["b"].engine.faults["load_bucket"] = EngineRefused("no memory")
+        assert await rig.publish(V1) == ({"a", "c"}, 2)
+        assert rig.group.formed[2:] == [("wu-7-3", 3)]
+
+    virtually(check)
+
+
+def test_groups_of_many_who_came_late_are_merged_with_the_next_version() -> None:
+    async def check() -> None:
+        rig = Rig()
+        late = [(name, rig.replicas.pop(name)) for name in ("b", "c")]
+        await rig.publish(V0)
+        for name, replica in late:
+            rig.replicas[name] = replica
+            assert await rig.publish(V0) == ({name}, 1)
+        assert [size for _, size in rig.group.formed] == [2, 2, 2]
+        for version in (V1, PolicyVersion(1, 2)):
+            assert await rig.publish(version) == ({"a", "b", "c"}, 1)
+        assert [size for _, size in rig.group.formed] == [2, 2, 2, 4]
+
+    virtually(check)
+
+
+def test_a_bucket_is_gathered_while_the_one_before_travels_and_the_first_before_the_pause() -> None:
+    async def check() -> None:
+        rig = Rig()
+        await rig.publish(V0)
+        rig.gather_seconds, began = BROADCAST_SECONDS - 1, rig.clock()
+        rig.gathered.clear()
+        assert await rig.publish(V1) == ({"a", "b", "c"}, 1)
+        assert rig.clock() - began == pytest.approx(rig.gather_seconds + NUM_BUCKETS * BROADCAST_SECONDS)
+        starts = [at - began for _, at in rig.gathered]
+        assert starts == pytest.approx([0, rig.gather_seconds, rig.gather_seconds + BROADCAST_SECONDS])
+
+    virtually(check)
+
+
+def test_the_time_of_a_publication_is_told_by_what_it_went_into() -> None:
+    async def check() -> None:
+        rig = Rig()
+        rig.gather_seconds = 3.0
+        speaking = asyncio.create_task(rig.speak())
+        await asyncio.sleep(0)
+        seconds = (await rig.publisher.publish(V0, "Retract")).seconds
+        speaking.cancel()
+        assert seconds is not None
+        assert seconds.gather == pytest.approx(3) and seconds.load == pytest.approx(0)
+        assert seconds.transfer == pytest.approx(NUM_BUCKETS * BROADCAST_SECONDS)
+        assert seconds.pause == pytest.approx(3 + NUM_BUCKETS * BROADCAST_SECONDS)
+
+    virtually(check)
+
+
+def test_who_falls_silent_in_a_phase_is_not_waited_for_to_its_deadline() -> None:
+    async def check() -> None:
+        rig = Rig()
+        await rig.publish(V0)
+        dead = rig.replicas["b"]
+        dead.is_silent = dead.is_dead = True
+        began = rig.clock()
+        engines, _ = await rig.publish(V1)
+        assert engines == {"a", "c"}
+        assert rig.clock() - began < PHASE_SECONDS + JOIN_SECONDS + NUM_BUCKETS * BROADCAST_SECONDS
+
+    virtually(check)
+
+
+def test_a_publication_that_is_broken_off_sets_the_engines_free() -> None:
+    async def check() -> None:
+        rig = Rig()
+        publication = asyncio.create_task(rig.publish(V0))
+        await asyncio.sleep(JOIN_SECONDS + 1.5 * BROADCAST_SECONDS)
+        publication.cancel()
+        await asyncio.wait({publication})
+        await asyncio.sleep(1)
+        assert {each.updates.state for each in rig.replicas.values()} == {"dirty"}
+        assert await rig.publish(V1) == ({"a", "b", "c"}, 1)
 
     virtually(check)
 

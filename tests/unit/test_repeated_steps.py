@@ -1,6 +1,7 @@
 """What a step trains is decided by its messages, the ledger and the attempt that recorded it alone.
 
-Every field that may be edited while a job lives is edited between a step and its repetition.
+Every field that may be edited while a job lives is edited between a step and its repetition. The first step
+that is new is trained under the new values.
 """
 
 import asyncio
@@ -48,19 +49,21 @@ STALE = Edit(NODES["staleness.maxVersions"], "lowered", BARE, put(BARE, "stalene
 
 
 def group(ticket: int) -> Group:
+    """A group of the newest policy that the gate allows, with answers of different lengths."""
     lengths = (3 + ticket, 19 - ticket)
+    version = max(0, (ticket - 1) // BATCH_SIZE - 1)
     samples = tuple(
-        make_sample(index, spans=[(1, 0, length)], reward=float(index))
+        make_sample(index, spans=[(1, version, length)], reward=float(index))
         for index, length in enumerate(lengths)
     )
     return Group(ticket=ticket, group_size=2, samples=samples)
 
 
-def plans_of(folder: Path, spec: Spec, number: int) -> list[Any]:
+def plans_of(folder: Path, spec: Spec, number: int, num_steps: int = NUM_STEPS) -> list[Any]:
     """Let an attempt train the job's steps; return what its ranks were told to train, as plain values."""
     history = read_ledger(folder / "ledger.jsonl")
     books = Books(spec, recorded=history.steps, began=history.began)
-    for ticket in range(1, NUM_STEPS * BATCH_SIZE + 1):
+    for ticket in range(1, num_steps * BATCH_SIZE + 1):
         books.take(StreamMessage(ticket, f"rl.j.traj.{ticket}", encode(group(ticket))))
     ranks = FakeRanks(lambda command: StepOutcome({}, ()))
 
@@ -70,9 +73,9 @@ def plans_of(folder: Path, spec: Spec, number: int) -> list[Any]:
             folder, spec, books, FakeStreams(), ranks, FakeWeights(), None, clock, attempt=number
         )
         attempt = Attempt(parts, None)
-        for _ in range(NUM_STEPS):
+        for step in range(num_steps):
             batch = await attempt.next_batch()
-            assert batch is not None and batch.is_repeat is (number > 1)
+            assert batch is not None and batch.is_repeat is (step < len(history.steps))
             await attempt.record(batch)
             await attempt.train_step(batch)
             await attempt.advance(batch)
@@ -125,18 +128,37 @@ def test_a_step_of_a_ledger_that_does_not_know_these_values_has_those_of_the_att
     assert first["learning_rate"] == 0.2
 
 
-DECISIVE = [
-    *("training.minibatches", "training.tokensPerMicroBatch", "training.learningRate", "training.maxSteps"),
-    *("training.schedule.type", "training.weightDecay", "training.gradientClipping"),
-    *("algorithm.policyLoss", "algorithm.advantage", "algorithm.clip.low", "algorithm.clip.high"),
-    *("algorithm.importanceWeight.max", "algorithm.klCoefficient", "algorithm.entropyCoefficient"),
-    *("algorithm.rewardScale", "algorithm.overlongPenalty.bufferTokens"),
-]
+DECISIVE = {
+    name: edit
+    for name, edit in EDITS.items()
+    if edit.node.mark == "R" and edit.node.path.startswith(("algorithm.", "training."))
+    if edit.after != edit.before
+}
+del DECISIVE["training.batchSize edited"]  # decides which groups a step has
+FREE_FORM = "trainer.deepspeed.config"
+DECISIVE[FREE_FORM] = Edit(
+    NODES[FREE_FORM], "edited", FULL, put(FULL, FREE_FORM, {"optimizer": {"params": {"betas": [0.5, 0.6]}}})
+)
+LIVE = ("training.maxSteps",)
 
 
-@pytest.mark.parametrize("path", DECISIVE)
-def test_a_step_that_is_new_is_trained_under_the_new_value(
-    tmp_path: Path, recorded: Mapping[str, tuple[Path, list[Any]]], path: str
+@pytest.mark.parametrize(
+    "edit", [*DECISIVE.values(), *(EDITS[f"{path} edited"] for path in LIVE)], ids=[*DECISIVE, *LIVE]
+)
+def test_the_first_new_step_after_an_edit_is_trained_under_the_new_value(
+    tmp_path: Path, recorded: Mapping[str, tuple[Path, list[Any]]], edit: Edit
 ) -> None:
-    """Otherwise the test above could not fail."""
-    assert plans_of(tmp_path, EDITS[f"{path} edited"].spec, 1) != recorded["FULL"][1]
+    """It is the same step as if the job had always had that value, and not the one without the edit."""
+    ledger, _ = recorded["BARE" if edit.before == BARE else "FULL"]
+    found = {}
+    for name, spec, number in (
+        ("edited", edit.spec, 2),
+        ("not edited", Spec.model_validate(edit.before), 2),
+        ("always", edit.spec, 1),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        if number > 1:
+            shutil.copy(ledger, folder)
+        found[name] = plans_of(folder, spec, number, NUM_STEPS + 1)[NUM_STEPS]
+    assert found["edited"] == found["always"] != found["not edited"]

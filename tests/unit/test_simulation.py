@@ -73,7 +73,7 @@ def test_asynchrony_keeps_the_trainer_busy_within_the_bound_of_staleness(tmp_pat
     synchronous = figures_of(tmp_path / "0", "staleness.maxVersions=0")
     found = figures_of(tmp_path / "4", "staleness.maxVersions=4")
     assert found.tokens_per_second > 1.3 * synchronous.tokens_per_second
-    assert found.trainer_trains > 0.95
+    assert found.trainer_trains > 0.85
     assert max(found.staleness) <= 4
     assert found.share_of_bound <= 1
 

@@ -20,11 +20,12 @@ from asyncrl_runtime.contract.messages import (
 )
 from asyncrl_runtime.trainer.books.staleness import (
     LiveGroup,
+    LiveSample,
     assess,
     form_batch,
     reject,
+    span_staleness,
     surviving_version,
-    token_staleness,
 )
 from asyncrl_runtime.trainer.books.tickets import Discard
 from support.messages.samples import make_group, make_sample
@@ -44,7 +45,8 @@ def test_a_token_of_an_abandoned_attempt_counts_as_sampled_where_the_histories_p
 
 def test_staleness_is_by_token() -> None:
     sample = make_sample(spans=[(1, 3, 2), (1, 5, 5)])
-    assert token_staleness(sample, 6, {1: 0}).tolist() == [3, 3, 1, 1, 1]
+    live = LiveSample(sample, span_staleness(sample, 6, {1: 0}), oldest=None)
+    assert live.staleness.tolist() == [3, 3, 1, 1, 1]
 
 
 def test_mask_takes_old_tokens_out_of_the_loss_and_keeps_the_sample() -> None:
@@ -154,7 +156,10 @@ def test_batches_keep_the_bound_and_the_order(
     rule = StalenessSpec.model_validate({"maxVersions": 2, "onExceed": on_exceed, "order": order})
     arrived = [make_group(ticket, versions) for ticket, versions in tickets.items()]
     batch, discards = form_batch(
-        arrived, version=6, batch_size=batch_size, rule=rule, began={}, sample_filter="None"
+        arrived,
+        lambda group: assess(group, 6, rule, {}, "None"),
+        batch_size=batch_size,
+        freshest_first=rule.order == "FreshestFirst",
     )
     discarded = {discard.ticket for discard in discards}
     usable = [t for t in sorted(tickets, reverse=order == "FreshestFirst") if t not in discarded]

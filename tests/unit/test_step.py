@@ -3,20 +3,25 @@
 import asyncio
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from asyncrl_api.job import AlgorithmSpec
+from asyncrl_api.job import AlgorithmSpec, StalenessSpec
+from asyncrl_runtime.contract.messages import Group
+from asyncrl_runtime.trainer.books.staleness import LiveGroup, assess
 from asyncrl_runtime.trainer.update.diagnostics import NUM_BINS, SCALARS
 from asyncrl_runtime.trainer.update.failures import StepFailed, StepStopped
 from asyncrl_runtime.trainer.update.loss import POLICY_LOSSES
 from asyncrl_runtime.trainer.update.packing import MicroBatch, TrainingSample
 from asyncrl_runtime.trainer.update.policy_api import StepPolicy, StepSettings, Update
-from asyncrl_runtime.trainer.update.step import StepOutcome, StepPlan, train_step
+from asyncrl_runtime.trainer.update.step import StepOutcome, StepPlan, plan_step, train_step
+from support.messages.samples import make_sample
 
 NUM_MINIBATCHES = 3
 
@@ -83,7 +88,7 @@ def step(
     samples = tuple(sample(ticket, 2 + ticket) for ticket in range(6))
     plan = StepPlan(samples, (0.0,) * 6, NUM_MINIBATCHES, capacity, 0.5, settings, frozenset(skipped))
     seconds = iter((10.0, 12.5))
-    return train_step(policy, plan, rank=0, clock=lambda: next(seconds))
+    return train_step(policy, plan.shares(1)[0], clock=lambda: next(seconds))
 
 
 @pytest.mark.parametrize("name", POLICY_LOSSES)
@@ -101,7 +106,7 @@ def test_each_token_is_of_one_minibatch_and_the_report_is_of_the_step() -> None:
     policy = RecordingPolicy()
     report = step(policy, "PPO").report
     assert sum(policy.num_tokens) == sum(2 + ticket for ticket in range(6))
-    assert (report["train_seconds"], report["num_samples"], report["learning_rate"]) == (2.5, 6, 0.5)
+    assert (report["train_seconds"], report["learning_rate"]) == (2.5, 0.5)
 
 
 @pytest.mark.parametrize("norm", [math.nan, math.inf])
@@ -116,7 +121,7 @@ def test_an_update_whose_gradient_is_not_finite_is_counted_and_the_others_are_re
 def test_a_step_none_of_whose_gradients_is_finite_has_a_report_all_the_same() -> None:
     outcome = step(RecordingPolicy([math.nan] * 3), "DecoupledPPO")
     assert outcome.skipped == (0, 1, 2)
-    assert outcome.report["reward_mean"] == 0 and "gradient_norm" not in outcome.report
+    assert outcome.report["skipped_updates"] == 3 and "gradient_norm" not in outcome.report
     assert all(map(math.isfinite, outcome.report.values()))
 
 
@@ -138,6 +143,38 @@ def test_what_is_raised_after_the_last_micro_batch_names_no_ticket() -> None:
         with pytest.raises(StepFailed, match="ValueError: no sums") as failed:
             step(CannotReduce(), "DecoupledPPO", skipped)
         assert failed.value.tickets == ()
+
+
+def test_what_has_no_gradient_is_not_computed_and_counts_in_the_denominator() -> None:
+    algorithm = AlgorithmSpec.model_validate({"policyLoss": "PPO"})
+    settings = StepSettings(algorithm, 0.1, 1.0, (0.9, 0.95), 1e-8)
+    samples = tuple(replace(sample(n, 4), advantage=float(n % 2)) for n in range(8))
+    plan = StepPlan(samples, (0.0,) * 8, 2, 16, 0.5, settings)
+    for num_ranks in (1, 2, 3):
+        shares = plan.shares(num_ranks)
+        tickets = [
+            [s.ticket for share in shares for group in share.minibatches[number].micro_batches for s in group]
+            for number in range(2)
+        ]
+        assert [sorted(each) for each in tickets] == [[1, 3], [5, 7]]
+        assert {part.num_tokens for share in shares for part in share.minibatches} == {16}
+        assert len({len(part.micro_batches) for share in shares for part in share.minibatches}) == 1
+    report = plan.report()
+    assert (report["num_samples"], report["num_computed_samples"], report["num_tokens"]) == (8, 4, 32)
+    regularized = replace(
+        plan, settings=replace(settings, algorithm=algorithm.model_copy(update={"kl_coefficient": 0.1}))
+    )
+    assert regularized.report()["num_computed_samples"] == 8
+
+
+def test_an_update_of_uniform_groups_alone_is_made_all_the_same() -> None:
+    settings = StepSettings(AlgorithmSpec(), 0.1, 1.0, (0.9, 0.95), 1e-8)
+    samples = tuple(replace(sample(n, 4), advantage=0.0) for n in range(6))
+    plan = StepPlan(samples, (0.0,) * 6, NUM_MINIBATCHES, 16, 0.5, settings)
+    policy = RecordingPolicy()
+    outcome = train_step(policy, plan.shares(1)[0])
+    assert policy.num_tokens == [8, 8, 8] and outcome.skipped == ()
+    assert outcome.report["num_micro_batches"] == NUM_MINIBATCHES, "each with an empty one"
 
 
 class FailingPolicy(RecordingPolicy):
@@ -219,9 +256,30 @@ def test_it_is_asked_before_each_micro_batch_whether_the_step_goes_on(stop_at: i
 
     expected = [0, 0, 0, 1, 2]
     if stop_at >= len(expected):
-        train_step(policy, plan, rank=0, go_on=go_on)
+        train_step(policy, plan.shares(1)[0], go_on=go_on)
         assert asked == expected and len(policy.proximal) == NUM_MINIBATCHES
         return
     with pytest.raises(StepStopped) as stopped:
-        train_step(policy, plan, rank=0, go_on=go_on)
+        train_step(policy, plan.shares(1)[0], go_on=go_on)
     assert asked == expected[:stop_at] and stopped.value.num_updates == expected[stop_at]
+
+
+def test_the_overlong_penalty_of_a_sample_is_that_of_its_longest_turn_under_its_own_bound() -> None:
+    """Twelve tokens in two turns of six are far from a bound of ten; a turn of six is at a bound of six."""
+    turns = make_sample(0, spans=[(1, 0, 13)], mask=[True] * 6 + [False] + [True] * 6)
+    near = msgspec.structs.replace(make_sample(1, spans=[(1, 0, 6)]), max_new_tokens=6)
+    groups = [
+        assess(Group(ticket=1, group_size=2, samples=(turns, near)), 0, StalenessSpec(), {1: 0}, "None")
+    ]
+    algorithm = AlgorithmSpec.model_validate(
+        {"advantage": "GroupCentered", "overlongPenalty": {"bufferTokens": 2, "penalty": 1.0}}
+    )
+    plan = plan_step(
+        [group for group in groups if isinstance(group, LiveGroup)],
+        settings=StepSettings(algorithm, 0.0, 0.0, (0.9, 0.95), 1e-8),
+        max_new_tokens=10,
+        num_minibatches=1,
+        tokens_per_micro_batch=64,
+        learning_rate=0.0,
+    )
+    assert [sample.advantage for sample in plan.samples] == [0.5, -0.5]

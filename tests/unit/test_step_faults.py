@@ -69,7 +69,8 @@ def outcome(*skipped: int) -> StepOutcome:
 
 def test_what_was_skipped_is_noted_with_the_tickets_of_its_minibatch(tmp_path: Path) -> None:
     scene = Scene(tmp_path, [outcome(1), outcome()])
-    assert scene.train() == {"loss": 1.0}
+    report = scene.train()
+    assert report is not None and report["loss"] == 1.0 and report["num_samples"] == 8
     scene.train()
     assert scene.lines("skipped") == [{"attempt": 1, "version": 0, "skipped": [1], "tickets": [3, 4]}]
 

@@ -28,6 +28,7 @@ from asyncrl_api.job_status import (
     StalenessStatus,
     Status,
     ThroughputStatus,
+    WeightUpdateStatus,
 )
 from asyncrl_api.report import Report
 from asyncrl_api.times import to_seconds, to_text
@@ -123,6 +124,7 @@ def describe(
         progress=before.progress,
         staleness=before.staleness,
         throughput=before.throughput,
+        weight_update=before.weight_update,
         reward=before.reward,
         last_checkpoint=before.last_checkpoint,
         report_time=before.report_time,
@@ -372,6 +374,12 @@ def _reported(report: Report) -> dict[str, object]:
             queue_depth=report.queue_depth,
             trainer_wait_percent=None if report.wait_share is None else round(100 * report.wait_share),
         ),
+        "weight_update": WeightUpdateStatus(
+            gather_milliseconds=_milliseconds(report.update_gather_seconds),
+            transfer_milliseconds=_milliseconds(report.update_transfer_seconds),
+            load_milliseconds=_milliseconds(report.update_load_seconds),
+            pause_milliseconds=_milliseconds(report.update_pause_seconds),
+        ),
         "reward": RewardStatus(
             mean=None if report.reward is None else _decimal(report.reward),
             held_out=None if evaluation is None else _decimal(evaluation.accuracy),
@@ -387,6 +395,10 @@ def _reported(report: Report) -> dict[str, object]:
 def _decimal(value: float) -> str:
     """Return a finite number as text, no longer than a status may hold."""
     return f"{value:.3f}" if abs(value) < LARGEST_PLAIN else f"{value:.3e}"
+
+
+def _milliseconds(seconds: float | None) -> int | None:
+    return None if seconds is None else min(round(1000 * seconds), MAX_INT)
 
 
 def _whole(value: float | None) -> int | None:

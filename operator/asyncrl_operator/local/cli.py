@@ -13,6 +13,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
+from asyncrl_api.doubts import doubts_about
 from asyncrl_api.exits import ExitCode, ExitError
 from asyncrl_api.job import AsyncRLJob
 from asyncrl_api.parsing import SpecError, apply_overrides, load_documents, parse_job, validate
@@ -168,10 +169,13 @@ def simulate(
 def validate_files(
     files: Annotated[list[Path], typer.Argument(help="AsyncRLJob manifests (YAML).")],
 ) -> None:
-    """List every error in every file, with field, value and rule; exit with 1 if there are any."""
+    """List every error in every file, with field, value and rule; exit with 1 if there are any.
+
+    What is allowed but hardly meant is a warning.
+    """
     found = {file: _errors_of(file) for file in files}
     for file, errors in found.items():
-        print("\n".join(errors or [f"{file}: valid"]))
+        print("\n".join(errors or [f"{file}: valid", *_warnings_of(file)]))
     raise typer.Exit(1 if any(found.values()) else 0)
 
 
@@ -222,6 +226,12 @@ def render_room(room: TrajectoryRoom) -> str:
         f"  with messaging.embedded.storage.size {room.wanted_size} there is room for {room.wanted_steps} "
         "steps, even if all samples are as long as model.contextLength"
     )
+
+
+def _warnings_of(file: Path) -> list[str]:
+    """Return what is unlikely to be meant in a file whose jobs are valid."""
+    doubts = [doubts_about(parse_job(document).spec.algorithm) for document in load_documents(file)]
+    return [f"{file}: warning: {doubt}" for doubt in doubts if doubt]
 
 
 def _errors_of(file: Path) -> list[str]:

@@ -46,6 +46,8 @@ LOOPBACK = "127.0.0.1"
 TICK_SECONDS = 0.1
 GRACE_SECONDS = 10.0
 """The time that workers and engines have to end; the trainer has `trainer.terminationGracePeriodSeconds`."""
+DISK_SECONDS, DISK_RETRY_SECONDS = 600.0, 5.0
+"""How long a folder is waited for that does not take a process's log, and how often it is tried."""
 REPORT_DELAY_SECONDS = 15.0
 """How late a report may be although the trainer is well: a busy machine writes it every 5 s."""
 LOG_LINES = 15
@@ -117,6 +119,8 @@ class RunningProcess:
     """Whether a probe has succeeded since the last start; until then the process is still starting."""
     hangs: str = ""
     """Why it was killed, if it hung."""
+    unstartable_since: float | None = None
+    """The time from which on it could not be started again; None if it could."""
 
     def is_up(self, now: float) -> bool:
         """Whether it runs; after a failure it counts as up only after a while, because it may fail again."""
@@ -215,7 +219,7 @@ class LocalRun:
         for running in self._running.values():
             if running.popen is None:
                 if running.restart_at is not None and now >= running.restart_at:
-                    self._start(running)
+                    self._start_again(running, now)
             elif (code := running.popen.poll()) is not None:
                 if running.process.role == "trainer" and code == 0:
                     return True
@@ -342,6 +346,26 @@ class LocalRun:
         running.started_at = self._clock()
         running.restart_at, running.answered, running.failed_probes, running.hangs = None, False, 0, ""
         running.num_starts += 1
+
+    def _start_again(self, running: RunningProcess, now: float) -> None:
+        """Start a process that has ended; a folder that does not take its log is waited for.
+
+        Raises:
+            OSError: it has not done so for DISK_SECONDS.
+        """
+        try:
+            self._start(running)
+        except OSError as error:
+            since = running.unstartable_since = running.unstartable_since or now
+            if now - since >= DISK_SECONDS:
+                raise
+            self._display.note(
+                f"{running.process.name}: {error}; tried again in {DISK_RETRY_SECONDS:.0f} s, for "
+                f"{DISK_SECONDS:.0f} s in all"
+            )
+            running.restart_at = now + DISK_RETRY_SECONDS
+        else:
+            running.unstartable_since = None
 
     def _stop_trainer(self) -> bool:
         """Let the trainer make its checkpoint; return True when it has ended."""

@@ -49,10 +49,18 @@ class StreamFacts:
 
 
 class Requests(Protocol):
-    """Questions put to one process at a time."""
+    """Questions put to one process, or to all of a kind."""
 
     async def request(self, subject: str, payload: bytes, timeout_seconds: float) -> bytes | None:
         """Ask one process for an answer; None if none comes in time or nobody listens."""
+
+    def request_all(
+        self, subject: str, payload: bytes, heard: Callable[[bytes | None], None]
+    ) -> AbstractAsyncContextManager[None]:
+        """Ask all who listen, with one message; `heard` gets each answer that comes during the body.
+
+        It gets None if nobody listens.
+        """
 
 
 class Connection(Protocol):

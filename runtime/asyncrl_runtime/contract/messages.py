@@ -308,7 +308,16 @@ class ProbeEngine(Message, frozen=True, kw_only=True, tag="probe.v1"):
     """Before phase 1: `ok` if the engine answers. One that is gone would keep the others in the join."""
 
 
-class JoinGroup(Message, frozen=True, kw_only=True, tag="join.v1"):
+class BucketLayout(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Which weights a bucket holds, one behind the other without gaps; the same in every version."""
+
+    names: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    """The dtypes as torch calls them: `bfloat16`."""
+    shapes: tuple[tuple[int, ...], ...]
+
+
+class JoinGroup(Message, frozen=True, kw_only=True, tag="join.v2"):
     """Phase 1 of a weight epoch: leave any older group and join this one; blocks until all have joined."""
 
     group: str
@@ -318,34 +327,35 @@ class JoinGroup(Message, frozen=True, kw_only=True, tag="join.v1"):
     world_size: int
     backend: str
     timeout_seconds: float
+    layout: tuple[BucketLayout, ...]
+    """The buckets of every update of this group, in order."""
 
 
-class PrepareUpdate(Message, frozen=True, kw_only=True, tag="prepare.v1"):
-    """Phase 2: pause the engine and open the update; the answer comes before any collective starts."""
+class PrepareUpdate(Message, frozen=True, kw_only=True, tag="prepare.v2"):
+    """Phase 2, to the members of `groups`: pause the engine and open the update; the answer comes before any
+    collective starts.
+    """
 
-    group: str
+    groups: tuple[str, ...]
     version: PolicyVersion
     interrupt: str
     """`Retract`, `InPlace` or `Drain`; with the last there is nothing left to interrupt."""
     timeout_seconds: float
 
 
-class ReceiveBucket(Message, frozen=True, kw_only=True, tag="bucket.v1"):
-    """Phase 3: receive one flattened bucket by broadcast."""
+class ReceiveWeights(Message, frozen=True, kw_only=True, tag="weights.v1"):
+    """Phase 3, to the members of `groups`: receive all buckets by broadcast, one after the other."""
 
-    group: str
+    groups: tuple[str, ...]
     version: PolicyVersion
-    names: tuple[str, ...]
-    dtypes: tuple[str, ...]
-    shapes: tuple[tuple[int, ...], ...]
-    is_last: bool
     timeout_seconds: float
+    """The deadline of each bucket."""
 
 
-class CommitUpdate(Message, frozen=True, kw_only=True, tag="commit.v1"):
-    """Phase 4: close the update and go on sampling."""
+class CommitUpdate(Message, frozen=True, kw_only=True, tag="commit.v2"):
+    """Phase 4, to the members of `groups`: close the update and go on sampling."""
 
-    group: str
+    groups: tuple[str, ...]
     version: PolicyVersion
     checksum: bool = False
     """Whether to answer with the engine's checksum."""
@@ -376,7 +386,7 @@ ControlRequest = (
     | ProbeEngine
     | JoinGroup
     | PrepareUpdate
-    | ReceiveBucket
+    | ReceiveWeights
     | CommitUpdate
     | AdapterChunk
     | LoadAdapter
@@ -393,6 +403,12 @@ class ControlReply(Message, frozen=True, kw_only=True, tag="reply.v1"):
     """The engine's ranks in a weight group, one for each of its GPUs, in the answer to ProbeEngine."""
     is_refusal: bool = False
     """Whether the engine itself, alive and well, answered no (an HTTP 4xx, or no success)."""
+    worker: str = ""
+    """Whose answer it is: one to a request that went to all is not known by where it comes from."""
+    bucket: int = 0
+    """The number, from 1 on, of the bucket at which ReceiveWeights failed; 0 if it was at none."""
+    paused_seconds: float = 0.0
+    """How long the engine sampled nothing; in the answer to CommitUpdate."""
 
 
 LONGEST_TIMEOUT_SECONDS = 7 * 24 * 3600.0

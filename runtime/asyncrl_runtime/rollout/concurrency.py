@@ -66,20 +66,16 @@ class Slots:
     """Counts the slots that are taken; their limit is ConcurrencyLimit's.
 
     Args:
-        freed: called whenever one is free again.
+        on_freed: called whenever one is free again.
     """
 
-    def __init__(self, freed: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, on_freed: Callable[[], None] = lambda: None) -> None:
         self.num_taken = 0
-        self._freed = freed
+        self.on_freed = on_freed
 
     def take(self, count: int) -> "Taken":
         self.num_taken += count
         return Taken(self, count)
-
-    def free_one(self) -> None:
-        self.num_taken -= 1
-        self._freed()
 
 
 class Taken:
@@ -92,7 +88,8 @@ class Taken:
     def free_one(self) -> None:
         if self._count:
             self._count -= 1
-            self._slots.free_one()
+            self._slots.num_taken -= 1
+            self._slots.on_freed()
 
     def close(self) -> None:
         while self._count:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from asyncrl_runtime.contract.messages import JoinGroup, PolicyVersion, ReceiveBucket, VersionSpan
+from asyncrl_runtime.contract.messages import BucketLayout, JoinGroup, PolicyVersion, VersionSpan
 
 PROBE_SECONDS = 5.0
 """The deadline of calls that an engine answers at once, paused or not."""
@@ -21,6 +21,18 @@ CONTROL_SECONDS = 10.0
 """The deadline of a control call that moves no data: an engine answers between two decoding steps."""
 CHECKSUM_SECONDS = 60.0
 """The deadline of the checksum over all weights."""
+
+
+@dataclass(frozen=True)
+class IncomingBucket:
+    """A bucket that rank 0 is about to broadcast."""
+
+    group: str
+    version: PolicyVersion
+    layout: BucketLayout
+    is_last: bool
+    """Whether the update is whole with it."""
+    timeout_seconds: float
 
 
 class EngineLost(Exception):
@@ -236,8 +248,8 @@ class Engine(SamplingEngine, Protocol):
         """Get ready to receive buckets."""
         ...
 
-    async def receive_bucket(self, request: ReceiveBucket, *, keeps_cache: bool) -> None:
-        """Receive a bucket from rank 0 of the group, within the request's deadline.
+    async def receive_bucket(self, bucket: IncomingBucket, *, keeps_cache: bool) -> None:
+        """Receive a bucket from rank 0 of the group, within its deadline.
 
         With the last bucket the engine takes the update's version as its label, and flushes its cache unless
         `keeps_cache` is set.

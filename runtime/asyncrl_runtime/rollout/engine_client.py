@@ -19,7 +19,7 @@ from typing import Any
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from asyncrl_runtime.contract.messages import JoinGroup, PolicyVersion, ReceiveBucket, VersionSpan
+from asyncrl_runtime.contract.messages import JoinGroup, PolicyVersion, VersionSpan
 from asyncrl_runtime.contract.refused import one_line
 from asyncrl_runtime.rollout.engine_api import (
     CHECKSUM_SECONDS,
@@ -33,6 +33,7 @@ from asyncrl_runtime.rollout.engine_api import (
     EngineRefused,
     EngineTimeout,
     Generation,
+    IncomingBucket,
     SamplingRequest,
     WeightsSeen,
     merge_spans,
@@ -260,18 +261,18 @@ class EngineClient:
         except EngineLacks:
             self._has_sessions = False
 
-    async def receive_bucket(self, request: ReceiveBucket, *, keeps_cache: bool) -> None:
+    async def receive_bucket(self, bucket: IncomingBucket, *, keeps_cache: bool) -> None:
         body = {
-            "names": request.names,
-            "dtypes": request.dtypes,
-            "shapes": request.shapes,
-            "group_name": request.group,
+            "names": bucket.layout.names,
+            "dtypes": bucket.layout.dtypes,
+            "shapes": bucket.layout.shapes,
+            "group_name": bucket.group,
             "load_format": "flattened_bucket",
             # If running requests hold the cache, a flush would be refused.
-            "flush_cache": request.is_last and not keeps_cache,
-            **({"weight_version": str(request.version)} if request.is_last else {}),
+            "flush_cache": bucket.is_last and not keeps_cache,
+            **({"weight_version": str(bucket.version)} if bucket.is_last else {}),
         }
-        await self.call("/update_weights_from_distributed", body, request.timeout_seconds)
+        await self.call("/update_weights_from_distributed", body, bucket.timeout_seconds)
 
     async def end_update(self) -> None:
         if self._has_sessions:

@@ -35,6 +35,11 @@ class EngineUpdates(ABC):
         """Whether the engine did not answer a call in time: it hangs and must be restarted."""
 
     @property
+    def bucket(self) -> int:
+        """The number of the bucket that is being received, from 1 on; 0 if there is none."""
+        return 0
+
+    @property
     def state(self) -> str:
         """One of messages.ENGINE_STATES except `down`, which the monitor knows."""
         if self._is_draining:
@@ -59,9 +64,9 @@ class EngineUpdates(ABC):
                 return await self._phase(request)
             except (UpdateFailed, EngineLost, EngineRefused) as error:
                 log.warning("%s failed: %s", type(request).__name__, error)
+                is_refusal, bucket = isinstance(error, EngineRefused), self.bucket
                 await self._retreat()
-                is_refusal = isinstance(error, EngineRefused)
-                return ControlReply(ok=False, message=str(error), is_refusal=is_refusal)
+                return ControlReply(ok=False, message=str(error), is_refusal=is_refusal, bucket=bucket)
             except Exception as error:  # the edge of a request: whoever asked waits for an answer
                 log.exception("%s failed", type(request).__name__)
                 await self._retreat()

@@ -10,14 +10,15 @@ import logging
 from functools import partial
 
 from asyncrl_runtime.contract.messages import (
+    BucketLayout,
     CommitUpdate,
     ControlReply,
     ControlRequest,
     JoinGroup,
     PrepareUpdate,
-    ReceiveBucket,
+    ReceiveWeights,
 )
-from asyncrl_runtime.rollout.engine_api import Engine
+from asyncrl_runtime.rollout.engine_api import Engine, IncomingBucket
 from asyncrl_runtime.rollout.engine_updates import CountRunning, EngineUpdates, UpdateFailed
 
 log = logging.getLogger(__name__)
@@ -29,8 +30,10 @@ class WeightUpdates(EngineUpdates):
     def __init__(self, engine: Engine, num_running: CountRunning) -> None:
         super().__init__(engine, num_running)
         self._group: str | None = None
+        self._layout: tuple[BucketLayout, ...] = ()
         self._interrupt = "Retract"
-        self._num_buckets: int | None = None  # received in the open update; None outside of one
+        self._num_buckets: int | None = None  # begun to be received in the open update; None outside of one
+        self._paused_at = 0.0
         self._watchdog: asyncio.TimerHandle | None = None
         self.is_dirty = False
 
@@ -46,17 +49,25 @@ class WeightUpdates(EngineUpdates):
         self._group = self._num_buckets = None
         self.is_dirty = False
 
+    @property
+    def bucket(self) -> int:
+        return self._num_buckets or 0
+
     async def _phase(self, request: ControlRequest) -> ControlReply:
+        meant: tuple[str | None, ...] = getattr(request, "groups", (self._group,))
+        if self._group not in meant:  # it came to all, and others are meant
+            message = f"asked for group {', '.join(map(str, meant))}, but this engine is in {self._group}"
+            return ControlReply(ok=False, message=message)
         self._stop_watchdog()
         match request:
             case JoinGroup():
                 await self._join(request)
             case PrepareUpdate():
                 await self._prepare(request)
-            case ReceiveBucket():
+            case ReceiveWeights():
                 await self._receive(request)
             case CommitUpdate():
-                return ControlReply(ok=True, checksum=await self._commit(request))
+                return await self._commit(request)
             case _:
                 raise UpdateFailed(f"this engine takes no {type(request).__name__}")
         return ControlReply(ok=True)
@@ -64,31 +75,39 @@ class WeightUpdates(EngineUpdates):
     async def _join(self, request: JoinGroup) -> None:
         await self._leave_group()
         await self._in_time(self._engine.join_group(request))
-        self._group = request.group
+        self._group, self._layout = request.group, request.layout
 
     async def _prepare(self, request: PrepareUpdate) -> None:
         """Pause the engine and open the update."""
-        self._require_group(request.group)
         if self._num_buckets is not None:
             await self._end_update()  # its epoch was given up after this engine was ready
         self._interrupt = request.interrupt
         self._seen.num_updates_begun += 1
         self._num_buckets = 0
+        self._paused_at = asyncio.get_running_loop().time()
         await self._in_time(self._engine.pause(request.interrupt))
         await self._in_time(self._engine.begin_update())
         self._start_watchdog(request.timeout_seconds)
 
-    async def _receive(self, request: ReceiveBucket) -> None:
-        self._require_group(request.group)
+    async def _receive(self, request: ReceiveWeights) -> None:
+        """Receive all buckets; the broadcast of each is where trainer and engines wait for one another."""
         if self._num_buckets is None:
             raise UpdateFailed("no update is open")
-        self._num_buckets += 1
+        if self._num_buckets:
+            raise UpdateFailed("the weights have come before")
+        assert self._group is not None
         keeps_cache = self._interrupt == "InPlace"
-        await self._in_time(self._engine.receive_bucket(request, keeps_cache=keeps_cache))
+        for number, layout in enumerate(self._layout, start=1):
+            if self._num_buckets is None:
+                raise UpdateFailed("the engine was restarted")
+            self._num_buckets = number
+            bucket = IncomingBucket(
+                self._group, request.version, layout, number == len(self._layout), request.timeout_seconds
+            )
+            await self._in_time(self._engine.receive_bucket(bucket, keeps_cache=keeps_cache))
         self._start_watchdog(request.timeout_seconds)
 
-    async def _commit(self, request: CommitUpdate) -> str:
-        self._require_group(request.group)
+    async def _commit(self, request: CommitUpdate) -> ControlReply:
         if not self._num_buckets:
             raise UpdateFailed("nothing was received")
         await self._in_time(self._engine.end_update())
@@ -98,7 +117,8 @@ class WeightUpdates(EngineUpdates):
         self._seen.num_updates_completed += 1
         await self._in_time(self._engine.resume())
         self._num_buckets, self.is_dirty, self._is_draining = None, False, False
-        return checksum
+        paused_seconds = asyncio.get_running_loop().time() - self._paused_at
+        return ControlReply(ok=True, checksum=checksum, paused_seconds=paused_seconds)
 
     async def _retreat(self) -> None:
         """End the update and leave the group; go on with the old version if nothing of the new one came."""
@@ -122,10 +142,6 @@ class WeightUpdates(EngineUpdates):
             return
         group, self._group = self._group, None
         await self._try(partial(self._engine.leave_group, group))
-
-    def _require_group(self, group: str) -> None:
-        if self._group != group:
-            raise UpdateFailed(f"asked for group {group}, but this engine is in {self._group}")
 
     def _start_watchdog(self, seconds: float) -> None:
         """Start the watchdog: a controller that is silent for a phase's deadline is gone; retreat alone."""

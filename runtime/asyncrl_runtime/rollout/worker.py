@@ -1,7 +1,6 @@
 """The rollout worker: it pulls a ticket, runs the workflow on the engine, scores, publishes, acknowledges."""
 
 import asyncio
-import contextlib
 import json
 import logging
 import time
@@ -14,6 +13,7 @@ from asyncrl_api.job import Spec
 from asyncrl_api.parsing import SpecError
 from asyncrl_api.protocols import Workflow
 from asyncrl_api.run_config import RunningSpec
+from asyncrl_runtime.contract.bell import Bell
 from asyncrl_runtime.contract.broker import Delivery, DeliverySource, TransportError, WorkerBroker
 from asyncrl_runtime.contract.messages import (
     EVALUATION_ROWS,
@@ -39,8 +39,8 @@ log = logging.getLogger(__name__)
 
 STATE_POLL_SECONDS = 15.0
 """How often the job's state is read. Changes of it are pushed; this makes up for one that was missed."""
-ROOM_SECONDS = 1.0
-"""How often room is looked for although nothing has changed."""
+LOOK_SECONDS = 1.0
+"""How long a loop that waits for a fit engine goes without looking, if nothing rings for it."""
 DRAIN_SECONDS = 30
 """How long samples that are being scored are waited for at the end."""
 
@@ -72,8 +72,8 @@ class Worker:
         self._spec = RunningSpec(spec)
         self._broker = broker
         self._engine = engine
-        self._changed = asyncio.Event()
-        """Set, and replaced, whenever there may be room that was not there before."""
+        self._bells: list[Bell] = []
+        """One for each loop that pulls."""
         self._slots = Slots(self._ring)
         self._limit = ConcurrencyLimit(
             self._spec.frozen.sampling.group_size, self._spec.live.rollout.max_concurrency
@@ -106,14 +106,6 @@ class Worker:
     def stop(self) -> None:
         """Begin to drain: take no more tickets, break off what is in flight and hand it back."""
         self._stopping.set()
-        self._ring()
-
-    def _ring(self) -> None:
-        self._changed.set()
-        self._changed = asyncio.Event()
-
-    def _observe(self, load: EngineLoad, num_running: int) -> None:
-        self._limit.observe(load, num_running)
         self._ring()
 
     def report_failure(self, message: str) -> None:
@@ -162,12 +154,15 @@ class Worker:
     async def _pull(self, queue: DeliverySource, work: Work, size: int) -> None:
         """Take one message at a time while there is room, and work on each beside the others.
 
-        Consumes the queue; produces a task for each message. Waits for a fit engine with room, of which
-        `_ring` tells, and for the next message, with which the broker wakes it. Ends after `stop`.
+        Consumes the queue; produces a task for each message. Waits for a fit engine with room, for which a
+        bell rings when it may be there, and for the next message, with which the broker wakes it. Ends after
+        `stop`.
         """
+        bell = Bell()
+        self._bells.append(bell)
         while not self._stopping.is_set():
             if not (self.is_fit() and self._limit.has_room(self._slots.num_taken)):
-                await self._wait_for_change()
+                await bell.wait(LOOK_SECONDS)
                 continue
             delivery = await queue.take()
             if delivery is None:
@@ -185,10 +180,15 @@ class Worker:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
-    async def _wait_for_change(self) -> None:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(ROOM_SECONDS):
-                await self._changed.wait()
+    def _ring(self) -> None:
+        """Wake those who wait for a fit engine with room: there may be one."""
+        for bell in self._bells:
+            bell.ring()
+
+    def _observe(self, load: EngineLoad, num_running: int) -> None:
+        """Hear of the engine, which answers its monitor."""
+        self._limit.observe(load, num_running)
+        self._ring()
 
     def is_fit(self) -> bool:
         """Return whether the engine can sample, with weights that are not too old already."""
@@ -256,10 +256,10 @@ class Worker:
             asked = decode_request(request)
         except ValueError as error:
             self._refusals.add("request of a trainer", str(error))
-            return encode(ControlReply(ok=False, message=one_line(str(error))))
+            return encode(ControlReply(ok=False, message=one_line(str(error)), worker=self._name))
         reply = await self._updates.handle(asked)
         self._ring()
-        return encode(reply)
+        return encode(msgspec.structs.replace(reply, worker=self._name))
 
     async def _poll_state(self) -> None:
         """Act on the job's state, read every STATE_POLL_SECONDS, as on a change; nobody wakes it earlier."""

@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from asyncrl_runtime.contract.messages import JoinGroup, PolicyVersion, ReceiveBucket, VersionSpan
+from asyncrl_runtime.contract.messages import JoinGroup, PolicyVersion, VersionSpan
 from asyncrl_runtime.emulation.device import DeviceModel
 from asyncrl_runtime.emulation.group import transfer_seconds
 from asyncrl_runtime.emulation.server import Answer, Asked, EmulatedServer, Pace
@@ -13,6 +13,7 @@ from asyncrl_runtime.rollout.engine_api import (
     EngineLoad,
     EngineRefused,
     Generation,
+    IncomingBucket,
     SamplingRequest,
     WeightsSeen,
 )
@@ -90,11 +91,11 @@ class EmulatedEngine:
     async def begin_update(self) -> None:
         pass
 
-    async def receive_bucket(self, request: ReceiveBucket, *, keeps_cache: bool) -> None:
-        num_bytes = sum(math.prod(shape) for shape in request.shapes)
+    async def receive_bucket(self, bucket: IncomingBucket, *, keeps_cache: bool) -> None:
+        num_bytes = sum(math.prod(shape) for shape in bucket.layout.shapes)
         await self._pace.sleep(transfer_seconds(self._model, num_bytes))
-        if request.is_last:
-            self.server.set_label(str(request.version))
+        if bucket.is_last:
+            self.server.set_label(str(bucket.version))
 
     async def end_update(self) -> None:
         pass

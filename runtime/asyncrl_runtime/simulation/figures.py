@@ -84,7 +84,8 @@ def figures(run: Run, model: DeviceModel, price_per_gpu_hour: float | None = Non
     }
     gpus = setting.trainer_gpus + setting.num_engines * model.engine.gpus
     minibatches = min(spec.training.minibatches, spec.training.batch_size)
-    passes = model.trainer.step_seconds(tokens, minibatches, setting.trainer_gpus)
+    computed = (ended.trained.computed_tokens - began.trained.computed_tokens) * scale
+    passes = model.trainer.step_seconds(computed, minibatches, setting.trainer_gpus)
     passes -= minibatches * model.trainer.seconds_per_update
     rate = model.generation_rate(spec.sampling.max_new_tokens, spec.rollout.max_concurrency)
     decode = engines("decode")

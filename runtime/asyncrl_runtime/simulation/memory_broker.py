@@ -8,10 +8,11 @@ import asyncio
 import contextlib
 import itertools
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from typing import Self
 
 from asyncrl_api.names import JobNames
+from asyncrl_api.trajectory_room import TRAJECTORY_SHARE
 from asyncrl_runtime.contract.broker import (
     Answers,
     StreamFacts,
@@ -26,7 +27,6 @@ from asyncrl_runtime.transport.lease import RENEW_SECONDS, TIME_TO_LIVE_SECONDS
 from asyncrl_runtime.transport.streams import (
     ACK_WAIT_SECONDS,
     QUESTION_ACK_WAIT_SECONDS,
-    TRAJECTORY_SHARE,
 )
 from asyncrl_runtime.transport.ticket_queue import (
     QUESTION_ALIVE_SECONDS,
@@ -207,6 +207,7 @@ class MemoryBroker:
         self.lease: _Holder | None = None
         self.heartbeats: list[Callable[[Heartbeat], None]] = []
         self.answerers: dict[str, Callable[[bytes], Awaitable[bytes]]] = {}
+        self.workers: list[str] = []
         self.listeners: list[Callable[[str, bytes], None]] = []
         self._storage_bytes = storage_bytes
         self._numbers = itertools.count(1)
@@ -290,6 +291,10 @@ class _End:
 class MemoryTrainerEnd(_End):
     """A TrainerBroker."""
 
+    def __init__(self, broker: MemoryBroker) -> None:
+        super().__init__(broker)
+        self._asked: set[asyncio.Task[None]] = set()
+
     async def request(self, subject: str, payload: bytes, timeout_seconds: float) -> bytes | None:
         if subject not in self._broker.answerers:
             return None
@@ -300,6 +305,30 @@ class MemoryTrainerEnd(_End):
                 return await asyncio.shield(asked)
         except TimeoutError:
             return None
+
+    @contextlib.asynccontextmanager
+    async def request_all(
+        self, subject: str, payload: bytes, heard: Callable[[bytes | None], None]
+    ) -> AsyncIterator[None]:
+        is_open = True
+        ends = self._broker.workers if subject == self._broker.names.control_all else ()
+        subjects = [self._broker.names.control(worker) for worker in ends]
+        listening = [each for each in subjects if each in self._broker.answerers]
+
+        async def ask(each: str) -> None:
+            reply = await self._broker.ask(each, payload)
+            if is_open:
+                heard(reply)
+
+        if not listening:
+            heard(None)
+        # Workers go on with what they were asked although nobody waits for their answers any more.
+        self._asked |= {asyncio.ensure_future(ask(each)) for each in listening}
+        try:
+            yield
+        finally:
+            is_open = False
+            self._asked = {task for task in self._asked if not task.done()}
 
     # -- one trainer, and its workers
 
@@ -393,7 +422,7 @@ class MemoryTrainerEnd(_End):
         await self._broker.travel()
         return last_ticket
 
-    async def read_trajectories(self, start_sequence: int) -> AsyncIterator[StreamMessage]:
+    async def read_trajectories(self, start_sequence: int) -> AsyncGenerator[StreamMessage, None]:
         following = start_sequence
         while True:
             stream = self._broker.trajectories
@@ -515,6 +544,7 @@ class MemoryWorkerEnd(_End):
 
     async def answer_requests(self, answer: Callable[[bytes], Awaitable[bytes]]) -> None:
         self._broker.answerers[self._broker.names.control(self._worker)] = answer
+        self._broker.workers.append(self._worker)
 
     async def hear_state(self, heard: Callable[[str, bytes], None]) -> None:
         self._broker.listeners.append(heard)

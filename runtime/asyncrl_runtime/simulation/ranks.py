@@ -6,12 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from asyncrl_runtime.emulation.device import DeviceModel
 from asyncrl_runtime.trainer.update.diagnostics import staleness_histogram
 from asyncrl_runtime.trainer.update.emulated_policy import EmulatedPolicy
 from asyncrl_runtime.trainer.update.ranks import Command, Export, Gather, Save, Train
+from asyncrl_runtime.trainer.update.shares import StepShare
 from asyncrl_runtime.trainer.update.step import StepPlan, train_step
-from asyncrl_runtime.weights.bucket import Bucket
 
 
 @dataclass
@@ -21,6 +23,8 @@ class Trained:
     steps: int = 0
     tokens: int = 0
     """Prompts and responses together."""
+    computed_tokens: int = 0
+    """Those among them that went through the model: what has no gradient does not."""
     sampled_tokens: int = 0
     live_tokens: int = 0
     """The sampled tokens that are in the loss."""
@@ -51,8 +55,9 @@ class EmulatedRanks:
         result: Any = None
         match command:
             case Train(plan):
-                result = train_step(self.policy, plan, 0, lambda: self._clock() + self._owed)
-                self._note(plan)
+                [share] = plan.shares(1)
+                result = train_step(self.policy, share, lambda: self._clock() + self._owed)
+                self._note(plan, share)
                 self.trained.train_seconds += self._owed
             case Save(folder):
                 self.policy.save(folder)(lambda num_bytes: None)
@@ -65,16 +70,22 @@ class EmulatedRanks:
         await asyncio.sleep(owed)
         return result
 
-    def _note(self, plan: StepPlan) -> None:
+    def _note(self, plan: StepPlan, share: StepShare) -> None:
         trained = self.trained
         trained.steps += 1
         trained.tokens += sum(sample.num_tokens for sample in plan.samples)
+        trained.computed_tokens += sum(
+            sample.num_tokens
+            for minibatch in share.minibatches
+            for samples in minibatch.micro_batches
+            for sample in samples
+        )
         trained.sampled_tokens += sum(sample.num_sampled_tokens for sample in plan.samples)
         trained.live_tokens += sum(int(sample.loss_mask.sum()) for sample in plan.samples)
         for versions, count in staleness_histogram(plan.samples).items():
             trained.staleness[versions] += count
 
-    async def bucket(self, names: tuple[str, ...]) -> Bucket:
+    async def bucket(self, names: tuple[str, ...]) -> Tensor:
         return self.policy.bucket(names)
 
     async def keep_awake(self) -> None:

@@ -9,7 +9,6 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +45,9 @@ from asyncrl_runtime.trainer.metrics import Metrics
 from asyncrl_runtime.trainer.seams import AttemptParts
 from asyncrl_runtime.trainer.side_tasks import SideTasks
 from asyncrl_runtime.trainer.train import train
+from asyncrl_runtime.weights.bucket import PublishedWeights
 from asyncrl_runtime.weights.fleet import Fleet
-from asyncrl_runtime.weights.publisher import LoadBucket, WeightPublisher
+from asyncrl_runtime.weights.publisher import WeightPublisher
 
 UID = "simulated"
 NAMES = JobNames.on_own_server("simulated", "job")
@@ -243,16 +243,12 @@ class _SimulatedJob:
 
     def _publisher(self, end: Any, fleet: Fleet) -> WeightPublisher:
         spec, policy = self._spec.weight_sync, self._ranks.policy
-
-        def buckets() -> list[LoadBucket]:
-            names = policy.buckets(spec.bucket_megabytes * 2**20)
-            return [partial(self._ranks.bucket, each) for each in names]
-
+        buckets = policy.buckets(spec.bucket_megabytes * 2**20)
         return WeightPublisher(
             end,
             NAMES,
             fleet,
-            buckets,
+            PublishedWeights(tuple(map(policy.layout, buckets)), self._ranks.bucket),
             EmulatedGroups(self._model, self._pace),
             attempt=1,
             host="127.0.0.1",

@@ -14,8 +14,10 @@ class _Jumps(selectors.SelectSelector):
     def __init__(self) -> None:
         super().__init__()
         self.now = 0.0
+        self.num_turns = 0
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        self.num_turns += 1
         if ready := super().select(0):
             return ready
         if timeout is None:
@@ -33,6 +35,11 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
     def time(self) -> float:
         return self._jumps.now
+
+    @property
+    def num_turns(self) -> int:
+        """How often the loop has looked for something to do."""
+        return self._jumps.num_turns
 
 
 def run_virtually(main: Coroutine[Any, Any, T]) -> T:

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from asyncrl_api.base import parse_quantity
+from asyncrl_api.doubts import doubts_about
 from asyncrl_api.exits import ExitCode, ExitError
 from asyncrl_api.job import Spec
 from asyncrl_api.ledger import History, LedgerError, read_ledger
@@ -67,17 +68,17 @@ from asyncrl_runtime.trainer.stopping import announced_disruption
 from asyncrl_runtime.trainer.train import train
 from asyncrl_runtime.trainer.update.emulated_policy import EmulatedPolicy
 from asyncrl_runtime.trainer.update.failures import StepFailed
-from asyncrl_runtime.trainer.update.loss import doubts_about
 from asyncrl_runtime.trainer.update.policy import Policy
 from asyncrl_runtime.trainer.update.policy_api import TrainedPolicy
 from asyncrl_runtime.trainer.update.ranks import COMMAND_SECONDS, Load, PeerLost, Ranks, make_commands_group
 from asyncrl_runtime.trainer.update.together import WorkStalled
 from asyncrl_runtime.transport.trainer_end import TrainerEnd
 from asyncrl_runtime.weights.adapter_publisher import AdapterPublisher
+from asyncrl_runtime.weights.bucket import PublishedWeights
 from asyncrl_runtime.weights.engines import Publisher, WeightsRefused
 from asyncrl_runtime.weights.fleet import Fleet
 from asyncrl_runtime.weights.group import TorchGroups, WeightGroups
-from asyncrl_runtime.weights.publisher import ChecksumMismatch, LoadBucket, WeightPublisher
+from asyncrl_runtime.weights.publisher import ChecksumMismatch, WeightPublisher
 
 log = logging.getLogger(__name__)
 
@@ -159,6 +160,7 @@ def make_policy(spec: Spec, folder: Path) -> TrainedPolicy:
         training=spec.training,
         algorithm=spec.algorithm,
         deepspeed=spec.trainer.deepspeed,
+        activation_checkpointing=spec.trainer.activation_checkpointing,
     )
 
 
@@ -264,7 +266,7 @@ async def _open_parts(
     checkpoints = Checkpoints(config.job_folder, config.uid)
     checkpoint = choose_checkpoint(config, checkpoints, history)
     if checkpoint is None and history.steps:
-        ledger.cut(0)
+        await patience.insist("the ledger", partial(asyncio.to_thread, ledger.cut, 0))
         history = read_ledger(path)
     await _load_policy(config, ranks, checkpoint)
 
@@ -431,15 +433,12 @@ def _make_publisher(
             refusals=refusals,
         )
 
-    def buckets() -> list[LoadBucket]:
-        found = ranks.policy.buckets(spec.bucket_megabytes * 2**20)
-        return [partial(ranks.bucket, names) for names in found]
-
+    buckets = ranks.policy.buckets(spec.bucket_megabytes * 2**20)
     return WeightPublisher(
         broker,
         config.names,
         fleet,
-        buckets,
+        PublishedWeights(tuple(map(ranks.policy.layout, buckets)), ranks.bucket),
         make_groups(config.spec),
         attempt=options.attempt,
         host=options.host,

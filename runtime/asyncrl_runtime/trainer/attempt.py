@@ -5,31 +5,36 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable, Coroutine
-from dataclasses import replace
-from typing import Any
+from dataclasses import asdict, replace
+from typing import Any, TypeVar
 
 from asyncrl_api.report import MASTERED_STATE
-from asyncrl_runtime.contract.messages import PolicyVersion
+from asyncrl_runtime.contract.messages import Heartbeat, PolicyVersion
 from asyncrl_runtime.trainer.books.books import Batch, RecordedBatchLost, recorded_values
 from asyncrl_runtime.trainer.books.checkpoints import Position
 from asyncrl_runtime.trainer.books.step_values import StepValues
 from asyncrl_runtime.trainer.checkpointing import Checkpointing
 from asyncrl_runtime.trainer.evaluation_schedule import EvaluationSchedule
 from asyncrl_runtime.trainer.patience import Patience
+from asyncrl_runtime.trainer.planning import Planner
 from asyncrl_runtime.trainer.seams import AttemptParts
 from asyncrl_runtime.trainer.step_faults import StepFaults
 from asyncrl_runtime.trainer.stopping import LEAVE_SECONDS, StepTimes, fits_into_grace
-from asyncrl_runtime.trainer.update.deepspeed_config import step_settings
-from asyncrl_runtime.trainer.update.failures import MicroBatchWatch, StepFailed, StepStopped
+from asyncrl_runtime.trainer.update.failures import StepFailed, StepStopped
 from asyncrl_runtime.trainer.update.ranks import Stop, Train
-from asyncrl_runtime.trainer.update.step import StepOutcome, StepPlan, learning_rate, plan_step
+from asyncrl_runtime.trainer.update.step import StepOutcome, StepPlan
+from asyncrl_runtime.weights.engines import Published, UpdateSeconds
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 FIRST_HEARTBEAT_SECONDS = 1.5
 """How long a new trainer listens before it first publishes: every living worker has spoken by then."""
-BOUNDARY_SECONDS = 0.25
-"""How often, while it waits, the trainer looks for engines that lack the weights and for lost streams."""
+LOOK_SECONDS = 5.0
+"""How long a trainer that waits goes without looking at what has changed, if nothing rings for it."""
+TELL_SECONDS = 1.0
+"""How often a trainer that waits says in its report how many groups have come."""
 
 
 class _StopRequested(Exception):
@@ -42,6 +47,7 @@ class Attempt:
     def __init__(self, parts: AttemptParts, restored: Position | None) -> None:
         self._parts = parts
         self._books = parts.books
+        parts.fleet.listener = self._heard
         self._streams = parts.streams
         self._metrics = parts.metrics
         self._values = StepValues.of(parts.spec)
@@ -54,11 +60,14 @@ class Attempt:
         self._before_step: Position | None = None
         parts.ranks.must_stop = self._must_stop_step
         self._evaluations = EvaluationSchedule(parts, self._checkpointing)
+        self._planner = Planner(parts.in_thread)
         self._faults = StepFaults(parts, self._write_ledger)
         self._step_began = parts.clock()
         self._num_updates = 0
         self._waited = 0.0
+        self._told_at = -math.inf
         self._publish_seconds = 0.0
+        self._update_seconds = UpdateSeconds()
 
     @property
     def version(self) -> int:
@@ -101,14 +110,22 @@ class Attempt:
         began = self._parts.clock()
         label = PolicyVersion(self._parts.attempt, version)
         interrupt = self._books.live.rollout.interrupt
-        if await self._while_there_is_time(self._parts.weights.publish(label, interrupt)):
+        published = await self._while_there_is_time(self._parts.weights.publish(label, interrupt))
+        if published is not None:
             await self._streams.announce(label)
+            self._tell_seconds(published)
         self._publish_seconds = self._parts.clock() - began
 
-    async def _while_there_is_time(self, work: Coroutine[Any, Any, Any]) -> bool:
-        """Do something that a checkpoint at a stop must not have to wait for; return whether it was done.
+    def _tell_seconds(self, published: Published) -> None:
+        if published.seconds is not None:
+            self._update_seconds = published.seconds
+            told = asdict(published.seconds)
+            self._metrics.update(**{f"update_{what}_seconds": seconds for what, seconds in told.items()})
 
-        It is broken off when the grace has just enough left for the checkpoint.
+    async def _while_there_is_time(self, work: Coroutine[Any, Any, T]) -> T | None:
+        """Return the result of something that a checkpoint at a stop must not have to wait for.
+
+        It is None if it was broken off, that is when the grace has just enough left for the checkpoint.
         """
         task, stop = asyncio.ensure_future(work), asyncio.ensure_future(self._stopping.wait())
         try:
@@ -118,12 +135,17 @@ class Attempt:
                 await asyncio.wait({task}, timeout=max(0.0, left))
             if not task.done():
                 log.warning("broken off, because the trainer is to stop: engines keep the weights they have")
-                return False
-            task.result()
-            return True
+                return None
+            return task.result()
         finally:
             task.cancel()
             stop.cancel()
+
+    def _heard(self, beat: Heartbeat) -> None:
+        """Wake the training loop if an engine may lack the weights; what it lacks is looked up there."""
+        has_them = beat.version == PolicyVersion(self._parts.attempt, self.version)
+        if beat.engine_state == "dirty" or (beat.engine_state != "down" and not has_them):
+            self._books.news.ring()
 
     async def _boundary(self) -> None:
         """Do what is due wherever the trainer waits: mend lost streams, bring late engines their weights.
@@ -150,7 +172,7 @@ class Attempt:
                 batch = self._books.next_batch()
             except RecordedBatchLost as error:
                 log.warning("%s", error)
-                self._cut()
+                await self._cut()
                 continue
             if not self._books.is_repeating and not self._has_begun:
                 await self._write_ledger(self._parts.ledger.begin, self.version, self._values.to_ledger())
@@ -164,7 +186,7 @@ class Attempt:
             if batch is not None:
                 self._waited = self._parts.clock() - began
                 return batch
-            self._metrics.update(state="WaitingForBatch", queue_depth=len(self._books.inbox.arrived))
+            self._tell_that_it_waits()
             with contextlib.suppress(_StopRequested):
                 await self._boundary()
             await self._checkpointing.make_room()
@@ -172,10 +194,17 @@ class Attempt:
                 log.warning(
                     "trajectories of tickets %s are lost: their step cannot be repeated", missing[:20]
                 )
-                self._cut()
+                await self._cut()
                 self._streams.start_over()
-            await self._books.news.wait(BOUNDARY_SECONDS)
+            await self._books.news.wait(LOOK_SECONDS)
         return None
+
+    def _tell_that_it_waits(self) -> None:
+        """Say it in the report, which is a file: not at every group that comes."""
+        now = self._parts.clock()
+        if self._metrics.report.state != "WaitingForBatch" or now - self._told_at >= TELL_SECONDS:
+            self._told_at = now
+            self._metrics.update(state="WaitingForBatch", queue_depth=len(self._books.inbox.arrived))
 
     async def _missing_for_good(self) -> list[int]:
         """Return the tickets of the next recorded step that the stream does not hold."""
@@ -184,9 +213,9 @@ class Attempt:
             return []
         return missing()  # looked up again: they may have been read while we asked
 
-    def _cut(self) -> None:
+    async def _cut(self) -> None:
         """End the surviving history here, and go on with new steps from this version."""
-        self._parts.ledger.cut(self.version)
+        await self._write_ledger(self._parts.ledger.cut, self.version)
         self._checkpointing.drop_after(self.version)
         self._books.cut()
         self._streams.requeue()  # the tickets of the steps given up are no longer queued
@@ -231,10 +260,8 @@ class Attempt:
         values = self._values.as_recorded(batch.frozen)
         tokens = self._faults.tokens_per_micro_batch(batch, values.tokens_per_micro_batch)
         try:
-            with MicroBatchWatch().naming_failures():
-                plan = self._plan(batch, values, tokens)
-            with self._steps.measured():
-                outcome: StepOutcome = await self._parts.ranks.run(Train(plan))
+            plan = await self._planner.plan(batch, values, tokens)
+            outcome = await self._train(batch, plan)
         except StepStopped as stopped:
             self._num_updates = stopped.num_updates
             return None
@@ -244,18 +271,27 @@ class Attempt:
         await self._faults.skipped(batch, outcome.skipped, plan.num_minibatches)
         return outcome.report
 
-    def _plan(self, batch: Batch, values: StepValues, tokens_per_micro_batch: int) -> StepPlan:
-        plan = plan_step(
-            batch.groups,
-            settings=step_settings(values),
-            max_new_tokens=batch.max_new_tokens,
-            num_minibatches=min(values.minibatches, len(batch.groups)),
-            tokens_per_micro_batch=tokens_per_micro_batch,
-            learning_rate=learning_rate(
-                values.schedule, batch.version, batch.max_steps, values.learning_rate
-            ),
-        )
-        return replace(plan, skipped=frozenset(batch.skipped))
+    async def _train(self, batch: Batch, plan: StepPlan) -> StepOutcome:
+        """Have all ranks train; meanwhile work out what to report about the batch, and plan the next one."""
+        reporting = asyncio.ensure_future(self._parts.in_thread(plan.report))
+        planning = asyncio.ensure_future(self._plan_next(batch))
+        try:
+            with self._steps.measured():
+                outcome: StepOutcome = await self._parts.ranks.run(Train(plan))
+            return replace(outcome, report={**await reporting, **outcome.report})
+        finally:
+            reporting.cancel()
+            planning.cancel()
+
+    async def _plan_next(self, batch: Batch) -> None:
+        """Plan the step after this one, if its batch is foreseeable; what is decided is decided later."""
+        foreseen = await self._parts.in_thread(self._books.foresee(batch))
+        if foreseen is None:
+            return
+        self._books.take_foreseen(foreseen)
+        tokens = self._faults.tokens_per_micro_batch(foreseen.batch, self._values.tokens_per_micro_batch)
+        values = self._values.as_recorded(foreseen.batch.frozen)
+        await self._planner.plan_ahead(foreseen.batch, values, tokens)
 
     async def advance(self, batch: Batch) -> None:
         """Offer the new version to the engines, then move the gate, so no new ticket meets old weights."""
@@ -282,6 +318,7 @@ class Attempt:
                 "step_seconds": seconds,
                 "wait_seconds": self._waited,
                 "publish_seconds": self._publish_seconds,
+                **{f"update_{what}_seconds": each for what, each in asdict(self._update_seconds).items()},
                 "rollout_load": self._parts.fleet.take_load(),
                 "num_engines": self._metrics.report.num_engines,
                 "queue_depth": len(self._books.inbox.arrived),

@@ -11,7 +11,7 @@ streams again. Nothing else clears `lost`.
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +49,7 @@ class JobStreams:
         self._books = books
         self._live_values = live_values
         self._suspected_holes: set[int] = set()
+        self._announced = b""  # what the workers were told last of the version
         self.identity = ""
         """The identity of the trajectory stream that the books are about."""
         self.lost = LostStreams()
@@ -94,6 +95,8 @@ class JobStreams:
         self.is_nearly_full = (
             trajectories is not None and trajectories.num_bytes > FULL_SHARE * trajectories.max_bytes
         )
+        if self.is_nearly_full:
+            self._books.news.ring()
         self._lose(
             LostStreams(
                 trajectories is None
@@ -139,7 +142,7 @@ class JobStreams:
         if lost:
             self._books.news.ring()
 
-    async def mend(self, give_up_recorded: Callable[[], None]) -> None:
+    async def mend(self, give_up_recorded: Callable[[], Awaitable[None]]) -> None:
         """Make lost streams again: prompts from the first open ticket, trajectories behind the last one seen.
 
         Tickets that had arrived through a lost trajectory stream are open again. A closed ticket above the
@@ -158,7 +161,7 @@ class JobStreams:
                 log.warning("the trajectory stream is lost: open tickets are issued again")
                 self._books.streams_lost()
             if self._books.is_recorded_lost:
-                give_up_recorded()
+                await give_up_recorded()
             await self._make_again()
 
     async def _make_again(self) -> None:
@@ -183,6 +186,8 @@ class JobStreams:
         self.lost = LostStreams(trajectories=known not in ("", self.identity))
         self.generation += 1
         await self.hand_on(self._live_values)
+        if self._announced:  # it may have been lost with the streams
+            await self._put("version", self._announced)
 
     # -- how far they are
 
@@ -240,17 +245,22 @@ class JobStreams:
     # -- what workers are told
 
     async def announce(self, version: PolicyVersion) -> None:
-        """Tell the workers which version is current, before tickets are issued for it."""
+        """Tell the workers once which version is current, before tickets are issued for it."""
         current = CurrentVersion(version=version, max_versions=self._books.live.staleness.max_versions)
-        await self._put("version", encode(current))
+        told = encode(current)
+        if told != self._announced and await self._put("version", told):
+            self._announced = told
 
     async def hand_on(self, live_values: Mapping[str, Any]) -> None:
         """Tell the workers the fields marked L, now and whenever the streams are made again."""
         self._live_values = live_values
         await self._put("live", json.dumps(live_values).encode())
 
-    async def _put(self, key: str, data: bytes) -> None:
+    async def _put(self, key: str, data: bytes) -> bool:
+        """Write a key of the job's state; return whether the broker has it."""
         try:
             await self._broker.put(key, data)
         except TransportError as error:
             log.warning("key %s was not written: %s", key, error)
+            return False
+        return True

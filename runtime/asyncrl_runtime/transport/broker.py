@@ -12,7 +12,7 @@ import json
 import logging
 import random
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -39,6 +39,8 @@ FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.1, 2.0
 """The pause between two attempts, doubled each time. It is drawn up to twice as long, so that callers do not
 come in waves."""
 
+NO_RESPONDERS = "503"
+"""The status under which the server says that nobody listens."""
 STREAM_FULL = 10077
 WRONG_LAST_SEQUENCE = 10071
 
@@ -248,6 +250,26 @@ class Broker:
         except TRANSIENT:
             return None
         return reply.data
+
+    @contextlib.asynccontextmanager
+    async def request_all(
+        self, subject: str, payload: bytes, heard: Callable[[bytes | None], None]
+    ) -> AsyncIterator[None]:
+        """Ask all who listen, with one message; `heard` gets each answer, and None if nobody listens."""
+
+        async def on_message(message: Msg) -> None:
+            has_nobody = (message.headers or {}).get("Status") == NO_RESPONDERS
+            heard(None if has_nobody else message.data)
+
+        inbox = self.client.new_inbox()
+        answers = await self.client.subscribe(inbox, cb=on_message)
+        try:
+            with contextlib.suppress(*TRANSIENT):  # then nobody answers
+                await self.client.publish(subject, payload, reply=inbox)
+            yield
+        finally:
+            with contextlib.suppress(nats.errors.Error):
+                await answers.unsubscribe()
 
     async def retry(
         self,

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import Self
 
 import nats.errors
@@ -69,6 +70,11 @@ class TrainerEnd:
 
     async def request(self, subject: str, payload: bytes, timeout_seconds: float) -> bytes | None:
         return await self._broker.request(subject, payload, timeout_seconds)
+
+    def request_all(
+        self, subject: str, payload: bytes, heard: Callable[[bytes | None], None]
+    ) -> AbstractAsyncContextManager[None]:
+        return self._broker.request_all(subject, payload, heard)
 
     # -- one trainer, and its workers
 

@@ -63,13 +63,17 @@ class WorkerEnd:
         await heartbeats.run()
 
     async def answer_requests(self, answer: Callable[[bytes], Awaitable[bytes]]) -> None:
-        async def on_message(message: Msg) -> None:  # nats-py calls it for one message after another
-            said = await answer(message.data)
+        one_by_one = asyncio.Lock()  # a probe waits for what the engine has not done yet
+
+        async def on_message(message: Msg) -> None:
+            async with one_by_one:
+                said = await answer(message.data)
             if message.reply:  # otherwise nobody waits for it
                 await message.respond(said)
 
         with asking("requests"):
-            await self._broker.client.subscribe(self._names.control(self._worker), cb=on_message)
+            for subject in (self._names.control(self._worker), self._names.control_all):
+                await self._broker.client.subscribe(subject, cb=on_message)
 
     async def hear_state(self, heard: Callable[[str, bytes], None]) -> None:
         async def on_message(message: Msg) -> None:

@@ -1,6 +1,7 @@
 """The engines as trainer rank 0 knows them: who lives, who has which version, and how they are asked."""
 
 import asyncio
+import contextlib
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from typing import Protocol
 from asyncrl_api.names import JobNames
 from asyncrl_runtime.contract.broker import Requests
 from asyncrl_runtime.contract.messages import (
+    HEARTBEAT_SECONDS,
     ControlReply,
     DrainEngine,
     Heartbeat,
@@ -43,6 +45,22 @@ class Published:
     failed: tuple[str, ...] = ()
     num_epochs: int = 0
     checksums: Mapping[str, str] = field(default_factory=dict)
+    seconds: "UpdateSeconds | None" = None
+    """What the time went into; None if no weights were sent."""
+
+
+@dataclass
+class UpdateSeconds:
+    """What the time of a publication goes into, in seconds."""
+
+    gather: float = 0.0
+    """Waiting for buckets to be gathered; that of one runs beside the transfer of the one before."""
+    transfer: float = 0.0
+    """Broadcasts, each of which waits until every engine has loaded the bucket before."""
+    load: float = 0.0
+    """Waiting, after the last broadcast, until every engine has loaded all."""
+    pause: float = 0.0
+    """The time that the engine sampled nothing which was paused longest."""
 
 
 class WeightsRefused(Exception):
@@ -144,6 +162,40 @@ class Publisher(Protocol):
         ...
 
 
+class PhaseAnswers:
+    """What the members who are meant have answered so far to a request that went to all workers."""
+
+    def __init__(self, members: Iterable[Member]) -> None:
+        self._members = {member[0]: member for member in members}
+        self._replies: dict[Member, ControlReply] = {}
+        self.is_complete = asyncio.Event()
+        """Set once all have answered, or nobody can."""
+        self.is_refused = asyncio.Event()
+        """Set once one has said no."""
+
+    @property
+    def all(self) -> dict[Member, ControlReply | None]:
+        """The answers by member; None if there is none yet."""
+        return {member: self._replies.get(member) for member in self._members.values()}
+
+    @property
+    def missing(self) -> set[Member]:
+        """Those who have not answered yet."""
+        return set(self._members.values()) - self._replies.keys()
+
+    def take(self, reply: ControlReply) -> Member | None:
+        """Take an answer; return whose it is, None if others were meant, or it is not the first."""
+        member = self._members.get(reply.worker)
+        if member is None or member in self._replies:
+            return None
+        self._replies[member] = reply
+        if not reply.ok:
+            self.is_refused.set()
+        if len(self._replies) == len(self._members):
+            self.is_complete.set()
+        return member
+
+
 class Engines:
     """What publishers of weights and publishers of adapters share.
 
@@ -221,14 +273,56 @@ class Engines:
         answer = await self._broker.request(subject, encode(request), timeout_seconds)
         if answer is None:
             return None
+        reply = self._parse(subject, answer)
+        if reply is not None:
+            self._note_refusal(member, reply)
+        return reply
+
+    async def _ask_all(
+        self, members: Collection[Member], request: Message, timeout_seconds: float
+    ) -> dict[Member, ControlReply | None]:
+        """Put one request to all workers, of whom `members` are meant; None stands for no answer in time."""
+        answers = PhaseAnswers(members)
+        await self._collect(answers, request, timeout_seconds)
+        return answers.all
+
+    async def _collect(self, answers: "PhaseAnswers", request: Message, timeout_seconds: float) -> None:
+        """Put one request to all workers, and wait for the answers of those who are meant.
+
+        Nobody is waited for who has fallen silent, or has another engine now, while others are heard.
+        """
+        subject, gone = self._names.control_all, set[Member]()
+
+        def heard(data: bytes | None) -> None:
+            reply = None if data is None else self._parse(subject, data)
+            if reply is not None and (member := answers.take(reply)) is not None:
+                self._note_refusal(member, reply)
+            if data is None:  # nobody listens
+                answers.is_complete.set()
+
+        async with self._broker.request_all(subject, encode(request), heard):
+            deadline = self._fleet.now() + timeout_seconds
+            while (left := deadline - self._fleet.now()) > 0 and not answers.is_complete.is_set():
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(answers.is_complete.wait(), min(left, HEARTBEAT_SECONDS))
+                living = {(beat.worker, beat.engine) for beat in self._fleet.living}
+                missing = answers.missing - living if living else set()
+                if answers.missing <= (
+                    missing & gone
+                ):  # missing twice: the first beats after a pause come singly
+                    return
+                gone = missing
+
+    def _parse(self, subject: str, answer: bytes) -> ControlReply | None:
         try:
-            reply = parse_reply(answer)
+            return parse_reply(answer)
         except ValueError as error:
             self._refusals.add("reply of a worker", f"{subject}: {error}")
             return None
+
+    def _note_refusal(self, member: Member, reply: ControlReply) -> None:
         if reply.is_refusal:
             self._refused_updates.refused(member[0], reply.message, self._fleet.now())
-        return reply
 
     def _got(self, member: Member, version: PolicyVersion) -> None:
         """Note that an engine has said that it is at `version`."""

@@ -34,6 +34,8 @@ class Fleet:
         self._listening_since = clock()
         self._last: dict[str, _LastWord] = {}
         self._ran, self._could_run = 0, 0
+        self.listener: Callable[[Heartbeat], None] = lambda beat: None
+        """Is told of each heartbeat, once it counts."""
 
     def now(self) -> float:
         """Return the time by the fleet's clock, in seconds."""
@@ -54,6 +56,7 @@ class Fleet:
                 heartbeat.late_seconds,
             )
         self._last[heartbeat.worker] = _LastWord(now, 0.0 if _is_blocked(heartbeat) else patience, heartbeat)
+        self.listener(heartbeat)
 
     def take_load(self) -> float | None:
         """Return which share of the samples that the engines could run at once they ran since the last call.

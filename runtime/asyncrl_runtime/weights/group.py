@@ -125,12 +125,16 @@ class TorchGroups:
     async def run(self, function: Callable[..., T], *arguments: object, timeout_seconds: float) -> T:
         """Run a collective where it can be abandoned: one that hangs keeps its thread; another is made."""
         future = asyncio.get_running_loop().run_in_executor(self._side, function, *arguments)
-        done, _ = await asyncio.wait({future}, timeout=timeout_seconds + ABANDON_SECONDS)
-        if not done:
-            self._side.shutdown(wait=False)
-            self._side = ThreadPoolExecutor(1, thread_name_prefix="weights")
-            raise TimeoutError("a collective outlasted its own deadline and was abandoned")
-        return future.result()
+        del arguments  # a traceback, of a cancellation too, would keep a group and its connections alive
+        try:
+            done, _ = await asyncio.wait({future}, timeout=timeout_seconds + ABANDON_SECONDS)
+            if not done:
+                raise TimeoutError("a collective outlasted its own deadline and was abandoned")
+            return future.result()
+        finally:
+            if not future.done():  # also if the caller does not want to wait any longer
+                self._side.shutdown(wait=False)
+                self._side = ThreadPoolExecutor(1, thread_name_prefix="weights")
 
 
 class TorchMeetingPlace:

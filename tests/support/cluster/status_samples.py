@@ -14,6 +14,7 @@ from asyncrl_api.job_status import (
     StalenessStatus,
     Status,
     ThroughputStatus,
+    WeightUpdateStatus,
 )
 
 TIME = "2026-01-02T03:04:05Z"
@@ -84,6 +85,9 @@ def full_status() -> Status:
         progress=PROGRESS,
         staleness=StalenessStatus(p50=1, p95=3, max=4),
         throughput=ThroughputStatus(tokens_per_second=61000, queue_depth=128, trainer_wait_percent=2),
+        weight_update=WeightUpdateStatus(
+            gather_milliseconds=40, transfer_milliseconds=310, load_milliseconds=25, pause_milliseconds=380
+        ),
         reward=RewardStatus(mean="0.412", held_out="0.500"),
         gpus=GPUsStatus(budget=16, allocated=16, summary="16/16"),
         last_checkpoint=CheckpointStatus(step=400, path="gsm8k/step-400", time=TIME),

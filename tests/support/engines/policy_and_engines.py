@@ -5,13 +5,13 @@ import contextlib
 import os
 import time
 from collections.abc import AsyncIterator, Callable
-from functools import partial
 from pathlib import Path
 
 import httpx
 import torch
 import torch.distributed as dist
 from nats.aio.msg import Msg
+from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
 from asyncrl_api.job import AsyncRLJob
@@ -19,10 +19,10 @@ from asyncrl_runtime.contract.messages import Heartbeat, PolicyVersion, decode
 from asyncrl_runtime.trainer.update.policy import Policy
 from asyncrl_runtime.transport.broker import Broker
 from asyncrl_runtime.transport.streams import make_streams
-from asyncrl_runtime.weights.bucket import Bucket
+from asyncrl_runtime.weights.bucket import PublishedWeights
 from asyncrl_runtime.weights.fleet import Fleet
 from asyncrl_runtime.weights.group import TorchGroups
-from asyncrl_runtime.weights.publisher import LoadBucket, WeightPublisher
+from asyncrl_runtime.weights.publisher import WeightPublisher
 from support.jobs.job_harness import JobHarness, until
 from support.jobs.nats_server import NatsServer
 
@@ -84,13 +84,14 @@ class PolicyAndEngines:
         return seconds
 
 
-def buckets_of(policy: Policy, bucket_megabytes: int) -> list[LoadBucket]:
-    async def load(names: tuple[str, ...]) -> Bucket:
+def weights_of(policy: Policy, bucket_megabytes: int) -> PublishedWeights:
+    async def gather(names: tuple[str, ...]) -> Tensor:
         bucket = await asyncio.to_thread(policy.bucket, names)
         assert bucket is not None
         return bucket
 
-    return [partial(load, names) for names in policy.buckets(bucket_megabytes * 2**20)]
+    layout = tuple(map(policy.layout, policy.buckets(bucket_megabytes * 2**20)))
+    return PublishedWeights(layout, gather)
 
 
 @contextlib.asynccontextmanager
@@ -113,7 +114,7 @@ async def open_engines(
                 broker,
                 names,
                 fleet,
-                partial(buckets_of, policy, job.spec.weight_sync.bucket_megabytes),
+                weights_of(policy, job.spec.weight_sync.bucket_megabytes),
                 TorchGroups(),
                 attempt=1,
                 host=LOOPBACK,

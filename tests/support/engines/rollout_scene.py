@@ -8,8 +8,7 @@ import contextlib
 import hashlib
 import itertools
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +43,11 @@ from asyncrl_runtime.transport.reader import OrderedReader
 from asyncrl_runtime.transport.streams import delete_streams, make_streams
 from asyncrl_runtime.transport.trainer_end import TrainerEnd
 from asyncrl_runtime.transport.worker_end import WorkerEnd
-from asyncrl_runtime.weights.bucket import Bucket, BucketBuffer
+from asyncrl_runtime.weights.bucket import BucketBuffer, PublishedWeights, describe
 from asyncrl_runtime.weights.engines import Published
 from asyncrl_runtime.weights.fleet import Fleet
 from asyncrl_runtime.weights.group import TorchGroups
-from asyncrl_runtime.weights.publisher import LoadBucket, WeightPublisher
+from asyncrl_runtime.weights.publisher import WeightPublisher
 from support.engines.forked_engines import ForkedEngine
 from support.engines.tiny_models import tiny_model
 from support.fakes import FakeBackend
@@ -136,12 +135,6 @@ class Replica:
         await self.engine.close()
 
 
-class ScenePublisher(WeightPublisher):
-    """A publisher of the buckets that a test gives it."""
-
-    buckets: Sequence[LoadBucket] = ()
-
-
 class Scene:
     """Everything that the trainer's rank 0 has to do with workers; made by `open_scene`."""
 
@@ -156,16 +149,16 @@ class Scene:
         """The groups that came of the tickets."""
         self.replicas: dict[str, Replica] = {}
         self._address = address
-        self.publishers: list[ScenePublisher] = []
+        self.publishers: list[WeightPublisher] = []
         self._num_tickets = 0
 
-    def publisher(self, *, verify: bool = False) -> ScenePublisher:
+    def publisher(self, *, verify: bool = False) -> WeightPublisher:
         """Return the publisher of another attempt of the trainer."""
-        publisher = ScenePublisher(
+        publisher = WeightPublisher(
             self.broker,
             self.names,
             self.fleet,
-            lambda: publisher.buckets,
+            tiny_weights(0),
             TorchGroups(),
             attempt=next(attempts),
             host="127.0.0.1",
@@ -291,19 +284,26 @@ def checksums_of(weights: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 async def publish(
-    publisher: ScenePublisher, version: PolicyVersion, seed: int, interrupt: str = "Retract"
+    publisher: WeightPublisher, version: PolicyVersion, seed: int, interrupt: str = "Retract"
 ) -> Published:
-    """Publish the weights of the tiny model made with `seed`, a few tensors at a time."""
-    tensors = list(weights_of(seed).items())
+    """Publish the weights of the tiny model made with `seed`."""
+    publisher.weights = tiny_weights(seed)
+    return await publisher.publish(version, interrupt)
+
+
+def tiny_weights(seed: int) -> PublishedWeights:
+    """Return what a publisher sends of the tiny model made with `seed`, a few tensors at a time."""
+    tensors = weights_of(seed)
     buffer = BucketBuffer()
 
-    async def load(start: int) -> Bucket:
-        chosen = tensors[start : start + TENSORS_PER_BUCKET]
+    async def gather(names: tuple[str, ...]) -> Tensor:
+        chosen = [(name, tensors[name]) for name in names]
         return buffer.fill(chosen, sum(tensor.nbytes for _, tensor in chosen), torch.device("cpu"))
 
-    starts = range(0, len(tensors), TENSORS_PER_BUCKET)
-    publisher.buckets = [partial(load, start) for start in starts]
-    return await publisher.publish(version, interrupt)
+    described = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    starts = range(0, len(described), TENSORS_PER_BUCKET)
+    layout = tuple(describe(described[start : start + TENSORS_PER_BUCKET]) for start in starts)
+    return PublishedWeights(layout, gather)
 
 
 async def holds(replica: Replica, version: PolicyVersion, seed: int) -> bool:

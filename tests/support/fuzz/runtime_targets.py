@@ -18,6 +18,7 @@ from asyncrl_api.report import Report
 from asyncrl_api.run_config import RunConfig, RunningSpec, live_values
 from asyncrl_runtime.contract.broker import StreamMessage
 from asyncrl_runtime.contract.messages import (
+    BucketLayout,
     CommitUpdate,
     ControlReply,
     CurrentVersion,
@@ -29,7 +30,7 @@ from asyncrl_runtime.contract.messages import (
     LoadAdapter,
     PolicyVersion,
     PrepareUpdate,
-    ReceiveBucket,
+    ReceiveWeights,
     ResumePoint,
     SampleFailure,
     SampleProgress,
@@ -316,12 +317,19 @@ HEARTBEAT = Heartbeat(
     worker="w-0", incarnation="a", engine="a.1", engine_state="ready", version=V, held=(1, 2)
 )
 REQUESTS = (
-    JoinGroup(group="g", host="h", port=1, rank=1, world_size=2, backend="gloo", timeout_seconds=9.0),
-    PrepareUpdate(group="g", version=V, interrupt="Retract", timeout_seconds=9.0),
-    ReceiveBucket(
-        group="g", version=V, names=("a",), dtypes=("f",), shapes=((1,),), is_last=True, timeout_seconds=9.0
+    JoinGroup(
+        group="g",
+        host="h",
+        port=1,
+        rank=1,
+        world_size=2,
+        backend="gloo",
+        timeout_seconds=9.0,
+        layout=(BucketLayout(("a",), ("f",), ((1,),)),),
     ),
-    CommitUpdate(group="g", version=V),
+    PrepareUpdate(groups=("g",), version=V, interrupt="Retract", timeout_seconds=9.0),
+    ReceiveWeights(groups=("g",), version=V, timeout_seconds=9.0),
+    CommitUpdate(groups=("g",), version=V),
     LoadAdapter(version=V, num_bytes=4, config="{}", interrupt="Retract", timeout_seconds=9.0),
 )
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -44,16 +44,16 @@ class ForkedProcess:
         cwd: Path,
         env: Mapping[str, str],
         log: Path,
-        kill_after: str | None = None,
+        prepare: Callable[[], None] | None = None,
     ) -> None:
         """
         Args:
-            kill_after: see kill_after.arm.
+            prepare: called in the process before the command, to put a fault into it.
         """
         self._lock = threading.Lock()  # whoever reads an exit code takes it from the server for good
         self._arguments = tuple(arguments)
         self._process = FORKSERVER.Process(
-            target=_run, args=(self._arguments, cwd, dict(env), log, kill_after), daemon=True
+            target=_run, args=(self._arguments, cwd, dict(env), log, prepare), daemon=True
         )
         self._process.start()
         assert self._process.pid is not None
@@ -82,7 +82,11 @@ class ForkedProcess:
 
 
 def _run(
-    arguments: Sequence[str], cwd: Path, env: Mapping[str, str], log: Path, kill_after: str | None
+    arguments: Sequence[str],
+    cwd: Path,
+    env: Mapping[str, str],
+    log: Path,
+    prepare: Callable[[], None] | None,
 ) -> None:
     die_with_parent()
     with log.open("ab", buffering=0) as file:
@@ -92,10 +96,8 @@ def _run(
     os.environ.clear()
     os.environ.update(env)
     sys.argv = ["asyncrl-runtime", *arguments]
-    if kill_after is not None:
-        from support.jobs.kill_after import arm
-
-        arm(kill_after)
+    if prepare is not None:
+        prepare()
     from asyncrl_runtime.main import app
 
     app()

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from asyncrl_runtime.transport.broker import Broker
 from asyncrl_runtime.transport.reader import OrderedReader
 from support.engines.tiny_models import tiny_model
 from support.jobs.forked_processes import ForkedProcess
+from support.jobs.kill_after import arm
 from support.jobs.nats_server import NatsServer, free_port
 from support.paths import USER_CODE
 
@@ -92,9 +94,14 @@ class JobHarness:
         for name in list(self._running):
             self.kill(name)
 
-    def start_rollout(self, replica: int = 0) -> None:
-        """Start an engine and its worker."""
-        self.start(f"rollout-{replica}-engine")
+    def start_rollout(self, replica: int = 0, spoil_engine: Callable[[], None] | None = None) -> None:
+        """Start an engine and its worker.
+
+        Args:
+            spoil_engine: puts a fault into the engine's process.
+        """
+        engine = f"rollout-{replica}-engine"
+        self._fork(engine, self._plan[engine].command[1:], spoil_engine)
         self.start(f"rollout-{replica}-worker")
 
     def start(self, name: str) -> ForkedProcess:
@@ -112,7 +119,8 @@ class JobHarness:
         self.attempt += 1
         arguments = ["--config", str(self.folder.config), "--attempt", str(self.attempt)]
         if ranks == 1:
-            return self._fork("trainer", ["rank", *arguments], kill_after)
+            prepare = None if kill_after is None else partial(arm, kill_after)
+            return self._fork("trainer", ["rank", *arguments], prepare)
         command = [find_program("asyncrl-runtime"), "trainer", *arguments, "--ranks", str(ranks)]
         with self.folder.log("trainer").open("ab") as log:
             process = subprocess.Popen(
@@ -121,7 +129,9 @@ class JobHarness:
         self._running["trainer"] = process
         return process
 
-    def _fork(self, name: str, arguments: Sequence[str], kill_after: str | None = None) -> ForkedProcess:
+    def _fork(
+        self, name: str, arguments: Sequence[str], prepare: Callable[[], None] | None = None
+    ) -> ForkedProcess:
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", **address}
         process = ForkedProcess(
@@ -129,7 +139,7 @@ class JobHarness:
             cwd=USER_CODE,
             env=environment() | alone,
             log=self.folder.log(name),
-            kill_after=kill_after,
+            prepare=prepare,
         )
         self._running[name] = process
         return process

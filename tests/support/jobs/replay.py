@@ -47,7 +47,7 @@ def replay(
                 values.schedule, step.version, recorded.max_steps, values.learning_rate
             ),
         )
-        train_step(policy, plan, rank=0)
+        train_step(policy, plan.shares(1)[0])
         yield _weights(policy)
 
 

@@ -3,18 +3,16 @@
 import contextlib
 import json
 import random
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import nats
 import nats.errors
 
 from asyncrl_api.run_config import RunConfig
 from asyncrl_runtime.contract.messages import Tombstone, encode
-
-FAULTY_DISK = Path(__file__).parent / "faulty_disk"
+from support.jobs.json_service import JsonService
+from support.paths import FAULTS
 
 
 class Disk:
@@ -25,7 +23,7 @@ class Disk:
 
     @property
     def environment(self) -> dict[str, str]:
-        return {"PYTHONPATH": str(FAULTY_DISK), "FAULTY_DISK": str(self._state)}
+        return {"PYTHONPATH": str(FAULTS), "ASYNCRL_FAULT": "disk", "ASYNCRL_DISK": str(self._state)}
 
     def be_slow(self, seconds: float) -> None:
         """Make each flush take so much longer from now on."""
@@ -44,56 +42,20 @@ class Disk:
         scratch.replace(self._state)
 
 
-class ScoringService(ThreadingHTTPServer):
+class ScoringService(JsonService):
     """A reward of type Service that counts digits, unless it is told to answer 503."""
 
-    request_queue_size = 128
-    daemon_threads = True
-
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Scoring)
+        super().__init__()
         self.is_unavailable = False
         self.num_refused = 0
 
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}/score"
-
-    def handle_error(self, request: object, client_address: object) -> None:
-        """Say nothing of clients that were killed."""
-
-
-class _Scoring(BaseHTTPRequestHandler):
-    server: ScoringService
-    protocol_version = "HTTP/1.1"
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        status, answer = 503, "overloaded"
-        if not self.server.is_unavailable:
-            digits = sum(character.isdigit() for character in body["response"])
-            status, answer = 200, json.dumps({"reward": digits / 4})
-        self.server.num_refused += status != 200
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(answer)))
-        self.end_headers()
-        self.wfile.write(answer.encode())
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Say nothing."""
-
-
-@contextlib.contextmanager
-def scoring_service() -> Iterator[ScoringService]:
-    """Serve until the body ends."""
-    with ScoringService() as service:
-        thread = threading.Thread(target=service.serve_forever)
-        thread.start()
-        try:
-            yield service
-        finally:
-            service.shutdown()
-            thread.join()
+    def answer(self, body: Any) -> tuple[int, str]:
+        if self.is_unavailable:
+            self.num_refused += 1
+            return 503, "overloaded"
+        digits = sum(character.isdigit() for character in body["response"])
+        return 200, json.dumps({"reward": digits / 4})
 
 
 def poison(config: RunConfig, rng: random.Random) -> tuple[str, bytes]:

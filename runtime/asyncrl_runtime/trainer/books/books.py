@@ -6,18 +6,18 @@ side_tasks.py, so that this can be tested with any order of events.
 
 import logging
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from asyncrl_api.job import Spec, StalenessSpec
 from asyncrl_api.ledger import RecordedStep
 from asyncrl_api.spec_views import LiveSpec
+from asyncrl_runtime.contract.bell import Bell
 from asyncrl_runtime.contract.broker import StreamMessage
 from asyncrl_runtime.contract.messages import Group, Tombstone
 from asyncrl_runtime.contract.refused import Refusals, one_line
 from asyncrl_runtime.trainer.books.arrivals import Expected, Unwanted, examine
-from asyncrl_runtime.trainer.books.bell import Bell
 from asyncrl_runtime.trainer.books.freshness import Freshness
 from asyncrl_runtime.trainer.books.inbox import Inbox
 from asyncrl_runtime.trainer.books.staleness import LiveGroup, assess, cannot_be_trained, form_batch, reject
@@ -29,6 +29,7 @@ from asyncrl_runtime.trainer.books.tickets import (
     top_reward,
     widened,
 )
+from asyncrl_runtime.trainer.books.verdicts import Verdicts
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +59,14 @@ class Batch:
     @property
     def tickets(self) -> tuple[int, ...]:
         return tuple(group.ticket for group in self.groups)
+
+
+class Foreseen(NamedTuple):
+    """The batch that will probably be the next, but for its discards."""
+
+    batch: Batch
+    verdicts: Verdicts
+    """What was worked out to form it, at its version."""
 
 
 class RecordedBatchLost(Exception):
@@ -111,6 +120,7 @@ class Books:
         self.inbox = Inbox(position)
         self.counters = Counters()
         self.refusals = refusals or Refusals()
+        self._verdicts = Verdicts()
         self._batch_size = spec.training.batch_size
         self._group_size = spec.sampling.group_size
         self._attempt = attempt
@@ -226,6 +236,8 @@ class Books:
 
     def take(self, message: StreamMessage) -> None:
         """Take the next message of the trajectory stream."""
+        if self._recorded:  # how far the stream is read decides whether a recorded step is lost
+            self.news.ring()
         content = examine(message, self._expected())
         if isinstance(content, Unwanted):
             self.refusals.add(content.kind, content.why)
@@ -250,7 +262,7 @@ class Books:
 
     def _assess(self, group: Group) -> LiveGroup | Discard:
         live = self._live
-        return assess(group, self._version, live.staleness, self._began, live.sampling.filter)
+        return self._verdicts.on(group, self._version, live.staleness, self._began, live.sampling.filter)
 
     def _expected(self) -> Expected:
         highest = self._highest_plausible()
@@ -311,11 +323,9 @@ class Books:
             return self._recorded_batch(self._recorded[0])
         groups, discards = form_batch(
             (group for group in self.inbox.arrived.values() if isinstance(group, Group)),
-            version=self._version,
+            self._assess,
             batch_size=self._batch_size,
-            rule=self._live.staleness,
-            began=self._began,
-            sample_filter=self._live.sampling.filter,
+            freshest_first=self._live.staleness.order == "FreshestFirst",
         )
         for discard in discards:
             self._discard(discard, self.inbox.arrived[discard.ticket])
@@ -333,6 +343,35 @@ class Books:
             max_steps=self._live.training.max_steps,
             max_new_tokens=self._live.sampling.max_new_tokens,
         )
+
+    def foresee(self, batch: Batch) -> Callable[[], Foreseen | None]:
+        """Return what works out, apart from the event loop, what `next_batch` will say after `batch`.
+
+        That is so if nothing arrives and nothing changes meanwhile; it decides and changes nothing.
+        """
+        live, began, version = self._live, dict(self._began), batch.version + 1
+        arrived = [group for group in self.inbox.arrived.values() if isinstance(group, Group)]
+        if self._recorded or len(arrived) < self._batch_size or version >= live.training.max_steps:
+            return lambda: None
+
+        def work_out() -> Foreseen | None:
+            verdicts = Verdicts()
+            groups, _ = form_batch(
+                arrived,
+                lambda group: verdicts.on(group, version, live.staleness, began, live.sampling.filter),
+                batch_size=self._batch_size,
+                freshest_first=live.staleness.order == "FreshestFirst",
+            )
+            if groups is None:
+                return None
+            limit, max_steps = live.sampling.max_new_tokens, live.training.max_steps
+            return Foreseen(Batch(version, tuple(groups), {}, max_steps, limit), verdicts)
+
+        return work_out
+
+    def take_foreseen(self, foreseen: Foreseen) -> None:
+        """Keep what was worked out about groups, for the version that it is about."""
+        self._verdicts.take_over(foreseen.verdicts)
 
     def _recorded_batch(self, step: RecordedStep) -> Batch | None:
         """Return a batch as it was recorded, under the values that were in force then."""
@@ -385,6 +424,7 @@ class Books:
         self._num_in_step = len(batch.tickets)
         for ticket in (*batch.tickets, *discarded):
             self.inbox.close(ticket)
+            self._verdicts.forget(ticket)
         self._pending = [discard for discard in self._pending if not self._book.is_closed(discard.ticket)]
 
     def advance(self, batch: Batch) -> None:
@@ -427,6 +467,7 @@ class Books:
         samples are not what was recorded.
         """
         self.inbox.forget_all()
+        self._verdicts.clear()
         self._pending.clear()
         self._is_recorded_lost = bool(self._recorded)
 
@@ -446,6 +487,7 @@ class Books:
         )
         self._pending.append(discard)
         self.inbox.set_aside(discard.ticket)
+        self._verdicts.forget(discard.ticket)
         self.counters.discards[discard.reason] += 1
         rewards = [sample.reward for sample in group.samples] if isinstance(group, Group) else []
         self._discard_count.add(discard, min(rewards, default=None))

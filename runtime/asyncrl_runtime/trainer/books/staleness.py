@@ -4,8 +4,8 @@ The gate (tickets.py) bounds what is started; this module checks what is trained
 journey 1 of docs/architecture.md.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import numpy as np
@@ -22,8 +22,6 @@ class StalenessRule(Protocol):
     def max_versions(self) -> int: ...
     @property
     def on_exceed(self) -> Literal["Mask", "Drop", "Keep"]: ...
-    @property
-    def order(self) -> Literal["OldestFirst", "FreshestFirst"]: ...
 
 
 def surviving_version(sampled: PolicyVersion, began: Mapping[int, int]) -> int:
@@ -41,25 +39,34 @@ def surviving_version(sampled: PolicyVersion, began: Mapping[int, int]) -> int:
     return min([sampled.version, *cuts])
 
 
-def token_staleness(sample: Sample, version: int, began: Mapping[int, int]) -> NDArray[np.int32]:
-    """Return [num_tokens] int32: `version` minus the version that sampled the token."""
-    result = np.empty(sample.num_tokens, dtype=np.int32)
-    start = 0
-    for span in sample.version_spans:
-        result[start : span.end] = version - surviving_version(span.policy_version, began)
-        start = span.end
-    return result
+def span_staleness(sample: Sample, version: int, began: Mapping[int, int]) -> tuple[int, ...]:
+    """Return for each version span `version` minus the version that sampled its tokens."""
+    return tuple(version - surviving_version(span.policy_version, began) for span in sample.version_spans)
 
 
 @dataclass(frozen=True)
 class LiveSample:
-    """A sample that stays in its group."""
+    """A sample that stays in its group. Its arrays are made when they are asked for, and kept nowhere."""
 
     sample: Sample
-    staleness: NDArray[np.int32]
-    """[num_tokens] the staleness of each token of the response, sampled or not."""
-    loss_mask: NDArray[np.bool_]
-    """[num_tokens] the tokens that the policy sampled and that are not masked as stale."""
+    by_span: tuple[int, ...]
+    """The staleness of each version span."""
+    oldest: int | None
+    """The highest staleness of tokens in the loss; None if no token is masked as stale."""
+
+    @property
+    def staleness(self) -> NDArray[np.int32]:
+        """[num_tokens] the staleness of each token of the response, sampled or not."""
+        ends = [span.end for span in self.sample.version_spans]
+        return np.repeat(np.array(self.by_span, dtype=np.int32), np.diff(ends, prepend=0))
+
+    @property
+    def loss_mask(self) -> NDArray[np.bool_]:
+        """[num_tokens] the tokens that the policy sampled and that are not masked as stale."""
+        sampled = self.sample.mask()
+        if self.oldest is None or max(self.by_span) <= self.oldest:
+            return sampled
+        return sampled & (self.staleness <= self.oldest)
 
 
 @dataclass(frozen=True)
@@ -106,16 +113,18 @@ def assess(
     """
     if (rejected := reject(group, sample_filter)) is not None:
         return rejected
-    live, num_masked = [], 0
+    live, num_masked, num_in_loss = [], 0, 0
     for sample in group.samples:
-        staleness, sampled = token_staleness(sample, version, began), sample.mask()
-        too_old = sampled & (staleness > rule.max_versions)
-        if rule.on_exceed == "Drop" and too_old.any():
+        fresh = LiveSample(sample, span_staleness(sample, version, began), rule.max_versions)
+        num_sampled = int(sample.mask().sum())
+        num_too_old = num_sampled - int(fresh.loss_mask.sum())
+        if rule.on_exceed == "Drop" and num_too_old:
             continue
-        keep = sampled & ~too_old if rule.on_exceed == "Mask" else sampled
-        num_masked += int(sampled.sum() - keep.sum())
-        live.append(LiveSample(sample, staleness, keep))
-    if len(live) < min(2, group.group_size) or not any(s.loss_mask.any() for s in live):
+        is_masked = rule.on_exceed == "Mask" and num_too_old > 0
+        live.append(fresh if is_masked else replace(fresh, oldest=None))
+        num_masked += num_too_old if is_masked else 0
+        num_in_loss += num_sampled - (num_too_old if is_masked else 0)
+    if len(live) < min(2, group.group_size) or num_in_loss == 0:
         return Discard(group.ticket, "stale")
     rewards = {s.sample.reward for s in live}
     if sample_filter == "DropUniformGroups" and len(rewards) == 1:
@@ -126,23 +135,24 @@ def assess(
 
 def form_batch(
     arrived: Iterable[Group],
+    verdict_on: Callable[[Group], LiveGroup | Discard],
     *,
-    version: int,
     batch_size: int,
-    rule: StalenessRule,
-    began: Mapping[int, int],
-    sample_filter: str,
+    freshest_first: bool,
 ) -> tuple[list[LiveGroup] | None, list[Discard]]:
     """Return the next batch, or None while too few groups have arrived, and what must be discarded.
 
-    The oldest tickets come first, so that long answers are not pushed out by short ones; with
-    `FreshestFirst` the newest come first.
+    The oldest tickets come first, so that long answers are not pushed out by short ones, or the newest. A
+    group behind a full batch is not looked at: it may be fit at no later version, or may go on waiting.
+
+    Args:
+        verdict_on: `assess` at the version that the batch is for.
     """
-    ordered = sorted(arrived, key=lambda g: g.ticket, reverse=rule.order == "FreshestFirst")
+    ordered = sorted(arrived, key=lambda group: group.ticket, reverse=freshest_first)
     batch: list[LiveGroup] = []
     discards: list[Discard] = []
     for group in ordered:
-        verdict = assess(group, version, rule, began, sample_filter)
+        verdict = verdict_on(group)
         if isinstance(verdict, Discard):
             discards.append(verdict)
             continue

@@ -119,7 +119,12 @@ def _centered(rewards: Floats, groups: Ints) -> tuple[Floats, Ints]:
     np.maximum.at(largest, groups, np.abs(rewards))
     exponents = np.maximum(np.frexp(largest)[1], 0).astype(np.int64)[groups]
     scaled = np.ldexp(rewards, -exponents)
-    return scaled - _group_means(scaled, groups)[groups], exponents
+    centered = scaled - _group_means(scaled, groups)[groups]
+    # The mean of equal numbers may differ from them by a rounding error.
+    lowest, highest = np.full(len(largest), np.inf), np.full(len(largest), -np.inf)
+    np.minimum.at(lowest, groups, rewards)
+    np.maximum.at(highest, groups, rewards)
+    return np.where((lowest == highest)[groups], 0.0, centered), exponents
 
 
 def _group_means(values: Floats, groups: Ints) -> Floats:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from asyncrl_api.placement_spec import ActivationCheckpointing
 from asyncrl_runtime.trainer.books.step_values import StepValues
 from asyncrl_runtime.trainer.update.policy_api import StepSettings
 
@@ -52,6 +53,16 @@ def derive_config(
         if zero_stage >= 1:  # stage 0 supports only the model's own dtype
             config["data_types"] = {"grad_accum_dtype": "fp32"}
     return deep_merge(config, overrides)
+
+
+def recomputes_activations(choice: ActivationCheckpointing, device_type: str) -> bool:
+    """Return whether the backward pass computes activations once more instead of keeping them.
+
+    Args:
+        choice: `spec.trainer.activationCheckpointing`.
+        device_type: torch's name of the device, `cuda` or `cpu`.
+    """
+    return choice == "Always" or (choice == "Auto" and device_type == "cuda")
 
 
 def derive_reference_config(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ no tokens, or it is not finite) is absent from a report, never NaN.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -72,12 +73,17 @@ def histogram(values: Tensor, mask: Tensor) -> Tensor:
 def report_tokens(sums: Tensor) -> Numbers:
     """Turn the summed vector of a minibatch or step into a report.
 
-    `loss` is the sum over the minibatches, which the caller divides by their number. The effective sample
+    `loss` is the sum over the minibatches, which the caller divides by their number. Everything else is over
+    the tokens that were computed, those of samples with a gradient (loss.has_gradient). The effective sample
     size (Kish) is a share of the tokens in the loss: (sum w)^2 / (n sum w^2).
     """
     values = dict(zip(SCALARS, sums.tolist(), strict=False))
     ratios, weights = sums[len(SCALARS) :].cpu().view(2, NUM_BINS)
-    report = {"loss": values["loss"], "num_tokens": values["tokens"], "num_live_tokens": values["live"]}
+    report = {
+        "loss": values["loss"],
+        "num_computed_tokens": values["tokens"],
+        "num_computed_live_tokens": values["live"],
+    }
     if (live := values["live"]) > 0:
         report |= {
             "clip_fraction": values["clipped"] / live,
@@ -118,6 +124,8 @@ def mismatch_sums(logprobs: Tensor, behavior_logprobs: Tensor, staleness: Tensor
 def report_mismatch(sums: Tensor) -> Numbers:
     """Return the KL of the engine's policy from the trainer's at one version, from the engine's tokens.
 
+    Only tokens of the first minibatch that were computed count, of samples with a gradient.
+
     It is zero if both computed the same numbers. k1 is unbiased and may be negative; k3 is unbiased, never
     negative, and less noisy (Schulman 2020, http://joschu.net/blog/kl-approx.html).
     """
@@ -131,7 +139,7 @@ def report_mismatch(sums: Tensor) -> Numbers:
 
 
 def report_batch(samples: Sequence[TrainingSample], rewards: NDArray[np.float64]) -> Numbers:
-    """Return what there is to report about a step's batch: rewards, lengths and staleness.
+    """Return what there is to report about a step's batch: sizes, rewards, lengths and staleness.
 
     Args:
         samples: the N samples of the batch.
@@ -140,7 +148,11 @@ def report_batch(samples: Sequence[TrainingSample], rewards: NDArray[np.float64]
     lengths = np.array([s.num_sampled_tokens for s in samples])
     tickets = np.array([s.ticket for s in samples])
     uniform = [np.ptp(rewards[tickets == ticket]) == 0 for ticket in np.unique(tickets)]
+    num_live = sum(int(s.loss_mask.sum()) for s in samples)
     report = {
+        "num_samples": len(samples),
+        "num_tokens": int(lengths.sum()),
+        "num_live_tokens": num_live,
         "reward_mean": float(rewards.mean()),
         "reward_std": float(rewards.std()),
         "reward_min": float(rewards.min()),
@@ -149,7 +161,7 @@ def report_batch(samples: Sequence[TrainingSample], rewards: NDArray[np.float64]
         "response_tokens_mean": float(lengths.mean()),
         "response_tokens_max": float(lengths.max()),
         "prompt_tokens_mean": float(np.mean([len(s.prompt_ids) for s in samples])),
-        "live_token_fraction": float(sum(s.loss_mask.sum() for s in samples) / lengths.sum()),
+        "live_token_fraction": float(num_live / lengths.sum()),
     }
     if histogram := staleness_histogram(samples):
         total = sum(histogram.values())
@@ -172,11 +184,15 @@ def _staleness_quantile(histogram: dict[int, int], share: float) -> int:
 
 def staleness_histogram(samples: Iterable[TrainingSample]) -> dict[int, int]:
     """Return the sampled tokens' number by staleness, ascending, over samples whose staleness is known."""
-    known = [s.staleness[s.sampled_mask] for s in samples if s.staleness is not None]
-    if not known:
-        return {}
-    versions, counts = np.unique(np.concatenate(known), return_counts=True)
-    return dict(zip(versions.tolist(), counts.tolist(), strict=True))
+    counts: Counter[int] = Counter()
+    for sample in samples:
+        if sample.staleness is None or not sample.sampled_mask.any():
+            continue
+        versions = sample.staleness[sample.sampled_mask]
+        lowest = int(versions.min())
+        by_place = np.bincount(versions - lowest)  # there are millions, and to sort them takes seconds
+        counts.update({lowest + int(place): int(by_place[place]) for place in np.flatnonzero(by_place)})
+    return dict(sorted(counts.items()))
 
 
 def finite(values: Mapping[str, float]) -> Numbers:

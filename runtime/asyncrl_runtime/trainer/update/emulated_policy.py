@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from asyncrl_runtime.contract.messages import BucketLayout
 from asyncrl_runtime.emulation.device import DeviceModel
 from asyncrl_runtime.trainer.sealing import seal
 from asyncrl_runtime.trainer.update import diagnostics
@@ -15,7 +16,6 @@ from asyncrl_runtime.trainer.update.packing import MicroBatch
 from asyncrl_runtime.trainer.update.policy_api import StepSettings, Update
 from asyncrl_runtime.trainer.update.together import DiskWork
 from asyncrl_runtime.weights.adapter_publisher import Adapter
-from asyncrl_runtime.weights.bucket import Bucket
 
 
 class EmulatedPolicy:
@@ -88,11 +88,12 @@ class EmulatedPolicy:
         starts = range(0, self.num_bytes, max_bytes)
         return [(f"{start}-{min(start + max_bytes, self.num_bytes)}",) for start in starts]
 
-    def bucket(self, names: Sequence[str]) -> Bucket:
+    def layout(self, names: Sequence[str]) -> BucketLayout:
+        return BucketLayout(tuple(names), ("uint8",), ((_size(names),),))
+
+    def bucket(self, names: Sequence[str]) -> Tensor:
         """Return a bucket that has its size, and no memory."""
-        start, end = map(int, names[0].split("-"))
-        data = torch.empty(end - start, dtype=torch.uint8, device="meta")
-        return Bucket(tuple(names), ("uint8",), ((end - start,),), data)
+        return torch.empty(_size(names), dtype=torch.uint8, device="meta")
 
     def adapter(self) -> Adapter:
         raise NotImplementedError("emulated trainers have no adapters; a rule of the manifest says so")
@@ -121,3 +122,8 @@ class EmulatedPolicy:
 
     def load(self, folder: Path, scratch: Path) -> None:
         pass
+
+
+def _size(names: Sequence[str]) -> int:
+    start, end = map(int, names[0].split("-"))
+    return end - start

@@ -13,20 +13,23 @@ changes nothing.
 | CISPO | sg(clip(u)) A log pi_theta, u = pi_theta / pi_behav |
 | TIS | sg(min(u, max)) A log pi_theta, u = pi_theta / pi_behav |
 
+An advantage of 0 leaves no objective, so what has none is not computed at all (`has_gradient`).
+
 To add a loss, write a function, enter it in `POLICY_LOSSES` below, and add its name to
-`AlgorithmSpec.policy_loss`.
+`AlgorithmSpec.policy_loss`. Its objective must be 0 where the advantage is.
 """
 
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from asyncrl_api.job import AlgorithmSpec, ImportanceWeightSpec
 from asyncrl_runtime.trainer.update.diagnostics import token_sums
-from asyncrl_runtime.trainer.update.packing import MicroBatch
+from asyncrl_runtime.trainer.update.packing import MicroBatch, TrainingSample
 
 MAX_LOG_RATIO = 20.0
 """The bound at which log-ratios are cut off, with no gradient beyond it: exp(90) is infinite, and infinity
@@ -99,28 +102,15 @@ def compute_loss(
     return Loss(value, sums)
 
 
-WIDEST_SEQUENCE_CLIP = 0.01
-"""The half-width above which a trust region of whole sequences never binds; GSPO's own is 0.0004."""
+def has_gradient(sample: TrainingSample, algorithm: AlgorithmSpec) -> bool:
+    """Return whether the gradient of a sample may differ from zero, whatever the policy is.
 
-
-def doubts_about(algorithm: AlgorithmSpec) -> str:
-    """Return what is unlikely to be meant, for the log; empty if there is nothing.
-
-    Objects that an API server stored under an earlier version hold clips of 0.2 that nobody wrote.
+    It is zero if no token is in the loss, and, without KL and entropy terms, if the advantage is 0, as in a
+    group whose rewards are all equal. A token that is clipped does not count: that depends on the policy.
     """
-    low, high = algorithm.clip_bounds
-    if algorithm.policy_loss == "GSPO" and min(low, high) > WIDEST_SEQUENCE_CLIP:
-        return (
-            f"spec.algorithm.clip is {low:g} below and {high:g} above 1, and ratios of whole sequences "
-            "hardly ever leave that: policyLoss GSPO clips nothing; remove clip.low and clip.high for the "
-            "paper's 0.0003 and 0.0004"
-        )
-    if algorithm.policy_loss == "CISPO" and low < 1:
-        return (
-            f"spec.algorithm.clip.low is {low:g}, so policyLoss CISPO raises weights below {1 - low:g}; the "
-            "paper has no lower bound: remove it"
-        )
-    return ""
+    has_regularizer = algorithm.kl_coefficient != 0 or algorithm.entropy_coefficient != 0
+    has_advantage = np.float32(sample.advantage) != 0  # as the loss will see it
+    return bool(sample.loss_mask.any()) and bool(has_advantage or has_regularizer)
 
 
 def decoupled_ppo(

@@ -27,9 +27,16 @@ from transformers.utils import logging as transformers_logging
 
 from asyncrl_api.exits import ExitCode, ExitError
 from asyncrl_api.job import AlgorithmSpec, DeepSpeedSpec, LoRASpec, TrainingSpec
+from asyncrl_api.placement_spec import ActivationCheckpointing
+from asyncrl_runtime.contract.messages import BucketLayout
 from asyncrl_runtime.model import attention
 from asyncrl_runtime.trainer.sealing import Sealed, seal, seal_folder
-from asyncrl_runtime.trainer.update.deepspeed_config import Dtype, derive_config, derive_reference_config
+from asyncrl_runtime.trainer.update.deepspeed_config import (
+    Dtype,
+    derive_config,
+    derive_reference_config,
+    recomputes_activations,
+)
 from asyncrl_runtime.trainer.update.loss import compute_loss
 from asyncrl_runtime.trainer.update.packing import MicroBatch
 from asyncrl_runtime.trainer.update.policy_api import StepSettings, Update
@@ -37,7 +44,7 @@ from asyncrl_runtime.trainer.update.saved_files import HeldBack, ignore, make_un
 from asyncrl_runtime.trainer.update.together import DiskWork
 from asyncrl_runtime.trainer.update.token_logprobs import token_logprobs
 from asyncrl_runtime.weights.adapter_publisher import Adapter
-from asyncrl_runtime.weights.bucket import Bucket, BucketBuffer
+from asyncrl_runtime.weights.bucket import BucketBuffer, describe
 
 _TAG = "policy"
 _TORCH_DTYPES = {"BFloat16": torch.bfloat16, "Float32": torch.float32}
@@ -79,14 +86,13 @@ class Policy:
         training: TrainingSpec,
         algorithm: AlgorithmSpec,
         deepspeed: DeepSpeedSpec,
-        recompute_activations: bool | None = None,
+        activation_checkpointing: ActivationCheckpointing = "Auto",
     ) -> None:
         """Load the model; collective. The caller has already made the process group (gloo or nccl).
 
         Args:
             folder: the folder of a Hugging Face model, the same on all ranks; also the KL term's reference.
-            recompute_activations: whether the backward pass recomputes them, layer by layer. By default it
-                does on a GPU, whose memory bounds `tokensPerMicroBatch`, and does not on a CPU.
+            activation_checkpointing: `spec.trainer.activationCheckpointing`.
         """
         library = _import_deepspeed()  # before transformers does so and chooses the accelerator itself
         self.device = _local_device()
@@ -110,7 +116,7 @@ class Policy:
             model = load_model(folder, dtype, sharded_by=config if self.is_sharded else None)
         if self.trains_adapters:
             config = derive(num_parameters=add_adapters(model, training.lora, training.seed))
-        if self.device.type == "cuda" if recompute_activations is None else recompute_activations:
+        if recomputes_activations(activation_checkpointing, self.device.type):
             model.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
         groups = parameter_groups(model, training.weight_decay)
         self._is_decayed = [_num_dimensions(group["params"][0]) >= 2 for group in groups]
@@ -243,9 +249,13 @@ class Policy:
             room -= _num_bytes(parameter)
         return buckets
 
+    def layout(self, names: Sequence[str]) -> BucketLayout:
+        chosen = {name: self._parameters[name] for name in names}
+        return describe((name, each.dtype, _shape(each)) for name, each in chosen.items())
+
     @torch.no_grad()
-    def bucket(self, names: Sequence[str]) -> Bucket | None:
-        """See the protocol. A rank holds its share and one whole weight; rank 0 also holds the bucket."""
+    def bucket(self, names: Sequence[str]) -> Tensor | None:
+        """See the protocol. A rank holds its share and one whole weight; rank 0 also holds two buckets."""
         weights = self.weights(names)
         if dist.get_rank() != 0:
             for _ in weights:  # rank 0 needs this rank's shares
@@ -354,11 +364,13 @@ class Policy:
 
     def load(self, folder: Path, scratch: Path) -> None:
         layout = self._layout_of(folder)
+        settings = _settings_of(self._optimizer)
         with _without_prints():
             if self._needs_conversion(layout):
                 self._load_shares_of_others(scratch)
             else:
                 self._engine.load_checkpoint(str(folder), tag=_TAG)
+        _put_back(self._optimizer, settings)
         source = dist.get_rank() % layout["world_size"]
         _set_random_state(torch.load(folder / f"random_{source}.pt", weights_only=True))
 
@@ -378,17 +390,24 @@ class Policy:
 
     def _load_shares_of_others(self, scratch: Path) -> None:
         """Load a ZeRO checkpoint of other ranks, or of another stage, as `convert` has prepared it."""
-        decays = [group["weight_decay"] for group in self._engine.optimizer.param_groups]
         self._engine._config.load_universal_checkpoint = True
         try:
             self._engine.load_checkpoint(str(scratch), tag=_TAG)
         finally:
             self._engine._config.load_universal_checkpoint = False
         if self.is_sharded:
-            _mend_optimizer(self._engine.optimizer.optimizer, decays)
+            _part_step_counts(self._optimizer)
         dist.barrier()
         if dist.get_rank() == 0:
             shutil.rmtree(scratch)
+
+    @property
+    def _optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer that DeepSpeed's own is made around, if there is one around it."""
+        optimizer: torch.optim.Optimizer = getattr(
+            self._engine.optimizer, "optimizer", self._engine.optimizer
+        )
+        return optimizer
 
     @property
     def _layout(self) -> dict[str, int | str]:
@@ -409,14 +428,33 @@ def _misfit(saved: Mapping[str, Any], own: Mapping[str, Any]) -> str:
     return "" if {**saved, **anew} == own else "dtype and adapters must be those of the checkpoint"
 
 
-def _mend_optimizer(optimizer: torch.optim.Optimizer, decays: Sequence[float]) -> None:
-    """Undo what DeepSpeed 0.19.8 does to an optimizer of several groups on loading ZeRO 3's universal format.
+def _settings_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Return what the optimizer was made with, by group, without what a training step decides."""
+    return [
+        {name: value for name, value in group.items() if name not in ("params", "lr", "step")}
+        for group in optimizer.param_groups
+    ]
 
-    It gives all groups the settings of the first, and all states the same tensor as their count of steps,
-    which each of them would then advance.
+
+def _put_back(optimizer: torch.optim.Optimizer, settings: Sequence[Mapping[str, Any]]) -> None:
+    """Put an optimizer's own settings back into force, which loading replaces by those of the checkpoint.
+
+    DeepSpeed 0.19.8 even gives all groups the settings of the first when it loads ZeRO 3's universal format.
     """
-    for group, decay in zip(optimizer.param_groups, decays, strict=True):
-        group["weight_decay"] = decay
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)
+    if any(own.get("amsgrad") for own in settings):
+        for state in optimizer.state.values():  # a checkpoint that was made without it has no maximum
+            if "exp_avg_sq" in state:
+                state.setdefault("max_exp_avg_sq", state["exp_avg_sq"].clone())
+
+
+def _part_step_counts(optimizer: torch.optim.Optimizer) -> None:
+    """Give each state a count of steps of its own.
+
+    DeepSpeed 0.19.8 gives all of them the same tensor when it loads ZeRO 3's universal format, and each would
+    advance it.
+    """
     for state in optimizer.state.values():
         state["step"] = torch.as_tensor(state["step"]).clone()
 
@@ -481,6 +519,11 @@ def count_parameters(folder: Path) -> int:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """Return the shape of a parameter, of which this rank may hold only a share."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def _num_bytes(parameter: nn.Parameter) -> int:

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Protocol
 from torch import Tensor
 
 from asyncrl_api.job import AlgorithmSpec
+from asyncrl_runtime.contract.messages import BucketLayout
 from asyncrl_runtime.trainer.update.packing import MicroBatch
 from asyncrl_runtime.trainer.update.together import DiskWork
 from asyncrl_runtime.weights.adapter_publisher import Adapter
-from asyncrl_runtime.weights.bucket import Bucket
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -110,11 +110,15 @@ class TrainedPolicy(StepPolicy, Protocol):
         """
         ...
 
-    def bucket(self, names: Sequence[str]) -> Bucket | None:
+    def layout(self, names: Sequence[str]) -> BucketLayout:
+        """Return how a bucket of these weights is laid out, which never changes; not collective."""
+        ...
+
+    def bucket(self, names: Sequence[str]) -> Tensor | None:
         """Return weights in the form in which engines get them; collective if the policy is sharded.
 
         Returns:
-            The bucket, valid until the next call, on rank 0; None on the other ranks.
+            On rank 0, [bytes] uint8 without gaps, valid until the next call but one; None on other ranks.
         """
         ...
 

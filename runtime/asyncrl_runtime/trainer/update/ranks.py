@@ -17,15 +17,28 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from asyncrl_runtime.trainer.turn_clock import Measure, TurnClock, folder_bytes
-from asyncrl_runtime.trainer.update.failures import FailureNote, StepFailed, StepStopped, is_lost_peer
+from asyncrl_runtime.trainer.update.failures import (
+    FailureNote,
+    MicroBatchWatch,
+    StepFailed,
+    StepStopped,
+    is_lost_peer,
+)
 from asyncrl_runtime.trainer.update.packing import TrainingSample, pack
 from asyncrl_runtime.trainer.update.policy_api import TrainedPolicy
-from asyncrl_runtime.trainer.update.step import StepPlan, train_step
+from asyncrl_runtime.trainer.update.shares import (
+    ShareOutline,
+    StepShare,
+    outline,
+    receive_share,
+    send_share,
+)
+from asyncrl_runtime.trainer.update.step import StepOutcome, StepPlan, train_step
 from asyncrl_runtime.trainer.update.together import DiskWork, WorkFailed, work_together
 from asyncrl_runtime.weights.adapter_publisher import Adapter
-from asyncrl_runtime.weights.bucket import Bucket
 
 log = logging.getLogger(__name__)
 
@@ -37,9 +50,18 @@ PING_SECONDS = 60.0
 """The time between two pings of a rank 0 that waits for a batch; without them it would be taken for dead."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Train:
+    """Train a step; rank 0 has all of it, and sends each rank its share."""
+
     plan: StepPlan
+
+
+@dataclass(frozen=True)
+class TrainShare:
+    """Train what rank 0 sends next: this is what the other ranks hear of `Train`."""
+
+    outline: ShareOutline
 
 
 @dataclass(frozen=True)
@@ -86,7 +108,7 @@ class PeerLost(Exception):
     """Another rank has died or hangs; this one cannot go on without it."""
 
 
-Command = Train | Save | Load | Export | Logprobs | Gather | Ping | Stop
+Command = Train | TrainShare | Save | Load | Export | Logprobs | Gather | Ping | Stop
 
 
 class Ranks:
@@ -140,9 +162,9 @@ class Ranks:
             if done:
                 return work.result()
 
-    async def bucket(self, names: tuple[str, ...]) -> Bucket:
-        """Return the weights of these names, valid until the next bucket."""
-        bucket: Bucket
+    async def bucket(self, names: tuple[str, ...]) -> Tensor:
+        """Return the weights of these names, [bytes] uint8, valid until the next bucket but one."""
+        bucket: Tensor
         if self.policy.is_sharded:
             bucket = await self.run(Gather(names))
         else:
@@ -199,22 +221,27 @@ class Ranks:
 
     def _run_everywhere(self, command: Command) -> Any:
         with _naming_lost_peers():
-            if dist.get_world_size() > 1:
-                dist.broadcast_object_list([command], src=0, group=self._commands_group)
+            if isinstance(command, Train):
+                return self._train_everywhere(command.plan)
+            self._tell(command)
             return self._execute(command)
+
+    def _tell(self, command: Command) -> None:
+        if dist.get_world_size() > 1:
+            dist.broadcast_object_list([command], src=0, group=self._commands_group)
+
+    def _train_everywhere(self, plan: StepPlan) -> StepOutcome:
+        with MicroBatchWatch().naming_failures():
+            own, *others = shares = plan.shares(dist.get_world_size())
+        self._tell(TrainShare(outline(shares)))
+        for rank, share in enumerate(others, start=1):
+            send_share(share, rank, self._commands_group)
+        return self._train(own)
 
     def _execute(self, command: Command) -> Any:
         match command:
-            case Train(plan):
-                try:
-                    return train_step(
-                        self.policy, plan, self._rank, made=self._clock.moved, go_on=self._go_on
-                    )
-                except StepFailed as failure:
-                    if self._rank != 0:
-                        log.error("this rank cannot train the step", exc_info=failure.__cause__)
-                        self._failure_note.leave(failure)
-                    raise
+            case TrainShare(told):
+                self._train(receive_share(told, self._rank, self._commands_group))
             case Save(folder):
                 self._write(self.policy.save(folder), folder_bytes(folder))
             case Load(folder, scratch):
@@ -227,6 +254,15 @@ class Ranks:
             case Logprobs(samples):
                 return [self.policy.logprobs([pack([sample])])[0] for sample in samples]
         return None
+
+    def _train(self, share: StepShare) -> StepOutcome:
+        try:
+            return train_step(self.policy, share, made=self._clock.moved, go_on=self._go_on)
+        except StepFailed as failure:
+            if self._rank != 0:
+                log.error("this rank cannot train the step", exc_info=failure.__cause__)
+                self._failure_note.leave(failure)
+            raise
 
     def _write(self, work: DiskWork, measure: Measure = lambda: 0) -> None:
         work_together(work, self._commands_group, self._clock.moved, measure)

@@ -14,7 +14,7 @@ from asyncrl_runtime.trainer.books.staleness import LiveGroup
 from asyncrl_runtime.trainer.update import diagnostics
 from asyncrl_runtime.trainer.update.advantages import compute_advantages, longest_turn
 from asyncrl_runtime.trainer.update.failures import MicroBatchWatch
-from asyncrl_runtime.trainer.update.loss import POLICY_LOSSES
+from asyncrl_runtime.trainer.update.loss import POLICY_LOSSES, has_gradient
 from asyncrl_runtime.trainer.update.packing import (
     Announced,
     MicroBatch,
@@ -24,11 +24,12 @@ from asyncrl_runtime.trainer.update.packing import (
     split_minibatches,
 )
 from asyncrl_runtime.trainer.update.policy_api import StepPolicy, StepSettings, Update
+from asyncrl_runtime.trainer.update.shares import MicroBatchSamples, MinibatchShare, StepShare
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StepPlan:
-    """Everything that every rank needs for a step; small enough to be sent to each."""
+    """A whole step, as rank 0 knows it; each rank gets its share."""
 
     samples: tuple[TrainingSample, ...]
     rewards: tuple[float, ...]
@@ -39,12 +40,56 @@ class StepPlan:
     skipped: frozenset[int] = frozenset()
     """The minibatches that an earlier attempt made no update of: it made none, so none is made now."""
 
+    def shares(self, num_ranks: int) -> list[StepShare]:
+        """Distribute over the ranks what has a gradient. Pure.
+
+        What has none still counts in the denominator. A minibatch without any is an empty micro-batch on each
+        rank: its update is made all the same, since momentum and decay act in it.
+
+        Raises:
+            ValueError: a sample is longer than a micro-batch.
+        """
+        minibatches = [
+            [self.samples[index] for index in members]
+            for members in split_minibatches([s.ticket for s in self.samples], self.num_minibatches)
+        ]
+        num_tokens = [sum(s.num_sampled_tokens for s in samples) for samples in minibatches]
+        computed = [
+            [s for s in samples if has_gradient(s, self.settings.algorithm)] for samples in minibatches
+        ]
+        bins = [
+            distribute([s.num_tokens for s in samples], self.tokens_per_micro_batch, num_ranks)
+            for samples in computed
+        ]
+        return [
+            StepShare(
+                tuple(
+                    MinibatchShare(
+                        tuple(tuple(samples[index] for index in members) for members in by_rank[rank]), total
+                    )
+                    for samples, by_rank, total in zip(computed, bins, num_tokens, strict=True)
+                ),
+                self.learning_rate,
+                self.settings,
+                self.skipped,
+            )
+            for rank in range(num_ranks)
+        ]
+
+    def report(self) -> dict[str, float]:
+        """Return what there is to report about the batch, whatever comes of its training. Pure."""
+        return {
+            **diagnostics.report_batch(self.samples, np.array(self.rewards)),
+            "num_computed_samples": sum(has_gradient(s, self.settings.algorithm) for s in self.samples),
+        }
+
 
 @dataclass(frozen=True)
 class StepOutcome:
     """What a step came to, the same on all ranks."""
 
     report: dict[str, float]
+    """What the updates say; `StepPlan.report` says more about the batch."""
     skipped: tuple[int, ...]
     """The minibatches whose update was not applied, since its gradient is not finite."""
 
@@ -102,8 +147,7 @@ def _always(num_updates: int) -> None:
 
 def train_step(
     policy: StepPolicy,
-    plan: StepPlan,
-    rank: int,
+    share: StepShare,
     clock: Callable[[], float] = time.perf_counter,
     made: Callable[[], None] = _nothing,
     go_on: Callable[[int], None] = _always,
@@ -115,6 +159,7 @@ def train_step(
     minibatch needs no such pass.
 
     Args:
+        share: this rank's part of the step.
         made: called whenever a minibatch is done, so that the step's progress can be followed.
         go_on: called before each micro-batch with the number of updates made; raises StepStopped to stop.
 
@@ -124,46 +169,45 @@ def train_step(
     """
     watch = MicroBatchWatch()
     with watch.naming_failures():
-        return _train_step(policy, plan, rank, clock, made, go_on, watch)
+        return _train_step(policy, share, clock, made, go_on, watch)
 
 
 def _train_step(
     policy: StepPolicy,
-    plan: StepPlan,
-    rank: int,
+    share: StepShare,
     clock: Callable[[], float],
     made: Callable[[], None],
     go_on: Callable[[int], None],
     watch: MicroBatchWatch,
 ) -> StepOutcome:
     began = clock()
-    policy.use(plan.settings)
-    minibatches = [
-        [plan.samples[index] for index in members]
-        for members in split_minibatches([s.ticket for s in plan.samples], plan.num_minibatches)
-    ]
-    packed = [
-        _pack_for_rank(m, plan.tokens_per_micro_batch, policy.world_size, rank, watch) for m in minibatches
-    ]
-    needs_proximal = POLICY_LOSSES[plan.settings.algorithm.policy_loss].needs_proximal
+    policy.use(share.settings)
+    packed = [_pack(minibatch.micro_batches, watch) for minibatch in share.minibatches]
+    needs_proximal = POLICY_LOSSES[share.settings.algorithm.policy_loss].needs_proximal
     proximal = []
     for batches in packed[1:]:
         proximal.append(policy.logprobs(_asking(batches, go_on, 0)) if needs_proximal else None)
         made()
     updates: dict[int, Update] = {}
     for number, (batches, proximal_logprobs) in enumerate(zip(packed, [None, *proximal], strict=True)):
-        if number not in plan.skipped:
+        if number not in share.skipped:
             updates[number] = policy.update(
                 _asking(batches, go_on, len(updates)),
                 proximal_logprobs=proximal_logprobs,
-                num_tokens=sum(s.num_sampled_tokens for s in minibatches[number]),
-                learning_rate=plan.learning_rate,
+                num_tokens=share.minibatches[number].num_tokens,
+                learning_rate=share.learning_rate,
             )
         made()
     applied = [number for number, update in updates.items() if math.isfinite(update.gradient_norm)]
     skipped = tuple(number for number in range(len(packed)) if number not in applied)
-    report = _report(policy, plan, packed[0], updates, applied, clock() - began)
-    return StepOutcome(report | {"skipped_updates": len(skipped)}, skipped)
+    report = _report(policy, packed[0], updates, applied)
+    report |= {
+        "num_micro_batches": sum(len(packed[number]) for number in updates),
+        "learning_rate": share.learning_rate,
+        "skipped_updates": len(skipped),
+        "train_seconds": clock() - began,
+    }
+    return StepOutcome(report, skipped)
 
 
 def _asking(
@@ -173,21 +217,16 @@ def _asking(
     return Announced(batches, lambda place: go_on(num_updates))
 
 
-def _pack_for_rank(
-    samples: Sequence[TrainingSample], capacity: int, num_ranks: int, rank: int, watch: MicroBatchWatch
-) -> Sequence[MicroBatch]:
-    bins = distribute([sample.num_tokens for sample in samples], capacity, num_ranks)[rank]
-    tickets = [[samples[index].ticket for index in members] for members in bins]
-    return watch.over([pack([samples[index] for index in members]) for members in bins], tickets)
+def _pack(micro_batches: Sequence[MicroBatchSamples], watch: MicroBatchWatch) -> Sequence[MicroBatch]:
+    tickets = [[sample.ticket for sample in samples] for samples in micro_batches]
+    return watch.over([pack(samples) for samples in micro_batches], tickets)
 
 
 def _report(
     policy: StepPolicy,
-    plan: StepPlan,
     first_minibatch: Sequence[MicroBatch],
     updates: Mapping[int, Update],
     applied: Sequence[int],
-    seconds: float,
 ) -> dict[str, float]:
     """Return the diagnostics of a step; what an update that was not applied would say is left out."""
     tokens = {}
@@ -205,13 +244,8 @@ def _report(
         start=torch.zeros(4, dtype=torch.float64),
     )
     return {
-        **diagnostics.report_batch(plan.samples, np.array(plan.rewards)),
         **tokens,
         **diagnostics.report_mismatch(policy.reduce(mismatch)),
-        "learning_rate": plan.learning_rate,
-        "num_samples": len(plan.samples),
-        "num_micro_batches": len(first_minibatch) * len(updates),
-        "train_seconds": seconds,
     }
 
 

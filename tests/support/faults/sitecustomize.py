@@ -1,6 +1,8 @@
-"""Faults in the ranks of a trainer: Python imports this file at its start if the folder is on its path.
+"""Faults in the processes of a job: Python imports this file at its start if the folder is on its path.
 
-ASYNCRL_FAULT says which. `slow-disk`: the first flush of each rank's part of a checkpoint, and the final
+ASYNCRL_FAULT says which. `disk`: the file that ASYNCRL_DISK names says what a flush to disk does at present:
+`full`, a number of seconds that it takes longer, or nothing if there is no such file. The others concern the
+ranks of a trainer alone. `slow-disk`: the first flush of each rank's part of a checkpoint, and the final
 export, last longer than the ranks wait for each other, and rank 1's flush fails after that. `slow-passes`:
 from the first step that begins while the file ASYNCRL_SLOW_FROM exists, each training pass of a micro-batch,
 or with the word `all` in that file every pass, lasts PASS_SECONDS.
@@ -17,6 +19,23 @@ WAIT_SECONDS = 5.0
 """What stands in for COMMAND_SECONDS."""
 DISK_SECONDS = 8.0
 PASS_SECONDS = 4.0
+
+
+def let_the_disk_fail(said: Path) -> None:
+    flush = os.fsync
+
+    def fsync(descriptor: Any) -> None:
+        try:
+            state = said.read_text()
+        except OSError:
+            state = ""
+        if state == "full":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if state:
+            time.sleep(float(state))
+        flush(descriptor)
+
+    os.fsync = fsync  # type: ignore[assignment]  # the parameter has another name
 
 
 def slow_down_the_disk() -> None:
@@ -66,9 +85,11 @@ def slow_down_passes(begin: Path) -> None:
     policy.ResponseModel.forward = slow_forward  # type: ignore[method-assign,assignment]
 
 
-if "asyncrl_runtime.main" in sys.orig_argv and "rank" in sys.orig_argv:
-    match os.environ.get("ASYNCRL_FAULT"):
-        case "slow-disk":
-            slow_down_the_disk()
-        case "slow-passes":
-            slow_down_passes(Path(os.environ["ASYNCRL_SLOW_FROM"]))
+is_a_rank = "asyncrl_runtime.main" in sys.orig_argv and "rank" in sys.orig_argv
+match os.environ.get("ASYNCRL_FAULT"):
+    case "disk":
+        let_the_disk_fail(Path(os.environ["ASYNCRL_DISK"]))
+    case "slow-disk" if is_a_rank:
+        slow_down_the_disk()
+    case "slow-passes" if is_a_rank:
+        slow_down_passes(Path(os.environ["ASYNCRL_SLOW_FROM"]))
