@@ -29,6 +29,7 @@ from asyncrl_api.operations_spec import (
 from asyncrl_api.placement_spec import (
     AutoSplitSpec,
     DeepSpeedSpec,
+    EmulationSpec,
     EngineSpec,
     GangSpec,
     GPUBudgetSpec,
@@ -72,6 +73,7 @@ __all__ = [
     "DatasetSpec",
     "DeepSpeedSpec",
     "EmbeddedSpec",
+    "EmulationSpec",
     "EngineSpec",
     "EvaluationSpec",
     "FailurePolicySpec",
@@ -129,6 +131,11 @@ class Spec(ApiType):
     gpu_budget: GPUBudgetSpec = field("How many GPUs the job may hold, and who decides how they are used.")
     rollout: RolloutSpec = field("The group that samples.", default=RolloutSpec())
     trainer: TrainerSpec = field("The group that trains.", default=TrainerSpec())
+    emulation: EmulationSpec = field(
+        "Emulated devices, with rollout.engine.type and trainer.backend Emulated.",
+        mark="I",
+        default=EmulationSpec(),
+    )
     weight_sync: WeightSyncSpec = field(
         "How new weights reach the engines.", mark="R", default=WeightSyncSpec()
     )

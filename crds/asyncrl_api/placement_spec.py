@@ -87,8 +87,10 @@ class GPUBudgetSpec(ApiType):
 class EngineSpec(ApiType):
     """The inference engine."""
 
-    type: Literal["SGLang", "CPU"] = field(
-        "SGLang, or asyncrl's own engine for small models on CPUs (CPU).", default="SGLang"
+    type: Literal["SGLang", "CPU", "Emulated"] = field(
+        "SGLang, asyncrl's own engine for small models on CPUs (CPU), or one that takes the time that "
+        "`emulation` says and samples random tokens (Emulated).",
+        default="SGLang",
     )
     image: Text = field("Container image; empty: the one that the operator was installed with.", default="")
     args: Arguments = field("Further command-line arguments of the engine.", default=[], list_type="atomic")
@@ -156,7 +158,11 @@ ActivationCheckpointing = Literal["Auto", "Always", "Never"]
 class TrainerSpec(ApiType):
     """The group that trains."""
 
-    backend: Literal["DeepSpeed"] = field("Training framework.", mark="I", default="DeepSpeed")
+    backend: Literal["DeepSpeed", "Emulated"] = field(
+        "Training framework. Emulated: none; steps take the time that `emulation` says, and change nothing.",
+        mark="I",
+        default="DeepSpeed",
+    )
     deepspeed: DeepSpeedSpec = field("Settings of DeepSpeed.", mark="R", default=DeepSpeedSpec())
     activation_checkpointing: ActivationCheckpointing = field(
         "Whether the backward pass computes activations once more, layer by layer, instead of keeping them: "
@@ -182,6 +188,19 @@ class TrainerSpec(ApiType):
         "may not be set.",
         mark="R",
         default={},
+    )
+
+
+class EmulationSpec(ApiType):
+    """Devices that take their time and compute nothing; everything around them is what trains."""
+
+    device_model: Text = field(
+        "Device model: the name of one that comes with asyncrl, or the path of a YAML file in the pods. "
+        "Empty: the devices are real.",
+        default="",
+    )
+    speedup: Annotated[float, Field(ge=0.01, le=1000)] = field(
+        "Seconds of the devices in a second; the rest of the job does not run faster.", default=1.0
     )
 
 

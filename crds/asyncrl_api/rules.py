@@ -384,6 +384,27 @@ _ENGINE = (
     ),
 )
 
+_EMULATION = (
+    _rule(
+        "spec",
+        "emulation.deviceModel",
+        "(self.emulation.deviceModel != '') == (self.trainer.backend == 'Emulated') && "
+        "(self.emulation.deviceModel != '') == (self.rollout.engine.type == 'Emulated')",
+        'emulation.deviceModel is "%s", trainer.backend is %s and rollout.engine.type is %s, but devices are '
+        "emulated all or none: name a device model and set both to Emulated, or none of them",
+        "self.emulation.deviceModel",
+        "self.trainer.backend",
+        "self.rollout.engine.type",
+    ),
+    _rule(
+        "spec",
+        "training.lora.rank",
+        "self.trainer.backend != 'Emulated' || self.training.lora.rank == 0",
+        "training.lora.rank is %d, but adapters cannot be trained with trainer.backend Emulated: use rank 0",
+        "self.training.lora.rank",
+    ),
+)
+
 _ADAPTERS = (
     _rule(
         "spec.training.lora",
@@ -450,6 +471,7 @@ RULES = (
     *_CHECKPOINT,
     *_BUDGET,
     *_ENGINE,
+    *_EMULATION,
     *_ADAPTERS,
     *_NOT_YET,
 )

@@ -5,6 +5,7 @@ from typing import Any, Literal, Protocol
 from asyncrl_api.operations_spec import FailurePolicySpec, LocationSpec, MessagingSpec
 from asyncrl_api.placement_spec import (
     AutoSplitSpec,
+    EmulationSpec,
     EngineSpec,
     SchedulingSpec,
     TrainerSpec,
@@ -127,6 +128,8 @@ class FrozenSpec(Protocol):
     def rollout(self) -> FrozenRolloutSpec: ...
     @property
     def trainer(self) -> TrainerSpec: ...
+    @property
+    def emulation(self) -> EmulationSpec: ...
     @property
     def weight_sync(self) -> WeightSyncSpec: ...
     @property

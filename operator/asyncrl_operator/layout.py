@@ -246,6 +246,8 @@ def _engine_command(spec: Spec, gpus_per_replica: int, config: str, host: str, p
     arguments = spec.rollout.engine.args
     if spec.rollout.engine.type == "CPU":
         return ("asyncrl-runtime", "engine", *address, *arguments)
+    if spec.rollout.engine.type == "Emulated":
+        return ("asyncrl-runtime", "emulated-engine", *address, *arguments)
     return ("asyncrl-runtime", "sglang", *address, "--gpus", str(gpus_per_replica), *arguments)
 
 

@@ -50,6 +50,25 @@ def engine(
     _run(config, run)
 
 
+@app.command(name="emulated-engine")
+def emulated_engine(
+    config: ConfigPath,
+    host: Host = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port of the HTTP API.")] = 30000,
+    count: Annotated[
+        int, typer.Option(help="Number of engines; the others are at /e/1 and so on.", min=1, max=10_000)
+    ] = 1,
+) -> None:
+    """Serve engines that take the time that the job's device model says, and sample random tokens."""
+
+    def run(run_config: RunConfig) -> None:
+        from asyncrl_runtime.emulation.http import run_emulated_engines
+
+        run_emulated_engines(run_config, host, port, count)
+
+    _run(config, run)
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def sglang(
     context: typer.Context,
@@ -152,6 +171,25 @@ def evaluate(
         print(evaluate_checkpoint(run_config, step))
 
     _run(config, run)
+
+
+@app.command(hidden=True)
+def simulate(
+    plan: Annotated[Path, typer.Option(help="What `asyncrl simulate` has written: the jobs.")],
+    device_model: Annotated[str, typer.Option(help="Name of a device model, or its file.")],
+    steps: Annotated[int, typer.Option(help="Steps that are measured.")] = 8,
+    price: Annotated[float | None, typer.Option(help="What a GPU costs in an hour.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a line of JSON for each job.")] = False,
+) -> None:
+    """Simulate jobs; `asyncrl simulate` starts it."""
+    from asyncrl_runtime.simulation.command import run_plan
+
+    logging.basicConfig(level=logging.ERROR, format="%(name)s: %(message)s")
+    try:
+        run_plan(plan, device_model, steps, price, as_json=as_json)
+    except ExitError as error:
+        _fail(error)
+    _end(ExitCode.DONE)
 
 
 @app.command()

@@ -11,6 +11,7 @@ from asyncrl_api.run_config import RunningSpec
 from asyncrl_runtime.contract.bell import Bell
 from asyncrl_runtime.contract.broker import StreamMessage, TransportError
 from asyncrl_runtime.contract.messages import Heartbeat, PolicyVersion, encode
+from asyncrl_runtime.simulation.virtual_time import VirtualLoop, run_virtually
 from asyncrl_runtime.trainer.attempt import FIRST_HEARTBEAT_SECONDS, LOOK_SECONDS, Attempt
 from asyncrl_runtime.trainer.books.books import Batch, Books
 from asyncrl_runtime.trainer.job_streams import JobStreams
@@ -20,7 +21,6 @@ from asyncrl_runtime.weights.fleet import Fleet
 from support.fakes import FakeJobQueues, FakeRanks, FakeStreams, FakeWeights, run_in_virtual_time
 from support.jobs.attempt_parts import make_attempt_parts
 from support.messages.samples import make_group, make_job
-from support.virtual_time import VirtualLoop, run_virtually
 
 SLOW_SECONDS = 5.0
 """How long a broker that does not answer keeps a publish."""

@@ -11,10 +11,10 @@ from asyncrl_operator.decide.disruption import announced_disruption, taint_that_
 from asyncrl_operator.decide.observed import Node, Pod
 from asyncrl_operator.render.manifests import render_shared
 from asyncrl_operator.resources import CONFIG_MAPS, PODS
+from asyncrl_runtime.simulation.virtual_time import run_virtually
 from support.cluster.model_cluster import ModelCluster
 from support.cluster.whole_operator import NAME, World, running_world
 from support.manifests.rendered_jobs import DEFAULTS, job_of
-from support.virtual_time import run_virtually
 
 TRAINER = Pod("t-0", "u", "trainer", node="n1", phase="Running")
 HEALTHY = Node(is_ready=True, since=0.0)

@@ -20,11 +20,11 @@ from asyncrl_operator.resources import (
     resource_of,
 )
 from asyncrl_operator.workqueue import Key
+from asyncrl_runtime.simulation.virtual_time import run_virtually
 from support.cluster.api_calls import RefusalError, Request
 from support.cluster.memory_api_client import MemoryResponse, Send
 from support.cluster.whole_operator import NAME, World, running_world
 from support.manifests.rendered_jobs import DEFAULTS, job_of
-from support.virtual_time import run_virtually
 
 JOB = job_of("cpu")
 UID = JOB.metadata.uid or ""

@@ -9,12 +9,12 @@ from ruamel.yaml import YAML
 from asyncrl_api.crdgen import FILE_NAME
 from asyncrl_operator.api_server.api import Api, ApiError
 from asyncrl_operator.resources import CONFIG_MAPS, Json
+from asyncrl_runtime.simulation.virtual_time import run_virtually
 from support.cluster.api_server_cases import CASES, Case, config_map, refused
 from support.cluster.field_managers import LackingError
 from support.cluster.memory_api_client import MemoryApiClient
 from support.cluster.memory_api_server import NAMESPACES, MemoryApiServer
 from support.paths import ROOT
-from support.virtual_time import run_virtually
 
 CRD: Json = YAML(typ="safe").load((ROOT / "crds" / FILE_NAME).read_text())
 

@@ -11,7 +11,7 @@ from asyncrl_operator.api_server.api import ApiError
 from asyncrl_operator.passes import GATHER_SECONDS, LOUD_FAILURES, NUM_WORKERS, PASS_SECONDS, Passes
 from asyncrl_operator.telemetry import Telemetry
 from asyncrl_operator.workqueue import FIRST_RETRY_SECONDS, Key, WorkQueue
-from support.virtual_time import run_virtually
+from asyncrl_runtime.simulation.virtual_time import run_virtually
 
 ONE, OTHER = Key("team", "one"), Key("team", "other")
 

@@ -13,6 +13,7 @@ import pytest
 from asyncrl_api.job import Spec
 from asyncrl_runtime.contract.broker import StreamMessage
 from asyncrl_runtime.contract.messages import Group, encode
+from asyncrl_runtime.simulation.virtual_time import run_virtually
 from asyncrl_runtime.trainer.attempt import Attempt
 from asyncrl_runtime.trainer.books import verdicts
 from asyncrl_runtime.trainer.books.books import Books
@@ -23,7 +24,6 @@ from asyncrl_runtime.trainer.update.step import StepOutcome
 from support.fakes import FakeRanks, FakeStreams, FakeWeights
 from support.jobs.attempt_parts import make_attempt_parts
 from support.messages.samples import make_group, make_job
-from support.virtual_time import run_virtually
 
 SPEC = make_job("training.batchSize=2", "training.minibatches=1", "training.maxSteps=9").spec
 

@@ -23,11 +23,11 @@ from asyncrl_operator.resources import (
     Json,
     Resource,
 )
+from asyncrl_runtime.simulation.virtual_time import run_virtually
 from support.cluster.api_calls import RefusalError, Request
 from support.cluster.memory_api_client import MemoryResponse, Send
 from support.cluster.memory_api_server import QUOTAS
 from support.cluster.whole_operator import CRD, NAME, NAMESPACE, World, running_world
-from support.virtual_time import run_virtually
 
 CPU = {"allocation": "None"}
 ROLLOUT = f"{NAME}-rollout"

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from asyncrl_operator.resources import ASYNCRL_JOBS, SERVICES, STATEFUL_SETS
+from asyncrl_runtime.simulation.virtual_time import run_virtually
 from support.cluster.api_calls import RefusalError, Request
 from support.cluster.memory_api_client import MemoryResponse, Send, broken_connection, pass_on
 from support.cluster.whole_operator import NAME, NAMESPACE, OnTheWay, World, running_world
-from support.virtual_time import run_virtually
 
 ROLLOUT = f"{NAME}-rollout"
 MAX_WRITES = 80

@@ -9,10 +9,10 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from asyncrl_operator.resources import Json
+from asyncrl_runtime.simulation.virtual_time import run_virtually
 from support.cluster.api_calls import Request
 from support.cluster.memory_api_client import MemoryResponse, Send
 from support.cluster.whole_operator import World, running_world
-from support.virtual_time import run_virtually
 
 MAX_WRITES = 80
 

@@ -14,11 +14,11 @@ from asyncrl_operator.api_server.api import ApiError
 from asyncrl_operator.decide.status import REPORT_SECONDS
 from asyncrl_operator.resources import ASYNCRL_JOBS, CONFIG_MAPS, JOBS, NODES, PODS, SERVICES, Json
 from asyncrl_operator.troubles import first_line, is_passing
+from asyncrl_runtime.simulation.virtual_time import run_virtually
 from support.cluster.api_calls import RefusalError, Request
 from support.cluster.memory_api_client import MemoryResponse, Send
 from support.cluster.structural_values import faults
 from support.cluster.whole_operator import NAME, NAMESPACE, World, running_world
-from support.virtual_time import run_virtually
 
 SCHEMA = status_schema()
 

@@ -7,9 +7,9 @@ from asyncrl_runtime.rollout.concurrency import Taken
 from asyncrl_runtime.rollout.engine_api import EngineLoad
 from asyncrl_runtime.rollout.weight_updates import WeightUpdates
 from asyncrl_runtime.rollout.worker import LOOK_SECONDS, Worker
+from asyncrl_runtime.simulation.virtual_time import VirtualLoop, run_virtually
 from support.fakes import UpdatableEngine
 from support.messages.samples import make_job
-from support.virtual_time import VirtualLoop, run_virtually
 
 GROUP_SIZE = 2
 

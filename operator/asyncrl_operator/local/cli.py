@@ -1,10 +1,11 @@
-"""The command `asyncrl`: run, plan, validate, audit, eval."""
+"""The command `asyncrl`: run, plan, simulate, validate, audit, eval."""
 
 import os
 import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -31,6 +32,7 @@ from asyncrl_operator.local.local_run import (
 )
 from asyncrl_operator.local.progress import Display, render_end
 from asyncrl_operator.local.run_folder import RunFolder
+from asyncrl_operator.local.sweep import simulation_plan
 
 app = typer.Typer(
     add_completion=False,
@@ -128,6 +130,41 @@ def plan(file: Manifest, overrides: Overrides = None) -> None:
     _exit(command)
 
 
+@app.command()
+def simulate(
+    file: Manifest,
+    device_model: Annotated[
+        str, typer.Option(help="Name of a device model that comes with asyncrl, or a YAML file.")
+    ],
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Compare values of gpus, split (ROLLOUT+TRAINER) or maxVersions: NAME=VALUE,VALUE; may be "
+            "repeated."
+        ),
+    ] = None,
+    price: Annotated[
+        float | None, typer.Option(help="What a GPU costs in an hour; adds what a step costs.", min=0)
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Steps that are measured.", min=1, max=10_000)] = 8,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a line of JSON for each job.")] = False,
+    overrides: Overrides = None,
+) -> None:
+    """Say how fast a job would run on a cluster: the real runtime in virtual time, on emulated GPUs."""
+
+    def command() -> int:
+        plan = simulation_plan(_load_document(file), overrides or [], sweep or [])
+        arguments = ["simulate", "--device-model", device_model, "--steps", str(steps)]
+        arguments += ["--price", str(price)] if price is not None else []
+        arguments += ["--json"] if as_json else []
+        with tempfile.TemporaryDirectory(prefix="asyncrl-") as folder:
+            path = Path(folder) / "plan.json"
+            path.write_text(plan.model_dump_json(by_alias=True, exclude_none=True))
+            return _run_program("asyncrl-runtime", *arguments, "--plan", str(path))
+
+    _exit(command)
+
+
 @app.command(name="validate")
 def validate_files(
     files: Annotated[list[Path], typer.Argument(help="AsyncRLJob manifests (YAML).")],
@@ -214,14 +251,18 @@ def _errors_of(file: Path) -> list[str]:
 
 
 def _load(file: Path, overrides: list[str] | None) -> AsyncRLJob:
+    document: Any = apply_overrides(_load_document(file), overrides or [])
+    return parse_job(document)
+
+
+def _load_document(file: Path) -> Any:
     try:
         documents = load_documents(file)
     except OSError as error:
         raise ExitError(ExitCode.USAGE, f"{file}: {error.strerror}") from error
     if len(documents) != 1:
         raise ExitError(ExitCode.USAGE, f"{file}: holds {len(documents)} documents; one job is run at a time")
-    document: Any = apply_overrides(documents[0], overrides or [])
-    return parse_job(document)
+    return documents[0]
 
 
 def _model_cache() -> Path:
@@ -231,11 +272,12 @@ def _model_cache() -> Path:
 
 def _hand_over(program: str, *arguments: str) -> NoReturn:
     """Run another of our programs instead of this one."""
-    try:
-        command = [find_program(program), *arguments]
-    except ExitError as error:
-        _fail(error)
-    raise typer.Exit(subprocess.run(command, check=False).returncode)
+    _exit(lambda: _run_program(program, *arguments))
+
+
+def _run_program(program: str, *arguments: str) -> int:
+    """Run another of our programs to its end; return its exit code."""
+    return subprocess.run([find_program(program), *arguments], check=False).returncode
 
 
 def _exit(command: Callable[[], int]) -> NoReturn:

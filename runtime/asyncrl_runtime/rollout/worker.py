@@ -83,7 +83,7 @@ class Worker:
             engine, self._updates, lambda: self._slots.num_taken, self._observe, clock
         )
         self._runner = GroupRunner(
-            engine, renderer, workflow, scorer, self._cache_salt, finished=self._limit.finished
+            engine, renderer, workflow, scorer, self._cache_salt, clock, finished=self._limit.finished
         )
         self._work = TicketWork(name, self._spec.frozen, broker, self._runner, self.report_failure, clock)
         self._clock = clock

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from asyncrl_api.base import parse_quantity
 from asyncrl_api.doubts import doubts_about
 from asyncrl_api.exits import ExitCode, ExitError
+from asyncrl_api.job import Spec
 from asyncrl_api.ledger import History, LedgerError, read_ledger
 from asyncrl_api.report import CheckpointReport, EvaluationReport, Report
 from asyncrl_api.run_config import RunConfig, RunningSpec
@@ -29,6 +30,9 @@ from asyncrl_api.spec_views import FrozenSpec
 from asyncrl_runtime.contract.broker import TrainerBroker, TransportError
 from asyncrl_runtime.contract.refused import Refusals
 from asyncrl_runtime.contract.rows import prompt_text
+from asyncrl_runtime.emulation.device import device_model_of
+from asyncrl_runtime.emulation.group import EmulatedGroups
+from asyncrl_runtime.emulation.server import Pace
 from asyncrl_runtime.history.ledger_writer import Ledger, Superseded
 from asyncrl_runtime.model.source import (
     ensure_model,
@@ -62,6 +66,7 @@ from asyncrl_runtime.trainer.starting import Start
 from asyncrl_runtime.trainer.step_faults import NumbersUnusable
 from asyncrl_runtime.trainer.stopping import announced_disruption
 from asyncrl_runtime.trainer.train import train
+from asyncrl_runtime.trainer.update.emulated_policy import EmulatedPolicy
 from asyncrl_runtime.trainer.update.failures import StepFailed
 from asyncrl_runtime.trainer.update.policy import Policy
 from asyncrl_runtime.trainer.update.policy_api import TrainedPolicy
@@ -72,7 +77,7 @@ from asyncrl_runtime.weights.adapter_publisher import AdapterPublisher
 from asyncrl_runtime.weights.bucket import PublishedWeights
 from asyncrl_runtime.weights.engines import Publisher, WeightsRefused
 from asyncrl_runtime.weights.fleet import Fleet
-from asyncrl_runtime.weights.group import TorchGroups
+from asyncrl_runtime.weights.group import TorchGroups, WeightGroups
 from asyncrl_runtime.weights.publisher import ChecksumMismatch, WeightPublisher
 
 log = logging.getLogger(__name__)
@@ -110,14 +115,7 @@ def run_rank(config: RunConfig, options: Options, start: Start) -> None:
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=COMMAND_SECONDS))
     try:
-        policy = Policy(
-            folder,
-            dtype=spec.model.dtype,
-            training=spec.training,
-            algorithm=spec.algorithm,
-            deepspeed=spec.trainer.deepspeed,
-            activation_checkpointing=spec.trainer.activation_checkpointing,
-        )
+        policy = make_policy(spec, folder)
         if spec.rollout.engine.type == "SGLang" and not policy.trains_adapters:
             check_names(policy, folder)
         tokenizer = load_tokenizer(folder)
@@ -143,6 +141,34 @@ def run_rank(config: RunConfig, options: Options, start: Start) -> None:
     finally:
         with contextlib.suppress(Exception):  # a lost peer must not hide the reason
             dist.destroy_process_group()
+
+
+def make_policy(spec: Spec, folder: Path) -> TrainedPolicy:
+    """Return this rank's policy; the other ranks make theirs.
+
+    Raises:
+        ExitError: the device model of an emulated one cannot be used.
+    """
+    if spec.trainer.backend == "Emulated":
+        model, speedup = device_model_of(spec.emulation), spec.emulation.speedup
+        return EmulatedPolicy(
+            model, lambda seconds: time.sleep(seconds / speedup), gpus=1, world_size=dist.get_world_size()
+        )
+    return Policy(
+        folder,
+        dtype=spec.model.dtype,
+        training=spec.training,
+        algorithm=spec.algorithm,
+        deepspeed=spec.trainer.deepspeed,
+        activation_checkpointing=spec.trainer.activation_checkpointing,
+    )
+
+
+def make_groups(spec: Spec) -> WeightGroups:
+    """Return what makes the weight groups of this trainer."""
+    if spec.trainer.backend == "Emulated":
+        return EmulatedGroups(device_model_of(spec.emulation), Pace(time.monotonic, spec.emulation.speedup))
+    return TorchGroups()
 
 
 def check_names(policy: TrainedPolicy, folder: Path) -> None:
@@ -413,7 +439,7 @@ def _make_publisher(
         config.names,
         fleet,
         PublishedWeights(tuple(map(ranks.policy.layout, buckets)), ranks.bucket),
-        TorchGroups(),
+        make_groups(config.spec),
         attempt=options.attempt,
         host=options.host,
         backend=choose_backend(config.spec, has_gpu=torch.cuda.is_available()),

@@ -318,6 +318,32 @@ CASES = {
         "spec.weightSync.backend",
         "weightSync.backend NCCL needs engines on GPUs, but rollout.engine.type is CPU: use Auto or Gloo",
     ),
+    "devices are emulated all or none": Case(
+        [
+            "spec.trainer.backend=Emulated",
+            "spec.rollout.engine.type=Emulated",
+            "spec.emulation={deviceModel: areal-7b, speedup: 10}",
+        ],
+        ["spec.trainer.backend=Emulated", "spec.emulation={deviceModel: areal-7b}"],
+        "spec.emulation.deviceModel",
+        'emulation.deviceModel is "areal-7b", trainer.backend is Emulated and rollout.engine.type is SGLang, '
+        "but devices are emulated all or none: name a device model and set both to Emulated, or none of them",
+    ),
+    "emulated trainers have no adapters": Case(
+        [
+            "spec.trainer.backend=Emulated",
+            "spec.rollout.engine.type=Emulated",
+            "spec.emulation={deviceModel: areal-7b}",
+        ],
+        [
+            "spec.trainer.backend=Emulated",
+            "spec.rollout.engine.type=Emulated",
+            "spec.emulation={deviceModel: areal-7b}",
+            "spec.training.lora={rank: 8, targetModules: [q_proj]}",
+        ],
+        "spec.training.lora.rank",
+        "training.lora.rank is 8, but adapters cannot be trained with trainer.backend Emulated: use rank 0",
+    ),
     "adapters have their places": Case(
         ["spec.training.lora={rank: 8, targetModules: [q_proj]}"],
         ["spec.training.lora={rank: 8, targetModules: []}"],

@@ -1,4 +1,4 @@
-"""An event loop whose time passes only while everybody waits: hours of an operator in milliseconds."""
+"""An event loop whose time passes only while everybody waits: hours of a job in seconds."""
 
 import asyncio
 import selectors

@@ -1,0 +1,1 @@
+"""Emulated devices: engines and trainers that take the time that a device model says, and compute nothing."""

@@ -1,0 +1,141 @@
+"""Whether asynchrony pays at the size of clusters: the real runtime in virtual time, on emulated devices.
+
+Each cell of the tables in RESULTS.md is one simulation; batches are scaled with the GPUs, as AReaL's. A cell
+that has a line in async.jsonl is not simulated again: delete the line, or the file, to see it anew.
+
+    python tests/bench/bench_async.py [ROW ...]
+"""
+
+import argparse
+import dataclasses
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from asyncrl_api.parsing import apply_overrides, parse_job
+from asyncrl_api.simulation import SimulatedJob
+from asyncrl_runtime.emulation.device import load_device_model
+from asyncrl_runtime.simulation.command import simulate_job
+
+RESULTS = Path(__file__).with_name("async.jsonl")
+JOB = {
+    "apiVersion": "asyncrl.dev/v1alpha1",
+    "kind": "AsyncRLJob",
+    "metadata": {"name": "areal"},
+    "spec": {
+        "model": {"source": "hf://org/name", "contextLength": 32_768},
+        "dataset": {"source": "package:rows"},
+        "reward": {"type": "Math"},
+        "sampling": {"groupSize": 16, "maxNewTokens": 27_648},
+        "training": {"batchSize": 4, "maxSteps": 250, "minibatches": 4, "tokensPerMicroBatch": 32_768},
+        "gpuBudget": {"total": 8},
+        "checkpoint": {"location": {"claimName": "none"}, "everySteps": 10_000, "everySeconds": 86_400},
+    },
+}
+GROUPS_PER_GPU = {"areal-1.5b": 4.0, "areal-7b": 512 / 192, "areal-14b": 2.0, "areal-32b": 512 / 384}
+"""AReaL's batch of 512 prompts over the GPUs of its table 1."""
+GPUS = {"areal-1.5b": (6, 2), "areal-7b": (6, 2), "areal-14b": (12, 4), "areal-32b": (24, 8)}
+"""Those of engines and trainer: six engines each."""
+ETAS = (0, 1, 2, 4)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One simulation."""
+
+    row: str
+    profile: str
+    eta: int
+    rollout_gpus: int
+    trainer_gpus: int
+    batch_size: int
+    interrupt: str = "Retract"
+    concurrency: int = 512
+    steps: int = 6
+    seed: int = 1
+
+    def job(self, gpus_per_engine: int) -> SimulatedJob:
+        overrides = {
+            "staleness.maxVersions": self.eta,
+            "staleness.target": self.eta,  # the gate alone bounds what is open
+            "training.batchSize": self.batch_size,
+            "training.seed": self.seed,
+            "rollout.interrupt": self.interrupt,
+            "rollout.maxConcurrency": self.concurrency,
+        }
+        document = apply_overrides(JOB, [f"spec.{name}={value}" for name, value in overrides.items()])
+        return SimulatedJob(
+            name=self.row,
+            spec=parse_job(document).spec,
+            num_engines=self.rollout_gpus // gpus_per_engine,
+            gpus_per_engine=gpus_per_engine,
+            trainer_gpus=self.trainer_gpus,
+        )
+
+
+def cells() -> Iterator[Cell]:
+    """Yield all cells: the bound, the synchronous systems, and interrupting where engines are the bound."""
+    for eta in ETAS:
+        yield Cell("as sketched", "areal-1.5b", eta, 3, 1, 16)
+    for profile, (rollout, trainer) in GPUS.items():
+        batch, both = round((rollout + trainer) * GROUPS_PER_GPU[profile]), rollout + trainer
+        for eta in reversed(ETAS):
+            yield Cell("bound", profile, eta, rollout, trainer, batch)
+        yield Cell("all GPUs take turns", profile, 0, both, both, batch, "Drain", steps=4)
+        if profile in ("areal-1.5b", "areal-7b"):
+            for interrupt in ("Retract", "InPlace", "Drain"):
+                yield Cell("interrupt", profile, 4, 6, 9, batch, interrupt, 208)
+
+
+def run(cell: Cell) -> dict[str, Any]:
+    model = load_device_model(cell.profile)
+    began = time.process_time()
+    found = simulate_job(cell.job(model.engine.gpus), model, cell.steps)
+    seconds = time.process_time() - began
+    return {**dataclasses.asdict(cell), "cpu_seconds": round(seconds, 1), "figures": found.to_json()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("rows", nargs="*", help="rows to simulate; by default all")
+    rows = parser.parse_args().rows
+    text = RESULTS.read_text() if RESULTS.exists() else ""
+    known = [json.loads(line) for line in text.splitlines()]
+    for cell in cells():
+        named = dataclasses.asdict(cell)
+        done = next((line for line in known if {name: line[name] for name in named} == named), None)
+        if done is None and rows and cell.row not in rows:
+            continue
+        if done is None:
+            done = run(cell)
+            with RESULTS.open("a") as file:
+                file.write(json.dumps(done) + "\n")
+        print(render(done), flush=True)
+
+
+def render(line: dict[str, Any]) -> str:
+    """Return a cell's figures as a row of a table in RESULTS.md."""
+    found = line["figures"]
+    numbers = [
+        f"{line['profile']}",
+        f"{line['rollout_gpus']}+{line['trainer_gpus']}",
+        f"{line['batch_size']}",
+        f"{line['eta']}",
+        f"{line['interrupt']}",
+        f"{found['tokens_per_second'] / 1e3:.2f}k",
+        f"{found['share_of_bound']:.3f}",
+        f"{found['trainer_waits']:.3f}",
+        f"{found['trainer_publishes']:.3f}",
+        f"{found['engines_idle']:.2f}",
+        f"{found['staleness_mean']:.2f}",
+        f"{found['live_tokens_per_second'] / 1e3:.2f}k",
+        f"{found['masked_tokens']:.3f}",
+        f"{line['cpu_seconds']:.0f}",
+    ]
+    return f"| {line['row']} | {' | '.join(numbers)} |"
+
+
+if __name__ == "__main__":
+    main()
