@@ -11,8 +11,8 @@ import uvicorn
 from asyncrl_api.processes import bind
 from asyncrl_runtime.contract.messages import BucketLayout, JoinGroup, PolicyVersion
 from asyncrl_runtime.emulation.device import load_device_model
+from asyncrl_runtime.emulation.emulated_server import Pace
 from asyncrl_runtime.emulation.http import make_app
-from asyncrl_runtime.emulation.server import Pace
 from asyncrl_runtime.rollout.engine_api import (
     EngineRefused,
     Generation,

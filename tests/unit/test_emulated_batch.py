@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncrl_runtime.emulation.batch import Batch, Sequence
+from asyncrl_runtime.emulation.decode_batch import DecodeBatch, Sequence
 from asyncrl_runtime.emulation.device import EngineModel
 
 MODEL = EngineModel(
@@ -20,7 +20,7 @@ MODEL = EngineModel(
 )
 
 
-def run_out(batch: Batch, now: float = 0.0) -> dict[Sequence, float]:
+def run_out(batch: DecodeBatch, now: float = 0.0) -> dict[Sequence, float]:
     """Let everything end; return when each sequence did."""
     ended = {}
     batch.advance(now)
@@ -52,7 +52,7 @@ def stepped(model: EngineModel, sizes: list[tuple[int, int]]) -> list[float]:
 
 @given(st.lists(st.tuples(st.integers(1, 200), st.integers(1, 60)), min_size=1, max_size=12))
 def test_sequences_end_when_stepping_says(sizes: list[tuple[int, int]]) -> None:
-    batch = Batch(MODEL)
+    batch = DecodeBatch(MODEL)
     sequences = [Sequence(prompt, wanted, prefix=place) for place, (prompt, wanted) in enumerate(sizes)]
     for sequence in sequences:
         batch.submit(sequence)
@@ -73,7 +73,7 @@ def test_whatever_happens_every_token_is_sampled_once_and_all_time_is_accounted_
         kv_tokens=noise.randint(60, 400),
         max_running=noise.randint(1, 6),
     )
-    batch, now = Batch(tight, headroom=1), 0.0
+    batch, now = DecodeBatch(tight, headroom=1), 0.0
     ended: list[Sequence] = []
     sequences = [Sequence(noise.randint(1, 50), noise.randint(1, 50), prefix=n) for n in range(8)]
     waiting, updates = list(sequences), 0
@@ -113,7 +113,7 @@ def test_a_full_cache_retracts_the_youngest_which_is_prefilled_again() -> None:
         kv_tokens=100,
         max_running=8,
     )
-    batch = Batch(tight, headroom=0)
+    batch = DecodeBatch(tight, headroom=0)
     older, younger = Sequence(40, 30, prefix=1), Sequence(40, 30, prefix=2)
     batch.submit(older)
     batch.submit(younger)
@@ -124,7 +124,7 @@ def test_a_full_cache_retracts_the_youngest_which_is_prefilled_again() -> None:
 
 
 def test_a_pause_takes_time_and_no_token_of_it_is_sampled() -> None:
-    batch = Batch(MODEL)
+    batch = DecodeBatch(MODEL)
     sequence = Sequence(10, 20)
     batch.submit(sequence)
     batch.advance(0.0)
@@ -144,7 +144,7 @@ def test_a_pause_takes_time_and_no_token_of_it_is_sampled() -> None:
 
 @pytest.mark.parametrize(("retract", "more"), [(True, True), (False, False)])
 def test_only_a_retraction_computes_the_cache_anew(retract: bool, more: bool) -> None:
-    batch = Batch(MODEL)
+    batch = DecodeBatch(MODEL)
     batch.submit(Sequence(1_000, 50))
     batch.advance(0.0)
     batch.take_finished()
@@ -158,7 +158,7 @@ def test_only_a_retraction_computes_the_cache_anew(retract: bool, more: bool) ->
 
 
 def test_samples_of_one_prompt_share_its_prefill() -> None:
-    batch = Batch(MODEL)
+    batch = DecodeBatch(MODEL)
     for _ in range(4):
         batch.submit(Sequence(1_000, 5, prefix=7))
     run_out(batch)

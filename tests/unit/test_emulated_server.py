@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from asyncrl_runtime.emulation.device import DeviceModel, load_device_model
-from asyncrl_runtime.emulation.server import Answer, Asked, EmulatedServer, Pace
+from asyncrl_runtime.emulation.emulated_server import EmulatedAnswer, EmulatedRequest, EmulatedServer, Pace
 from asyncrl_runtime.simulation.virtual_time import run_virtually
 
 MODEL = load_device_model("areal-1.5b")
@@ -20,8 +20,8 @@ def make_server(model: DeviceModel = MODEL, token_scale: int = 1) -> EmulatedSer
 
 async def sampled(
     server: EmulatedServer, seed: int, bound: int = LONG, earned: tuple[int, ...] = ()
-) -> Answer:
-    return await server.sample(Asked((*PROMPT, *earned), bound, seed))
+) -> EmulatedAnswer:
+    return await server.sample(EmulatedRequest((*PROMPT, *earned), bound, seed))
 
 
 def test_the_same_seed_gives_the_same_response_alone_and_in_company() -> None:
@@ -114,7 +114,7 @@ def test_a_token_that_stands_for_several_takes_as_long_as_they_do() -> None:
     async def check(scale: int) -> tuple[float, int]:
         loop = asyncio.get_running_loop()
         server = make_server(token_scale=scale)
-        answer = await server.sample(Asked(PROMPT[: 4 // scale], LONG, 1))
+        answer = await server.sample(EmulatedRequest(PROMPT[: 4 // scale], LONG, 1))
         return loop.time(), len(answer.output_ids)
 
     whole_time, whole = run_virtually(check(1))

@@ -179,7 +179,7 @@ def test_other_documents_are_told_apart(document: Any, expected: list[str]) -> N
         ("scheduling.sharedMemory", "", ': "": must be a quantity of bytes such as 10Gi'),
         ("gpuBudget.gpuMemory", "80GB", ': "80GB": must be a quantity of bytes such as 80Gi, or empty'),
         ("checkpoint.location.claimName", "", ': "": must not be empty'),
-        ("trainer.backend", "FSDP", ": \"FSDP\": must be 'DeepSpeed'"),
+        ("trainer.backend", "FSDP", ": \"FSDP\": must be 'DeepSpeed' or 'Emulated'"),
         ("staleness.order", "Oldest", ": \"Oldest\": must be 'OldestFirst' or 'FreshestFirst'"),
         ("dataset.parameters", "{a: .nan}", ".a: nan: must be a finite number"),
         ("dataset.parameters", f"{{a: {2**63}}}", f".a: {2**63}: must be an integer of 64 bits"),

@@ -10,7 +10,7 @@ from asyncrl_api.ledger import read_ledger
 from asyncrl_runtime.emulation.device import DeviceModel, load_device_model
 from asyncrl_runtime.history.audit import audit
 from asyncrl_runtime.simulation.figures import Figures, figures
-from asyncrl_runtime.simulation.simulated_job import Run, Setting, simulate
+from asyncrl_runtime.simulation.simulated_job import Setting, SimulatedRun, simulate
 from asyncrl_runtime.simulation.virtual_time import run_virtually
 from support.messages.samples import make_job
 
@@ -30,7 +30,9 @@ def small(**blocks: dict[str, Any]) -> DeviceModel:
     return replace(model, **{name: replace(getattr(model, name), **each) for name, each in changes.items()})
 
 
-def simulated(folder: Path, *overrides: str, model: DeviceModel | None = None, engines: int = 2) -> Run:
+def simulated(
+    folder: Path, *overrides: str, model: DeviceModel | None = None, engines: int = 2
+) -> SimulatedRun:
     folder.mkdir(exist_ok=True)
     spec = make_job(
         "training.batchSize=4",

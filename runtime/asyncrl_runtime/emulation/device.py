@@ -25,9 +25,9 @@ class DeviceModelError(ValueError):
     """A device model that cannot be used; the message names the file, the field and the rule."""
 
 
-Positive = Annotated[float, msgspec.Meta(gt=0, le=1e18)]
+Amount = Annotated[float, msgspec.Meta(gt=0, le=1e18)]
 NotNegative = Annotated[float, msgspec.Meta(ge=0, le=1e18)]
-Count = Annotated[int, msgspec.Meta(ge=1, le=10**15)]
+WholeNumber = Annotated[int, msgspec.Meta(ge=1, le=10**15)]
 
 
 class _Block(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fields=True):
@@ -37,26 +37,26 @@ class _Block(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fields=
 class EngineModel(_Block, frozen=True, rename="camel"):
     """One engine. A decode step takes `step_seconds`, and `step_seconds_per_token` for each cached token."""
 
-    gpus: Count
+    gpus: WholeNumber
     """The GPUs of one engine (its tensor-parallel size), to which all numbers belong."""
-    step_seconds: Positive
+    step_seconds: Amount
     step_seconds_per_token: NotNegative
-    prefill_tokens_per_second: Positive
-    kv_tokens: Count
+    prefill_tokens_per_second: Amount
+    kv_tokens: WholeNumber
     """The tokens that the KV cache holds; when it is full, the youngest sequences are retracted."""
-    max_running: Count
+    max_running: WholeNumber
     """The most sequences in the batch; the others queue."""
 
 
-class ResponseModel(_Block, frozen=True, rename="camel"):
+class ResponseLengths(_Block, frozen=True, rename="camel"):
     """The lengths of responses: log-normal, clipped."""
 
-    median_tokens: Positive
+    median_tokens: Amount
     sigma: NotNegative
     """The standard deviation of the length's logarithm."""
-    longest_tokens: Count
-    shortest_tokens: Count
-    prompt_tokens: Count
+    longest_tokens: WholeNumber
+    shortest_tokens: WholeNumber
+    prompt_tokens: WholeNumber
     """The tokens of every prompt."""
 
     def length(self, seed: int) -> int:
@@ -76,9 +76,9 @@ class ResponseModel(_Block, frozen=True, rename="camel"):
 class TrainerModel(_Block, frozen=True, rename="camel"):
     """The trainer. All of its GPUs work on equal shares of each micro-batch."""
 
-    update_tokens_per_second: Positive
+    update_tokens_per_second: Amount
     """Tokens that one GPU takes through forward and backward pass in a second."""
-    forward_tokens_per_second: Positive
+    forward_tokens_per_second: Amount
     """Tokens that one GPU takes through a forward pass alone, for the proximal policy's log-probs."""
     seconds_per_update: NotNegative
     """What an optimizer update takes beside its tokens."""
@@ -94,8 +94,8 @@ class TrainerModel(_Block, frozen=True, rename="camel"):
 class WeightsModel(_Block, frozen=True, rename="camel"):
     """How weights reach the engines."""
 
-    num_bytes: Count
-    bytes_per_second: Positive
+    num_bytes: WholeNumber
+    bytes_per_second: Amount
     """The rate of a broadcast to all engines, with their loading."""
     join_seconds: NotNegative
     """What it takes to form a weight group."""
@@ -112,7 +112,7 @@ class DeviceModel(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fi
 
     description: str
     engine: EngineModel
-    responses: ResponseModel
+    responses: ResponseLengths
     trainer: TrainerModel
     weights: WeightsModel
     reward: RewardModel

@@ -23,8 +23,8 @@ from starlette.routing import Mount, Route
 from asyncrl_api.processes import bind
 from asyncrl_api.run_config import RunConfig
 from asyncrl_runtime.emulation.device import DeviceModel, device_model_of
-from asyncrl_runtime.emulation.group import transfer_seconds
-from asyncrl_runtime.emulation.server import Answer, Asked, EmulatedServer, Pace
+from asyncrl_runtime.emulation.emulated_group import transfer_seconds
+from asyncrl_runtime.emulation.emulated_server import EmulatedAnswer, EmulatedRequest, EmulatedServer, Pace
 from asyncrl_runtime.model.source import ensure_model, vocab_size
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ SGLANG_VERSION = "0.5.21"
 DRAIN_SECONDS = 5
 
 
-class BadRequest(Exception):
+class MalformedRequest(Exception):
     """A request that can never work."""
 
 
@@ -82,7 +82,7 @@ class EmulatedApp:
                 lists = body["input_ids"], body["rid"], body["sampling_params"]
             asked = [(rid, self._asked(ids, params)) for ids, rid, params in zip(*lists, strict=True)]
         except (KeyError, TypeError, ValueError) as error:
-            raise BadRequest(f"{type(error).__name__}: {error}") from error
+            raise MalformedRequest(f"{type(error).__name__}: {error}") from error
         answers = await _unless_gone(request, [self._answer(rid, each) for rid, each in asked])
         if answers is None:
             return Response(status_code=499)
@@ -92,15 +92,15 @@ class EmulatedApp:
         content = msgspec.json.encode(answers[0] if is_single else answers)
         return Response(content, media_type="application/json")
 
-    def _asked(self, input_ids: list[int], params: dict[str, Any]) -> Asked:
+    def _asked(self, input_ids: list[int], params: dict[str, Any]) -> EmulatedRequest:
         bound, seed = params["max_new_tokens"], params.get("sampling_seed", 0)
         if not input_ids or not all(0 <= token < self._vocabulary_size for token in input_ids):
             raise ValueError(f"input_ids must be from 0 to {self._vocabulary_size - 1}, and not empty")
         if not (isinstance(bound, int) and bound >= 1 and isinstance(seed, int) and seed >= 0):
             raise ValueError(f"max_new_tokens is {bound} and sampling_seed is {seed}")
-        return Asked(input_ids, bound, seed)
+        return EmulatedRequest(input_ids, bound, seed)
 
-    async def _answer(self, rid: str, asked: Asked) -> dict[str, Any]:
+    async def _answer(self, rid: str, asked: EmulatedRequest) -> dict[str, Any]:
         return _wire(rid, asked, await self.server.sample(asked), self.server.label)
 
     # -- control
@@ -128,21 +128,21 @@ class EmulatedApp:
 
     async def _leave(self, body: dict[str, Any]) -> Any:
         if body["group_name"] not in self._groups:
-            raise BadRequest(f"this engine is in no group {body['group_name']}")
+            raise MalformedRequest(f"this engine is in no group {body['group_name']}")
         self._groups.remove(body["group_name"])
         return {"success": True, "message": "left"}
 
     async def _begin(self, body: dict[str, Any]) -> Any:
         if self._is_updating:
-            raise BadRequest("an update is open already")
+            raise MalformedRequest("an update is open already")
         self._is_updating = True
         return {"success": True, "message": "begun"}
 
     async def _receive(self, body: dict[str, Any]) -> Any:
         if not self._is_updating:
-            raise BadRequest("no update is open")
+            raise MalformedRequest("no update is open")
         if body["group_name"] not in self._groups:
-            raise BadRequest(f"this engine is in no group {body['group_name']}")
+            raise MalformedRequest(f"this engine is in no group {body['group_name']}")
         num_bytes = sum(math.prod(shape) for shape in body["shapes"])
         await self._pace.sleep(transfer_seconds(self._model, num_bytes))
         if label := body.get("weight_version"):
@@ -151,7 +151,7 @@ class EmulatedApp:
 
     async def _end(self, body: dict[str, Any]) -> Any:
         if not self._is_updating:
-            raise BadRequest("no update is open")
+            raise MalformedRequest("no update is open")
         self._is_updating = False
         return {"success": True, "message": "ended"}
 
@@ -198,7 +198,7 @@ class EmulatedApp:
         return PlainTextResponse("".join(lines))
 
 
-def _wire(rid: str, asked: Asked, answer: Answer, label: str) -> dict[str, Any]:
+def _wire(rid: str, asked: EmulatedRequest, answer: EmulatedAnswer, label: str) -> dict[str, Any]:
     """Return an answer as SGLang writes it."""
     starts = [0, *(end for _, end in answer.spans)]
     spans = [
@@ -250,7 +250,7 @@ def _answering(
         try:
             return JSONResponse(await handler(_parsed(await request.body())))
         except (KeyError, TypeError) as error:
-            raise BadRequest(f"{type(error).__name__}: {error}") from error
+            raise MalformedRequest(f"{type(error).__name__}: {error}") from error
 
     return endpoint
 
@@ -259,7 +259,7 @@ def _parsed(body: bytes) -> dict[str, Any]:
     try:
         return msgspec.json.decode(body or b"{}", type=dict[str, Any])
     except msgspec.DecodeError as error:
-        raise BadRequest(str(error)) from error
+        raise MalformedRequest(str(error)) from error
 
 
 async def _refuse(_: Request, error: Exception) -> Response:
@@ -270,7 +270,7 @@ def make_app(model: DeviceModel, pace: Pace, vocabulary_size: int, count: int) -
     """Return an application with `count` engines; belongs to one event loop."""
     engines = [EmulatedApp(model, pace, vocabulary_size) for _ in range(count)]
     mounts = [Mount(f"/e/{number}", routes=engine.routes()) for number, engine in enumerate(engines)]
-    return Starlette(routes=[*mounts, *engines[0].routes()], exception_handlers={BadRequest: _refuse})
+    return Starlette(routes=[*mounts, *engines[0].routes()], exception_handlers={MalformedRequest: _refuse})
 
 
 def run_emulated_engines(config: RunConfig, host: str, port: int, count: int) -> None:

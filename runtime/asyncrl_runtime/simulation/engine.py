@@ -7,8 +7,8 @@ from pathlib import Path
 
 from asyncrl_runtime.contract.messages import JoinGroup, PolicyVersion, VersionSpan
 from asyncrl_runtime.emulation.device import DeviceModel
-from asyncrl_runtime.emulation.group import transfer_seconds
-from asyncrl_runtime.emulation.server import Answer, Asked, EmulatedServer, Pace
+from asyncrl_runtime.emulation.emulated_group import transfer_seconds
+from asyncrl_runtime.emulation.emulated_server import EmulatedAnswer, EmulatedRequest, EmulatedServer, Pace
 from asyncrl_runtime.rollout.engine_api import (
     EngineLoad,
     EngineRefused,
@@ -48,7 +48,7 @@ class EmulatedEngine:
     async def stream(self, request: SamplingRequest, *, cache_salt: str | None = None) -> Generation:
         self.num_requests += 1
         try:
-            asked = Asked(request.input_ids, request.max_new_tokens, request.seed)
+            asked = EmulatedRequest(request.input_ids, request.max_new_tokens, request.seed)
             return _generation(await self.server.sample(asked))
         finally:
             self.num_requests -= 1
@@ -120,7 +120,7 @@ class EmulatedEngine:
         self.server.set_label(str(version))
 
 
-def _generation(answer: Answer) -> Generation:
+def _generation(answer: EmulatedAnswer) -> Generation:
     spans = []
     for label, end in answer.spans:
         if (version := PolicyVersion.parse(label)) is None:

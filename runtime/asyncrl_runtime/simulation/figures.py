@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 
 from asyncrl_runtime.emulation.device import DeviceModel
-from asyncrl_runtime.simulation.simulated_job import Run
+from asyncrl_runtime.simulation.simulated_job import Setting, SimulatedRun
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,14 @@ class Figures:
         return {**asdict(self), "bound": self.bound, "share_of_bound": self.share_of_bound}
 
 
-def figures(run: Run, model: DeviceModel, price_per_gpu_hour: float | None = None) -> Figures:
+def _generation_rate(setting: Setting, model: DeviceModel) -> float:
+    """Return the tokens a second that all engines can sample, were they never idle."""
+    spec = setting.spec
+    rate = model.generation_rate(spec.sampling.max_new_tokens, spec.rollout.max_concurrency)
+    return rate * setting.num_engines
+
+
+def figures(run: SimulatedRun, model: DeviceModel, price_per_gpu_hour: float | None = None) -> Figures:
     """Return the figures of a simulation.
 
     Args:
@@ -87,7 +94,6 @@ def figures(run: Run, model: DeviceModel, price_per_gpu_hour: float | None = Non
     computed = (ended.trained.computed_tokens - began.trained.computed_tokens) * scale
     passes = model.trainer.step_seconds(computed, minibatches, setting.trainer_gpus)
     passes -= minibatches * model.trainer.seconds_per_update
-    rate = model.generation_rate(spec.sampling.max_new_tokens, spec.rollout.max_concurrency)
     decode = engines("decode")
     return Figures(
         gpus=gpus,
@@ -99,7 +105,7 @@ def figures(run: Run, model: DeviceModel, price_per_gpu_hour: float | None = Non
         tokens_per_second=tokens / span,
         live_tokens_per_second=live / span,
         training_bound=tokens / passes,
-        generation_bound=rate * setting.num_engines * tokens / sampled,
+        generation_bound=_generation_rate(setting, model) * tokens / sampled,
         trainer_trains=trains,
         trainer_waits=waits,
         trainer_publishes=publishes,

@@ -106,7 +106,7 @@ class _WorkQueue:
         self._again: deque[int] = deque()
         self._deliveries: dict[int, int] = {}
         self._timers: dict[int, asyncio.TimerHandle] = {}
-        """Of messages that are given out: when each comes again."""
+        """When each message that is given out comes again."""
         self._takers: deque[asyncio.Future[int]] = deque()
 
     def append(self, subject: str, data: bytes, message_id: str = "") -> int | None:

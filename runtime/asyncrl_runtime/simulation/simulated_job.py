@@ -17,10 +17,10 @@ from asyncrl_api.job import Spec
 from asyncrl_api.names import JobNames
 from asyncrl_api.report import Report
 from asyncrl_api.run_config import RunningSpec, live_values
-from asyncrl_runtime.emulation.batch import Totals
+from asyncrl_runtime.emulation.decode_batch import Totals
 from asyncrl_runtime.emulation.device import DeviceModel
-from asyncrl_runtime.emulation.group import EmulatedGroups
-from asyncrl_runtime.emulation.server import EmulatedServer, Pace
+from asyncrl_runtime.emulation.emulated_group import EmulatedGroups
+from asyncrl_runtime.emulation.emulated_server import EmulatedServer, Pace
 from asyncrl_runtime.history.ledger_writer import Ledger
 from asyncrl_runtime.rollout.prompts import PromptRenderer
 from asyncrl_runtime.rollout.rewards.scorer import Scorer
@@ -29,7 +29,7 @@ from asyncrl_runtime.rollout.worker import Worker
 from asyncrl_runtime.rollout.workflows import make_workflow
 from asyncrl_runtime.simulation.engine import EmulatedEngine
 from asyncrl_runtime.simulation.memory_broker import MemoryBroker
-from asyncrl_runtime.simulation.ranks import EmulatedRanks, Trained
+from asyncrl_runtime.simulation.simulated_ranks import EmulatedRanks, Trained
 from asyncrl_runtime.simulation.stand_ins import (
     NUM_SPECIAL_IDS,
     VOCABULARY_SIZE,
@@ -80,7 +80,7 @@ class Snapshot:
 
 
 @dataclass(frozen=True)
-class Run:
+class SimulatedRun:
     """What a simulation has seen."""
 
     setting: Setting
@@ -118,7 +118,7 @@ def scaled(setting: Setting, model: DeviceModel, scale: int) -> Spec:
     )
 
 
-async def simulate(setting: Setting, model: DeviceModel, folder: Path) -> Run:
+async def simulate(setting: Setting, model: DeviceModel, folder: Path) -> SimulatedRun:
     """Run a job in virtual time until its steps are measured; call it in a virtual event loop.
 
     Args:
@@ -167,10 +167,10 @@ class _SimulatedJob:
         server = EmulatedServer(self._model, self._pace, VOCABULARY_SIZE, NUM_SPECIAL_IDS)
         return EmulatedEngine(f"engine {number}", server, self._model, self._pace)
 
-    def result(self) -> Run:
+    def result(self) -> SimulatedRun:
         setting = self._setting
         first, last = setting.warmup_steps, setting.warmup_steps + setting.steps
-        return Run(
+        return SimulatedRun(
             setting, self._scale, self._snapshots[first], self._snapshots[last], self._rows[first:last]
         )
 

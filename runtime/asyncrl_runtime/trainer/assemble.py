@@ -31,8 +31,8 @@ from asyncrl_runtime.contract.broker import TrainerBroker, TransportError
 from asyncrl_runtime.contract.refused import Refusals
 from asyncrl_runtime.contract.rows import prompt_text
 from asyncrl_runtime.emulation.device import device_model_of
-from asyncrl_runtime.emulation.group import EmulatedGroups
-from asyncrl_runtime.emulation.server import Pace
+from asyncrl_runtime.emulation.emulated_group import EmulatedGroups
+from asyncrl_runtime.emulation.emulated_server import Pace
 from asyncrl_runtime.history.ledger_writer import Ledger, Superseded
 from asyncrl_runtime.model.source import (
     ensure_model,

@@ -54,7 +54,7 @@ class Totals:
     finished: int = 0
 
 
-class Batch:
+class DecodeBatch:
     """The sequences of one engine.
 
     Whoever uses it calls `advance` with the time before anything else, `take_finished` after it, and comes

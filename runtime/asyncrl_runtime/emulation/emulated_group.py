@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from asyncrl_runtime.emulation.device import DeviceModel
-from asyncrl_runtime.emulation.server import Pace
+from asyncrl_runtime.emulation.emulated_server import Pace
 
 
 class EmulatedGroups:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from asyncrl_runtime.emulation.batch import Batch, Totals
-from asyncrl_runtime.emulation.batch import Sequence as Response
+from asyncrl_runtime.emulation.decode_batch import DecodeBatch, Totals
+from asyncrl_runtime.emulation.decode_batch import Sequence as Response
 from asyncrl_runtime.emulation.device import DeviceModel
 
 Tokens = NDArray[np.int64]
@@ -39,7 +39,7 @@ class Pace:
 
 
 @dataclass(frozen=True)
-class Asked:
+class EmulatedRequest:
     """A request for one response."""
 
     input_ids: Sequence[int]
@@ -48,7 +48,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Answer:
+class EmulatedAnswer:
     """What an engine has sampled."""
 
     output_ids: list[int]
@@ -67,7 +67,7 @@ class _Request:
     """All that may still come, within the request's bound."""
     is_cut: bool
     """Whether the bound comes before the response's own end."""
-    done: asyncio.Future[Answer] = field(repr=False)
+    done: asyncio.Future[EmulatedAnswer] = field(repr=False)
 
 
 class EmulatedServer:
@@ -81,7 +81,7 @@ class EmulatedServer:
         self._model = model
         self._pace = pace
         self._ids = min(special_ids, vocabulary_size - 1), vocabulary_size
-        self._batch = Batch(model.engine)
+        self._batch = DecodeBatch(model.engine)
         self._timer: asyncio.TimerHandle | None = None
         self._resumed = asyncio.Event()
         self._resumed.set()
@@ -89,7 +89,7 @@ class EmulatedServer:
 
     # -- sampling
 
-    async def sample(self, asked: Asked) -> Answer:
+    async def sample(self, asked: EmulatedRequest) -> EmulatedAnswer:
         """Sample one response; while the engine is paused, wait at its gate. A cancellation breaks it off."""
         await self._resumed.wait()
         scale = self._pace.token_scale
@@ -133,7 +133,7 @@ class EmulatedServer:
         low, high = self._ids
         logprob = -float(np.log(high - low))
         if not request.done.done():
-            request.done.set_result(Answer(request.tokens[:count], logprob, tuple(spans), reason))
+            request.done.set_result(EmulatedAnswer(request.tokens[:count], logprob, tuple(spans), reason))
 
     # -- control
 
