@@ -199,7 +199,7 @@ class EmulationSpec(ApiType):
         "Empty: the devices are real.",
         default="",
     )
-    speedup: Annotated[float, Field(ge=0.01, le=1000)] = field(
+    speedup: Annotated[float, Field(gt=0, le=1000)] = field(
         "Seconds of the devices in a second; the rest of the job does not run faster.", default=1.0
     )
 

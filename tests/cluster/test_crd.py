@@ -116,6 +116,7 @@ TRANSITIONS = {
     "spec.dataset": "spec.dataset.parameters={size: 10}",
     "spec.training.seed": "spec.training.seed=2",
     "spec.training.lora": "spec.training.lora.rank=8",
+    "spec.emulation": "spec.emulation.speedup=2",
     "spec.gpuBudget.resourceName": "spec.gpuBudget.resourceName=amd.com/gpu",
     "spec.gpuBudget.gpuMemory": "spec.gpuBudget.gpuMemory=80Gi",
     "spec.gpuBudget.allocation": "spec.gpuBudget.allocation=None",

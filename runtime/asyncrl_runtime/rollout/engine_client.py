@@ -82,7 +82,6 @@ class EngineClient:
         # to an engine that hangs. No connection limit: the ticket gate bounds what is in flight. No proxy of
         # the environment, which is not meant for loopback, and no compression, which holds streams up.
         self._http = aiohttp.ClientSession(
-            base_url,
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_SECONDS),
             cookie_jar=aiohttp.DummyCookieJar(),
             headers={"Accept-Encoding": "identity"},
@@ -323,7 +322,9 @@ class EngineClient:
 
     async def _fetch(self, method: str, path: str, body: dict[str, Any] | None) -> bytes:
         """Return the content of a 200; raises what a client of aiohttp raises, and for any other status."""
-        async with self._http.request(method, path, **_json(body), allow_redirects=False) as response:
+        async with self._http.request(
+            method, self.name + path, **_json(body), allow_redirects=False
+        ) as response:
             content = await response.read()
             if response.status != 200:
                 self._refuse(path, response.status, content)
@@ -335,7 +336,7 @@ class EngineClient:
         Raises:
             EngineFailed: `take` does not understand an event.
         """
-        async with self._http.post(path, **_json(body), allow_redirects=False) as response:
+        async with self._http.post(self.name + path, **_json(body), allow_redirects=False) as response:
             if response.status != 200:
                 self._refuse(path, response.status, await response.read())
             rest = b""
