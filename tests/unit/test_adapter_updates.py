@@ -69,9 +69,10 @@ async def test_the_adapter_before_the_newest_stays() -> None:
 
 async def test_where_samples_are_let_finish_nothing_is_broken_off() -> None:
     controller = Controller(num_running=2)
+    await controller.send(V0)
     assert not (await controller.ask([DrainEngine()]))[0].ok and controller.updates.state == "draining"
-    await controller.send(V0, "Drain")
-    assert controller.engine.calls[-1] == (LABEL, (V0, False))
+    await controller.send(V1, "Drain")
+    assert controller.engine.calls[-1] == (LABEL, (V1, False))
     assert controller.updates.state == "ready"
 
 

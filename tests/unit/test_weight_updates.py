@@ -279,6 +279,23 @@ async def test_draining_ends_with_the_last_sample_and_is_over_with_the_update() 
     assert controller.updates.state == "ready"
 
 
+async def test_an_engine_without_weights_stays_empty_when_it_is_to_drain() -> None:
+    """Its monitor would take an engine that is drained, and has no label of ours, for another process."""
+    controller = Controller()
+    assert (await controller.ask(DrainEngine(version=V0)))[0].ok is True
+    assert controller.updates.state == "empty"
+
+
+async def test_an_engine_that_has_the_version_does_not_drain_for_it() -> None:
+    """Nobody brings it weights, so nobody would ever end its wait."""
+    controller = Controller()
+    assert await controller.update(V0)
+    assert (await controller.ask(DrainEngine(version=V0)))[0].ok is False
+    assert controller.updates.state == "ready"
+    assert (await controller.ask(DrainEngine(version=V1)))[0].ok is True
+    assert controller.updates.state == "drained"
+
+
 @pytest.mark.parametrize("num_phases", range(5))
 async def test_a_worker_that_ends_leaves_the_group_and_the_update(num_phases: int) -> None:
     controller = Controller()

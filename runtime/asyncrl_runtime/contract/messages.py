@@ -303,6 +303,9 @@ an epoch. dirty: only part of an update arrived, so it stays paused until it has
 class DrainEngine(Message, frozen=True, kw_only=True, tag="drain.v1"):
     """Before phase 1, if samples may finish: take no more tickets; `ok` once nothing is in flight."""
 
+    version: PolicyVersion | None = None
+    """The version that is to come. An engine that has it already goes on: nothing would end its wait."""
+
 
 class ProbeEngine(Message, frozen=True, kw_only=True, tag="probe.v1"):
     """Before phase 1: `ok` if the engine answers. One that is gone would keep the others in the join."""

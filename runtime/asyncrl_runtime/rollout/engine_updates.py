@@ -6,7 +6,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from asyncrl_runtime.contract.messages import ControlReply, ControlRequest, DrainEngine, ProbeEngine
+from asyncrl_runtime.contract.messages import (
+    ControlReply,
+    ControlRequest,
+    DrainEngine,
+    PolicyVersion,
+    ProbeEngine,
+)
 from asyncrl_runtime.rollout.engine_api import Engine, EngineLost, EngineRefused, EngineTimeout
 
 log = logging.getLogger(__name__)
@@ -55,8 +61,7 @@ class EngineUpdates(ABC):
     async def handle(self, request: ControlRequest) -> ControlReply:
         """Carry out one phase and return how it went; never raises for anything that the engine does."""
         if isinstance(request, DrainEngine):
-            self._is_draining = True
-            return ControlReply(ok=self._num_running() == 0)
+            return self._drain(request.version)
         if isinstance(request, ProbeEngine):
             return await self._probe()
         async with self._lock:
@@ -71,6 +76,13 @@ class EngineUpdates(ABC):
                 log.exception("%s failed", type(request).__name__)
                 await self._retreat()
                 return ControlReply(ok=False, message=f"{type(error).__name__}: {error}")
+
+    def _drain(self, version: PolicyVersion | None) -> ControlReply:
+        """Begin to drain an engine that samples; one without weights takes no tickets, and stays `empty`."""
+        if self._seen.version is not None and self._seen.version == version:
+            return ControlReply(ok=False, message=f"it has {version} already")
+        self._is_draining = self._seen.version is not None
+        return ControlReply(ok=self._num_running() == 0)
 
     async def leave(self) -> None:
         """Leave the engine to itself when the worker ends."""

@@ -69,7 +69,7 @@ class AdapterPublisher(Engines):
         """See `Publisher`."""
         members = self.behind(version)
         if interrupt == "Drain":
-            members = await self._drained(members)
+            members = await self._drained(members, version)
         if not members:
             return Published()
         adapter = await self._load()

@@ -249,9 +249,9 @@ class Engines:
     async def leave(self) -> None:
         """Let go of the engines; never waits for anybody."""
 
-    async def _drained(self, members: list[Member]) -> list[Member]:
+    async def _drained(self, members: list[Member], version: PolicyVersion) -> list[Member]:
         """Have all let their samples finish; return those that did. The others are asked again later."""
-        replies = await self._ask(members, DrainEngine(), self._timeout)
+        replies = await self._ask(members, DrainEngine(version=version), self._timeout)
         return [member for member, reply in replies.items() if reply is not None and reply.ok]
 
     def _remember_failures(self, failed: Iterable[Member]) -> None:

@@ -126,7 +126,7 @@ class WeightPublisher(Engines):
         while num_tries < MAX_EPOCHS:
             members = [member for member in self.behind(version) if member not in failed]
             if interrupt == "Drain":
-                members = await self._drained(members)
+                members = await self._drained(members, version)
             if not members:
                 break
             num_tries += 1
