@@ -140,8 +140,7 @@ class Checkpointing:
         run = self._parts.in_thread
         spill = await run(Spill, folder)
         try:
-            after = max(older.stream_sequence, spill.last_sequence)
-            async for message in self._parts.streams.stored(after, newest.stream_sequence):
+            async for message in self._parts.streams.stored(older.stream_sequence, newest.stream_sequence):
                 await run(spill.add, message)
             await run(spill.seal)
         finally:
