@@ -32,3 +32,14 @@ def test_a_damaged_file_says_so(tmp_path: Path, num_bytes: int) -> None:
     path.write_bytes(path.read_bytes()[:-num_bytes])
     with pytest.raises(msgspec.DecodeError):
         list(read_spill(tmp_path))
+
+
+def test_what_is_there_already_stays(tmp_path: Path) -> None:
+    """After a restart from this checkpoint, the stream no longer has it."""
+    for messages in (MESSAGES[:4], MESSAGES[4:]):
+        spill = Spill(tmp_path)
+        assert spill.last_sequence == messages[0].sequence - 1
+        for message in messages:
+            spill.add(message)
+        spill.seal()
+    assert list(read_spill(tmp_path)) == MESSAGES

@@ -140,7 +140,8 @@ class Checkpointing:
         run = self._parts.in_thread
         spill = await run(Spill, folder)
         try:
-            async for message in self._parts.streams.stored(older.stream_sequence, newest.stream_sequence):
+            after = max(older.stream_sequence, spill.last_sequence)
+            async for message in self._parts.streams.stored(after, newest.stream_sequence):
                 await run(spill.add, message)
             await run(spill.seal)
         finally:

@@ -4,6 +4,7 @@ The stream can then be purged behind the newer one, and both stay restorable: wh
 takes what is in the file, and reads the stream from there.
 """
 
+import contextlib
 import os
 import struct
 from collections.abc import Iterator
@@ -22,6 +23,8 @@ _LENGTH = struct.Struct("<Q")
 class Spill:
     """Writes one file of messages: complete under its name, or not at all.
 
+    It begins with what is there already: after a restart from this checkpoint, the stream no longer has that.
+
     Args:
         folder: the checkpoint's.
 
@@ -33,13 +36,17 @@ class Spill:
         self._path = folder / FILE_NAME
         self._scratch = self._path.with_suffix(".tmp")
         self._file: BinaryIO = self._scratch.open("wb")
-        self.num_bytes = 0
+        self.num_bytes = self.last_sequence = 0
+        with contextlib.suppress(msgspec.DecodeError):  # what is damaged is lost already
+            for message in read_spill(folder):
+                self.add(message)
 
     def add(self, message: StreamMessage) -> None:
         """Append a message; the last one that a reader can need is the one of the newer checkpoint."""
         data = msgspec.msgpack.encode(message)
         self._file.write(_LENGTH.pack(len(data)) + data)
         self.num_bytes += _LENGTH.size + len(data)
+        self.last_sequence = message.sequence
 
     def seal(self) -> None:
         """Flush the file to the disk and give it its name."""
