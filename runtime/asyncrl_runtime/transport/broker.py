@@ -243,6 +243,15 @@ class Broker:
             raise TransportError(f"publish on {subject}: {type(error).__name__}") from error
         return acks[-1].seq if acks else last_sequence
 
+    async def listen(self, subject: str, heard: Callable[[Msg], Awaitable[None]]) -> None:
+        """Hear what is said on a subject from now on: once this returns, the server knows of it.
+
+        Raises:
+            nats.errors.Error: the server does not answer.
+        """
+        await self.client.subscribe(subject, cb=heard)
+        await self.client.flush()  # others speak through connections of their own, which ours does not order
+
     async def request(self, subject: str, payload: bytes, timeout_seconds: float) -> bytes | None:
         """Ask one process for an answer; None if it does not come in time or nobody listens."""
         try:

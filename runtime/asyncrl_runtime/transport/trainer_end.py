@@ -101,7 +101,7 @@ class TrainerEnd:
 
         self._broker.on_reconnected = was_deaf
         with asking("heartbeats"):
-            await self._broker.client.subscribe(self._names.heartbeat("*"), cb=on_message)
+            await self._broker.listen(self._names.heartbeat("*"), on_message)
 
     # -- streams
 

@@ -73,14 +73,14 @@ class WorkerEnd:
 
         with asking("requests"):
             for subject in (self._names.control(self._worker), self._names.control_all):
-                await self._broker.client.subscribe(subject, cb=on_message)
+                await self._broker.listen(subject, on_message)
 
     async def hear_state(self, heard: Callable[[str, bytes], None]) -> None:
         async def on_message(message: Msg) -> None:
             heard(message.subject.rpartition(".")[2], message.data)
 
         with asking("announcements"):
-            await self._broker.client.subscribe(f"{self._names.announcements}.*", cb=on_message)
+            await self._broker.listen(f"{self._names.announcements}.*", on_message)
 
     async def state(self, key: str) -> bytes | None:
         with asking(f"key {key}"):
