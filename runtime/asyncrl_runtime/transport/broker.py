@@ -35,6 +35,9 @@ T = TypeVar("T")
 MAX_HEADER_BYTES = 1024
 """The room left under max_payload: the server counts headers, but the client does not."""
 
+LISTEN_SECONDS = 60.0
+"""How long a subscription may take to reach the server."""
+
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.1, 2.0
 """The pause between two attempts, doubled each time. It is drawn up to twice as long, so that callers do not
 come in waves."""
@@ -247,10 +250,11 @@ class Broker:
         """Hear what is said on a subject from now on: once this returns, the server knows of it.
 
         Raises:
-            nats.errors.Error: the server does not answer.
+            TransportError: the server has not answered for LISTEN_SECONDS.
         """
         await self.client.subscribe(subject, cb=heard)
-        await self.client.flush()  # others speak through connections of their own, which ours does not order
+        # Others speak through connections of their own, which the order of this one does not bind.
+        await self.retry(self.client.flush, f"listening to {subject}", LISTEN_SECONDS)
 
     async def request(self, subject: str, payload: bytes, timeout_seconds: float) -> bytes | None:
         """Ask one process for an answer; None if it does not come in time or nobody listens."""
