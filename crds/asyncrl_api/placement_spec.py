@@ -207,6 +207,19 @@ class EmulationSpec(ApiType):
 class WeightSyncSpec(ApiType):
     """How new weights reach the engines."""
 
+    mode: Literal["Direct", "Staged"] = field(
+        "Direct: by a broadcast into the engines' own memory, for which they pause. Staged: a receiver "
+        "beside each engine takes them over TCP while the engine samples, what has changed or the whole, and "
+        "keeps a copy in memory, which the engine loads; it pauses for the load alone.",
+        mark="I",
+        default="Direct",
+    )
+    staging_megabytes: Annotated[int, Field(ge=0, le=16_777_216)] = field(
+        "Size of the volume in memory that holds the copy of mode Staged, in megabytes; 0: derived from "
+        "model.parameterCount.",
+        mark="I",
+        default=0,
+    )
     backend: Literal["Auto", "NCCL", "Gloo"] = field(
         "Library for collective communication. Auto: NCCL on GPUs, Gloo on CPUs.", default="Auto"
     )

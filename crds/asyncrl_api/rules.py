@@ -431,6 +431,45 @@ _ADAPTERS = (
     ),
 )
 
+_WEIGHT_BYTES = "(self.model.dtype == 'BFloat16' ? 2 : 4)"
+
+_STAGING = (
+    _rule(
+        "spec",
+        "weightSync.stagingMegabytes",
+        "self.weightSync.mode != 'Staged' || self.weightSync.stagingMegabytes > 0 || "
+        "self.model.parameterCount > 0",
+        "weightSync.stagingMegabytes and model.parameterCount are 0, but weightSync.mode Staged keeps a copy "
+        "of the policy in memory, whose size must be known: set one of them",
+    ),
+    _rule(
+        "spec",
+        "weightSync.stagingMegabytes",
+        "self.weightSync.mode != 'Staged' || self.weightSync.stagingMegabytes == 0 || "
+        f"self.weightSync.stagingMegabytes * 1048576 >= self.model.parameterCount * {_WEIGHT_BYTES}",
+        "weightSync.stagingMegabytes is %d, but must hold the %d parameters of model.parameterCount, of %d "
+        "bytes each: raise it, or use 0, which derives it",
+        "self.weightSync.stagingMegabytes",
+        "self.model.parameterCount",
+        _WEIGHT_BYTES,
+    ),
+    _rule(
+        "spec",
+        "weightSync.mode",
+        "self.weightSync.mode != 'Staged' || self.training.lora.rank == 0",
+        "weightSync.mode Staged is not possible with training.lora.rank %d: adapters are small, and no "
+        "engine pauses for them in mode Direct: use that",
+        "self.training.lora.rank",
+    ),
+    _rule(
+        "spec",
+        "weightSync.mode",
+        "self.weightSync.mode != 'Staged' || self.trainer.backend != 'Emulated'",
+        "weightSync.mode Staged is not possible with trainer.backend Emulated, which has no weights: use "
+        "Direct",
+    ),
+)
+
 # A field that nothing acts on yet is refused, never ignored.
 _NOT_YET = (
     _rule(
@@ -473,6 +512,7 @@ RULES = (
     *_ENGINE,
     *_EMULATION,
     *_ADAPTERS,
+    *_STAGING,
     *_NOT_YET,
 )
 """All rules except those that follow from change marks."""

@@ -11,12 +11,16 @@ from asyncrl_api.parsing import FieldError, SpecError
 
 Role = Literal["messaging", "trainer", "rollout"]
 
-ENGINE_PORT, HEALTH_PORT, TRAINER_PORT = 30000, 30001, 29500
+ENGINE_PORT, HEALTH_PORT, RECEIVER_PORT, TRAINER_PORT = 30000, 30001, 30002, 29500
 """The ports in a pod, which has its own address."""
 ENGINE_MEMORY_SHARE = 0.6
 """The share of a GPU's memory for an engine's weights; the rest is KV cache and activations."""
 TRAINER_BYTES_PER_PARAMETER = 18
 """The bytes for bf16 weights and gradients, fp32 master weights and two moments, sharded over the GPUs."""
+STAGING_SLACK, STAGING_EXTRA_BYTES = 1.05, 64 * 2**20
+"""How much larger a derived volume is than the parameters: their number is often rounded."""
+RECEIVER_BYTES = 256 * 2**20
+"""The memory of a receiver beside the volume."""
 TRAINER_MEMORY_SHARE = 0.7
 """The share of a GPU's memory for these; the rest is activations and buckets."""
 
@@ -77,6 +81,16 @@ class Plan:
         return [process for group in self.groups for process in group.processes]
 
 
+@dataclass(frozen=True)
+class RolloutCommands:
+    """The commands of one replica's processes."""
+
+    engine: tuple[str, ...]
+    worker: tuple[str, ...]
+    receiver: tuple[str, ...] | None
+    """None unless weights are staged."""
+
+
 class Places(Protocol):
     """The places of files and processes, which the executor knows."""
 
@@ -93,6 +107,10 @@ class Places(Protocol):
     def trainer_host(self) -> str: ...
     def engine_address(self, replica: int) -> tuple[str, int]: ...
     def health_address(self, replica: int) -> tuple[str, int]: ...
+    def receiver_address(self, replica: int) -> tuple[str, int]: ...
+    def staging_folder(self, replica: int) -> str:
+        """Return the folder, which the engine sees too, in which the receiver keeps the policy."""
+        ...
 
 
 def plan(job: AsyncRLJob, places: Places, attempt: int = 1) -> Plan:
@@ -185,6 +203,28 @@ def gpus_per_replica(spec: Spec) -> int:
     return size
 
 
+@dataclass(frozen=True)
+class Staging:
+    """The memory that weights take on their way, if they are staged, in bytes."""
+
+    volume: int
+    """The volume of each rollout pod, which holds one copy of the policy."""
+    receiver: int
+    """What the receiver asks for: the volume counts as memory of the container that writes it."""
+    trainer: int
+    """What rank 0 keeps in host memory: the policy as receivers have it, and what has changed in it."""
+
+
+def staging(spec: Spec) -> Staging | None:
+    """Return what staging takes; None if weights are not staged."""
+    if spec.weight_sync.mode != "Staged":
+        return None
+    weights = spec.model.parameter_count * (2 if spec.model.dtype == "BFloat16" else 4)
+    volume = spec.weight_sync.staging_megabytes * 2**20
+    volume = volume or math.ceil(weights * STAGING_SLACK) + STAGING_EXTRA_BYTES
+    return Staging(volume, volume + RECEIVER_BYTES, 2 * (weights or volume))
+
+
 def smallest_trainer(spec: Spec) -> int:
     """Return the smallest size of a trainer that holds weights, gradients and optimizer state.
 
@@ -216,18 +256,20 @@ def _rollout_group(spec: Spec, split: Split, places: Places) -> ProcessGroup:
     processes: list[Process] = []
     for replica in range(split.num_replicas):
         name, size = f"rollout-{replica}", split.gpus_per_replica
-        engine, worker = rollout_commands(spec, size, places, name, replica)
+        commands = rollout_commands(spec, size, places, name, replica)
         host, port = places.health_address(replica)
         engine_probe, worker_probe = (Probe(f"http://{host}:{port}/{each}") for each in ("engine", "worker"))
-        processes.append(Process(f"{name}-engine", "rollout", size, engine, engine_probe))
-        processes.append(Process(f"{name}-worker", "rollout", 0, worker, worker_probe))
+        processes.append(Process(f"{name}-engine", "rollout", size, commands.engine, engine_probe))
+        processes.append(Process(f"{name}-worker", "rollout", 0, commands.worker, worker_probe))
+        if commands.receiver is not None:
+            processes.append(Process(f"{name}-receiver", "rollout", 0, commands.receiver))
     return ProcessGroup("rollout", split.num_replicas, split.rollout, tuple(processes))
 
 
 def rollout_commands(
     spec: Spec, gpus_per_replica: int, places: Places, name: str, replica: int = 0
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the commands of an engine and of its worker.
+) -> RolloutCommands:
+    """Return the commands of an engine, its worker, and its receiver if there is one.
 
     Args:
         name: the name of the worker; a worker that replaces it has the same.
@@ -238,7 +280,14 @@ def rollout_commands(
     worker += ["--engine-url", f"http://{engine_host}:{engine_port}"]
     worker += ["--host", health_host, "--health-port", str(health_port)]
     engine = _engine_command(spec, gpus_per_replica, places.config, engine_host, engine_port)
-    return engine, tuple(worker)
+    receiver: tuple[str, ...] | None = None
+    if spec.weight_sync.mode == "Staged":
+        receiver_host, receiver_port = places.receiver_address(replica)
+        worker += ["--receiver-url", f"http://{receiver_host}:{receiver_port}"]
+        receiver = ("asyncrl-runtime", "receiver", "--config", places.config)
+        receiver += ("--host", receiver_host, "--port", str(receiver_port))
+        receiver += ("--folder", places.staging_folder(replica))
+    return RolloutCommands(engine, tuple(worker), receiver)
 
 
 def _engine_command(spec: Spec, gpus_per_replica: int, config: str, host: str, port: int) -> tuple[str, ...]:

@@ -96,7 +96,7 @@ def worker(
         typer.Option(
             min=1,
             help="Number of workers in this process, each with an engine. Number i, from 0, is called "
-            "NAME-i, and the ports of its engine and its health checks are i higher.",
+            "NAME-i, and the ports of its engine, its receiver and its health checks are i higher.",
         ),
     ] = 1,
     engine_url: Annotated[
@@ -106,14 +106,40 @@ def worker(
     health_port: Annotated[
         int, typer.Option(help="Port for health checks of the worker and its engine.")
     ] = 30001,
+    receiver_url: Annotated[
+        str,
+        typer.Option(
+            help="URL of the receiver beside the engine, or of the first; needed with spec.weightSync.mode "
+            "Staged."
+        ),
+    ] = "",
 ) -> None:
     """Run a rollout worker, which takes tickets and returns trajectories; or several."""
 
     def run(run_config: RunConfig) -> None:
         from asyncrl_runtime.rollout.assemble import run_workers, worker_places
 
-        places = worker_places(name, engine_url, health_port, count)
+        places = worker_places(name, engine_url, health_port, count, receiver_url)
         asyncio.run(run_workers(run_config, places, host))
+
+    _run(config, run)
+
+
+@app.command()
+def receiver(
+    config: ConfigPath,
+    folder: Annotated[
+        Path, typer.Option(help="Folder for the copy of the policy; the engine sees it too.", file_okay=False)
+    ],
+    host: Host = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port on which the worker asks.")] = 30002,
+) -> None:
+    """Take the policy's versions from the trainer while the engine beside it samples."""
+
+    def run(run_config: RunConfig) -> None:
+        from asyncrl_runtime.receiver.serving import run_receiver
+
+        run_receiver(folder, host, port)
 
     _run(config, run)
 

@@ -14,7 +14,10 @@ Engines have one thread each and nothing to sample. Runs alternate; the ratio is
 end CPU engines' checksums are compared with the policy's weights, which were changed meanwhile; SGLang has
 checksums on GPUs alone.
 
-    python tests/bench/bench_weights.py [--repeats 11]
+`--pause` compares instead how long engines sample nothing, with `weightSync.mode` Direct and Staged, while
+one weight in a hundred changes.
+
+    python tests/bench/bench_weights.py [--repeats 11] [--pause]
     ASYNCRL_SGLANG_PYTHON=... python tests/bench/bench_weights.py --engine SGLang
 """
 
@@ -37,6 +40,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from asyncrl_api.job import AsyncRLJob
+from asyncrl_runtime.trainer.update.policy import Policy
 from asyncrl_runtime.weights.group import TorchGroup, host_group, join_group, open_store
 from asyncrl_runtime.weights.publisher import WeightPublisher
 from support.engines.policy_and_engines import (
@@ -142,12 +147,8 @@ class Stopwatch:
         self._expect(replies, phase)
 
 
-async def measure(name: str, folder: Path, engine: str, repeats: int) -> str:
-    """Return the line of the table for one size."""
-    size = SIZES[name]
-    dtype = torch.bfloat16 if size.dtype == "BFloat16" else torch.float32
-    model = build_model(folder / "model", dtype=dtype, **size.shape)
-    job = build_job(
+def _job(model: Path, size: Size, engine: str, weight_sync: dict[str, Any]) -> AsyncRLJob:
+    return build_job(
         model,
         model={"dtype": size.dtype},
         rollout={"engine": {"type": engine}},
@@ -156,9 +157,19 @@ async def measure(name: str, folder: Path, engine: str, repeats: int) -> str:
             "mode": "Manual",
             "split": {"trainer": 1, "rollout": NUM_ENGINES},
         },
+        weightSync=weight_sync,
     )
+
+
+async def measure(name: str, folder: Path, engine: str, repeats: int) -> str:
+    """Return the line of the table for one size."""
+    size = SIZES[name]
+    dtype = torch.bfloat16 if size.dtype == "BFloat16" else torch.float32
+    model = build_model(folder / "model", dtype=dtype, **size.shape)
+    job = _job(model, size, engine, {})
     async with open_engines(folder, job, lambda: load_policy(model, job), NUM_ENGINES) as engines:
         raw = RawBroadcast(engines.num_bytes)
+        assert isinstance(engines.publisher, WeightPublisher)
         stopwatch = Stopwatch(engines.publisher)
         seconds: dict[str, list[float]] = {"raw": [], "update": [], "loading": [], "with join": []}
         for repeat in range(repeats + 1):
@@ -175,6 +186,39 @@ async def measure(name: str, folder: Path, engine: str, repeats: int) -> str:
             await _compare_checksums(engines)
         raw.end()
         return _row(f"{name}, {engine}", engines.num_bytes, seconds, size.reach)
+
+
+async def measure_pause(name: str, folder: Path, engine: str, repeats: int) -> str:
+    """Return the line of the table for the pauses of one size, in both modes, and what Staged transfers."""
+    size, medians = SIZES[name], {}
+    dtype = torch.bfloat16 if size.dtype == "BFloat16" else torch.float32
+    model = build_model(folder / "model", dtype=dtype, **size.shape)
+    for mode in ("Direct", "Staged"):
+        job = _job(model, size, engine, {"mode": mode, "stagingMegabytes": 300})
+        async with open_engines(
+            folder / mode, job, lambda job=job: load_policy(model, job), NUM_ENGINES
+        ) as engines:
+            pauses, updates = [], []
+            for repeat in range(repeats + 1):
+                await asyncio.to_thread(_change_some, engines.policy)
+                seconds = await engines.publish()
+                if repeat:  # the first makes the buffers
+                    pauses.append(engines.seconds.pause)
+                    updates.append(seconds)
+            if engine == "CPU":
+                await _compare_checksums(engines)
+            medians[mode] = statistics.median(pauses), statistics.median(updates)
+    direct, staged = medians["Direct"], medians["Staged"]
+    times = [f"{each * 1e3:.1f}" for each in (direct[0], staged[0], direct[1], staged[1])]
+    return "| " + " | ".join([f"{name}, {engine}", *times, f"{staged[0] / direct[0]:.2f}", "0.3"]) + " |"
+
+
+@torch.no_grad()
+def _change_some(policy: Policy) -> None:
+    """Change one weight in a hundred: a step in bf16 with a small learning rate leaves most as they are."""
+    [names] = policy.buckets(2**62)
+    for _, tensor in policy.weights(names):
+        tensor.view(-1)[::100].mul_(-1)
 
 
 async def _compare_checksums(engines: PolicyAndEngines) -> None:
@@ -225,8 +269,18 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--engine", choices=["CPU", "SGLang"], default="CPU")
+    parser.add_argument("--pause", action="store_true")
     options = parser.parse_args()
     prepare_process()
+    if options.pause:
+        columns = ["weights", "pause Direct, ms", "Staged, ms", "update Direct, ms", "Staged, ms"]
+        print(f"| {' | '.join([*columns, 'ratio of pauses', 'reach'])} |\n|{'---|' * 7}")
+    for name in options.sizes if options.pause else []:
+        with tempfile.TemporaryDirectory() as folder:
+            pauses = measure_pause(name, Path(folder), options.engine, options.repeats)
+            print(asyncio.run(pauses), flush=True)
+    if options.pause:
+        return
     columns = ["weights", "MB", "raw, ms", "update, ms", "more, ms", "loading, ms", "ratio"]
     columns += ["without loading", "of the pairs", "with join, ms", "reach"]
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")

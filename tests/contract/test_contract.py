@@ -1,16 +1,25 @@
 """What worker and weight sync rely on in an engine, over HTTP, for the CPU engine and SGLang alike."""
 
+import asyncio
 import json
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from torch import Tensor
 
+from asyncrl_runtime.contract.messages import PolicyVersion
+from asyncrl_runtime.receiver.staged_file import StagedFile
 from asyncrl_runtime.rollout.engine_answers import parse_load
-from support.engines.tiny_models import EngineProcess
+from asyncrl_runtime.weights.bucket import PublishedWeights, describe
+from asyncrl_runtime.weights.stage_image import StageImage
+from support.engines.tiny_models import EngineProcess, tiny_model
 from support.engines.weight_trainer import (
     DYING_TRAINER,
     PROMPT,
@@ -253,3 +262,46 @@ def test_an_engine_outlives_a_trainer_that_dies_within_a_bucket(
     assert engine.post("/end_weight_update").status_code == 200
     assert engine.post("/destroy_weights_update_group", {"group_name": "dying"}).status_code == 200
     Trainer([engine], "contract-after-death", pool).leave()
+
+
+# -- weights from a folder that a receiver keeps
+
+
+def staged_folder(seed: int, version: PolicyVersion, folder: Path) -> StagedFile:
+    """Return the copy that a receiver has of these weights, as trainer and receiver make it."""
+    tensors = weights_of(seed)
+    layout = (describe([(name, each.dtype, tuple(each.shape)) for name, each in tensors.items()]),)
+    content = torch.cat([each.contiguous().flatten().view(torch.uint8) for each in tensors.values()])
+
+    async def gather(names: tuple[str, ...]) -> Tensor:
+        return content
+
+    secret, file = b"of the attempt", StagedFile(folder)
+    config = (tiny_model(seed=seed) / "config.json").read_text()
+    stage = asyncio.run(StageImage(layout, config, secret).advance(version, PublishedWeights(layout, gather)))
+    file.begin(stage.policy)
+    for chunk, payload in stage.chunks(None):
+        file.take(chunk, np.frombuffer(payload, dtype=np.uint8), secret)
+    file.finish(secret)
+    return file
+
+
+def test_staged_weights_are_loaded_in_a_pause_and_the_label_with_them(
+    engine: EngineProcess, pool: ThreadPoolExecutor, tmp_path: Path
+) -> None:
+    """What was under way goes on under the new weights; the folder may change as soon as it is loaded."""
+    file = staged_folder(1, PolicyVersion(3, 7), tmp_path)
+    answer = begin(engine, pool)
+    assert engine.post("/pause_generation", {"mode": "retract"}).status_code == 200
+    body = {"model_path": str(file.folder), "weight_version": "3.7", "flush_cache": True}
+    loaded = engine.post("/update_weights_from_disk", body)
+    assert loaded.status_code == 200 and loaded.json()["success"], loaded.text
+    file._content[-1000:] = 0  # the next version is on its way
+    assert engine.http.get("/model_info").json()["weight_version"] == "3.7"
+    engine.post("/continue_generation", {})
+    found = answer.result()
+    spans = spans_of(found)
+    assert [label for label, _, _ in spans] == ["default", "3.7"] and spans[-1][2] == LONG
+    cut = spans[0][2]
+    expected = logprobs_under(weights_of(1), PROMPT + found["output_ids"])[len(PROMPT) - 1 + cut :]
+    assert output_logprobs(found)[cut:] == pytest.approx(expected, abs=1e-3)

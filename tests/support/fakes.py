@@ -363,6 +363,13 @@ class UpdatableEngine:
         await self._told("resume", None)
         self.is_paused = False
 
+    async def load_folder(
+        self, folder: Path, version: PolicyVersion, timeout_seconds: float, *, keeps_cache: bool
+    ) -> None:
+        await self._told("load_folder", (folder, version, keeps_cache), timeout_seconds)
+        self._refuse_unless(self.is_paused, "it samples")
+        self.own_label = str(version)
+
     async def load_adapter(self, version: PolicyVersion, folder: Path, timeout_seconds: float) -> None:
         await self._told("load_adapter", version, timeout_seconds)
         files = {"adapter_config.json", "adapter_model.safetensors"}

@@ -14,14 +14,16 @@ from asyncrl_api.parsing import SpecError
 from asyncrl_operator.layout import (
     Plan,
     Split,
+    Staging,
     gpus_per_replica,
     plan,
     plan_split,
     smallest_trainer,
+    staging,
     trainer_command,
     trainer_sizes,
 )
-from asyncrl_operator.local.cli import render_plan
+from asyncrl_operator.local.cli import render_plan, render_staging
 from asyncrl_runtime.main import app
 from support.messages.samples import make_job
 
@@ -39,6 +41,12 @@ class Places:
 
     def health_address(self, replica: int) -> tuple[str, int]:
         return f"10.0.2.{replica}", 30001
+
+    def receiver_address(self, replica: int) -> tuple[str, int]:
+        return "127.0.0.1", 30002
+
+    def staging_folder(self, replica: int) -> str:
+        return f"/staging/{replica}"
 
 
 def spec(*overrides: str) -> Spec:
@@ -290,11 +298,48 @@ def test_the_programs_accept_the_commands() -> None:
     )
     engine_url = "http://10.0.1.1:30000"
     worker = {"config": "/job/config.json", "name": "rollout-1", "count": "1", "engine_url": engine_url}
-    assert told["rollout-1-worker"] == ("worker", {**worker, "host": "10.0.2.1", "health_port": "30001"})
+    worker |= {"host": "10.0.2.1", "health_port": "30001", "receiver_url": ""}
+    assert told["rollout-1-worker"] == ("worker", worker)
     trainer = {"config": "/job/config.json", "attempt": "5", "ranks": "1", "host": "10.0.0.1"}
     assert told["trainer"] == (
         "trainer",
         {**trainer, "node": "0", "nodes": "1", "verify_weights": "False"},
+    )
+
+
+def test_beside_each_engine_is_a_receiver_if_weights_are_staged() -> None:
+    planned = small_plan("weightSync.mode=Staged", "weightSync.stagingMegabytes=8")
+    commands = {
+        process.name: parse(process.command) for process in planned.processes if process.name != "nats"
+    }
+    receiver = {"config": "/job/config.json", "host": "127.0.0.1", "port": "30002", "folder": "/staging/1"}
+    name, options = commands["rollout-1-receiver"]
+    assert (name, {key: str(value) for key, value in options.items()}) == ("receiver", receiver)
+    assert commands["rollout-1-worker"][1]["receiver_url"] == "http://127.0.0.1:30002"
+    assert not [each.name for each in small_plan().processes if "receiver" in each.name]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "megabytes", "volume", "trainer"),
+    [
+        ("BFloat16", 0, 1.05 * 2e9 + 64 * 2**20, 4e9),
+        ("Float32", 0, 1.05 * 4e9 + 64 * 2**20, 8e9),
+        ("BFloat16", 2000, 2000 * 2**20, 4e9),
+    ],
+)
+def test_what_staging_takes_follows_from_the_model(
+    dtype: str, megabytes: int, volume: float, trainer: float
+) -> None:
+    assert staging(spec("model.parameterCount=1000000000")) is None
+    size = [f"weightSync.stagingMegabytes={megabytes}", "model.parameterCount=1000000000"]
+    taken = staging(spec("weightSync.mode=Staged", f"model.dtype={dtype}", *size))
+    assert taken == Staging(volume=int(volume), receiver=int(volume) + 256 * 2**20, trainer=int(trainer))
+
+
+def test_a_plan_says_what_staging_takes() -> None:
+    assert render_staging(Staging(2 * 2**30, 3 * 2**30, 4 * 2**30)) == (
+        "staged weights: a volume of 2,048 MiB in the memory of each rollout pod, whose receiver asks for "
+        "3,072 MiB; up to 4,096 MiB in the trainer's first pod"
     )
 
 

@@ -196,10 +196,8 @@ def publisher(before: Spec, after: Spec, folder: Path) -> Any:
         report_file=folder / "report.json",
         model_cache=folder,
     )
-    none = cast(Any, None)
-    made = assemble._make_publisher(
-        config, assemble.Options(2, "127.0.0.1"), none, Fleet(lambda: 0.0), cast(Any, Ranks()), Refusals()
-    )
+    none, options, fleet = cast(Any, None), assemble.Options(2, "127.0.0.1"), Fleet(lambda: 0.0)
+    made = assemble._make_publisher(config, options, folder, none, fleet, cast(Any, Ranks()), Refusals())
     assert isinstance(made, WeightPublisher)
     return made._backend, made._timeout, len(made.weights.layout)
 

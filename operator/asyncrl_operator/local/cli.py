@@ -19,7 +19,7 @@ from asyncrl_api.job import AsyncRLJob
 from asyncrl_api.parsing import SpecError, apply_overrides, load_documents, parse_job, validate
 from asyncrl_api.report import Report
 from asyncrl_api.trajectory_room import TrajectoryRoom, trajectory_room
-from asyncrl_operator.layout import Plan
+from asyncrl_operator.layout import Plan, Staging, staging
 from asyncrl_operator.layout import plan as plan_job
 from asyncrl_operator.local import run_folder
 from asyncrl_operator.local.local_run import (
@@ -123,6 +123,8 @@ def plan(file: Manifest, overrides: Overrides = None) -> None:
         is_shared = job.spec.messaging.mode == "Shared"
         nats_config = None if is_shared else str(Path("runs") / job.metadata.name / "nats" / "nats.conf")
         print(render_plan(plan_job(job, LocalPlaces(config, nats_config, {}))))
+        if memory := staging(job.spec):
+            print(render_staging(memory))
         if not is_shared and (text := render_room(trajectory_room(job.spec))):
             print(text)
         return ExitCode.DONE
@@ -213,6 +215,15 @@ def render_plan(job_plan: Plan) -> str:
             lines.append(f"  {process.name}: {process.gpus} GPU(s)")
             lines.append(f"    {' '.join(process.command)}")
     return "\n".join(lines)
+
+
+def render_staging(memory: Staging) -> str:
+    """Return what staged weights take."""
+    return (
+        f"staged weights: a volume of {memory.volume / 2**20:,.0f} MiB in the memory of each rollout pod, "
+        f"whose receiver asks for {memory.receiver / 2**20:,.0f} MiB; up to "
+        f"{memory.trainer / 2**20:,.0f} MiB in the trainer's first pod"
+    )
 
 
 def render_room(room: TrajectoryRoom) -> str:

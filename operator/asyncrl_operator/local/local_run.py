@@ -73,12 +73,18 @@ class LocalPlaces:
     def health_address(self, replica: int) -> tuple[str, int]:
         return LOOPBACK, self.ports.get(f"health-{replica}", 30001 + 2 * replica)
 
+    def receiver_address(self, replica: int) -> tuple[str, int]:
+        return LOOPBACK, self.ports.get(f"receiver-{replica}", 31000 + replica)
+
+    def staging_folder(self, replica: int) -> str:
+        return str(Path(self.config).parent / "staging" / f"rollout-{replica}")
+
 
 def free_ports(spec: Spec) -> dict[str, int]:
     """Return a port for each server of the job; all of them are free at this moment."""
     names = ["nats"]
     for replica in range(plan_split(spec).num_replicas):
-        names += [f"engine-{replica}", f"health-{replica}"]
+        names += [f"engine-{replica}", f"health-{replica}", f"receiver-{replica}"]
     sockets = {name: socket.socket() for name in names}
     try:
         for each in sockets.values():
@@ -379,8 +385,8 @@ class LocalRun:
         return trainer.restart_at is not None and self._clock() > trainer.restart_at
 
     def _end_all(self) -> None:
-        """End what still runs: the trainer, then workers, engines and the broker. Nothing is left behind."""
-        order = ("trainer", "-worker", "-engine", "nats")
+        """End what still runs: trainer, workers, engines, receivers, broker. Nothing is left behind."""
+        order = ("trainer", "-worker", "-engine", "-receiver", "nats")
         for kind in order:
             alive = [
                 r.popen

@@ -5,7 +5,7 @@ from pathlib import PurePosixPath
 
 from asyncrl_api.base import SecretReference
 from asyncrl_api.job import AsyncRLJob, Spec
-from asyncrl_operator.layout import ENGINE_PORT, HEALTH_PORT
+from asyncrl_operator.layout import ENGINE_PORT, HEALTH_PORT, RECEIVER_PORT
 from asyncrl_operator.resources import GROUP_LABEL, JOB_LABEL, JOB_UID_LABEL, Json
 
 CONFIG = "/etc/asyncrl/config"
@@ -14,6 +14,7 @@ NATS = "/etc/asyncrl/nats"
 CODE = "/etc/asyncrl/code"
 CHECKPOINTS = "/checkpoints"
 CACHE = "/cache"
+STAGING = "/staging"
 NATS_PORT = 4222
 NATS_STORE = "/data"
 USER = 10001
@@ -55,6 +56,12 @@ class PodPlaces:
 
     def health_address(self, replica: int) -> tuple[str, int]:
         return "0.0.0.0", HEALTH_PORT  # kubelet asks from outside
+
+    def receiver_address(self, replica: int) -> tuple[str, int]:
+        return "127.0.0.1", RECEIVER_PORT
+
+    def staging_folder(self, replica: int) -> str:
+        return STAGING
 
 
 def labels(job: AsyncRLJob, group: str = "", **more: str) -> dict[str, str]:
@@ -184,6 +191,7 @@ def mounts(*names: str) -> list[Json]:
         "cache": CACHE,
         "shm": "/dev/shm",
         "tmp": "/tmp",
+        "staging": STAGING,
     }
     read_only = {"config", "live"}
     return [
@@ -195,12 +203,15 @@ def mounts(*names: str) -> list[Json]:
 def common_volumes(job: AsyncRLJob) -> list[Json]:
     """Return the volumes of trainer and rollout; collectives need more shared memory than the usual 64 MB."""
     spec, cache = job.spec, job.spec.model.cache
-    shm = {"medium": "Memory", "sizeLimit": spec.scheduling.shared_memory}
     return [
         claim("cache", cache.claim_name) if cache is not None else {"name": "cache", "emptyDir": {}},
-        {"name": "shm", "emptyDir": shm},
+        memory_volume("shm", spec.scheduling.shared_memory),
         {"name": "tmp", "emptyDir": {}},
     ]
+
+
+def memory_volume(name: str, size: str) -> Json:
+    return {"name": name, "emptyDir": {"medium": "Memory", "sizeLimit": size}}
 
 
 def credentials_mount(spec: Spec) -> list[Json]:

@@ -1,7 +1,7 @@
 """The pod templates of trainer, rollout and messaging. Pure.
 
-Container names (`trainer`, `engine`, `worker`, `nats`) are part of the API, since overlays and `kubectl logs
--c` use them.
+Container names (`trainer`, `engine`, `worker`, `receiver`, `nats`) are part of the API, since overlays and
+`kubectl logs -c` use them.
 """
 
 from asyncrl_api.job import AsyncRLJob, Spec
@@ -10,8 +10,10 @@ from asyncrl_operator.layout import (
     HEALTH_PORT,
     TRAINER_PORT,
     Places,
+    Staging,
     num_trainer_pods,
     rollout_commands,
+    staging,
     trainer_command,
 )
 from asyncrl_operator.render.overlay import lay_over
@@ -33,6 +35,7 @@ from asyncrl_operator.render.pod_parts import (
     credentials_volume,
     environment,
     labels,
+    memory_volume,
     mounts,
     probe,
     probes,
@@ -102,21 +105,22 @@ def trainer_template(job: AsyncRLJob, defaults: Defaults, attempt: DesiredTraine
 
 
 def rollout_template(job: AsyncRLJob, defaults: Defaults, gpus: int, template_hash: str) -> Json:
-    """Return the template of a rollout pod: one engine with `gpus` GPUs, and its worker.
+    """Return the template of a rollout pod: one engine with `gpus` GPUs, its worker, perhaps a receiver.
 
     Raises:
         SpecError: the overlay sets a field that the operator owns.
     """
     spec, name = job.spec, job.metadata.name
     image = spec.rollout.engine.image or defaults.runtime_image
-    engine_command, worker_command = rollout_commands(spec, gpus, PodPlaces(), "$(POD_NAME)")
+    commands = rollout_commands(spec, gpus, PodPlaces(), "$(POD_NAME)")
+    staged = staging(spec)
     engine = {
         "name": "engine",
         "image": image,
-        "command": list(engine_command),
+        "command": list(commands.engine),
         "env": environment(spec),
         **secrets_as_variables(spec.model.secret_ref),
-        "volumeMounts": mounts("config", "cache", "shm", "tmp"),
+        "volumeMounts": mounts("config", "cache", "shm", "tmp", *(["staging"] if staged else [])),
         **resources(spec, gpus),
         **probes("/engine", failures=6),
         "lifecycle": {"preStop": {"sleep": {"seconds": ENGINE_LINGERS_SECONDS}}},
@@ -125,7 +129,7 @@ def rollout_template(job: AsyncRLJob, defaults: Defaults, gpus: int, template_ha
     worker = {
         "name": "worker",
         "image": image,
-        "command": list(worker_command),
+        "command": list(commands.worker),
         "env": environment(spec),
         **secrets_as_variables(spec.model.secret_ref),
         "ports": [{"name": "health", "containerPort": HEALTH_PORT}],
@@ -138,7 +142,8 @@ def rollout_template(job: AsyncRLJob, defaults: Defaults, gpus: int, template_ha
         "readinessProbe": probe("/ready") | {"periodSeconds": 2, "failureThreshold": READY_FAILURES},
         "securityContext": container_security(),
     }
-    pod = render_pod(job, defaults, "rollout", [engine, worker])
+    receivers = [_receiver(spec, image, commands.receiver, staged)] if staged and commands.receiver else []
+    pod = render_pod(job, defaults, "rollout", [engine, worker, *receivers])
     pod |= {
         "terminationGracePeriodSeconds": ROLLOUT_GRACE_SECONDS,
         "serviceAccountName": spec.scheduling.service_account_name or f"{name}-rollout",
@@ -148,6 +153,7 @@ def rollout_template(job: AsyncRLJob, defaults: Defaults, gpus: int, template_ha
             *common_volumes(job),
             *credentials_volume(job, "worker.json"),
             *(config_map(volume, source) for volume, source in code_volumes(spec).items()),
+            *([memory_volume("staging", str(staged.volume))] if staged else []),
         ],
     }
     meta = {
@@ -157,6 +163,19 @@ def rollout_template(job: AsyncRLJob, defaults: Defaults, gpus: int, template_ha
     template = {"metadata": meta, "spec": pod}
     resource = spec.gpu_budget.resource_name
     return lay_over(template, spec.rollout.pod_template, "spec.rollout.podTemplate", resource)
+
+
+def _receiver(spec: Spec, image: str, command: tuple[str, ...], staged: Staging) -> Json:
+    """Return the container that takes weights; what is in the volume counts as its memory."""
+    return {
+        "name": "receiver",
+        "image": image,
+        "command": list(command),
+        "env": environment(spec),
+        "volumeMounts": mounts("config", "tmp", "staging"),
+        "resources": {"requests": {"memory": str(staged.receiver)}},
+        "securityContext": container_security(),
+    }
 
 
 def messaging_template(job: AsyncRLJob, defaults: Defaults) -> Json:

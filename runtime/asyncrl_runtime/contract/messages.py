@@ -384,6 +384,28 @@ class LoadAdapter(Message, frozen=True, kw_only=True, tag="adapter.v1"):
     timeout_seconds: float
 
 
+class StageWeights(Message, frozen=True, kw_only=True, tag="stage.v1"):
+    """Have the engine's receiver fetch a version, while the engine samples."""
+
+    version: PolicyVersion
+    host: str
+    port: int
+    secret: bytes
+    """That of the attempt: with it the receiver and the trainer know one another."""
+    timeout_seconds: float
+
+
+class LoadStaged(Message, frozen=True, kw_only=True, tag="loadstaged.v1"):
+    """Make the engine load the version that its receiver has, paused meanwhile, and go on sampling."""
+
+    version: PolicyVersion
+    interrupt: str
+    """`Retract`, `InPlace` or `Drain`; with the last there is nothing left to interrupt."""
+    timeout_seconds: float
+    checksum: bool = False
+    """Whether to answer with the engine's checksum."""
+
+
 ControlRequest = (
     DrainEngine
     | ProbeEngine
@@ -393,6 +415,8 @@ ControlRequest = (
     | CommitUpdate
     | AdapterChunk
     | LoadAdapter
+    | StageWeights
+    | LoadStaged
 )
 
 
@@ -411,7 +435,7 @@ class ControlReply(Message, frozen=True, kw_only=True, tag="reply.v1"):
     bucket: int = 0
     """The number, from 1 on, of the bucket at which ReceiveWeights failed; 0 if it was at none."""
     paused_seconds: float = 0.0
-    """How long the engine sampled nothing; in the answer to CommitUpdate."""
+    """How long the engine sampled nothing; in the answer to CommitUpdate or LoadStaged."""
 
 
 LONGEST_TIMEOUT_SECONDS = 7 * 24 * 3600.0

@@ -7,6 +7,7 @@ import signal
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -23,9 +24,11 @@ from asyncrl_runtime.rollout.engine_client import EngineClient
 from asyncrl_runtime.rollout.engine_updates import UpdatesOf
 from asyncrl_runtime.rollout.health_port import serve_health
 from asyncrl_runtime.rollout.prompts import PromptRenderer
+from asyncrl_runtime.rollout.receiver_client import ReceiverClient
 from asyncrl_runtime.rollout.rewards.pool import RewardNotLoaded
 from asyncrl_runtime.rollout.rewards.reward_types import REWARD_TYPES, ProcessReward
 from asyncrl_runtime.rollout.rewards.scorer import Scorer, make_scorer
+from asyncrl_runtime.rollout.staged_updates import StagedUpdates
 from asyncrl_runtime.rollout.weight_updates import WeightUpdates
 from asyncrl_runtime.rollout.worker import Worker
 from asyncrl_runtime.rollout.workflows import make_workflow
@@ -43,34 +46,35 @@ class WorkerPlace:
     engine_url: str
     health_port: int
     """The port on which it answers probes of itself and its engine."""
+    receiver_url: str = ""
+    """Empty unless weights are staged."""
 
 
-def worker_places(name: str, engine_url: str, health_port: int, count: int) -> list[WorkerPlace]:
+def worker_places(
+    name: str, engine_url: str, health_port: int, count: int, receiver_url: str = ""
+) -> list[WorkerPlace]:
     """Return the places of `count` workers: number i has `-i` behind its name, and ports that are i higher.
 
     A single one is called by the name as it is.
 
     Raises:
-        ExitError: there are several workers, and the URL has no port to count from.
+        ExitError: there are several workers, and a URL has no port to count from.
     """
     if count == 1:
-        return [WorkerPlace(name, engine_url, health_port)]
-    url = urlsplit(engine_url)
+        return [WorkerPlace(name, engine_url, health_port, receiver_url)]
+    engines = _urls("--engine-url", engine_url, count)
+    receivers = _urls("--receiver-url", receiver_url, count) if receiver_url else [""] * count
+    return [WorkerPlace(f"{name}-{i}", engines[i], health_port + i, receivers[i]) for i in range(count)]
+
+
+def _urls(option: str, first: str, count: int) -> list[str]:
+    """Return `count` URLs, the first of which is given, on ports in a row."""
+    url = urlsplit(first)
     if url.port is None:
-        raise ExitError(
-            ExitCode.USAGE,
-            f"--engine-url is {engine_url}; with --count {count} it must have a port",
-        )
-    return [
-        WorkerPlace(
-            f"{name}-{i}", f"{url.scheme}://{_with_port(url.hostname or '', url.port + i)}", health_port + i
-        )
-        for i in range(count)
-    ]
-
-
-def _with_port(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        raise ExitError(ExitCode.USAGE, f"{option} is {first}; with --count {count} it must have a port")
+    host = url.hostname or ""
+    host = f"[{host}]" if ":" in host else host
+    return [f"{url.scheme}://{host}:{url.port + i}" for i in range(count)]
 
 
 async def run_workers(config: RunConfig, places: Sequence[WorkerPlace], host: str) -> None:
@@ -86,6 +90,10 @@ async def run_workers(config: RunConfig, places: Sequence[WorkerPlace], host: st
         ExitError: a worker cannot work; the message names the cause.
     """
     spec = config.spec
+    if spec.weight_sync.mode == "Staged" and not all(each.receiver_url for each in places):
+        raise ExitError(
+            ExitCode.USAGE, "--receiver-url is missing, but spec.weightSync.mode is Staged: name the receiver"
+        )
     # First, since loading takes long.
     listeners = [bind(host, each.health_port, "worker", "--host and --health-port") for each in places]
     folder = await asyncio.to_thread(ensure_model, spec.model, config.model_cache, spec.training.seed)
@@ -118,7 +126,7 @@ async def _run(
     try:
         async with asyncio.TaskGroup() as running:
             for place, listener, broker in zip(places, listeners, brokers, strict=True):
-                engine, updates_of = choose_engine(spec, place.engine_url, vocabulary_size)
+                engine, updates_of = choose_engine(spec, place, vocabulary_size)
                 worker = Worker(place.name, spec, broker, engine, updates_of, renderer, workflow, scorer)
                 workers.append(worker)
                 running.create_task(_run_one(worker, engine, broker, listener), name=place.name)
@@ -143,11 +151,15 @@ async def _run_one(worker: Worker, engine: Engine, broker: WorkerBroker, listene
         await broker.close()
 
 
-def choose_engine(spec: Spec, url: str, vocabulary_size: int) -> tuple[Engine, UpdatesOf]:
+def choose_engine(spec: Spec, place: WorkerPlace, vocabulary_size: int) -> tuple[Engine, UpdatesOf]:
     """Return the engine, and what brings it the kind of weights that is trained: no other code here asks."""
+    url = place.engine_url
     if spec.training.trains_adapters:
         return EngineClient(url, vocabulary_size, samples_with_adapters=True), AdapterUpdates
-    return EngineClient(url, vocabulary_size), WeightUpdates
+    engine = EngineClient(url, vocabulary_size)
+    if spec.weight_sync.mode == "Staged":
+        return engine, partial(StagedUpdates, receiver=ReceiverClient(place.receiver_url))
+    return engine, WeightUpdates
 
 
 def _scorer(config: RunConfig) -> Scorer:

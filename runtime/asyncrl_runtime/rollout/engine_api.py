@@ -268,6 +268,15 @@ class Engine(SamplingEngine, Protocol):
         """Go on sampling."""
         ...
 
+    async def load_folder(
+        self, folder: Path, version: PolicyVersion, timeout_seconds: float, *, keeps_cache: bool
+    ) -> None:
+        """Load all weights from a folder that the engine sees, in a pause, without a group and an update.
+
+        The engine takes `version` as its label, and flushes its cache unless `keeps_cache` is set.
+        """
+        ...
+
     # -- adapters, for an engine that samples with them
 
     async def load_adapter(self, version: PolicyVersion, folder: Path, timeout_seconds: float) -> None:

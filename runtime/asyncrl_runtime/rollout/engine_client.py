@@ -208,8 +208,12 @@ class EngineClient:
     async def take_over(self) -> None:
         self._has_sessions = True
         await self.abort_all()
-        with contextlib.suppress(EngineRefused):  # no update was open
+        try:
             await self.call("/end_weight_update", {}, PROBE_SECONDS)
+        except EngineLacks:
+            self._has_sessions = False
+        except EngineRefused as error:
+            log.debug("no update was open: %s", error)
 
     # -- updates of all weights
 
@@ -268,6 +272,12 @@ class EngineClient:
 
     async def resume(self) -> None:
         await self.call("/continue_generation", {})
+
+    async def load_folder(
+        self, folder: Path, version: PolicyVersion, timeout_seconds: float, *, keeps_cache: bool
+    ) -> None:
+        body = {"model_path": str(folder), "weight_version": str(version), "flush_cache": not keeps_cache}
+        await self.call("/update_weights_from_disk", body, timeout_seconds)
 
     # -- adapters
 

@@ -106,6 +106,11 @@ class EmulatedEngine:
     async def resume(self) -> None:
         self.server.resume()
 
+    async def load_folder(
+        self, folder: Path, version: PolicyVersion, timeout_seconds: float, *, keeps_cache: bool
+    ) -> None:
+        raise EngineRefused("an emulated engine has no weights that a folder could hold")
+
     # -- adapters
 
     async def load_adapter(self, version: PolicyVersion, folder: Path, timeout_seconds: float) -> None:

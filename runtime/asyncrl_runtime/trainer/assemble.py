@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import secrets
 import signal
 import socket
 import sys
@@ -79,6 +80,7 @@ from asyncrl_runtime.weights.engines import Publisher, WeightsRefused
 from asyncrl_runtime.weights.fleet import Fleet
 from asyncrl_runtime.weights.group import TorchGroups, WeightGroups
 from asyncrl_runtime.weights.publisher import ChecksumMismatch, WeightPublisher
+from asyncrl_runtime.weights.staged_publisher import StagedPublisher
 
 log = logging.getLogger(__name__)
 
@@ -290,7 +292,7 @@ async def _open_parts(
         ledger=ledger,
         ranks=ranks,
         fleet=fleet,
-        weights=_make_publisher(config, options, broker, fleet, ranks, refusals),
+        weights=_make_publisher(config, options, model_folder, broker, fleet, ranks, refusals),
         checkpoints=checkpoints,
         disruption=lambda: announced_disruption(config.live_file),
         examiner=_make_evaluator(options, broker, streams, rows, refusals, num_ids),
@@ -414,6 +416,7 @@ async def _load_policy(config: RunConfig, ranks: Ranks, checkpoint: Checkpoint |
 def _make_publisher(
     config: RunConfig,
     options: Options,
+    model_folder: Path,
     broker: TrainerBroker,
     fleet: Fleet,
     ranks: Ranks,
@@ -434,11 +437,27 @@ def _make_publisher(
         )
 
     buckets = ranks.policy.buckets(spec.bucket_megabytes * 2**20)
+    weights = PublishedWeights(tuple(map(ranks.policy.layout, buckets)), ranks.bucket)
+    if spec.mode == "Staged":
+        return StagedPublisher(
+            broker,
+            config.names,
+            fleet,
+            weights,
+            (model_folder / "config.json").read_text(),
+            attempt=options.attempt,
+            host=options.host,
+            secret=secrets.token_bytes(32),
+            model_bytes=ranks.policy.num_bytes,
+            timeout_seconds=spec.timeout_seconds,
+            verify=options.verify_weights,
+            refusals=refusals,
+        )
     return WeightPublisher(
         broker,
         config.names,
         fleet,
-        PublishedWeights(tuple(map(ranks.policy.layout, buckets)), ranks.bucket),
+        weights,
         make_groups(config.spec),
         attempt=options.attempt,
         host=options.host,

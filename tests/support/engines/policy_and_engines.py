@@ -15,14 +15,17 @@ from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
 from asyncrl_api.job import AsyncRLJob
+from asyncrl_api.names import JobNames
 from asyncrl_runtime.contract.messages import Heartbeat, PolicyVersion, decode
 from asyncrl_runtime.trainer.update.policy import Policy
 from asyncrl_runtime.transport.broker import Broker
 from asyncrl_runtime.transport.streams import make_streams
 from asyncrl_runtime.weights.bucket import PublishedWeights
+from asyncrl_runtime.weights.engines import UpdateSeconds
 from asyncrl_runtime.weights.fleet import Fleet
 from asyncrl_runtime.weights.group import TorchGroups
 from asyncrl_runtime.weights.publisher import WeightPublisher
+from asyncrl_runtime.weights.staged_publisher import StagedPublisher
 from support.jobs.job_harness import JobHarness, until
 from support.jobs.nats_server import NatsServer
 
@@ -53,7 +56,7 @@ class PolicyAndEngines:
     def __init__(
         self,
         policy: Policy,
-        publisher: WeightPublisher,
+        publisher: WeightPublisher | StagedPublisher,
         fleet: Fleet,
         urls: list[str],
     ) -> None:
@@ -64,6 +67,8 @@ class PolicyAndEngines:
         """The version that was published last."""
         self.urls = urls
         """The URLs of the engines."""
+        self.seconds = UpdateSeconds()
+        """What the time of the last publication went into."""
 
     @property
     def num_bytes(self) -> int:
@@ -77,6 +82,8 @@ class PolicyAndEngines:
         published = await self.publisher.publish(self.version, "Retract")
         seconds = time.perf_counter() - began
         assert (len(published.engines), published.num_epochs) == (len(self.urls), 1), published
+        assert published.seconds is not None
+        self.seconds = published.seconds
         async with httpx.AsyncClient() as http:
             for url in self.urls:
                 label = (await http.get(f"{url}/model_info")).json()["weight_version"]
@@ -92,6 +99,36 @@ def weights_of(policy: Policy, bucket_megabytes: int) -> PublishedWeights:
 
     layout = tuple(map(policy.layout, policy.buckets(bucket_megabytes * 2**20)))
     return PublishedWeights(layout, gather)
+
+
+def make_publisher(
+    broker: Broker, names: JobNames, fleet: Fleet, policy: Policy, job: AsyncRLJob
+) -> WeightPublisher | StagedPublisher:
+    weights = weights_of(policy, job.spec.weight_sync.bucket_megabytes)
+    if job.spec.weight_sync.mode == "Staged":
+        config = policy.engine.module.config.to_json_string()
+        return StagedPublisher(
+            broker,
+            names,
+            fleet,
+            weights,
+            config,
+            attempt=1,
+            host=LOOPBACK,
+            secret=b"of the attempt",
+            model_bytes=policy.num_bytes,
+        )
+    return WeightPublisher(
+        broker,
+        names,
+        fleet,
+        weights,
+        TorchGroups(),
+        attempt=1,
+        host=LOOPBACK,
+        backend="gloo",
+        model_bytes=policy.num_bytes,
+    )
 
 
 @contextlib.asynccontextmanager
@@ -110,17 +147,7 @@ async def open_engines(
             await make_streams(broker.jetstream, names, 2**28)
             fleet = await _hear_heartbeats(broker, names.heartbeat("*"))
             policy = await asyncio.to_thread(make_policy)
-            publisher = WeightPublisher(
-                broker,
-                names,
-                fleet,
-                weights_of(policy, job.spec.weight_sync.bucket_megabytes),
-                TorchGroups(),
-                attempt=1,
-                host=LOOPBACK,
-                backend="gloo",
-                model_bytes=policy.num_bytes,
-            )
+            publisher = make_publisher(broker, names, fleet, policy, job)
             states = ["empty"] * num_engines
             await asyncio.to_thread(
                 harness.wait_until,

@@ -102,6 +102,8 @@ class JobHarness:
         """
         engine = f"rollout-{replica}-engine"
         self._fork(engine, self._plan[engine].command[1:], spoil_engine)
+        if (receiver := f"rollout-{replica}-receiver") in self._plan:
+            self.start(receiver)
         self.start(f"rollout-{replica}-worker")
 
     def start(self, name: str) -> ForkedProcess:

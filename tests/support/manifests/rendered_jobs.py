@@ -25,6 +25,11 @@ SHAPES: dict[str, dict[str, Any]] = {
         "rollout": {"engine": {"type": "CPU"}},
         "weightSync": {"backend": "Gloo"},
     },
+    "staged": {
+        "model": {"parameterCount": 14_800_000_000},
+        "gpuBudget": {"total": 16},
+        "weightSync": {"mode": "Staged"},
+    },
     "two-nodes": {
         "model": {"cache": {"claimName": "models"}, "secretRef": {"name": "hub"}},
         "gpuBudget": {"total": 32, "mode": "Manual", "split": {"trainer": 16, "rollout": 16}},

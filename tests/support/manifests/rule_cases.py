@@ -17,7 +17,40 @@ class Case(NamedTuple):
 
 MANUAL = "spec.gpuBudget.mode=Manual"
 
+STAGED = "spec.weightSync.mode=Staged"
+
 CASES = {
+    "staged weights need a size": Case(
+        [STAGED, "spec.model.parameterCount=1000"],
+        [STAGED],
+        "spec.weightSync.stagingMegabytes",
+        "weightSync.stagingMegabytes and model.parameterCount are 0, but weightSync.mode Staged keeps a copy "
+        "of the policy in memory, whose size must be known: set one of them",
+    ),
+    "staged weights fit": Case(
+        [STAGED, "spec.weightSync.stagingMegabytes=2000", "spec.model.parameterCount=1000000000"],
+        [STAGED, "spec.weightSync.stagingMegabytes=1907", "spec.model.parameterCount=1000000000"],
+        "spec.weightSync.stagingMegabytes",
+        "weightSync.stagingMegabytes is 1907, but must hold the 1000000000 parameters of "
+        "model.parameterCount, of 2 bytes each: raise it, or use 0, which derives it",
+    ),
+    "adapters are not staged": Case(
+        [STAGED, "spec.weightSync.stagingMegabytes=1"],
+        [STAGED, "spec.weightSync.stagingMegabytes=1", "spec.training.lora.rank=8"],
+        "spec.weightSync.mode",
+        "weightSync.mode Staged is not possible with training.lora.rank 8: adapters are small, and no engine "
+        "pauses for them in mode Direct: use that",
+    ),
+    "emulated weights are not staged": Case(
+        [STAGED, "spec.weightSync.stagingMegabytes=1"],
+        [
+            *(STAGED, "spec.weightSync.stagingMegabytes=1", "spec.emulation.deviceModel=h200"),
+            *("spec.trainer.backend=Emulated", "spec.rollout.engine.type=Emulated"),
+        ],
+        "spec.weightSync.mode",
+        "weightSync.mode Staged is not possible with trainer.backend Emulated, which has no weights: use "
+        "Direct",
+    ),
     "staleness target": Case(
         ["spec.staleness.target=4"],
         ["spec.staleness.target=5"],

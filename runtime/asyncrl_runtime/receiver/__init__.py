@@ -1,0 +1,1 @@
+"""The process beside an engine that takes the policy's versions while the engine samples."""
