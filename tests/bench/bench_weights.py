@@ -29,6 +29,7 @@ import statistics
 import sys
 import tempfile
 import time
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -195,9 +196,8 @@ async def measure_pause(name: str, folder: Path, engine: str, repeats: int) -> s
     model = build_model(folder / "model", dtype=dtype, **size.shape)
     for mode in ("Direct", "Staged"):
         job = _job(model, size, engine, {"mode": mode, "stagingMegabytes": 300})
-        async with open_engines(
-            folder / mode, job, lambda job=job: load_policy(model, job), NUM_ENGINES
-        ) as engines:
+        make = partial(load_policy, model, job)
+        async with open_engines(folder / mode, job, make, NUM_ENGINES) as engines:
             pauses, updates = [], []
             for repeat in range(repeats + 1):
                 await asyncio.to_thread(_change_some, engines.policy)

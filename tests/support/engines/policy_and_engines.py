@@ -106,7 +106,7 @@ def make_publisher(
 ) -> WeightPublisher | StagedPublisher:
     weights = weights_of(policy, job.spec.weight_sync.bucket_megabytes)
     if job.spec.weight_sync.mode == "Staged":
-        config = policy.engine.module.config.to_json_string()
+        config = (Path(job.spec.model.source.removeprefix("file://")) / "config.json").read_text()
         return StagedPublisher(
             broker,
             names,
