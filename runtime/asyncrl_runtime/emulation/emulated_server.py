@@ -58,7 +58,8 @@ class EmulatedAnswer:
     """Label and end of each run of tokens that was sampled under one label."""
     finish_reason: str
     """`stop`, `length` or `abort`."""
-    num_retractions: int = 0
+    num_retractions: int
+    """How often it had to be prefilled again."""
 
 
 @dataclass(eq=False)
@@ -133,7 +134,10 @@ class EmulatedServer:
         low, high = self._ids
         logprob = -float(np.log(high - low))
         if not request.done.done():
-            request.done.set_result(EmulatedAnswer(request.tokens[:count], logprob, tuple(spans), reason))
+            answer = EmulatedAnswer(
+                request.tokens[:count], logprob, tuple(spans), reason, response.num_retractions
+            )
+            request.done.set_result(answer)
 
     # -- control
 
@@ -162,6 +166,11 @@ class EmulatedServer:
         with self._changing():
             self._batch.resume()
             self._resumed.set()
+
+    def flush(self) -> bool:
+        """Forget the prompts in the cache; return whether that was possible, which it is while none runs."""
+        with self._changing():
+            return self._batch.flush()
 
     @property
     def totals(self) -> Totals:
