@@ -1,4 +1,4 @@
-"""The servers that the contract is tried on: the CPU engine, an emulated one, SGLang where it is installed."""
+"""The servers that the contract is tried on: CPU engine, emulated engine, SGLang where it is installed."""
 
 import os
 from collections.abc import Iterator
