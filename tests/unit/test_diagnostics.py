@@ -146,7 +146,18 @@ def test_staleness_counts_sampled_tokens_by_version() -> None:
 
 
 def test_quantiles_of_response_lengths_are_over_samples_and_prompts_do_not_count() -> None:
-    samples = [sample(1, [0] * length) for length in range(1, 12)]
+    masks = [np.arange(12) < length for length in range(1, 12)]
+    tokens, logprobs = np.zeros(12, np.int32), np.zeros(12, np.float32)
+    samples = [
+        replace(
+            sample(1, None),
+            response_ids=tokens,
+            behavior_logprobs=logprobs,
+            sampled_mask=sampled,
+            loss_mask=sampled,
+        )
+        for sampled in masks
+    ]
     report = report_batch(samples, np.zeros(len(samples)))
     found = {name: report[f"response_tokens_{name}"] for name in LENGTH_QUANTILES}
     assert found.pop("p99") == pytest.approx(10.9)
