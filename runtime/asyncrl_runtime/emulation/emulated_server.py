@@ -45,6 +45,8 @@ class EmulatedRequest:
     input_ids: Sequence[int]
     max_new_tokens: int
     seed: int
+    ignores_end: bool = False
+    """Whether the response goes on until the bound, whatever length is drawn for it."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +96,11 @@ class EmulatedServer:
         """Sample one response; while the engine is paused, wait at its gate. A cancellation breaks it off."""
         await self._resumed.wait()
         scale = self._pace.token_scale
-        tokens = self._tokens(asked.seed, -(-self._model.responses.length(asked.seed) // scale))
-        tokens = tokens[_earned(asked.input_ids, tokens) :]
+        if asked.ignores_end:
+            tokens = self._tokens(asked.seed, asked.max_new_tokens + 1)
+        else:
+            tokens = self._tokens(asked.seed, -(-self._model.responses.length(asked.seed) // scale))
+            tokens = tokens[_earned(asked.input_ids, tokens) :]
         wanted = min(asked.max_new_tokens, len(tokens))
         request = _Request(
             tokens[:wanted].tolist(), len(tokens) > wanted, asyncio.get_running_loop().create_future()

@@ -107,7 +107,7 @@ class EmulatedApp:
             )
         if not (isinstance(bound, int) and bound >= 1 and isinstance(seed, int) and seed >= 0):
             raise ValueError(f"max_new_tokens is {bound} and sampling_seed is {seed}")
-        return EmulatedRequest(input_ids, bound, seed)
+        return EmulatedRequest(input_ids, bound, seed, bool(params.get("ignore_eos")))
 
     async def _answer(self, rid: str, asked: EmulatedRequest) -> dict[str, Any]:
         return _wire(rid, asked, await self.server.sample(asked), self.server.label)
@@ -195,8 +195,16 @@ class EmulatedApp:
         return JSONResponse({"weight_version": self.server.label, "is_generation": True})
 
     async def _server_info(self, _: Request) -> Response:
+        engine = self._model.engine
         return JSONResponse(
-            {"tp_size": self._model.engine.gpus, "version": SGLANG_VERSION, "engine": "emulated"}
+            {
+                "tp_size": engine.gpus,
+                "version": SGLANG_VERSION,
+                "engine": "emulated",
+                "context_length": self._context_length,
+                "max_total_num_tokens": engine.kv_tokens,
+                "internal_states": [{"effective_max_running_requests_per_dp": engine.max_running}],
+            }
         )
 
     async def _metrics(self, _: Request) -> Response:
