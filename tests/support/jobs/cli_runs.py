@@ -66,9 +66,9 @@ class CliRun:
         self._log = log or out.with_name(f"{out.name}.output")
         command = [*(program or [find_program("asyncrl")]), "run", str(manifest), "--out", str(out)]
         environment = {**os.environ, "ASYNCRL_CACHE": str(manifest.parent / "cache")}
-        with self._log.open("w") as log:
+        with self._log.open("w") as output:
             self.process = subprocess.Popen(
-                [*command, *arguments], stdout=log, stderr=subprocess.STDOUT, env=environment
+                [*command, *arguments], stdout=output, stderr=subprocess.STDOUT, env=environment
             )
 
     def __enter__(self) -> Self:
