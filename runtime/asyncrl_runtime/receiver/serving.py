@@ -6,11 +6,9 @@ controller can tell the worker, by the rights of the broker.
 
 import asyncio
 import logging
-import signal
 from pathlib import Path
 
 import msgspec
-import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
@@ -19,6 +17,7 @@ from starlette.routing import Route
 from asyncrl_api.processes import bind
 from asyncrl_runtime.contract.refused import Refusals
 from asyncrl_runtime.contract.staging import FetchStage, StagingFailed
+from asyncrl_runtime.http_server import serve_until_stopped
 from asyncrl_runtime.receiver.fetching import Transfer
 from asyncrl_runtime.receiver.staged_file import StagedFile
 
@@ -73,14 +72,10 @@ def run_receiver(folder: Path, host: str, port: int) -> None:
     listener = bind(host, port, "receiver", "--host and --port")
     file = StagedFile(folder)
     app = ReceiverApp(file)
-    # After its shutdown uvicorn raises the signal that stopped it again; it has been acted on already.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
-    listener.listen()
-    log.info("receiver of %s at http://%s:%d", folder, *listener.getsockname()[:2])
-    config = uvicorn.Config(
-        app.build(), lifespan="off", log_config=None, access_log=False, timeout_graceful_shutdown=1
-    )
-    asyncio.run(uvicorn.Server(config).serve(sockets=[listener]))
-    app.give_up()
+
+    async def serve() -> None:
+        await serve_until_stopped(app.build(), listener, f"receiver of {folder}")
+        app.give_up()  # or its thread would keep the process
+
+    asyncio.run(serve())
     file.drop()
