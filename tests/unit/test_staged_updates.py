@@ -100,6 +100,8 @@ def test_a_lost_receiver_leaves_the_engine_sampling() -> None:
         assert scene.updates.state == "ready" and scene.engine.made.count(PAUSE) == 1
         assert (await scene.load(V1)).message == "1.1 is not staged here"
         assert scene.engine.made.count(PAUSE) == 1, "nothing is paused for what is not here"
+        assert not (await scene.stage(V0)).ok
+        assert (await scene.load(V0)).message == "1.0 is not staged here", "it may be half of it by now"
         scene.receiver.fault = ""
         assert (await scene.bring(V1)).ok
 

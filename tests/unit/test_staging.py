@@ -238,6 +238,7 @@ def test_an_image_that_was_broken_off_is_of_no_version(sender: Sender, tmp_path:
     with pytest.raises(RuntimeError, match="a rank is gone"):
         asyncio.run(sender.image.advance(PolicyVersion(1, 1), PublishedWeights(sender.layout, breaks)))
     sender.publish(1)
+    assert sender.stage.policy.base is None
     assert fetch(sender, file).is_whole and sender.is_at(file)
 
 

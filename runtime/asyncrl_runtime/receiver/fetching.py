@@ -26,6 +26,9 @@ from asyncrl_runtime.receiver.staged_file import StagedFile
 
 log = logging.getLogger(__name__)
 
+MAX_BYTES = 2**50
+"""More than any policy has."""
+
 
 class Transfer:
     """Brings a file to one version; can be broken off from another thread."""
@@ -71,7 +74,7 @@ class Transfer:
         with self._connect() as trainer:
             self._greet(trainer, base)
             policy, _ = trainer.receive(StagedPolicy)
-            if policy.version != self._asked.version or policy.num_bytes <= 0:
+            if policy.version != self._asked.version or not 0 < policy.num_bytes <= MAX_BYTES:
                 raise StagingFailed(f"{policy.version} of {policy.num_bytes} bytes is offered instead")
             self._file.begin(policy)
             while not self._file.is_whole:

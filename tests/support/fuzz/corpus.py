@@ -4,6 +4,7 @@ import base64
 from pathlib import Path
 
 from support.fuzz import operator_targets, runtime_targets
+from support.fuzz.staging_targets import staging_targets
 from support.fuzz.target import Target
 from support.paths import ROOT
 
@@ -11,7 +12,8 @@ CORPUS = ROOT / "tests" / "fuzz" / "corpus"
 
 
 def all_targets(folder: Path) -> list[Target]:
-    return [*runtime_targets.targets(folder), *operator_targets.targets(folder)]
+    ours = [*runtime_targets.targets(folder), *staging_targets(folder)]
+    return [*ours, *operator_targets.targets(folder)]
 
 
 def corpus_file(name: str) -> Path:

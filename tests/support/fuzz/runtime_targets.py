@@ -28,12 +28,14 @@ from asyncrl_runtime.contract.messages import (
     Heartbeat,
     JoinGroup,
     LoadAdapter,
+    LoadStaged,
     PolicyVersion,
     PrepareUpdate,
     ReceiveWeights,
     ResumePoint,
     SampleFailure,
     SampleProgress,
+    StageWeights,
     Ticket,
     Tombstone,
     TurnRecord,
@@ -345,6 +347,8 @@ REQUESTS = (
     ReceiveWeights(groups=("g",), version=V, timeout_seconds=9.0),
     CommitUpdate(groups=("g",), version=V),
     LoadAdapter(version=V, num_bytes=4, config="{}", interrupt="Retract", timeout_seconds=9.0),
+    StageWeights(version=V, host="t", port=1, secret=b"s", timeout_seconds=9.0),
+    LoadStaged(version=V, interrupt="Retract", timeout_seconds=9.0),
 )
 
 
