@@ -13,12 +13,12 @@ import pytest
 from asyncrl_runtime.calibration.findings import CalibrationError, Findings, render_model
 from asyncrl_runtime.calibration.measured_engine import (
     EngineFacts,
-    Probe,
+    ProbedBatch,
     choose_probes,
     find_in_engine,
     fit,
 )
-from asyncrl_runtime.calibration.measured_run import Row, RunFacts, find_in_run
+from asyncrl_runtime.calibration.measured_run import RunFacts, StepLine, find_in_run
 from asyncrl_runtime.emulation.device import NUMBERS, DeviceModel, load_device_model, parse_device_model
 from asyncrl_runtime.emulation.emulated_server import EmulatedRequest, EmulatedServer, Pace
 from asyncrl_runtime.simulation.simulated_job import Setting, simulate
@@ -42,7 +42,7 @@ class VirtualProbed:
         engine = self._model.engine
         return EngineFacts(engine.gpus, engine.kv_tokens, engine.max_running, 8192, "emulated")
 
-    async def seconds(self, probe: Probe) -> float:
+    async def seconds(self, probe: ProbedBatch) -> float:
         began = self._clock()
         requests = []
         for _ in range(probe.num_prompts):
@@ -107,7 +107,7 @@ def short_model() -> DeviceModel:
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
+def rows(tmp_path_factory: pytest.TempPathFactory) -> list[StepLine]:
     """The metrics of a simulated run, which the real loop wrote in virtual time."""
     folder = tmp_path_factory.mktemp("run")
     spec = make_job(
@@ -125,7 +125,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_runs_numbers_are_found_again(rows: list[Row]) -> None:
+def test_a_runs_numbers_are_found_again(rows: list[StepLine]) -> None:
     model = short_model()
     found = find_in_run(rows, RunFacts(HERE, 4, num_bytes=model.weights.num_bytes, bytes_source="given"))
     wanted = {
@@ -144,7 +144,7 @@ def test_a_runs_numbers_are_found_again(rows: list[Row]) -> None:
     assert set(found.reasons) == {"reward.seconds", "weights.joinSeconds"}
 
 
-def test_a_run_that_was_sped_up_counts_in_the_devices_seconds(rows: list[Row]) -> None:
+def test_a_run_that_was_sped_up_counts_in_the_devices_seconds(rows: list[StepLine]) -> None:
     slow = find_in_run(rows, RunFacts(HERE, 4, speedup=1.0)).numbers
     fast = find_in_run(rows, RunFacts(HERE, 4, speedup=10.0)).numbers
     assert fast["trainer.updateTokensPerSecond"] == pytest.approx(slow["trainer.updateTokensPerSecond"] / 10)
@@ -159,7 +159,7 @@ def test_responses_that_are_cut_are_judged_by_their_lower_half() -> None:
     assert found["responses.longestTokens"] == 130
 
 
-def row_of(lengths: Any, **changes: Any) -> Row:
+def row_of(lengths: Any, **changes: Any) -> StepLine:
     quantiles = {"min": 0.0, "p10": 0.1, "p50": 0.5, "p90": 0.9, "max": 1.0}
     told = {f"response_tokens_{name}": float(np.quantile(lengths, at)) for name, at in quantiles.items()}
     rest = {"num_pass_tokens": 100, "num_ranks": 1, "proximal_seconds": 1.0, "train_seconds": 3.0}
@@ -174,7 +174,7 @@ def row_of(lengths: Any, **changes: Any) -> Row:
         ([{"step": 1}] * 10, "has no num_pass_tokens"),
     ],
 )
-def test_too_few_steps_and_old_ones_are_refused(steps: Sequence[Row], said: str) -> None:
+def test_too_few_steps_and_old_ones_are_refused(steps: Sequence[StepLine], said: str) -> None:
     with pytest.raises(CalibrationError, match=said):
         find_in_run(steps, RunFacts(HERE, 2))
 

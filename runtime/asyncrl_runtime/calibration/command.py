@@ -12,7 +12,7 @@ from asyncrl_api.exits import ExitCode, ExitError
 from asyncrl_api.run_config import RunConfig
 from asyncrl_runtime.calibration.findings import CalibrationError, Findings, render_model
 from asyncrl_runtime.calibration.measured_engine import find_in_engine
-from asyncrl_runtime.calibration.measured_run import Row, RunFacts, find_in_run
+from asyncrl_runtime.calibration.measured_run import RunFacts, StepLine, find_in_run
 from asyncrl_runtime.calibration.probe_http import HttpProbedEngine, open_session
 from asyncrl_runtime.emulation.device import DeviceModel, DeviceModelError, load_device_model
 
@@ -79,7 +79,7 @@ def run_facts(run: Path, where: str, base: tuple[str, DeviceModel] | None) -> Ru
     )
 
 
-def read_steps(run: Path) -> list[Row]:
+def read_steps(run: Path) -> list[StepLine]:
     """Return the lines of a run's metrics.jsonl; one that a crash left incomplete is passed over.
 
     Raises:
@@ -90,7 +90,7 @@ def read_steps(run: Path) -> list[Row]:
         lines = path.read_text().splitlines()
     except OSError as error:
         raise ExitError(ExitCode.USAGE, f"{path}: {error.strerror}; name the folder of a run") from error
-    rows: list[Row] = []
+    rows: list[StepLine] = []
     for line in lines:
         try:
             row = json.loads(line)

@@ -32,7 +32,7 @@ class EngineFacts:
     version: str
 
 
-class Probe(NamedTuple):
+class ProbedBatch(NamedTuple):
     """A batch of answers that begin together."""
 
     num_prompts: int
@@ -45,12 +45,12 @@ class ProbedEngine(Protocol):
 
     async def facts(self) -> EngineFacts: ...
 
-    async def seconds(self, probe: Probe) -> float:
+    async def seconds(self, probe: ProbedBatch) -> float:
         """Return how long it took to answer a batch of prompts that it has not seen before."""
         ...
 
 
-def choose_probes(facts: EngineFacts) -> list[Probe]:
+def choose_probes(facts: EngineFacts) -> list[ProbedBatch]:
     """Return the probes that tell batch, cached tokens and prefill apart, and fit the engine.
 
     Raises:
@@ -59,7 +59,7 @@ def choose_probes(facts: EngineFacts) -> list[Probe]:
     context = min(LONGEST_PROBE_TOKENS, facts.context_length)
     prompts, answers = (context // 16, context // 2), (context // 32, context // 8)
     probes = [
-        Probe(batch, prompt, answer)
+        ProbedBatch(batch, prompt, answer)
         for batch in BATCHES
         for prompt in prompts
         for answer in answers
@@ -99,7 +99,7 @@ async def find_in_engine(engine: ProbedEngine, where: str) -> Findings:
     return findings
 
 
-def fit(probes: Sequence[Probe], seconds: Sequence[float], where: str) -> Findings:
+def fit(probes: Sequence[ProbedBatch], seconds: Sequence[float], where: str) -> Findings:
     """Return the engine's rates, as the device model defines them, by least squares of relative errors.
 
     A batch of n takes a constant, n * prompt / prefill rate, and for each of its k steps the time of a step

@@ -15,7 +15,7 @@ MIN_STEPS = 10
 MIN_SPREAD = 0.03
 """The relative spread of the steps' tokens from which the time of an update is told from that of tokens."""
 
-Row = Mapping[str, Any]
+StepLine = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class RunFacts:
     bytes_source: str = ""
 
 
-def find_in_run(rows: Sequence[Row], facts: RunFacts) -> Findings:
+def find_in_run(rows: Sequence[StepLine], facts: RunFacts) -> Findings:
     """Return what the steps' lines of metrics.jsonl say.
 
     Raises:
@@ -58,7 +58,7 @@ def find_in_run(rows: Sequence[Row], facts: RunFacts) -> Findings:
     return findings
 
 
-def _find_responses(steps: Sequence[Row], facts: RunFacts, findings: Findings) -> None:
+def _find_responses(steps: Sequence[StepLine], facts: RunFacts, findings: Findings) -> None:
     source = f"{facts.where}, {len(steps)} steps: "
     longest = max(row["response_tokens_max"] for row in steps)
     log_median = fmean(math.log(max(1.0, row["response_tokens_p50"])) for row in steps)
@@ -79,7 +79,7 @@ def _find_responses(steps: Sequence[Row], facts: RunFacts, findings: Findings) -
     findings.found("responses.promptTokens", prompt, source + "mean of the prompts")
 
 
-def _find_trainer(steps: Sequence[Row], facts: RunFacts, findings: Findings) -> None:
+def _find_trainer(steps: Sequence[StepLine], facts: RunFacts, findings: Findings) -> None:
     """Find the trainer's rates: seconds of updates are tokens / rate + minibatches x seconds of an update."""
     ranks, many = steps[-1]["num_ranks"], facts.minibatches
     tokens = np.array([row["num_pass_tokens"] / ranks for row in steps], float)
@@ -119,7 +119,7 @@ def _split_update(tokens: Any, seconds: Any, minibatches: int) -> tuple[float, f
     return 1 / slope, intercept / minibatches, "a line through the steps' seconds by their tokens"
 
 
-def _find_weights(steps: Sequence[Row], facts: RunFacts, findings: Findings) -> None:
+def _find_weights(steps: Sequence[StepLine], facts: RunFacts, findings: Findings) -> None:
     source = f"{facts.where}, {len(steps)} steps: "
     seconds = median(
         row.get("update_transfer_seconds", 0.0) + row.get("update_load_seconds", 0.0) for row in steps

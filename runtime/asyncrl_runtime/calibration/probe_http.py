@@ -7,7 +7,7 @@ from typing import Any
 import aiohttp
 
 from asyncrl_runtime.calibration.findings import CalibrationError
-from asyncrl_runtime.calibration.measured_engine import EngineFacts, Probe
+from asyncrl_runtime.calibration.measured_engine import EngineFacts, ProbedBatch
 from asyncrl_runtime.contract.refused import one_line
 
 PROBE_SECONDS = 600
@@ -46,7 +46,7 @@ class HttpProbedEngine:
             why = one_line(f"{type(error).__name__}: {error}")
             raise CalibrationError(f"{self._url}/server_info: the answer is not SGLang's: {why}") from error
 
-    async def seconds(self, probe: Probe) -> float:
+    async def seconds(self, probe: ProbedBatch) -> float:
         prompts = [
             [self._noise.randrange(*TOKEN_IDS) for _ in range(probe.prompt_tokens)]
             for _ in range(probe.num_prompts)

@@ -5,16 +5,12 @@ is one chunk, the answer; what SGLang sends before is of use only if an engine d
 """
 
 import asyncio
-import logging
-import signal
-import socket
 import time
 import uuid
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import msgspec
-import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
@@ -25,15 +21,13 @@ from asyncrl_api.run_config import RunConfig
 from asyncrl_runtime.emulation.device import DeviceModel, device_model_of
 from asyncrl_runtime.emulation.emulated_group import bucket_bytes, transfer_seconds
 from asyncrl_runtime.emulation.emulated_server import EmulatedAnswer, EmulatedRequest, EmulatedServer, Pace
+from asyncrl_runtime.http_server import serve_until_stopped
 from asyncrl_runtime.model.source import ensure_model, vocab_size
-
-log = logging.getLogger(__name__)
 
 SGLANG_VERSION = "0.5.21"
 """The version of SGLang whose protocol this is; clients adapt to it."""
 LABELS = '{model_name="emulated"}'
 """The labels of every metric; SGLang's have some too."""
-DRAIN_SECONDS = 5
 
 
 class MalformedRequest(Exception):
@@ -332,24 +326,4 @@ def run_emulated_engines(config: RunConfig, host: str, port: int, count: int) ->
     folder = ensure_model(spec.model, config.model_cache, spec.training.seed)
     pace = Pace(time.monotonic, spec.emulation.speedup)
     app = make_app(model, pace, vocab_size(folder), spec.model.context_length, count)
-    asyncio.run(_serve(app, listener))
-
-
-async def _serve(app: Starlette, listener: socket.socket) -> None:
-    # After its shutdown uvicorn raises the signal that stopped it again; it has been acted on already.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
-    settings = uvicorn.Config(
-        app,
-        http="httptools",
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        timeout_keep_alive=75,
-        timeout_graceful_shutdown=DRAIN_SECONDS,
-    )
-    host, port = listener.getsockname()[:2]
-    listener.listen()  # before anyone reads the address
-    log.info("emulated engines serve at http://%s:%d", host, port)
-    await uvicorn.Server(settings).serve(sockets=[listener])
+    asyncio.run(serve_until_stopped(app, listener, "emulated engines serve"))
