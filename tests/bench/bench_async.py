@@ -93,6 +93,8 @@ def cells() -> Iterator[Cell]:
             yield from throughput_cells(profile, seed)
         for profile in GPUS:
             yield from interrupt_cells(profile, seed)
+    for profile in ("areal-1.5b", "areal-7b"):
+        yield from concurrency_cells(profile)
 
 
 def throughput_cells(profile: str, seed: int) -> Iterator[Cell]:
@@ -120,6 +122,14 @@ def interrupt_cells(profile: str, seed: int) -> Iterator[Cell]:
         rollout, trainer = GPUS[profile]
         batch = batch_size(profile, rollout + trainer)
         yield Cell("interrupt elsewhere", profile, 4, rollout, trainer, batch, interrupt)
+
+
+def concurrency_cells(profile: str) -> Iterator[Cell]:
+    """Yield adaptive concurrency (0), and fixed limits around a full cache, where engines are the bound."""
+    rollout, trainer = GENERATION_BOUND[profile]
+    batch, full = batch_size(profile, rollout + trainer), FULL_CACHE[profile]
+    for limit in (0, full - 48, full + 48, full + 96):
+        yield Cell("concurrency", profile, 4, rollout, trainer, batch, "Retract", limit, 10)
 
 
 def batch_size(profile: str, gpus: int) -> int:
