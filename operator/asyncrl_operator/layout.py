@@ -11,8 +11,12 @@ from asyncrl_api.parsing import FieldError, SpecError
 
 Role = Literal["messaging", "trainer", "rollout"]
 
-ENGINE_PORT, HEALTH_PORT, TRAINER_PORT = 30000, 30001, 29500
+ENGINE_PORT, HEALTH_PORT, TRAINER_PORT, NATS_HEALTH_PORT = 30000, 30001, 29500, 8222
 """The ports in a pod, which has its own address."""
+NATS_HEALTH_PATH = "/healthz"
+NATS_PROBE_SECONDS = 10.0
+"""The time between two probes. A stream that could not write once (its disk was full) takes nothing more
+until its server has started again, which three bad answers bring about."""
 ENGINE_MEMORY_SHARE = 0.6
 """The share of a GPU's memory for an engine's weights; the rest is KV cache and activations."""
 TRAINER_BYTES_PER_PARAMETER = 18
@@ -91,6 +95,7 @@ class Places(Protocol):
         ...
 
     def trainer_host(self) -> str: ...
+    def nats_health_address(self) -> tuple[str, int]: ...
     def engine_address(self, replica: int) -> tuple[str, int]: ...
     def health_address(self, replica: int) -> tuple[str, int]: ...
 
@@ -104,8 +109,9 @@ def plan(job: AsyncRLJob, places: Places, attempt: int = 1) -> Plan:
     split = plan_split(job.spec)
     groups = [_rollout_group(job.spec, split, places), _trainer_group(split, places, attempt)]
     if places.nats_config is not None:
-        command = ("nats-server", "-c", places.nats_config)
-        nats = Process("nats", "messaging", 0, command)
+        host, port = places.nats_health_address()
+        probe = Probe(f"http://{host}:{port}{NATS_HEALTH_PATH}", NATS_PROBE_SECONDS)
+        nats = Process("nats", "messaging", 0, messaging_command(places.nats_config, port), probe)
         groups.insert(0, ProcessGroup("messaging", 1, 0, (nats,)))
     return Plan(split, tuple(groups))
 
@@ -210,6 +216,11 @@ def trainer_sizes(spec: Spec) -> list[int]:
 def num_trainer_pods(spec: Spec, gpus: int) -> int:
     """Return how many equal pods a trainer of this size has: one, or one on each of its nodes."""
     return max(1, gpus // spec.trainer.gpus_per_node)
+
+
+def messaging_command(config: str, health_port: int) -> tuple[str, ...]:
+    """Return the command of an embedded NATS server, which says on a port of its own whether it can write."""
+    return "nats-server", "-c", config, "-m", str(health_port)
 
 
 def _rollout_group(spec: Spec, split: Split, places: Places) -> ProcessGroup:

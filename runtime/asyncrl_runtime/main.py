@@ -192,6 +192,25 @@ def simulate(
     _end(ExitCode.DONE)
 
 
+@app.command(hidden=True)
+def calibrate(
+    run: Annotated[Path | None, typer.Option(help="The folder of a run.")] = None,
+    engine: Annotated[str | None, typer.Option(help="The URL of an engine that nobody uses.")] = None,
+    base: Annotated[str | None, typer.Option(help="Device model for what cannot be derived.")] = None,
+) -> None:
+    """Print a device model; `asyncrl calibrate` starts it."""
+    from datetime import UTC, datetime
+
+    from asyncrl_runtime.calibration.command import calibrate as measure
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        print(measure(run, engine, base, lambda: datetime.now(UTC)), end="")
+    except ExitError as error:
+        _fail(error)
+    _end(ExitCode.DONE)
+
+
 @app.command()
 def audit(
     folder: Annotated[Path, typer.Argument(help="The job's folder, which holds ledger.jsonl.")],

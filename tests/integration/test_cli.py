@@ -102,7 +102,7 @@ def test_a_plan_names_groups_processes_gpus_and_commands_and_starts_nothing(tmp_
 GPUs: trainer 1, rollout 2 (2 x 1), idle 0 (InitialRatio)
 messaging: 1 replica(s), 0 GPU(s)
   nats: 0 GPU(s)
-    nats-server -c runs/harness/nats/nats.conf
+    nats-server -c runs/harness/nats/nats.conf -m 8222
 rollout: 2 replica(s), 2 GPU(s)
   rollout-0-engine: 1 GPU(s)
     asyncrl-runtime engine --config runs/harness/config.json --host 127.0.0.1 --port 30000

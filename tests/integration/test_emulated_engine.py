@@ -36,7 +36,7 @@ async def serving(count: int = 1) -> AsyncIterator[str]:
     listener = bind("127.0.0.1", 0, "engine", "no port")
     listener.listen()
     pace = Pace(asyncio.get_running_loop().time, SPEEDUP)
-    settings = uvicorn.Config(make_app(SMALL, pace, VOCABULARY, count), log_config=None, lifespan="off")
+    settings = uvicorn.Config(make_app(SMALL, pace, VOCABULARY, 4096, count), log_config=None, lifespan="off")
     server = uvicorn.Server(settings)
     task = asyncio.create_task(server.serve(sockets=[listener]))
     try:

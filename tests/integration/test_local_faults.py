@@ -1,13 +1,14 @@
 """What goes wrong in a local run: the process that fails is named, with its last words; nothing hangs."""
 
+import contextlib
 import json
 import re
 import shutil
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -148,7 +149,7 @@ def test_an_exit_code_counts_against_max_restarts(tmp_path: Path) -> None:
 # Taken ports
 
 
-@contextmanager
+@contextlib.contextmanager
 def taken(port: int) -> Iterator[None]:
     """Somebody else listens there."""
     with socket.socket() as other:
@@ -309,5 +310,36 @@ def test_whatever_hangs_is_killed_by_its_probe_and_the_run_goes_on(tmp_path: Pat
     killed = re.findall(r"^(\S+) fails its liveness probe: killed$", run.output, re.MULTILINE)
     assert sorted(killed) == ["rollout-0-engine", "rollout-1-worker", "rollout-2-engine"]
     assert [line["step"] for line in run.steps] == list(range(1, len(run.steps) + 1))
+    audit = asyncrl("audit", run.folder.path)
+    assert audit.returncode == 0 and "missing 0  twice 0" in audit.stdout
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=256m", "tmpfs", str(disk)]
+    mounted = subprocess.run(command, capture_output=True, text=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def test_a_run_whose_disk_was_full_goes_on_by_itself(tmp_path: Path, small_disk: Path) -> None:
+    """NATS, too: once it could not write, it takes nothing more until its probe has it started again."""
+    more = settings("training.maxSteps=60")
+    with CliRun(write_job(tmp_path, JOB), small_disk / "run", *more, log=tmp_path / "log") as run:
+        run.wait_for_step(3)
+        filler = small_disk / "filler"
+        with filler.open("wb") as file, contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(2**16))
+        try:
+            run.wait_until("the probe fails", lambda: "nats fails its liveness probe: killed" in run.output)
+        finally:
+            filler.unlink()
+        assert run.wait(240) == 0
+    assert run.steps[-1]["step"] == 60
     audit = asyncrl("audit", run.folder.path)
     assert audit.returncode == 0 and "missing 0  twice 0" in audit.stdout

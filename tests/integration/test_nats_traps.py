@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
+import httpx
 import nats
 import nats.errors
 import nats.js.errors
@@ -18,6 +19,7 @@ from nats.aio.msg import Msg
 from nats.js import api
 
 from asyncrl_api.names import JobNames, NatsAddress
+from asyncrl_operator.layout import NATS_HEALTH_PATH
 from asyncrl_runtime.contract.broker import PayloadTooLarge, TransportError, WrongLastSequence
 from asyncrl_runtime.history.ledger_writer import Superseded
 from asyncrl_runtime.transport.broker import Broker, StreamFull
@@ -348,6 +350,11 @@ def small_store(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(store)], check=True)
 
 
+async def health(server: NatsServer) -> int:
+    async with httpx.AsyncClient() as client:
+        return (await client.get(f"http://127.0.0.1:{server.health_port}{NATS_HEALTH_PATH}")).status_code
+
+
 async def test_a_stream_that_met_a_full_disk_goes_on_once_its_server_has_started_again(
     small_store: Path, names: JobNames
 ) -> None:
@@ -367,11 +374,13 @@ async def test_a_stream_that_met_a_full_disk_goes_on_once_its_server_has_started
     await asyncio.to_thread(subprocess.run, remount, check=True)
     with pytest.raises(nats.errors.Error):
         await broker.jetstream.publish(subject, b"x", timeout=1)
+    assert await health(server) == 503, "so its probe has it started again"
     tried = asyncio.create_task(broker.publish(subject, b"x", message_id="1", attempt_timeout_seconds=0.5))
     await asyncio.sleep(0)
     server.kill()
     server.start()
     ack = await asyncio.wait_for(tried, 60)
     assert 0 < stored < ack.seq
+    assert await health(server) == 200
     await broker.close()
     server.kill()

@@ -62,6 +62,13 @@ def test_a_sweep_is_a_table_and_json_has_a_line_for_each(manifest: Path) -> None
     assert f"{lines[0]['steps_per_hour']:.2f}" in result.stdout, "and they are the same again"
 
 
+@pytest.mark.parametrize("name", ["h100", "h200"])
+def test_public_gpus_can_be_simulated(manifest: Path, name: str) -> None:
+    result = simulate(manifest, "--device-model", name, "--json")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["share_of_bound"] > 0
+
+
 def test_what_cannot_be_simulated_is_refused_with_the_remedy(manifest: Path, tmp_path: Path) -> None:
     unknown = simulate(manifest, "--device-model", "abacus")
     assert unknown.returncode == 78

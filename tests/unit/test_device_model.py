@@ -83,6 +83,21 @@ def test_a_step_takes_what_the_paper_measured_at_unbounded_staleness(model: Devi
     assert tokens / passes == pytest.approx(396_800, rel=0.001)
 
 
+@pytest.mark.parametrize(("name", "published"), [("h100", 9_305), ("h200", 12_194)])
+def test_the_fitted_step_gives_the_published_rate_in_fp8(name: str, published: float) -> None:
+    """2048 prompt and 2048 response tokens, with weights and cache of one byte instead of two."""
+    engine, weights = load_device_model(name).engine, load_device_model(name).weights
+    kv_bytes = 131_072
+    bandwidth = kv_bytes / engine.step_seconds_per_token
+    step = engine.step_seconds - weights.num_bytes / 2 / bandwidth
+    tokens = (engine.kv_tokens * kv_bytes + weights.num_bytes / 2) / (kv_bytes / 2)
+    running = tokens / (2048 + 2048 / 2)
+    step += tokens * engine.step_seconds_per_token / 2
+    assert 1 / (step / running + 1 / (2 * engine.prefill_tokens_per_second)) == pytest.approx(
+        published, rel=0.01
+    )
+
+
 def test_more_room_and_fewer_tokens_raise_the_generation_rate(model: DeviceModel) -> None:
     assert model.generation_rate(8_192) > model.generation_rate(27_648)
     assert model.generation_rate(27_648, max_concurrency=64) < model.generation_rate(27_648)

@@ -18,6 +18,7 @@ from asyncrl_runtime.trainer.update.deepspeed_config import (
     recomputes_activations,
 )
 from asyncrl_runtime.trainer.update.diagnostics import (
+    LENGTH_QUANTILES,
     finite,
     histogram,
     mismatch_sums,
@@ -142,6 +143,25 @@ def test_staleness_counts_sampled_tokens_by_version() -> None:
     assert report["response_tokens_mean"] == 2 and report["masked_token_share"] == 0
     assert "staleness_mean" not in report_batch([sample(2, None)], np.array([0.0]))
     json.dumps(report, allow_nan=False)
+
+
+def test_quantiles_of_response_lengths_are_over_samples_and_prompts_do_not_count() -> None:
+    masks = [np.arange(12) < length for length in range(1, 12)]
+    tokens, logprobs = np.zeros(12, np.int32), np.zeros(12, np.float32)
+    samples = [
+        replace(
+            sample(1, None),
+            response_ids=tokens,
+            behavior_logprobs=logprobs,
+            sampled_mask=sampled,
+            loss_mask=sampled,
+        )
+        for sampled in masks
+    ]
+    report = report_batch(samples, np.zeros(len(samples)))
+    found = {name: report[f"response_tokens_{name}"] for name in LENGTH_QUANTILES}
+    assert found.pop("p99") == pytest.approx(10.9)
+    assert found == {"min": 1, "p10": 2, "p50": 6, "p90": 10, "max": 11}
 
 
 def test_tokens_that_are_too_old_count_as_masked() -> None:

@@ -34,6 +34,9 @@ class Places:
     def trainer_host(self) -> str:
         return "10.0.0.1"
 
+    def nats_health_address(self) -> tuple[str, int]:
+        return "10.0.0.2", 8222
+
     def engine_address(self, replica: int) -> tuple[str, int]:
         return f"10.0.1.{replica}", 30000
 
@@ -305,9 +308,10 @@ def test_a_later_attempt_of_the_trainer_is_told_its_number() -> None:
     assert (options["attempt"], options["ranks"], options["verify_weights"]) == (7, 4, True)
 
 
-def test_each_process_is_probed_where_its_worker_answers() -> None:
+def test_each_process_is_probed_where_it_or_its_worker_answers() -> None:
     probes = {p.name: p.probe.url for p in small_plan().processes if p.probe is not None}
     assert probes == {
+        "nats": "http://10.0.0.2:8222/healthz",
         "rollout-0-engine": "http://10.0.2.0:30001/engine",
         "rollout-0-worker": "http://10.0.2.0:30001/worker",
         "rollout-1-engine": "http://10.0.2.1:30001/engine",
@@ -338,7 +342,7 @@ def test_a_plan_reads_as_text() -> None:
 GPUs: trainer 1, rollout 1 (1 x 1), idle 1 (InitialRatio)
 messaging: 1 replica(s), 0 GPU(s)
   nats: 0 GPU(s)
-    nats-server -c /job/nats.conf
+    nats-server -c /job/nats.conf -m 8222
 rollout: 1 replica(s), 1 GPU(s)
   rollout-0-engine: 1 GPU(s)
     asyncrl-runtime engine --config /job/config.json --host 10.0.1.0 --port 30000

@@ -87,7 +87,7 @@ def step(
     settings = StepSettings(algorithm, 0.1, 1.0, (0.9, 0.95), 1e-8)
     samples = tuple(sample(ticket, 2 + ticket) for ticket in range(6))
     plan = StepPlan(samples, (0.0,) * 6, NUM_MINIBATCHES, capacity, 0.5, settings, frozenset(skipped))
-    seconds = iter((10.0, 12.5))
+    seconds = iter((10.0, 10.5, 11.75, 12.5))
     return train_step(policy, plan.shares(1)[0], clock=lambda: next(seconds))
 
 
@@ -107,6 +107,7 @@ def test_each_token_is_of_one_minibatch_and_the_report_is_of_the_step() -> None:
     report = step(policy, "PPO").report
     assert sum(policy.num_tokens) == sum(2 + ticket for ticket in range(6))
     assert (report["train_seconds"], report["learning_rate"]) == (2.5, 0.5)
+    assert (report["proximal_seconds"], report["num_ranks"]) == (1.25, 1)
 
 
 @pytest.mark.parametrize("norm", [math.nan, math.inf])

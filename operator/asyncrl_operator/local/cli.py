@@ -1,4 +1,4 @@
-"""The command `asyncrl`: run, plan, simulate, validate, audit, eval."""
+"""The command `asyncrl`: run, plan, simulate, calibrate, validate, audit, eval."""
 
 import os
 import shlex
@@ -163,6 +163,25 @@ def simulate(
             return _run_program("asyncrl-runtime", *arguments, "--plan", str(path))
 
     _exit(command)
+
+
+@app.command()
+def calibrate(
+    folder: Annotated[
+        Path | None, typer.Argument(help="The folder of a run of ten steps or more on the devices.")
+    ] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="The URL of an engine on the devices that nobody uses meanwhile.")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Device model from which what cannot be derived is taken.")
+    ] = None,
+) -> None:
+    """Print a device model of your devices, for `asyncrl simulate`: from a run, from an engine, or both."""
+    arguments = ["--run", str(folder)] if folder is not None else []
+    arguments += ["--engine", engine] if engine is not None else []
+    arguments += ["--base", base] if base is not None else []
+    _hand_over("asyncrl-runtime", "calibrate", *arguments)
 
 
 @app.command(name="validate")

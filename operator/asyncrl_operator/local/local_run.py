@@ -37,7 +37,7 @@ from asyncrl_operator.decide.restart_policy import (
     Restart,
     TrainerBudget,
 )
-from asyncrl_operator.layout import Plan, Process, plan, plan_split, trainer_command
+from asyncrl_operator.layout import NATS_HEALTH_PORT, Plan, Process, plan, plan_split, trainer_command
 from asyncrl_operator.local.progress import Display
 from asyncrl_operator.local.run_folder import RunFolder
 from asyncrl_operator.render.messaging import render_nats_config
@@ -67,6 +67,9 @@ class LocalPlaces:
     def trainer_host(self) -> str:
         return LOOPBACK
 
+    def nats_health_address(self) -> tuple[str, int]:
+        return LOOPBACK, self.ports.get("nats-health", NATS_HEALTH_PORT)
+
     def engine_address(self, replica: int) -> tuple[str, int]:
         return LOOPBACK, self.ports.get(f"engine-{replica}", 30000 + 2 * replica)
 
@@ -76,7 +79,7 @@ class LocalPlaces:
 
 def free_ports(spec: Spec) -> dict[str, int]:
     """Return a port for each server of the job; all of them are free at this moment."""
-    names = ["nats"]
+    names = ["nats", "nats-health"]
     for replica in range(plan_split(spec).num_replicas):
         names += [f"engine-{replica}", f"health-{replica}"]
     sockets = {name: socket.socket() for name in names}

@@ -5,7 +5,7 @@ from pathlib import PurePosixPath
 
 from asyncrl_api.base import SecretReference
 from asyncrl_api.job import AsyncRLJob, Spec
-from asyncrl_operator.layout import ENGINE_PORT, HEALTH_PORT
+from asyncrl_operator.layout import ENGINE_PORT, HEALTH_PORT, NATS_HEALTH_PORT
 from asyncrl_operator.resources import GROUP_LABEL, JOB_LABEL, JOB_UID_LABEL, Json
 
 CONFIG = "/etc/asyncrl/config"
@@ -16,6 +16,8 @@ CHECKPOINTS = "/checkpoints"
 CACHE = "/cache"
 NATS_PORT = 4222
 NATS_STORE = "/data"
+NATS_STARTUP_SECONDS = 600
+"""The time that a server has to read its files: some 10 GiB, on a slow disk."""
 USER = 10001
 LEAVE_NODE_SECONDS = 30
 """The time after which pods leave a node that is not ready or not reachable."""
@@ -49,6 +51,9 @@ class PodPlaces:
 
     def trainer_host(self) -> str:
         return self.host
+
+    def nats_health_address(self) -> tuple[str, int]:
+        return "0.0.0.0", NATS_HEALTH_PORT
 
     def engine_address(self, replica: int) -> tuple[str, int]:
         return "127.0.0.1", ENGINE_PORT

@@ -8,8 +8,12 @@ from asyncrl_api.job import AsyncRLJob, Spec
 from asyncrl_operator.decide.desired import DesiredTrainer
 from asyncrl_operator.layout import (
     HEALTH_PORT,
+    NATS_HEALTH_PATH,
+    NATS_HEALTH_PORT,
+    NATS_PROBE_SECONDS,
     TRAINER_PORT,
     Places,
+    messaging_command,
     num_trainer_pods,
     rollout_commands,
     trainer_command,
@@ -20,6 +24,7 @@ from asyncrl_operator.render.pod_parts import (
     ENGINE_LINGERS_SECONDS,
     NATS,
     NATS_PORT,
+    NATS_STARTUP_SECONDS,
     NATS_STORE,
     NOT_EVICTABLE,
     ROLLOUT_GRACE_SECONDS,
@@ -164,15 +169,29 @@ def messaging_template(job: AsyncRLJob, defaults: Defaults) -> Json:
     container = {
         "name": "nats",
         "image": defaults.nats_image,
-        "command": ["nats-server", "-c", f"{NATS}/nats.conf"],
-        "ports": [{"name": "nats", "containerPort": NATS_PORT}],
+        "command": list(messaging_command(f"{NATS}/nats.conf", NATS_HEALTH_PORT)),
+        "ports": [
+            {"name": "nats", "containerPort": NATS_PORT},
+            {"name": "health", "containerPort": NATS_HEALTH_PORT},
+        ],
         "volumeMounts": [
             {"name": "credentials", "mountPath": NATS, "readOnly": True},
             {"name": "store", "mountPath": NATS_STORE},
             *mounts("tmp"),
         ],
         "readinessProbe": {"tcpSocket": {"port": NATS_PORT}, "periodSeconds": 2, "failureThreshold": 3},
-        "livenessProbe": {"tcpSocket": {"port": NATS_PORT}, "periodSeconds": 10, "failureThreshold": 3},
+        # It listens once it has read its files, which may be many.
+        "startupProbe": {
+            "tcpSocket": {"port": NATS_PORT},
+            "periodSeconds": 2,
+            "failureThreshold": NATS_STARTUP_SECONDS // 2,
+        },
+        "livenessProbe": {
+            "httpGet": {"path": NATS_HEALTH_PATH, "port": NATS_HEALTH_PORT},
+            "timeoutSeconds": 5,
+            "periodSeconds": int(NATS_PROBE_SECONDS),
+            "failureThreshold": 3,
+        },
         "securityContext": container_security(),
     }
     pod = render_pod(job, defaults, "messaging", [container])

@@ -35,6 +35,8 @@ class Sequence:
     entry: int = 0
     """Numbers its entries into the batch; 0 while it is not there."""
     order: int = 0
+    num_retractions: int = 0
+    """How often its part of the cache was taken from it, by a full cache or a pause."""
 
 
 @dataclass(slots=True)
@@ -158,6 +160,7 @@ class DecodeBatch:
         while len(self._running) > 1 and self.num_used_tokens > self._model.kv_tokens:
             youngest = max(self._running, key=lambda sequence: sequence.order)
             self._leave(youngest)
+            youngest.num_retractions += 1
             if all(each.prefix != youngest.prefix for each in self._running):
                 self._cached.discard(youngest.prefix)
             self.totals.retractions += 1
@@ -205,6 +208,7 @@ class DecodeBatch:
         if retract:
             for sequence in sorted(self._running, key=lambda sequence: -sequence.order):
                 self._leave(sequence)
+                sequence.num_retractions += 1
                 self._waiting.appendleft(sequence)
             self._debt = 0.0
             self._cached.clear()
@@ -212,6 +216,13 @@ class DecodeBatch:
     def resume(self) -> None:
         """Go on; `take_finished` admits what waits."""
         self.is_paused = False
+
+    def flush(self) -> bool:
+        """Forget all prompts, and return True; False if running sequences hold the cache."""
+        if self._running:
+            return False
+        self._cached.clear()
+        return True
 
     def set_label(self, label: str) -> None:
         """Sample with other weights from now on."""

@@ -8,7 +8,7 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import NormalDist
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 from ruamel.yaml import YAML
@@ -138,6 +138,17 @@ class DeviceModel(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fi
         return 1 / (step / running + prefill)
 
 
+def _numbers() -> Iterator[str]:
+    for block in msgspec.structs.fields(DeviceModel):
+        if isinstance(block.type, type) and issubclass(block.type, _Block):
+            fields = msgspec.structs.fields(block.type)
+            yield from (f"{block.encode_name}.{field.encode_name}" for field in fields)
+
+
+NUMBERS = tuple(_numbers())
+"""The paths of all numbers of a device model, in their order."""
+
+
 def load_device_model(name_or_file: str) -> DeviceModel:
     """Return the device model of a file, or the one of this name that comes with asyncrl.
 
@@ -177,10 +188,11 @@ def parse_device_model(text: str, where: str) -> DeviceModel:
         DeviceModelError: something is wrong with it.
     """
     try:
-        model = msgspec.convert(YAML(typ="safe").load(text), DeviceModel)
+        # The C parser knows YAML 1.1 only, where 1e-8 is a string.
+        model = msgspec.convert(YAML(typ="safe", pure=True).load(text), DeviceModel)
     except (YAMLError, msgspec.ValidationError, ValueError, RecursionError) as error:
         raise DeviceModelError(f"device model {where}: {error}") from error
-    named = set(_numbers(msgspec.to_builtins(model)))
+    named = set(NUMBERS)
     if missing := sorted(named - set(model.sources)):
         raise DeviceModelError(f"device model {where}: sources says nothing of {', '.join(missing)}")
     if odd := sorted(set(model.sources) - named):
@@ -188,10 +200,3 @@ def parse_device_model(text: str, where: str) -> DeviceModel:
             f"device model {where}: sources names {', '.join(odd)}, which is no number of it"
         )
     return model
-
-
-def _numbers(values: dict[str, Any]) -> Iterator[str]:
-    """Yield the paths of all numbers."""
-    for block, fields in values.items():
-        if block != "sources" and isinstance(fields, dict):
-            yield from (f"{block}.{name}" for name in fields)

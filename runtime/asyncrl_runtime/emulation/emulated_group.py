@@ -1,5 +1,9 @@
 """Weight groups without a collective: joining and broadcasting take the time that the device model says."""
 
+import math
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 from asyncrl_runtime.emulation.device import DeviceModel
@@ -33,6 +37,12 @@ class EmulatedGroups:
 
     async def leave(self) -> None:
         pass
+
+
+def bucket_bytes(shapes: Sequence[Sequence[int]], dtypes: Sequence[str]) -> int:
+    """Return the bytes of tensors of these shapes and of these dtypes, by torch's names."""
+    sizes = (int(getattr(torch, dtype).itemsize) for dtype in dtypes)
+    return sum(math.prod(shape) * size for shape, size in zip(shapes, sizes, strict=True))
 
 
 def transfer_seconds(model: DeviceModel, num_bytes: int) -> float:

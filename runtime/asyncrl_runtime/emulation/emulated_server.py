@@ -45,6 +45,8 @@ class EmulatedRequest:
     input_ids: Sequence[int]
     max_new_tokens: int
     seed: int
+    ignores_end: bool = False
+    """Whether the response goes on until the bound, whatever length is drawn for it."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,8 @@ class EmulatedAnswer:
     """Label and end of each run of tokens that was sampled under one label."""
     finish_reason: str
     """`stop`, `length` or `abort`."""
-    num_retractions: int = 0
+    num_retractions: int
+    """How often it had to be prefilled again."""
 
 
 @dataclass(eq=False)
@@ -93,8 +96,11 @@ class EmulatedServer:
         """Sample one response; while the engine is paused, wait at its gate. A cancellation breaks it off."""
         await self._resumed.wait()
         scale = self._pace.token_scale
-        tokens = self._tokens(asked.seed, -(-self._model.responses.length(asked.seed) // scale))
-        tokens = tokens[_earned(asked.input_ids, tokens) :]
+        if asked.ignores_end:
+            tokens = self._tokens(asked.seed, asked.max_new_tokens + 1)
+        else:
+            tokens = self._tokens(asked.seed, -(-self._model.responses.length(asked.seed) // scale))
+            tokens = tokens[_earned(asked.input_ids, tokens) :]
         wanted = min(asked.max_new_tokens, len(tokens))
         request = _Request(
             tokens[:wanted].tolist(), len(tokens) > wanted, asyncio.get_running_loop().create_future()
@@ -133,7 +139,10 @@ class EmulatedServer:
         low, high = self._ids
         logprob = -float(np.log(high - low))
         if not request.done.done():
-            request.done.set_result(EmulatedAnswer(request.tokens[:count], logprob, tuple(spans), reason))
+            answer = EmulatedAnswer(
+                request.tokens[:count], logprob, tuple(spans), reason, response.num_retractions
+            )
+            request.done.set_result(answer)
 
     # -- control
 
@@ -162,6 +171,11 @@ class EmulatedServer:
         with self._changing():
             self._batch.resume()
             self._resumed.set()
+
+    def flush(self) -> bool:
+        """Forget the prompts in the cache; return whether that was possible, which it is while none runs."""
+        with self._changing():
+            return self._batch.flush()
 
     @property
     def totals(self) -> Totals:

@@ -5,16 +5,12 @@ is one chunk, the answer; what SGLang sends before is of use only if an engine d
 """
 
 import asyncio
-import logging
-import math
-import signal
-import socket
 import time
+import uuid
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import msgspec
-import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
@@ -23,15 +19,15 @@ from starlette.routing import Mount, Route
 from asyncrl_api.processes import bind
 from asyncrl_api.run_config import RunConfig
 from asyncrl_runtime.emulation.device import DeviceModel, device_model_of
-from asyncrl_runtime.emulation.emulated_group import transfer_seconds
+from asyncrl_runtime.emulation.emulated_group import bucket_bytes, transfer_seconds
 from asyncrl_runtime.emulation.emulated_server import EmulatedAnswer, EmulatedRequest, EmulatedServer, Pace
+from asyncrl_runtime.http_server import serve_until_stopped
 from asyncrl_runtime.model.source import ensure_model, vocab_size
-
-log = logging.getLogger(__name__)
 
 SGLANG_VERSION = "0.5.21"
 """The version of SGLang whose protocol this is; clients adapt to it."""
-DRAIN_SECONDS = 5
+LABELS = '{model_name="emulated"}'
+"""The labels of every metric; SGLang's have some too."""
 
 
 class MalformedRequest(Exception):
@@ -41,17 +37,17 @@ class MalformedRequest(Exception):
 class EmulatedApp:
     """The endpoints of one engine."""
 
-    def __init__(self, model: DeviceModel, pace: Pace, vocabulary_size: int) -> None:
+    def __init__(self, model: DeviceModel, pace: Pace, vocabulary_size: int, context_length: int) -> None:
         self.server = EmulatedServer(model, pace, vocabulary_size)
         self._model = model
         self._pace = pace
         self._vocabulary_size = vocabulary_size
+        self._context_length = context_length
         self._is_updating = False
         self._groups: set[str] = set()
 
     def routes(self) -> list[Route]:
         posted: dict[str, Callable[[dict[str, Any]], Awaitable[Any]]] = {
-            "/abort_request": self._abort,
             "/pause_generation": self._pause,
             "/continue_generation": self._continue,
             "/init_weights_update_group": self._join,
@@ -59,12 +55,15 @@ class EmulatedApp:
             "/begin_weight_update": self._begin,
             "/update_weights_from_distributed": self._receive,
             "/end_weight_update": self._end,
+            "/update_weights_from_disk": self._load,
             "/update_weight_version": self._label,
             "/weights_checker": self._check,
         }
         return [
             Route("/generate", self._generate, methods=["POST"]),
             *(Route(path, _answering(handler), methods=["POST"]) for path, handler in posted.items()),
+            Route("/abort_request", self._abort, methods=["POST"]),
+            Route("/flush_cache", self._flush, methods=["GET", "POST"]),
             Route("/health", self._health),
             Route("/model_info", self._model_info),
             Route("/server_info", self._server_info),
@@ -76,12 +75,12 @@ class EmulatedApp:
     async def _generate(self, request: Request) -> Response:
         body = _parsed(await request.body())
         try:
-            is_single = isinstance(body["rid"], str)
-            lists = [body["input_ids"]], [body["rid"]], [body["sampling_params"]]
-            if not is_single:
-                lists = body["input_ids"], body["rid"], body["sampling_params"]
-            asked = [(rid, self._asked(ids, params)) for ids, rid, params in zip(*lists, strict=True)]
-        except (KeyError, TypeError, ValueError) as error:
+            is_single = isinstance(body["input_ids"][0], int)
+            prompts = [body["input_ids"]] if is_single else body["input_ids"]
+            rids = _for_each(body.get("rid") or [uuid.uuid4().hex for _ in prompts], len(prompts))
+            settings = zip(rids, prompts, _for_each(body["sampling_params"], len(prompts)), strict=True)
+            asked = [(rid, self._asked(ids, params)) for rid, ids, params in settings]
+        except (KeyError, IndexError, TypeError, ValueError) as error:
             raise MalformedRequest(f"{type(error).__name__}: {error}") from error
         answers = await _unless_gone(request, [self._answer(rid, each) for rid, each in asked])
         if answers is None:
@@ -96,19 +95,28 @@ class EmulatedApp:
         bound, seed = params["max_new_tokens"], params.get("sampling_seed", 0)
         if not input_ids or not all(0 <= token < self._vocabulary_size for token in input_ids):
             raise ValueError(f"input_ids must be from 0 to {self._vocabulary_size - 1}, and not empty")
+        if len(input_ids) >= self._context_length:
+            raise ValueError(
+                f"input_ids are {len(input_ids)} tokens, and the context length is {self._context_length}"
+            )
         if not (isinstance(bound, int) and bound >= 1 and isinstance(seed, int) and seed >= 0):
             raise ValueError(f"max_new_tokens is {bound} and sampling_seed is {seed}")
-        return EmulatedRequest(input_ids, bound, seed)
+        return EmulatedRequest(input_ids, bound, seed, bool(params.get("ignore_eos")))
 
     async def _answer(self, rid: str, asked: EmulatedRequest) -> dict[str, Any]:
         return _wire(rid, asked, await self.server.sample(asked), self.server.label)
 
     # -- control
 
-    async def _abort(self, body: dict[str, Any]) -> Any:
-        if body.get("abort_all"):
+    async def _abort(self, request: Request) -> Response:
+        if _parsed(await request.body()).get("abort_all"):
             self.server.abort_all()
-        return {"success": True}
+        return Response(status_code=200)
+
+    async def _flush(self, _: Request) -> Response:
+        if self.server.flush():
+            return PlainTextResponse("Cache flushed.\n")
+        return PlainTextResponse("Flush cache failed.\n", status_code=400)
 
     async def _pause(self, body: dict[str, Any]) -> Any:
         mode = body.get("mode", "abort")
@@ -124,7 +132,7 @@ class EmulatedApp:
     async def _join(self, body: dict[str, Any]) -> Any:
         await self._pace.sleep(self._model.weights.join_seconds)
         self._groups.add(body["group_name"])
-        return {"success": True, "message": "joined"}
+        return {"success": True, "message": "Succeeded to initialize custom process group."}
 
     async def _leave(self, body: dict[str, Any]) -> Any:
         if body["group_name"] not in self._groups:
@@ -143,7 +151,7 @@ class EmulatedApp:
             raise MalformedRequest("no update is open")
         if body["group_name"] not in self._groups:
             raise MalformedRequest(f"this engine is in no group {body['group_name']}")
-        num_bytes = sum(math.prod(shape) for shape in body["shapes"])
+        num_bytes = bucket_bytes(body["shapes"], body["dtypes"])
         await self._pace.sleep(transfer_seconds(self._model, num_bytes))
         if label := body.get("weight_version"):
             self.server.set_label(label)
@@ -155,11 +163,18 @@ class EmulatedApp:
         self._is_updating = False
         return {"success": True, "message": "ended"}
 
+    async def _load(self, body: dict[str, Any]) -> Any:
+        """Take as long as a transfer of all weights; there are none, so the folder is not looked at."""
+        await self._pace.sleep(transfer_seconds(self._model, self._model.weights.num_bytes))
+        if label := body.get("weight_version"):
+            self.server.set_label(label)
+        return {"success": True, "message": "loaded"}
+
     async def _label(self, body: dict[str, Any]) -> Any:
         if body.get("abort_all_requests", True):
             self.server.abort_all()
         self.server.set_label(body["new_version"])
-        return {"success": True, "message": "labelled"}
+        return {"success": True, "message": "labelled", "new_version": body["new_version"]}
 
     async def _check(self, body: dict[str, Any]) -> Any:
         """Engines with the same label have the same weights: none."""
@@ -174,8 +189,16 @@ class EmulatedApp:
         return JSONResponse({"weight_version": self.server.label, "is_generation": True})
 
     async def _server_info(self, _: Request) -> Response:
+        engine = self._model.engine
         return JSONResponse(
-            {"tp_size": self._model.engine.gpus, "version": SGLANG_VERSION, "engine": "emulated"}
+            {
+                "tp_size": engine.gpus,
+                "version": SGLANG_VERSION,
+                "engine": "emulated",
+                "context_length": self._context_length,
+                "max_total_num_tokens": engine.kv_tokens,
+                "internal_states": [{"effective_max_running_requests_per_dp": engine.max_running}],
+            }
         )
 
     async def _metrics(self, _: Request) -> Response:
@@ -191,11 +214,19 @@ class EmulatedApp:
             "num_retracted_requests": totals.retractions,
             "num_requests": totals.finished,
         }
-        lines = [f"# TYPE sglang:{name} gauge\nsglang:{name} {value}\n" for name, value in gauges.items()]
+        lines = [
+            f"# TYPE sglang:{name} gauge\nsglang:{name}{LABELS} {value}\n" for name, value in gauges.items()
+        ]
         lines += [
-            f"# TYPE sglang:{name} counter\nsglang:{name}_total {value}\n" for name, value in counters.items()
+            f"# TYPE sglang:{name} counter\nsglang:{name}_total{LABELS} {value}\n"
+            for name, value in counters.items()
         ]
         return PlainTextResponse("".join(lines))
+
+
+def _for_each(value: Any, count: int) -> list[Any]:
+    """Return one value for each prompt of a request, which may give one for all."""
+    return value if isinstance(value, list) else [value] * count
 
 
 def _wire(rid: str, asked: EmulatedRequest, answer: EmulatedAnswer, label: str) -> dict[str, Any]:
@@ -213,6 +244,7 @@ def _wire(rid: str, asked: EmulatedRequest, answer: EmulatedAnswer, label: str) 
         "finish_reason": reason,
         "prompt_tokens": len(asked.input_ids),
         "completion_tokens": len(answer.output_ids),
+        "num_retractions": answer.num_retractions,
         "weight_version": label,
         "weight_versions": spans,
         "output_token_logprobs": [[answer.logprob, token, None] for token in answer.output_ids],
@@ -249,8 +281,11 @@ def _answering(
     async def endpoint(request: Request) -> Response:
         try:
             return JSONResponse(await handler(_parsed(await request.body())))
+        except MalformedRequest as error:
+            message = str(error)
         except (KeyError, TypeError) as error:
-            raise MalformedRequest(f"{type(error).__name__}: {error}") from error
+            message = f"{type(error).__name__}: {error}"
+        return JSONResponse({"success": False, "message": message}, status_code=400)
 
     return endpoint
 
@@ -263,12 +298,18 @@ def _parsed(body: bytes) -> dict[str, Any]:
 
 
 async def _refuse(_: Request, error: Exception) -> Response:
-    return JSONResponse({"error": {"message": str(error)}, "success": False}, status_code=400)
+    return JSONResponse({"error": {"message": str(error)}}, status_code=400)
 
 
-def make_app(model: DeviceModel, pace: Pace, vocabulary_size: int, count: int) -> Starlette:
-    """Return an application with `count` engines; belongs to one event loop."""
-    engines = [EmulatedApp(model, pace, vocabulary_size) for _ in range(count)]
+def make_app(
+    model: DeviceModel, pace: Pace, vocabulary_size: int, context_length: int, count: int
+) -> Starlette:
+    """Return an application with `count` engines; belongs to one event loop.
+
+    Args:
+        context_length: the number of tokens from which a prompt is refused.
+    """
+    engines = [EmulatedApp(model, pace, vocabulary_size, context_length) for _ in range(count)]
     mounts = [Mount(f"/e/{number}", routes=engine.routes()) for number, engine in enumerate(engines)]
     return Starlette(routes=[*mounts, *engines[0].routes()], exception_handlers={MalformedRequest: _refuse})
 
@@ -284,24 +325,5 @@ def run_emulated_engines(config: RunConfig, host: str, port: int, count: int) ->
     model = device_model_of(spec.emulation)
     folder = ensure_model(spec.model, config.model_cache, spec.training.seed)
     pace = Pace(time.monotonic, spec.emulation.speedup)
-    asyncio.run(_serve(make_app(model, pace, vocab_size(folder), count), listener))
-
-
-async def _serve(app: Starlette, listener: socket.socket) -> None:
-    # After its shutdown uvicorn raises the signal that stopped it again; it has been acted on already.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
-    settings = uvicorn.Config(
-        app,
-        http="httptools",
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        timeout_keep_alive=75,
-        timeout_graceful_shutdown=DRAIN_SECONDS,
-    )
-    host, port = listener.getsockname()[:2]
-    listener.listen()  # before anyone reads the address
-    log.info("emulated engines serve at http://%s:%d", host, port)
-    await uvicorn.Server(settings).serve(sockets=[listener])
+    app = make_app(model, pace, vocab_size(folder), spec.model.context_length, count)
+    asyncio.run(serve_until_stopped(app, listener, "emulated engines serve"))

@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import os
-import signal
 import socket
 import sys
 import threading
@@ -13,18 +12,16 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-import uvicorn
 
 from asyncrl_api.exits import ExitCode
 from asyncrl_api.processes import bind
 from asyncrl_runtime.engine.app import EngineApp
 from asyncrl_runtime.engine.model import DTYPES, CausalModel, context_length_of
 from asyncrl_runtime.engine.scheduler import Progress, Scheduler, SchedulerLimits
+from asyncrl_runtime.http_server import serve_until_stopped
 
 logger = logging.getLogger(__name__)
 
-DRAIN_SECONDS = 5
-"""Time that running requests are given at SIGTERM."""
 SWITCH_SECONDS = 0.0005
 """Time for which one thread may keep the interpreter from the other."""
 
@@ -97,25 +94,7 @@ async def _run(
     app = EngineApp(scheduler, arguments)
     worker = threading.Thread(target=_run_or_die, args=(scheduler,), name="scheduler", daemon=True)
     worker.start()
-    # After its shutdown uvicorn raises the signal that stopped it again; it has been acted on already.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
-    server = uvicorn.Server(
-        uvicorn.Config(
-            app.build(),
-            http="httptools",
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            timeout_keep_alive=75,
-            timeout_graceful_shutdown=DRAIN_SECONDS,
-        )
-    )
-    host, port = listener.getsockname()[:2]
-    listener.listen()  # before anyone reads the address
-    logger.info("engine serves %s at http://%s:%d", model.folder, host, port)
-    await server.serve(sockets=[listener])
+    await serve_until_stopped(app.build(), listener, f"engine serves {model.folder}")
     scheduler.post(scheduler.stop)
     worker.join(timeout=1.0)
     if worker.is_alive():  # it is in a join or a broadcast that may never end

@@ -1,13 +1,12 @@
 """An emulated engine in the worker's own process, behind the Protocol by which a worker knows its engine."""
 
 import asyncio
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from asyncrl_runtime.contract.messages import JoinGroup, PolicyVersion, VersionSpan
 from asyncrl_runtime.emulation.device import DeviceModel
-from asyncrl_runtime.emulation.emulated_group import transfer_seconds
+from asyncrl_runtime.emulation.emulated_group import bucket_bytes, transfer_seconds
 from asyncrl_runtime.emulation.emulated_server import EmulatedAnswer, EmulatedRequest, EmulatedServer, Pace
 from asyncrl_runtime.rollout.engine_api import (
     EngineLoad,
@@ -92,7 +91,7 @@ class EmulatedEngine:
         pass
 
     async def receive_bucket(self, bucket: IncomingBucket, *, keeps_cache: bool) -> None:
-        num_bytes = sum(math.prod(shape) for shape in bucket.layout.shapes)
+        num_bytes = bucket_bytes(bucket.layout.shapes, bucket.layout.dtypes)
         await self._pace.sleep(transfer_seconds(self._model, num_bytes))
         if bucket.is_last:
             self.server.set_label(str(bucket.version))

@@ -329,6 +329,7 @@ class Attempt:
                 "failed_samples": counters.num_failed_samples,
                 "refused_messages": self._books.refusals.num,
                 "is_repeat": batch.is_repeat,
+                "checkpoint_seconds": self._checkpointing.seconds,
             }
         )
 

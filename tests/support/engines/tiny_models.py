@@ -129,6 +129,9 @@ def _scratch() -> Path:
 class EngineProcess:
     """An engine as a real process on a free port of this machine."""
 
+    computes = True
+    """Whether there are weights, on which log-probs and checksums depend."""
+
     def __init__(self, model_folder: Path, *arguments: str, env: dict[str, str] | None = None) -> None:
         command = [sys.executable, "-m", "asyncrl_runtime.engine", str(model_folder), "--port", "0"]
         self.process = subprocess.Popen(
@@ -146,7 +149,7 @@ class EngineProcess:
         assert self.process.stderr is not None
         for line in self.process.stderr:
             self.log.append(line)
-            if " serves " in line:
+            if " serves " in line or " serve at " in line:
                 return line.split(" at ")[-1].strip()
         raise RuntimeError(f"engine ended with {self.process.wait()}: {''.join(self.log)}")
 

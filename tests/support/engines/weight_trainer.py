@@ -1,5 +1,6 @@
 """Rank 0 of a weight group for tests of engines, and what they check in an engine's answers."""
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,6 +17,8 @@ from asyncrl_runtime.weights.group import host_group, leave_group, open_store
 from support.engines.tiny_models import EngineProcess, Family, tiny_model
 
 PROMPT = [5, 6, 7, 8, 9]
+NUM_DRAWN_IDS = 512 - 8
+"""From how many ids an emulated engine of the tiny models draws."""
 DYING_TRAINER = """
 import os, sys, torch, torch.distributed as dist
 from asyncrl_runtime.weights.group import host_group, open_store
@@ -31,6 +34,8 @@ os._exit(1)
 class Trainer:
     """Rank 0 of a weight group, in this process, as the trainer will be.
 
+    Engines without weights are in no collective: they are told of each bucket, and none is sent.
+
     Args:
         tp_size: the number of ranks of each engine.
     """
@@ -39,6 +44,7 @@ class Trainer:
         self, engines: list[EngineProcess], name: str, pool: ThreadPoolExecutor, tp_size: int = 1
     ) -> None:
         self.engines, self.name, self._pool = engines, name, pool
+        self._computes = all(engine.computes for engine in engines)
         world_size = 1 + tp_size * len(engines)
         store = open_store("127.0.0.1")
         joins = [
@@ -56,7 +62,9 @@ class Trainer:
             )
             for rank, engine in zip(range(1, world_size, tp_size), engines, strict=True)
         ]
-        self.group = host_group(store, world_size, name, "gloo", timeout_seconds=20)
+        self.group = (
+            host_group(store, world_size, name, "gloo", timeout_seconds=20) if self._computes else None
+        )
         self.store = store
         for join in joins:
             assert join.result().json() == {
@@ -82,7 +90,7 @@ class Trainer:
         parts = [t.contiguous() for t in tensors.values()]
         if flat:
             parts = [torch.cat([t.flatten().view(torch.uint8) for t in parts])]
-        for part in parts:
+        for part in parts if self._computes else []:
             dist.broadcast(part, src=0, group=self.group)
         return [post.result() for post in posts]
 
@@ -93,7 +101,8 @@ class Trainer:
 
     def leave(self) -> None:
         self.control("/destroy_weights_update_group", {"group_name": self.name})
-        leave_group(self.group)
+        if self.group is not None:
+            leave_group(self.group)
         self.store.close()
 
 
@@ -125,6 +134,18 @@ def logprobs_under(
     past = load(older)(tokens[:, :kept], use_cache=True).past_key_values if older else None
     logits = load(weights)(tokens[:, kept:], past_key_values=past, use_cache=True).logits
     return _logprobs_of(logits[0] / temperature, tokens[0, kept:])
+
+
+def logprobs_from(
+    engine: EngineProcess, weights: Mapping[str, Tensor], ids: list[int], temperature: float = 1.0
+) -> list[float]:
+    """[tokens - 1] of a sequence, if this engine has sampled it with these weights.
+
+    One without weights draws from all ids but the special ones alike, at any temperature.
+    """
+    if engine.computes:
+        return logprobs_under(weights, ids, temperature=temperature)
+    return [-math.log(NUM_DRAWN_IDS)] * (len(ids) - 1)
 
 
 @torch.inference_mode()

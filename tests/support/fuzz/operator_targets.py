@@ -22,6 +22,7 @@ from support.cluster.structural_values import faults
 from support.fuzz.target import Target
 from support.manifests.smallest import SMALLEST
 from support.messages.samples import make_job
+from support.paths import EXAMPLES
 
 JOB = JobObject("gsm8k", "u1", 1, make_job().spec)
 KEY = Key("ns", "gsm8k")
@@ -100,6 +101,10 @@ def _manifest(folder: Path) -> Any:
     return run
 
 
+def _document(case: bytes) -> None:
+    parse_job(json.loads(case))
+
+
 POD: Json = {
     "metadata": {
         "creationTimestamp": "2026-01-01T00:00:00Z",
@@ -154,7 +159,8 @@ def targets(folder: Path) -> list[Target]:
     }
     report = REPORT.model_dump_json(by_alias=True, exclude_none=True).encode()
     status = json.dumps(full_status().to_json()).encode()
-    manifests = [json.dumps(SMALLEST).encode()]
+    smallest = json.dumps(SMALLEST).encode()
+    examples = [json.dumps(*load_documents(path)).encode() for path in sorted(EXAMPLES.glob("*.yaml"))]
     no_json = (json.JSONDecodeError, UnicodeDecodeError, RecursionError)
     return [
         Target("report", [report], _report),
@@ -178,5 +184,7 @@ def targets(folder: Path) -> list[Target]:
             no_json,
         ),
         Target("config-map", [b'{"spec": {"training": {}}, "x": 1}', report], _children),
-        Target("manifest", manifests, _manifest(folder), (SpecError,), cases=100),
+        Target("manifest", [smallest], _manifest(folder), (SpecError,), cases=100),
+        # What is in one, without the YAML library, which takes nearly all of a manifest's time.
+        Target("manifest-document", [smallest, *examples], _document, (SpecError, *no_json)),
     ]

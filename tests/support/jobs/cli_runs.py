@@ -55,15 +55,20 @@ class CliRun:
     """`asyncrl run`, going on beside the test; killed at the end of a `with` block if it still does."""
 
     def __init__(
-        self, manifest: Path, out: Path, *arguments: str, program: Sequence[str] | None = None
+        self,
+        manifest: Path,
+        out: Path,
+        *arguments: str,
+        program: Sequence[str] | None = None,
+        log: Path | None = None,
     ) -> None:
         self.folder = RunFolder(out)
-        self._log = out.with_name(f"{out.name}.output")
+        self._log = log or out.with_name(f"{out.name}.output")
         command = [*(program or [find_program("asyncrl")]), "run", str(manifest), "--out", str(out)]
         environment = {**os.environ, "ASYNCRL_CACHE": str(manifest.parent / "cache")}
-        with self._log.open("w") as log:
+        with self._log.open("w") as output:
             self.process = subprocess.Popen(
-                [*command, *arguments], stdout=log, stderr=subprocess.STDOUT, env=environment
+                [*command, *arguments], stdout=output, stderr=subprocess.STDOUT, env=environment
             )
 
     def __enter__(self) -> Self:

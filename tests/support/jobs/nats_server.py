@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from asyncrl_operator.layout import messaging_command
 from asyncrl_operator.render.messaging import User, render_nats_config
 
 
@@ -38,7 +39,7 @@ class NatsServer:
     ) -> None:
         self.folder = folder
         self._more_config = more_config
-        self.port = free_port()
+        self.port, self.health_port = free_port(), free_port()
         self._store_bytes = store_bytes
         self._users = users
         self._process: subprocess.Popen[bytes] | None = None
@@ -62,7 +63,8 @@ class NatsServer:
             + self._more_config
         )
         with (self.folder / "nats.log").open("ab") as log:
-            self._process = subprocess.Popen([nats_binary(), "-c", str(config)], stdout=log, stderr=log)
+            command = [nats_binary(), *messaging_command(str(config), self.health_port)[1:]]
+            self._process = subprocess.Popen(command, stdout=log, stderr=log)
         self._wait_until_it_listens()
 
     def kill(self) -> None:

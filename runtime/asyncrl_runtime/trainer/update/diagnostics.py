@@ -26,6 +26,8 @@ _CENTERS = torch.cat([_EDGES[:1], (_EDGES[:-1] + _EDGES[1:]) / 2, _EDGES[-1:]])
 NUM_BINS = len(_CENTERS)
 
 QUANTILES = {"min": 0.0, "p05": 0.05, "p50": 0.5, "p95": 0.95, "p99": 0.99, "max": 1.0}
+LENGTH_QUANTILES = {"min": 0.0, "p10": 0.1, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
+"""The quantiles of response lengths that are reported; between two responses they are interpolated."""
 
 Numbers = dict[str, float]
 
@@ -159,7 +161,12 @@ def report_batch(samples: Sequence[TrainingSample], rewards: NDArray[np.float64]
         "reward_max": float(rewards.max()),
         "uniform_group_fraction": float(np.mean(uniform)),
         "response_tokens_mean": float(lengths.mean()),
-        "response_tokens_max": float(lengths.max()),
+        **{
+            f"response_tokens_{name}": float(tokens)
+            for name, tokens in zip(
+                LENGTH_QUANTILES, np.quantile(lengths, [*LENGTH_QUANTILES.values()]), strict=True
+            )
+        },
         "prompt_tokens_mean": float(np.mean([len(s.prompt_ids) for s in samples])),
         "masked_token_share": float(1 - num_live / lengths.sum()),
     }

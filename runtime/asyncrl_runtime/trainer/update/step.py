@@ -78,9 +78,11 @@ class StepPlan:
 
     def report(self) -> dict[str, float]:
         """Return what there is to report about the batch, whatever comes of its training. Pure."""
+        computed = [s for s in self.samples if has_gradient(s, self.settings.algorithm)]
         return {
             **diagnostics.report_batch(self.samples, np.array(self.rewards)),
-            "num_computed_samples": sum(has_gradient(s, self.settings.algorithm) for s in self.samples),
+            "num_computed_samples": len(computed),
+            "num_pass_tokens": sum(s.num_tokens for s in computed),
         }
 
 
@@ -184,10 +186,11 @@ def _train_step(
     policy.use(share.settings)
     packed = [_pack(minibatch.micro_batches, watch) for minibatch in share.minibatches]
     needs_proximal = POLICY_LOSSES[share.settings.algorithm.policy_loss].needs_proximal
-    proximal = []
+    proximal, packed_at = [], clock()
     for batches in packed[1:]:
         proximal.append(policy.logprobs(_asking(batches, go_on, 0)) if needs_proximal else None)
         made()
+    proximal_at = clock()
     updates: dict[int, Update] = {}
     for number, (batches, proximal_logprobs) in enumerate(zip(packed, [None, *proximal], strict=True)):
         if number not in share.skipped:
@@ -205,6 +208,8 @@ def _train_step(
         "num_micro_batches": sum(len(packed[number]) for number in updates),
         "learning_rate": share.learning_rate,
         "skipped_updates": len(skipped),
+        "num_ranks": policy.world_size,
+        "proximal_seconds": proximal_at - packed_at,
         "train_seconds": clock() - began,
     }
     return StepOutcome(report, skipped)

@@ -1,0 +1,75 @@
+"""`asyncrl calibrate`, as a user types it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+from asyncrl_runtime.emulation.device import DeviceModel, load_device_model, parse_device_model
+from support.engines.emulated_process import EmulatedProcess
+from support.engines.tiny_models import EngineProcess, running_engine, tiny_model
+from support.manifests.smallest import SMALLEST
+
+PROGRAM = str(Path(sys.executable).with_name("asyncrl"))
+
+
+def asyncrl(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([PROGRAM, *arguments], capture_output=True, text=True, timeout=400, check=False)
+
+
+def calibrated(engine: EngineProcess) -> tuple[str, DeviceModel]:
+    """The device model that is made of an engine, as text and read."""
+    result = asyncrl("calibrate", "--engine", engine.url, "--base", "areal-1.5b")
+    assert result.returncode == 0, result.stderr
+    return result.stdout, parse_device_model(result.stdout, "stdout")
+
+
+def test_a_model_of_the_cpu_engine_can_be_simulated_with(tmp_path: Path) -> None:
+    with running_engine(tiny_model()) as engine:
+        text, model = calibrated(engine)
+    assert model.engine.step_seconds < 0.2
+    assert "fit of" in model.sources["engine.stepSeconds"]
+    assert model.trainer == load_device_model("areal-1.5b").trainer
+    assert model.sources["trainer.checkpointSeconds"].startswith("not measured")
+    (tmp_path / "mine.yaml").write_text(text)
+    with (tmp_path / "job.yaml").open("w") as stream:
+        YAML().dump(SMALLEST, stream)
+    short = ("sampling.maxNewTokens=200", "sampling.groupSize=4", "training.batchSize=4")
+    settings = [word for each in (*short, "gpuBudget.total=3") for word in ("--set", f"spec.{each}")]
+    arguments = ["--device-model", str(tmp_path / "mine.yaml"), "--steps", "1", "--json", *settings]
+    result = asyncrl("simulate", str(tmp_path / "job.yaml"), *arguments)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["steps_per_hour"] > 0
+
+
+@pytest.mark.slow
+def test_an_emulated_engine_behind_http_has_about_the_rates_of_its_model(tmp_path: Path) -> None:
+    """About: it takes real time, which the machine's load makes longer; tests/unit has it exactly."""
+    engine = EmulatedProcess(tiny_model(), tmp_path, 0.02)
+    try:
+        _, found = calibrated(engine)
+    finally:
+        engine.kill()
+    assert 0.018 < found.engine.step_seconds < 0.03
+    wanted = load_device_model("areal-1.5b").engine
+    assert (found.engine.kv_tokens, found.engine.max_running) == (wanted.kv_tokens, wanted.max_running)
+
+
+def test_what_cannot_be_derived_is_refused_in_words(tmp_path: Path) -> None:
+    nothing = asyncrl("calibrate")
+    assert nothing.returncode == 64
+    assert "--engine URL" in nothing.stderr
+    no_run = asyncrl("calibrate", str(tmp_path))
+    assert no_run.returncode == 64
+    assert "holds no run" in no_run.stderr
+    nobody = asyncrl("calibrate", "--engine", "http://127.0.0.1:9")
+    assert nobody.returncode == 78
+    assert "is an engine there?" in nobody.stderr
+    with running_engine(tiny_model()) as engine:
+        alone = asyncrl("calibrate", "--engine", engine.url)
+    assert alone.returncode == 78
+    assert "trainer.updateTokensPerSecond: no run was named" in alone.stderr
+    assert "engine.stepSeconds" not in alone.stderr
