@@ -197,7 +197,7 @@ def publisher(before: Spec, after: Spec, folder: Path) -> Any:
         model_cache=folder,
     )
     none = cast(Any, None)
-    made = assemble._make_publisher(
+    _, made = assemble._make_publisher(
         config, assemble.Options(2, "127.0.0.1"), none, Fleet(lambda: 0.0), cast(Any, Ranks()), Refusals()
     )
     assert isinstance(made, WeightPublisher)

@@ -19,6 +19,7 @@ from asyncrl_api.report import Report
 from asyncrl_api.run_config import RunningSpec, live_values
 from asyncrl_runtime.emulation.decode_batch import Totals
 from asyncrl_runtime.emulation.device import DeviceModel
+from asyncrl_runtime.emulation.emulated_copy import EmulatedCopy
 from asyncrl_runtime.emulation.emulated_group import EmulatedGroups
 from asyncrl_runtime.emulation.emulated_server import EmulatedServer, Pace
 from asyncrl_runtime.history.ledger_writer import Ledger
@@ -220,6 +221,7 @@ class _SimulatedJob:
         report = Report(attempt=1, step=0, max_steps=spec.training.max_steps, state="Starting")
         metrics = _StepMetrics(folder, folder / "report.json", report)
         metrics.on_step = self._on_step
+        copy = self._copy()
         parts = AttemptParts(
             attempt=1,
             uid=UID,
@@ -230,7 +232,8 @@ class _SimulatedJob:
             ledger=ledger,
             ranks=self._ranks,
             fleet=fleet,
-            weights=self._publisher(end, fleet),
+            weights=self._publisher(end, fleet, copy),
+            copy=copy,
             checkpoints=Checkpoints(folder, UID, _here),
             examiner=None,
             metrics=metrics,
@@ -241,14 +244,18 @@ class _SimulatedJob:
         await attempt.open_history()
         return attempt, side_tasks, end, metrics
 
-    def _publisher(self, end: Any, fleet: Fleet) -> WeightPublisher:
+    def _copy(self) -> EmulatedCopy:
+        policy = self._ranks.policy
+        buckets = policy.buckets(self._spec.weight_sync.bucket_megabytes * 2**20)
+        return EmulatedCopy(PublishedWeights(tuple(map(policy.layout, buckets)), self._ranks.bucket))
+
+    def _publisher(self, end: Any, fleet: Fleet, copy: EmulatedCopy) -> WeightPublisher:
         spec, policy = self._spec.weight_sync, self._ranks.policy
-        buckets = policy.buckets(spec.bucket_megabytes * 2**20)
         return WeightPublisher(
             end,
             NAMES,
             fleet,
-            PublishedWeights(tuple(map(policy.layout, buckets)), self._ranks.bucket),
+            copy.published,
             EmulatedGroups(self._model, self._pace),
             attempt=1,
             host="127.0.0.1",

@@ -31,6 +31,7 @@ from asyncrl_runtime.contract.broker import TrainerBroker, TransportError
 from asyncrl_runtime.contract.refused import Refusals
 from asyncrl_runtime.contract.rows import prompt_text
 from asyncrl_runtime.emulation.device import device_model_of
+from asyncrl_runtime.emulation.emulated_copy import EmulatedCopy
 from asyncrl_runtime.emulation.emulated_group import EmulatedGroups
 from asyncrl_runtime.emulation.emulated_server import Pace
 from asyncrl_runtime.history.ledger_writer import Ledger, Superseded
@@ -75,6 +76,7 @@ from asyncrl_runtime.trainer.update.together import WorkStalled
 from asyncrl_runtime.transport.trainer_end import TrainerEnd
 from asyncrl_runtime.weights.adapter_publisher import AdapterPublisher
 from asyncrl_runtime.weights.bucket import PublishedWeights
+from asyncrl_runtime.weights.copies import AdapterCopy, HostCopy, WeightsCopy
 from asyncrl_runtime.weights.engines import Publisher, WeightsRefused
 from asyncrl_runtime.weights.fleet import Fleet
 from asyncrl_runtime.weights.group import TorchGroups, WeightGroups
@@ -280,6 +282,7 @@ async def _open_parts(
     side_tasks.read_live_values()
     await streams.open(None if checkpoint is None else checkpoint.position.trajectory_stream)
 
+    copy, publisher = _make_publisher(config, options, broker, fleet, ranks, refusals)
     parts = AttemptParts(
         attempt=options.attempt,
         uid=config.uid,
@@ -290,7 +293,8 @@ async def _open_parts(
         ledger=ledger,
         ranks=ranks,
         fleet=fleet,
-        weights=_make_publisher(config, options, broker, fleet, ranks, refusals),
+        weights=publisher,
+        copy=copy,
         checkpoints=checkpoints,
         disruption=lambda: announced_disruption(config.live_file),
         examiner=_make_evaluator(options, broker, streams, rows, refusals, num_ids),
@@ -418,15 +422,16 @@ def _make_publisher(
     fleet: Fleet,
     ranks: Ranks,
     refusals: Refusals,
-) -> Publisher:
-    """Return the publisher for the kind of weights that is trained: whoever publishes need not ask."""
+) -> tuple[WeightsCopy, Publisher]:
+    """Return a copy of the kind of weights that is trained, and its publisher: who publishes need not ask."""
     spec = config.spec.weight_sync
     if ranks.policy.trains_adapters:
-        return AdapterPublisher(
+        adapter = AdapterCopy(ranks.adapter)
+        return adapter, AdapterPublisher(
             broker,
             config.names,
             fleet,
-            ranks.adapter,
+            adapter.load,
             attempt=options.attempt,
             num_bytes=ranks.policy.num_bytes,
             timeout_seconds=spec.timeout_seconds,
@@ -434,20 +439,30 @@ def _make_publisher(
         )
 
     buckets = ranks.policy.buckets(spec.bucket_megabytes * 2**20)
-    return WeightPublisher(
+    backend = choose_backend(config.spec, has_gpu=torch.cuda.is_available())
+    weights = PublishedWeights(tuple(map(ranks.policy.layout, buckets)), ranks.bucket)
+    copy = _make_copy(config.spec, weights, backend)
+    return copy, WeightPublisher(
         broker,
         config.names,
         fleet,
-        PublishedWeights(tuple(map(ranks.policy.layout, buckets)), ranks.bucket),
+        copy.published,
         make_groups(config.spec),
         attempt=options.attempt,
         host=options.host,
-        backend=choose_backend(config.spec, has_gpu=torch.cuda.is_available()),
+        backend=backend,
         model_bytes=ranks.policy.num_bytes,
         timeout_seconds=spec.timeout_seconds,
         verify=options.verify_weights,
         refusals=refusals,
     )
+
+
+def _make_copy(spec: FrozenSpec, weights: PublishedWeights, backend: str) -> HostCopy | EmulatedCopy:
+    if spec.trainer.backend == "Emulated":
+        return EmulatedCopy(weights)
+    on_gpu = backend == "nccl" and torch.cuda.is_available()
+    return HostCopy(weights, torch.device("cuda", torch.cuda.current_device()) if on_gpu else None)
 
 
 def choose_backend(spec: FrozenSpec, *, has_gpu: bool) -> str:
