@@ -457,16 +457,6 @@ class FakeWeights:
         pass
 
 
-class FakeCopy:
-    """A copy of weights that takes as long as a test says."""
-
-    def __init__(self) -> None:
-        self.num_taken = 0
-
-    async def take(self) -> None:
-        self.num_taken += 1
-
-
 class FakeJobQueues:
     """Streams that are there, that nothing happens to, and a state that nobody reads."""
 

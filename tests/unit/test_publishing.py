@@ -73,7 +73,6 @@ class Rig:
         parts = make_attempt_parts(
             folder, spec, self.books, FakeStreams(), self.ranks, self.weights, None, self.clock
         )
-        self.copy = parts.copy
         self.attempt = Attempt(parts, None)
         self.sampling = asyncio.create_task(self._sample())
 

@@ -19,7 +19,6 @@ from asyncrl_api.report import Report
 from asyncrl_api.run_config import RunningSpec, live_values
 from asyncrl_runtime.emulation.decode_batch import Totals
 from asyncrl_runtime.emulation.device import DeviceModel
-from asyncrl_runtime.emulation.emulated_copy import EmulatedCopy
 from asyncrl_runtime.emulation.emulated_group import EmulatedGroups
 from asyncrl_runtime.emulation.emulated_server import EmulatedServer, Pace
 from asyncrl_runtime.history.ledger_writer import Ledger
@@ -158,7 +157,8 @@ class _SimulatedJob:
         self._pace = Pace(self._clock, token_scale=self._scale)
         storage = parse_quantity(self._spec.messaging.embedded.storage.size) // self._scale
         self._broker = MemoryBroker(NAMES, storage)
-        self._ranks = EmulatedRanks(model, setting.trainer_gpus, self._scale, self._clock)
+        bucket_bytes = self._spec.weight_sync.bucket_megabytes * 2**20
+        self._ranks = EmulatedRanks(model, setting.trainer_gpus, self._scale, bucket_bytes, self._clock)
         self._engines = [self._engine(number) for number in range(setting.num_engines)]
         self._snapshots: dict[int, Snapshot] = {}
         self._rows: list[Mapping[str, Any]] = []
@@ -221,7 +221,6 @@ class _SimulatedJob:
         report = Report(attempt=1, step=0, max_steps=spec.training.max_steps, state="Starting")
         metrics = _StepMetrics(folder, folder / "report.json", report)
         metrics.on_step = self._on_step
-        copy = self._copy()
         parts = AttemptParts(
             attempt=1,
             uid=UID,
@@ -232,8 +231,7 @@ class _SimulatedJob:
             ledger=ledger,
             ranks=self._ranks,
             fleet=fleet,
-            weights=self._publisher(end, fleet, copy),
-            copy=copy,
+            weights=self._publisher(end, fleet),
             checkpoints=Checkpoints(folder, UID, _here),
             examiner=None,
             metrics=metrics,
@@ -244,24 +242,18 @@ class _SimulatedJob:
         await attempt.open_history()
         return attempt, side_tasks, end, metrics
 
-    def _copy(self) -> EmulatedCopy:
-        policy = self._ranks.policy
-        buckets = policy.buckets(self._spec.weight_sync.bucket_megabytes * 2**20)
-        return EmulatedCopy(PublishedWeights(tuple(map(policy.layout, buckets)), self._ranks.bucket))
-
-    def _publisher(self, end: Any, fleet: Fleet, copy: EmulatedCopy) -> WeightPublisher:
-        spec, policy = self._spec.weight_sync, self._ranks.policy
+    def _publisher(self, end: Any, fleet: Fleet) -> WeightPublisher:
         return WeightPublisher(
             end,
             NAMES,
             fleet,
-            copy.published,
+            PublishedWeights(self._ranks.copy.layout, self._ranks.gather),
             EmulatedGroups(self._model, self._pace),
             attempt=1,
             host="127.0.0.1",
             backend="gloo",
-            model_bytes=policy.num_bytes,
-            timeout_seconds=spec.timeout_seconds,
+            model_bytes=self._ranks.policy.num_bytes,
+            timeout_seconds=self._spec.weight_sync.timeout_seconds,
         )
 
     def _workers(self) -> list[Worker]:

@@ -66,7 +66,6 @@ class Attempt:
         self._num_updates = 0
         self._waited = 0.0
         self._publishing = Publishing(parts, self._while_there_is_time)
-        self._checkpointing.settle = self._publishing.settle
         self._told_at = -math.inf
 
     @property
@@ -206,6 +205,7 @@ class Attempt:
 
     async def _mend_streams(self) -> None:
         """Make lost streams again, with a checkpoint before and after: what was trained stays trained."""
+        await self._publishing.settle()  # it announces its version in the streams
         if self._has_begun:
             await self._checkpointing.save()
         await self._streams.mend(self._cut)
@@ -299,6 +299,8 @@ class Attempt:
             max_steps=self.max_steps,
             num_engines=self._parts.weights.num_engines(version),
             num_refused_messages=self._books.refusals.num,
+            publish_copy_seconds=self._publishing.copy_seconds,
+            publish_wait_seconds=self._publishing.wait_seconds,
         )
         self._metrics.log_step(
             {

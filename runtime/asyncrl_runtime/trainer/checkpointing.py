@@ -2,7 +2,6 @@
 
 import logging
 import shutil
-from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -48,8 +47,6 @@ class Checkpointing:
         self._first_evaluation = restored.first_evaluation if restored is not None else None
         self._num_failed = 0
         self._purged_behind = 0
-        self.settle: Callable[[], Awaitable[None]] = _settled
-        """Returns once no weights are being published; a checkpoint waits for it."""
 
     @property
     def has_first_evaluation(self) -> bool:
@@ -175,7 +172,6 @@ class Checkpointing:
         Raises:
             CheckpointFailed: it could not be written, or lines before it could not.
         """
-        await self.settle()
         began = self._parts.clock()
 
         async def save_policy(folder: Path) -> None:
@@ -268,7 +264,3 @@ def origin_of(spec: FrozenSpec) -> dict[str, Any]:
         by_alias=True, include={"source", "split", "parameters", "prompt_field", "seed"}
     )
     return {"model": model, "dataset": dataset, "training": {"seed": spec.training.seed}}
-
-
-async def _settled() -> None:
-    pass

@@ -13,6 +13,7 @@ from typing import Any
 
 from asyncrl_runtime.contract.messages import PolicyVersion
 from asyncrl_runtime.trainer.seams import AttemptParts
+from asyncrl_runtime.trainer.update.ranks import CopyWeights
 from asyncrl_runtime.weights.engines import Published, UpdateSeconds
 
 log = logging.getLogger(__name__)
@@ -108,7 +109,7 @@ class Publishing:
     async def _copy(self, version: int) -> None:
         if self._copied != version:
             self._copied = None  # until it is whole
-            await self._parts.copy.take()
+            await self._parts.ranks.run(CopyWeights())
             self._copied = version
 
     def _begin(self, version: int) -> None:

@@ -18,7 +18,6 @@ from asyncrl_runtime.trainer.evaluation import Evaluated
 from asyncrl_runtime.trainer.job_streams import LostStreams
 from asyncrl_runtime.trainer.metrics import Metrics
 from asyncrl_runtime.trainer.update.ranks import Command
-from asyncrl_runtime.weights.copies import WeightsCopy
 from asyncrl_runtime.weights.engines import Publisher
 from asyncrl_runtime.weights.fleet import Fleet
 
@@ -78,8 +77,7 @@ class AttemptParts:
     ranks: TrainerRanks
     fleet: Fleet
     weights: Publisher
-    """Publishes what `copy` holds."""
-    copy: WeightsCopy
+    """Publishes what the ranks have copied last."""
     checkpoints: Checkpoints
     examiner: Examiner | None
     """None if nothing is held out."""

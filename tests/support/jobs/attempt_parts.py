@@ -12,7 +12,7 @@ from asyncrl_runtime.trainer.books.checkpoints import Checkpoints
 from asyncrl_runtime.trainer.metrics import Metrics
 from asyncrl_runtime.trainer.seams import AttemptParts
 from asyncrl_runtime.weights.fleet import Fleet
-from support.fakes import FakeCopy, FakeEvaluator, FakeRanks, FakeStreams, FakeWeights
+from support.fakes import FakeEvaluator, FakeRanks, FakeStreams, FakeWeights
 
 
 async def here(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -46,7 +46,6 @@ def make_attempt_parts(
         ranks=ranks,
         fleet=Fleet(clock),
         weights=weights,
-        copy=FakeCopy(),
         checkpoints=Checkpoints(folder, "uid", here),
         examiner=evaluator,
         metrics=Metrics(folder, folder / "report.json", report),
