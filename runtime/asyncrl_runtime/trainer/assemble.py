@@ -253,6 +253,7 @@ async def _run_beside(
         "lease": broker.keep_lease(),
         "report": parts.metrics.keep_renewed(),
         "broker": broker.closed.wait(),
+        "event loop": parts.loop_watch.run(),
     }
     if dist.get_world_size() > 1:
         loops["ranks"] = parts.ranks.keep_awake()

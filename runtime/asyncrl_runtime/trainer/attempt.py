@@ -199,7 +199,7 @@ class Attempt:
     async def _cut(self) -> None:
         """End the surviving history here, and go on with new steps from this version."""
         await self._write_ledger(self._parts.ledger.cut, self.version)
-        self._checkpointing.drop_after(self.version)
+        await self._checkpointing.drop_after(self.version)
         self._books.cut()
         self._streams.requeue()  # the tickets of the steps given up are no longer queued
 
@@ -295,6 +295,7 @@ class Attempt:
         seconds, self._step_began = now - self._step_began, now
         version = PolicyVersion(self._parts.attempt, self._books.published)
         counters, update = self._books.counters, self._publishing.update_seconds
+        loop = self._parts.loop_watch.take()
         self._metrics.update(
             max_steps=self.max_steps,
             num_engines=self._parts.weights.num_engines(version),
@@ -314,6 +315,8 @@ class Attempt:
                 "publish_wait_seconds": self._publishing.wait_seconds,
                 "publish_copy_seconds": self._publishing.copy_seconds,
                 **{f"update_{what}_seconds": each for what, each in asdict(update).items()},
+                "loop_lag_seconds": loop.lag,
+                "loop_own_lag_seconds": loop.own,
                 "rollout_load": self._parts.fleet.take_load(),
                 "num_engines": self._metrics.report.num_engines,
                 "queue_depth": len(self._books.inbox.arrived),
