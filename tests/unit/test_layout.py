@@ -342,7 +342,7 @@ def test_what_staging_takes_follows_from_the_model(
 def test_a_plan_says_what_staging_takes() -> None:
     assert render_staging(Staging(2 * 2**30, 3 * 2**30, 4 * 2**30)) == (
         "staged weights: a volume of 2,048 MiB in the memory of each rollout pod, whose receiver asks for "
-        "3,072 MiB; up to 4,096 MiB in the trainer's first pod"
+        "3,072 MiB; up to 4,096 MiB more in the trainer's first pod"
     )
 
 

@@ -6,11 +6,12 @@ tests/integration/test_policy.py. Here stand the others, each with what is built
 
 import asyncio
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import pytest
+from torch import Tensor
 
 from asyncrl_api.job import AsyncRLJob, Metadata, Spec
 from asyncrl_api.marks import merge, tree
@@ -196,8 +197,10 @@ def publisher(before: Spec, after: Spec, folder: Path) -> Any:
         report_file=folder / "report.json",
         model_cache=folder,
     )
-    none, options, fleet = cast(Any, None), assemble.Options(2, "127.0.0.1"), Fleet(lambda: 0.0)
-    made = assemble._make_publisher(config, options, folder, none, fleet, cast(Any, Ranks()), Refusals())
+    none, fleet = cast(Any, None), Fleet(lambda: 0.0)
+    ranks, options = cast(Any, Ranks()), assemble.Options(2, "127.0.0.1")
+    copy = assemble.make_copy(after, ranks)
+    made = assemble._make_publisher(config, options, folder, none, fleet, ranks, copy, Refusals())
     assert isinstance(made, WeightPublisher)
     return made._backend, made._timeout, len(made.weights.layout)
 
@@ -212,8 +215,12 @@ class Ranks(FakeRanks):
         super().__init__(lambda _: None)
         self.policy = cast(Any, self)
 
-    async def bucket(self, names: Sequence[str]) -> None:
-        """Nobody asks for one here."""
+    async def read_copy(self, read: Callable[..., Any], *arguments: Any) -> Any:
+        """Nobody asks for it here."""
+
+    def shares(self, names: Sequence[str]) -> Iterator[Tensor]:
+        """Nobody copies here."""
+        return iter(())
 
     def layout(self, names: Sequence[str]) -> BucketLayout:
         return BucketLayout(tuple(names), ("float32",) * len(names), ((2**18,),) * len(names))
@@ -263,7 +270,7 @@ def with_value(values: dict[str, Any], path: str, value: Any) -> Spec:
 
 @pytest.mark.parametrize("path", CASES)
 def test_the_next_attempt_goes_by_the_new_value(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, process_group: None, path: str
 ) -> None:
     monkeypatch.syspath_prepend(USER_CODE)
     (tmp_path / "rows.jsonl").write_text(json.dumps({"question": "q", "answer": "a"}))

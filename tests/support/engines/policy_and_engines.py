@@ -21,6 +21,7 @@ from asyncrl_runtime.trainer.update.policy import Policy
 from asyncrl_runtime.transport.broker import Broker
 from asyncrl_runtime.transport.streams import make_streams
 from asyncrl_runtime.weights.bucket import PublishedWeights
+from asyncrl_runtime.weights.copies import ShareCopy, make_copy_group
 from asyncrl_runtime.weights.engines import UpdateSeconds
 from asyncrl_runtime.weights.fleet import Fleet
 from asyncrl_runtime.weights.group import TorchGroups
@@ -56,11 +57,13 @@ class PolicyAndEngines:
     def __init__(
         self,
         policy: Policy,
+        copy: ShareCopy,
         publisher: WeightPublisher | StagedPublisher,
         fleet: Fleet,
         urls: list[str],
     ) -> None:
         self.policy = policy
+        self._copy = copy
         self.publisher = publisher
         self._fleet = fleet
         self.version = PolicyVersion(1, 0)
@@ -78,6 +81,7 @@ class PolicyAndEngines:
         """Publish the weights under the next version and return the seconds; every engine attests it."""
         self.version = PolicyVersion(1, self.version.version + 1)
         await until(lambda: len(self._fleet.living) == len(self.urls))  # a busy machine lets them fall silent
+        await asyncio.to_thread(self._copy.take)
         began = time.perf_counter()
         published = await self.publisher.publish(self.version, "Retract")
         seconds = time.perf_counter() - began
@@ -91,20 +95,23 @@ class PolicyAndEngines:
         return seconds
 
 
-def weights_of(policy: Policy, bucket_megabytes: int) -> PublishedWeights:
-    async def gather(names: tuple[str, ...]) -> Tensor:
-        bucket = await asyncio.to_thread(policy.bucket, names)
-        assert bucket is not None
-        return bucket
+def copy_of(policy: Policy, bucket_megabytes: int) -> ShareCopy:
+    """Return the copy from which the weights are published; it is taken before each publication."""
+    layout = [policy.layout(names) for names in policy.buckets(bucket_megabytes * 2**20)]
+    return ShareCopy(layout, policy.shares, make_copy_group())
 
-    layout = tuple(map(policy.layout, policy.buckets(bucket_megabytes * 2**20)))
-    return PublishedWeights(layout, gather)
+
+def weights_of(copy: ShareCopy) -> PublishedWeights:
+    async def gather(names: tuple[str, ...]) -> Tensor:
+        return await asyncio.to_thread(copy.gather, names)
+
+    return PublishedWeights(copy.layout, gather)
 
 
 def make_publisher(
-    broker: Broker, names: JobNames, fleet: Fleet, policy: Policy, job: AsyncRLJob
+    broker: Broker, names: JobNames, fleet: Fleet, copy: ShareCopy, num_bytes: int, job: AsyncRLJob
 ) -> WeightPublisher | StagedPublisher:
-    weights = weights_of(policy, job.spec.weight_sync.bucket_megabytes)
+    weights = weights_of(copy)
     if job.spec.weight_sync.mode == "Staged":
         config = (Path(job.spec.model.source.removeprefix("file://")) / "config.json").read_text()
         return StagedPublisher(
@@ -116,7 +123,7 @@ def make_publisher(
             attempt=1,
             host=LOOPBACK,
             secret=b"of the attempt",
-            model_bytes=policy.num_bytes,
+            model_bytes=num_bytes,
         )
     return WeightPublisher(
         broker,
@@ -127,7 +134,7 @@ def make_publisher(
         attempt=1,
         host=LOOPBACK,
         backend="gloo",
-        model_bytes=policy.num_bytes,
+        model_bytes=num_bytes,
     )
 
 
@@ -147,7 +154,8 @@ async def open_engines(
             await make_streams(broker.jetstream, names, 2**28)
             fleet = await _hear_heartbeats(broker, names.heartbeat("*"))
             policy = await asyncio.to_thread(make_policy)
-            publisher = make_publisher(broker, names, fleet, policy, job)
+            copy = copy_of(policy, job.spec.weight_sync.bucket_megabytes)
+            publisher = make_publisher(broker, names, fleet, copy, policy.num_bytes, job)
             states = ["empty"] * num_engines
             await asyncio.to_thread(
                 harness.wait_until,
@@ -155,7 +163,7 @@ async def open_engines(
                 180,
             )
             urls = [f"http://{LOOPBACK}:{harness.engine_port(replica)}" for replica in range(num_engines)]
-            yield PolicyAndEngines(policy, publisher, fleet, urls)
+            yield PolicyAndEngines(policy, copy, publisher, fleet, urls)
             await publisher.leave()
             await broker.close()
     finally:
