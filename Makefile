@@ -14,7 +14,7 @@ WORKERS := --numprocesses logical --maxprocesses 8 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help quickstart test unit fuzz e2e contract-sglang contract-sglang-before-sessions sglang lint crd docs \
-	constraints kube-tools clean
+	constraints kube-tools gpu-bundle gpu-check clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-34s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -55,6 +55,12 @@ $(SGLANG)/.installed: images/sglang-cpu/requirements.txt images/sglang-cpu/witho
 	$(SGLANG)/bin/pip install --quiet --disable-pip-version-check --no-deps \
 		-r images/sglang-cpu/without-requirements.txt
 	touch $@
+
+gpu-bundle: $(STAMP) ## Pack what gpu-check needs on a machine without a network into .gpu-bundle (with the repository under 64 MB).
+	$(BIN)/python scripts/gpu_bundle.py .gpu-bundle
+
+gpu-check: ## Measure the trainer on one GPU, without a network (ten minutes); says so where there is none.
+	scripts/gpu_check.sh
 
 lint: $(STAMP) ## Check style, format, types and the boundaries between packages.
 	$(BIN)/ruff check .
