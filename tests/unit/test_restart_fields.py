@@ -270,7 +270,7 @@ def with_value(values: dict[str, Any], path: str, value: Any) -> Spec:
 
 @pytest.mark.parametrize("path", CASES)
 def test_the_next_attempt_goes_by_the_new_value(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, process_group: None
 ) -> None:
     monkeypatch.syspath_prepend(USER_CODE)
     (tmp_path / "rows.jsonl").write_text(json.dumps({"question": "q", "answer": "a"}))
