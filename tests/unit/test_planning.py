@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import itertools
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -141,3 +142,31 @@ def test_groups_that_are_foreseen_are_not_assessed_again(
     Scene(tmp_path / "job", lambda scene: None)
     at_second_step = {ticket: count for (ticket, version), count in assessed.items() if version == 1}
     assert set(at_second_step.values()) == {1} and {4, 5} <= set(at_second_step)
+
+
+def test_groups_that_nobody_foresaw_are_assessed_a_few_at_a_time(tmp_path: Path) -> None:
+    """The event loop has other things to do; the batch is the same."""
+    spec = make_job("training.batchSize=100", "training.minibatches=1").spec
+    turns: list[int] = []
+
+    async def check() -> None:
+        books, loop = Books(spec), asyncio.get_running_loop()
+        for ticket in range(1, 151):
+            books.take(StreamMessage(ticket, f"rl.j.traj.{ticket}", encode(make_group(ticket))))
+        books.use(
+            spec.model_copy(update={"staleness": spec.staleness.model_copy(update={"max_versions": 3})})
+        )
+        parts = make_attempt_parts(
+            tmp_path, spec, books, FakeStreams(), FakeRanks(lambda _: None), FakeWeights(), None, loop.time
+        )
+        asking = asyncio.create_task(Attempt(parts, None)._form_batch())
+        while not asking.done():
+            turns.append(books._verdicts.num_assessed)
+            await asyncio.sleep(0)
+        turns.append(books._verdicts.num_assessed)
+        batch = await asking
+        assert batch is not None and batch.tickets == tuple(range(1, 101))
+
+    run_virtually(check())
+    assert max(after - before for before, after in itertools.pairwise(turns)) == 32
+    assert turns[-1] - turns[0] == 100, "those behind a full batch are not looked at"

@@ -33,6 +33,8 @@ FIRST_HEARTBEAT_SECONDS = 1.5
 """How long a new trainer listens before it first publishes: every living worker has spoken by then."""
 LOOK_SECONDS = 5.0
 """How long a trainer that waits goes without looking at what has changed, if nothing rings for it."""
+ASSESS_TOGETHER = 32
+"""How many groups are assessed in one turn of the event loop: each takes up to half a millisecond."""
 TELL_SECONDS = 1.0
 """How often a trainer that waits says in its report how many groups have come."""
 
@@ -152,7 +154,7 @@ class Attempt:
         self._books.batch_wanted()
         while not self._stopping.is_set():
             try:
-                batch = self._books.next_batch()
+                batch = await self._form_batch()
             except RecordedBatchLost as error:
                 log.warning("%s", error)
                 await self._cut()
@@ -162,7 +164,7 @@ class Attempt:
                 self._books.begin(self._parts.attempt)
                 self._has_begun = True
                 await self.publish_weights()
-                batch = self._books.next_batch()
+                batch = await self._form_batch()
             if self.has_mastered:
                 log.info("step %d: %s", self.version, self._books.mastered)
                 return None
@@ -181,6 +183,12 @@ class Attempt:
                 self._streams.start_over()
             await self._books.news.wait(LOOK_SECONDS)
         return None
+
+    async def _form_batch(self) -> Batch | None:
+        """See `Books.next_batch`; other tasks have their turn meanwhile."""
+        while self._books.assess_some(ASSESS_TOGETHER):
+            await asyncio.sleep(0)
+        return self._books.next_batch()
 
     def _tell_that_it_waits(self) -> None:
         """Say it in the report, which is a file: not at every group that comes."""

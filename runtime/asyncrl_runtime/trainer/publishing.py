@@ -34,6 +34,7 @@ class Publishing:
         self._in_time = in_time
         self._under_way: asyncio.Task[None] | None = None
         self._copied: int | None = None
+        self._has_reached_engines = False
         self.seconds = 0.0
         """How long the last publication took."""
         self.wait_seconds = 0.0
@@ -114,11 +115,21 @@ class Publishing:
 
     def _begin(self, version: int) -> None:
         self._under_way = asyncio.create_task(self._publish(version), name="publication")
-        self._under_way.add_done_callback(lambda _: self._books.news.ring())  # it may have failed for good
+        self._under_way.add_done_callback(self._ended)
+
+    def _ended(self, publication: asyncio.Task[None]) -> None:
+        """Wake the trainer if that changes anything.
+
+        Not if no engine could take the version: those that drain, say, would be looked at again at once, and so
+        on, until one of them says something new.
+        """
+        if publication.cancelled() or publication.exception() is not None or self._has_reached_engines:
+            self._books.news.ring()
 
     async def _publish(self, version: int) -> None:
         began, label = self._parts.clock(), self._label(version)
         interrupt = self._books.live.rollout.interrupt
+        self._has_reached_engines = False
         published = await self._in_time(self._parts.weights.publish(label, interrupt))
         if published is not None:
             await self._parts.streams.announce(label)
@@ -129,6 +140,7 @@ class Publishing:
 
     def _tell(self, published: Published) -> None:
         if published.seconds is not None:
+            self._has_reached_engines = True
             self.update_seconds = published.seconds
             told = asdict(published.seconds)
             self._parts.metrics.update(**{f"update_{what}_seconds": each for what, each in told.items()})

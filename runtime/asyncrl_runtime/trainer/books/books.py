@@ -69,6 +69,10 @@ class Foreseen(NamedTuple):
     """What was worked out to form it, at its version."""
 
 
+class _EnoughForNow(Exception):
+    """As many groups were assessed as were to be."""
+
+
 class RecordedBatchLost(Exception):
     """A batch of the ledger can no longer be had: its trajectories are gone with their stream."""
 
@@ -321,6 +325,36 @@ class Books:
         """Whether steps of the ledger are still to be repeated."""
         return bool(self._recorded)
 
+    def assess_some(self, most: int) -> bool:
+        """Assess up to `most` of the groups that `next_batch` would assess; return whether there are more.
+
+        All at once, after a version that nobody foresaw, they would hold up the event loop.
+        """
+        if self._recorded:
+            return False
+        end = self._verdicts.num_assessed + most
+
+        def on(group: Group) -> LiveGroup | Discard:
+            if self._verdicts.num_assessed == end:
+                raise _EnoughForNow
+            return self._assess(group)
+
+        try:
+            self._form(on)
+        except _EnoughForNow:
+            return True
+        return False
+
+    def _form(
+        self, verdict_on: Callable[[Group], LiveGroup | Discard]
+    ) -> tuple[list[LiveGroup] | None, list[Discard]]:
+        return form_batch(
+            (group for group in self.inbox.arrived.values() if isinstance(group, Group)),
+            verdict_on,
+            batch_size=self._batch_size,
+            freshest_first=self._live.staleness.order == "FreshestFirst",
+        )
+
     def next_batch(self) -> Batch | None:
         """Return the batch of the next step, or None while too few groups have arrived.
 
@@ -330,12 +364,7 @@ class Books:
         """
         if self._recorded:
             return self._recorded_batch(self._recorded[0])
-        groups, discards = form_batch(
-            (group for group in self.inbox.arrived.values() if isinstance(group, Group)),
-            self._assess,
-            batch_size=self._batch_size,
-            freshest_first=self._live.staleness.order == "FreshestFirst",
-        )
+        groups, discards = self._form(self._assess)
         for discard in discards:
             self._discard(discard, self.inbox.arrived[discard.ticket])
         if groups is None:
