@@ -156,6 +156,8 @@ class WeightUpdateStatus(StatusType):
     transfer_milliseconds: Number | None = _of("Sending them, until engines have loaded all but the last.")
     load_milliseconds: Number | None = _of("Loading, after the last had been sent.")
     pause_milliseconds: Number | None = _of("How long the engine was paused that was paused longest.")
+    copy_milliseconds: Number | None = _of("How long the trainer copied its weights, before the update.")
+    wait_milliseconds: Number | None = _of("How long the last step waited for the update before it.")
 
 
 class RewardStatus(StatusType):

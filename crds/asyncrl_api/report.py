@@ -79,6 +79,10 @@ class Report(Wire):
     """How long engines loaded after the last had been sent."""
     update_pause_seconds: float | None = None
     """How long the engine sampled nothing that was paused longest."""
+    publish_copy_seconds: float | None = None
+    """How long the trainer's ranks copied the weights that were published last."""
+    publish_wait_seconds: float | None = None
+    """How long the last step waited, when it was trained, for the publication before it."""
     remaining_seconds: float | None = None
     first_evaluation: EvaluationReport | None = None
     last_evaluation: EvaluationReport | None = None
@@ -179,6 +183,8 @@ _AMOUNTS = (
     "update_transfer_seconds",
     "update_load_seconds",
     "update_pause_seconds",
+    "publish_copy_seconds",
+    "publish_wait_seconds",
     "seconds_without_progress",
 )
 _TEXTS = {"state": LONGEST_WORD, "message": LONGEST_TEXT, "export": LONGEST_TEXT}

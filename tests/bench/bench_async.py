@@ -37,8 +37,17 @@ JOB = {
 GROUPS_PER_GPU = {"areal-1.5b": 4.0, "areal-7b": 512 / 192, "areal-14b": 2.0, "areal-32b": 512 / 384}
 """AReaL's batch of 512 prompts over the GPUs of its table 1."""
 GPUS = {"areal-1.5b": (6, 2), "areal-7b": (6, 2), "areal-14b": (12, 4), "areal-32b": (24, 8)}
-"""Those of engines and trainer: six engines each."""
+"""Those of engines and trainer, in the paper's proportion: six engines each."""
+LARGER = {"areal-1.5b": 24, "areal-7b": 24, "areal-14b": 24}
+"""The GPUs of the engines in a larger cluster of the same proportion."""
+BALANCED = {"areal-1.5b": (5, 3), "areal-7b": (4, 4), "areal-14b": (8, 8), "areal-32b": (12, 20)}
+"""As many GPUs in all, but split so that engines and trainer can do about the same."""
+GENERATION_BOUND = {"areal-1.5b": (3, 5), "areal-7b": (3, 5), "areal-14b": (6, 8), "areal-32b": (12, 36)}
+"""Three engines each, and a trainer that waits for them."""
+FULL_CACHE = {"areal-1.5b": 208, "areal-7b": 96, "areal-14b": 48, "areal-32b": 80}
+"""As many samples as fill an engine's cache once they have grown."""
 ETAS = (0, 1, 2, 4)
+SEEDS = (1, 2, 3, 4, 5)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,17 +85,55 @@ class Cell:
 
 
 def cells() -> Iterator[Cell]:
-    """Yield all cells: the bound, the synchronous systems, and interrupting where engines are the bound."""
+    """Yield all cells, one seed of everything first."""
     for eta in ETAS:
         yield Cell("as sketched", "areal-1.5b", eta, 3, 1, 16)
-    for profile, (rollout, trainer) in GPUS.items():
-        batch, both = round((rollout + trainer) * GROUPS_PER_GPU[profile]), rollout + trainer
-        for eta in reversed(ETAS):
-            yield Cell("bound", profile, eta, rollout, trainer, batch)
-        yield Cell("all GPUs take turns", profile, 0, both, both, batch, "Drain", steps=4)
-        if profile in ("areal-1.5b", "areal-7b"):
-            for interrupt in ("Retract", "InPlace", "Drain"):
-                yield Cell("interrupt", profile, 4, 6, 9, batch, interrupt, 208)
+    for seed in SEEDS:
+        for profile in GPUS:
+            yield from throughput_cells(profile, seed)
+        for profile in GPUS:
+            yield from interrupt_cells(profile, seed)
+    for profile in ("areal-1.5b", "areal-7b"):
+        yield from concurrency_cells(profile)
+
+
+def throughput_cells(profile: str, seed: int) -> Iterator[Cell]:
+    """Yield what is compared with the bound, and with synchronous systems."""
+    rollout, trainer = GPUS[profile]
+    both = rollout + trainer
+    batch = batch_size(profile, both)
+    for eta in reversed(ETAS):
+        if seed == 1 or eta in (0, 4):
+            yield Cell("bound", profile, eta, rollout, trainer, batch, seed=seed)
+    yield Cell("all GPUs take turns", profile, 0, both, both, batch, "Drain", steps=4, seed=seed)
+    yield Cell("balanced", profile, 4, *BALANCED[profile], batch, seed=seed)
+    if seed == 1 and (rollout := LARGER.get(profile, 0)):
+        trainer = rollout // 3
+        yield Cell("larger", profile, 4, rollout, trainer, batch_size(profile, rollout + trainer))
+
+
+def interrupt_cells(profile: str, seed: int) -> Iterator[Cell]:
+    """Yield the three ways to treat samples in flight where engines are the bound, and one seed elsewhere."""
+    rollout, trainer = GENERATION_BOUND[profile]
+    batch = batch_size(profile, rollout + trainer)
+    for interrupt in ("Retract", "InPlace", "Drain"):
+        yield Cell("interrupt", profile, 4, rollout, trainer, batch, interrupt, FULL_CACHE[profile], 10, seed)
+    for interrupt in ("InPlace", "Drain") if seed == 1 else ():
+        rollout, trainer = GPUS[profile]
+        batch = batch_size(profile, rollout + trainer)
+        yield Cell("interrupt elsewhere", profile, 4, rollout, trainer, batch, interrupt)
+
+
+def concurrency_cells(profile: str) -> Iterator[Cell]:
+    """Yield adaptive concurrency (0), and fixed limits around a full cache, where engines are the bound."""
+    rollout, trainer = GENERATION_BOUND[profile]
+    batch, full = batch_size(profile, rollout + trainer), FULL_CACHE[profile]
+    for limit in (0, full - 48, full + 48, full + 96):
+        yield Cell("concurrency", profile, 4, rollout, trainer, batch, "Retract", limit, 10)
+
+
+def batch_size(profile: str, gpus: int) -> int:
+    return round(gpus * GROUPS_PER_GPU[profile])
 
 
 def run(cell: Cell) -> dict[str, Any]:

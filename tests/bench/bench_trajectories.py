@@ -136,12 +136,15 @@ async def read_all(broker: Broker, run: Run) -> float:
 
 
 async def _read_ours(broker: Broker, case: Case) -> None:
-    books = Books(SPEC)
+    books, num_closed = Books(SPEC), 0
+    books.issued(case.num_messages)  # what was not is refused
     async for message in OrderedReader(broker, NAMES.trajectory_stream, 1):
         books.take(message)
         if message.sequence == case.num_messages:
+            assert num_closed + len(books.inbox.arrived) == case.num_messages, "some were refused"
             return
         if len(books.inbox.arrived) == BATCH_SIZE:
+            num_closed += BATCH_SIZE
             for ticket in list(books.inbox.arrived):
                 books.inbox.close(ticket)
 

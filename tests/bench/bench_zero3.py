@@ -2,9 +2,9 @@
 
 state: after the first update; weights, their masters, Adam's two moments and the gradient, each a share:
     (4 + 4 + 8 + 4) * parameters / N in fp32, (2 + 4 + 8 + 4) in bf16; and DeepSpeed's bucket of gradients.
-gather: highest while all weights are gathered for a broadcast, bucket by bucket: state + the largest weight
-    on each rank, + the bucket on rank 0.
-update: highest while a minibatch is trained: state + that bucket + the weights of the largest layer + its
+gather: highest while all weights are gathered for a broadcast, bucket by bucket: state + the copy of the
+    rank's share, + two buckets on rank 0, and what it receives of one.
+update: highest while a minibatch is trained: all that + the weights of the largest layer + its
     gradients + activations, which are what autograd keeps of a forward pass.
 
 Measured: resident memory (VmRSS), and its peak since a mark (VmHWM), less what the process had before it
@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from asyncrl_api.job import AlgorithmSpec, DeepSpeedSpec, TrainingSpec
 from asyncrl_runtime.trainer.update.packing import MicroBatch, TrainingSample, pack
 from asyncrl_runtime.trainer.update.policy import Policy
+from asyncrl_runtime.weights.copies import ShareCopy, make_copy_group
 from support.engines.tiny_models import build_model
 
 SHAPE = {"hidden_size": 1024, "num_layers": 6, "vocabulary_size": 8192, "initializer_range": 0.02}
@@ -103,8 +104,7 @@ def run_rank() -> None:
     gc.collect()
     measured = {"state": resident() - baseline}
     mark()
-    for names in policy.buckets(BUCKET_BYTES):
-        policy.bucket(names)
+    copy = gather_all(policy)
     measured["gather"] = peak() - baseline
     mark()
     update(policy, batch)
@@ -112,11 +112,12 @@ def run_rank() -> None:
 
     numbers = count(policy, batch, dtype)
     state = STATE_BYTES[dtype] * numbers["parameters"] / dist.get_world_size() + numbers["reduce bucket"]
-    bucket = BUCKET_BYTES if dist.get_rank() == 0 else 0
+    others = 1 - 1 / dist.get_world_size()
+    kept = copy.num_bytes + (BUCKET_BYTES * (2 + others) if dist.get_rank() == 0 else 0)
     expected = {
         "state": state,
-        "gather": state + bucket + numbers["largest weight"],
-        "update": state + bucket + 2 * numbers["largest layer"] + numbers["activations"],
+        "gather": state + kept,
+        "update": state + kept + 2 * numbers["largest layer"] + numbers["activations"],
     }
     found = {phase: (measured[phase], expected[phase]) for phase in expected}
     (folder / f"{dist.get_rank()}.json").write_text(json.dumps(found))
@@ -137,8 +138,21 @@ def warm_up(folder: Path) -> None:
     """Import and connect all that a policy needs, by way of one that is tiny."""
     policy = make_policy(folder / "tiny", "Float32")
     update(policy, make_batch(8))
-    for names in policy.buckets(BUCKET_BYTES):
-        policy.bucket(names)
+    gather_all(policy)
+
+
+def gather_all(policy: Policy) -> ShareCopy:
+    """Have each rank copy its share, and rank 0 gather all buckets; return the copy, which stays."""
+    layout = [policy.layout(names) for names in policy.buckets(BUCKET_BYTES)]
+    copy = ShareCopy(layout, policy.shares, make_copy_group())
+    copy.take()
+    if dist.get_rank() != 0:
+        copy.serve()
+        return copy
+    for each in copy.layout:
+        copy.gather(each.names)
+    copy.close()
+    return copy
 
 
 def make_batch(num_tokens: int = NUM_TOKENS) -> MicroBatch:

@@ -327,6 +327,21 @@ async def test_heartbeats_are_heard(ends: Ends, trainer: TrainerBroker) -> None:
     assert set(heard) == {beat}
 
 
+async def test_a_heartbeat_that_is_waited_for_comes_at_once(ends: Ends, trainer: TrainerBroker) -> None:
+    worker = await ends.worker("one")
+    heard: list[Heartbeat] = []
+    await trainer.hear_heartbeats(heard.append, lambda: None)
+    worker.beat_now()  # nobody beats yet
+    beat = Heartbeat(worker="one", incarnation="i", engine="e", engine_state="drained", version=None)
+    beating = asyncio.create_task(worker.beat(lambda: beat, 10 * DEADLINE_SECONDS))
+    await until("the first beat", lambda: bool(heard))
+    heard.clear()
+    worker.beat_now()
+    await until("another one", lambda: bool(heard))
+    beating.cancel()
+    await asyncio.wait([beating])
+
+
 async def test_a_worker_answers_one_request_after_the_other(
     ends: Ends, trainer: TrainerBroker, names: JobNames
 ) -> None:

@@ -117,6 +117,8 @@ rollout: 2 replica(s), 2 GPU(s)
 trainer: 1 replica(s), 1 GPU(s)
   trainer: 1 GPU(s)
     asyncrl-runtime trainer --config runs/harness/config.json --attempt 1 --ranks 1 --host 127.0.0.1
+trainer memory: the copy from which engines get weights takes as many bytes as what is trained, divided \
+among its ranks (model.parameterCount tells how many)
 """
     )
     assert sorted(tmp_path.rglob("*")) == before
@@ -127,6 +129,18 @@ def test_what_this_machine_cannot_run_can_be_planned(smallest: Path) -> None:
     assert ended.returncode == 0
     assert ended.stdout.startswith("GPUs: trainer 4, rollout 12 (12 x 1), idle 0 (InitialRatio)\n")
     assert ended.stdout.count("asyncrl-runtime sglang --config runs/gsm8k/config.json") == 12
+
+
+def test_a_plan_states_the_memory_of_the_copy_that_is_published(smallest: Path) -> None:
+    sizes = ["spec.model.parameterCount=1000000000", "spec.weightSync.bucketMegabytes=100"]
+    ended = asyncrl(
+        "plan", smallest, "--set", "spec.gpuBudget.total=16", *[w for s in sizes for w in ("--set", s)]
+    )
+    assert (
+        "trainer memory: the copy from which engines get weights takes 477 MiB on each rank, and up to "
+        in (ended.stdout)
+    ), "2 GB over 4 ranks"
+    assert "300 MiB more on rank 0 for buckets" in ended.stdout
 
 
 def test_a_budget_that_is_too_small_for_the_model_is_named(smallest: Path) -> None:

@@ -48,5 +48,8 @@ def test_a_job_on_emulated_devices_runs_to_its_end_and_its_books_close(tmp_path:
     updates = min(job.spec.training.minibatches, job.spec.training.batch_size)
     assert all(line["train_seconds"] >= updates * per_update for line in lines)
     assert lines[-1]["num_engines"] == 2
+    # Not `loop_lag_seconds`: a busy machine, which lets the loop's thread wait for a CPU, adds to that.
+    assert all(line["loop_lag_seconds"] >= line["loop_own_lag_seconds"] for line in lines)
+    assert 0 < max(line["loop_own_lag_seconds"] for line in lines) <= 0.05
     assert max(line["staleness_max"] for line in lines) <= job.spec.staleness.max_versions
     assert asyncrl("audit", folder.path).returncode == 0

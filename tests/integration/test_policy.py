@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -38,11 +39,14 @@ from asyncrl_runtime.trainer.update.policy import Policy, load_model
 from asyncrl_runtime.trainer.update.policy_api import StepSettings, Update
 from asyncrl_runtime.trainer.update.saved_files import ignore
 from asyncrl_runtime.trainer.update.step import StepPlan
+from asyncrl_runtime.weights.copies import ShareCopy, make_copy_group
 from support.jobs.naive_rl import NaiveTrainer
 
 STAGES = (0, 1, 2, 3)
 ALL_IN_SHARES = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 """Settings without which weights as small as these would stay whole on each rank under ZeRO 3."""
+PERSISTENT = {"zero_optimization": {"stage3_param_persistence_threshold": 1000}}
+"""Settings with which the small ones among them do."""
 OFFLOADED: dict[int, dict[str, Any]] = {
     1: {"offload_optimizer": {"device": "cpu"}},
     2: {"offload_optimizer": {"device": "cpu"}},
@@ -153,13 +157,28 @@ def restore(policy: Policy, folder: Path, scratch: Path) -> None:
     policy.load(folder, scratch)
 
 
+def make_copy(policy: Policy) -> ShareCopy:
+    return ShareCopy(
+        [policy.layout(names) for names in policy.buckets(4096)], policy.shares, make_copy_group()
+    )
+
+
 def weights_of(policy: Policy) -> dict[str, Tensor]:
-    """Return them on rank 0, as they are sent to engines; collective."""
+    """Return them on rank 0, as they are sent to engines: from the ranks' copies; collective."""
+    copy = make_copy(policy)
+    copy.take()
+    return gathered(copy)
+
+
+def gathered(copy: ShareCopy) -> dict[str, Tensor]:
+    """Return the weights of a copy on rank 0; the other ranks must serve it meanwhile."""
     weights: dict[str, Tensor] = {}
-    for names in policy.buckets(4096):
-        bucket = policy.bucket(names)
-        if bucket is not None:
-            weights |= unpack(policy.layout(names), bucket)
+    if dist.get_rank() != 0:
+        copy.serve()
+        return weights
+    for layout in copy.layout:
+        weights |= unpack(layout, copy.gather(layout.names))
+    copy.close()
     return weights
 
 
@@ -192,6 +211,29 @@ def run_updates(model: Path, _: Path, stage: int, capacity: int, **changes: Any)
         "clipped": sum(report_tokens(u.sums)["clip_fraction"] for u in updates),
         "weights": weights_of(policy),
     }
+
+
+def run_copy(model: Path, _: Path, stage: int, **changes: Any) -> dict[str, Any]:
+    """Gather from a copy while a step is trained, and after it; look what the copy holds, and the policy."""
+    policy = make_policy(model, stage, **changes)
+    found: dict[str, list[bool]] = {"is copied": [], "is kept": [], "is trained": []}
+    copy = make_copy(policy)
+    with ThreadPoolExecutor(1) as beside:
+        for step in range(2):
+            before = weights_of(policy)
+            copy.take()
+            gathering = beside.submit(gathered, copy)
+            train_step(policy, make_batch(step))
+            found["is copied"].append(same(gathering.result(), before))
+            found["is kept"].append(same(gathered(copy), before))
+            found["is trained"].append(not same(weights_of(policy), before))
+    return {**found, "shares": [num_bytes_of_all(copy), policy.num_bytes]}
+
+
+def num_bytes_of_all(copy: ShareCopy) -> int:
+    sizes = torch.tensor(copy.num_bytes)
+    dist.all_reduce(sizes)
+    return int(sizes)
 
 
 def run_resume(model: Path, folder: Path, stage: int, dtype: str) -> dict[str, Any]:
@@ -443,6 +485,12 @@ SCENARIOS: dict[str, tuple[Scenario, dict[str, Any]]] = {
         )
         for stage, offloaded in OFFLOADED.items()
     },
+    **{
+        f"copy-{stage}-{dtype}": (run_copy, {"stage": stage, "dtype": dtype})
+        for stage, dtype in ((0, "Float32"), (1, "BFloat16"), (2, "Float32"), (3, "BFloat16"))
+    },
+    "copy-3-offloaded": (run_copy, {"stage": 3, "config": {"zero_optimization": OFFLOADED[3]}}),
+    "copy-3-persistent": (run_copy, {"stage": 3, "config": PERSISTENT}),
     "updates-recompute": (
         run_updates,
         {"stage": 1, "capacity": CAPACITY, "activation_checkpointing": "Always"},
@@ -822,6 +870,13 @@ def test_buckets_are_filled_up_to_their_size(session: Session) -> None:
     assert all(size <= 4096 or len(bucket) == 1 for size, bucket in zip(sizes, buckets, strict=True))
     for bucket, following in pairwise(buckets):
         assert sum(nbytes for _, nbytes in bucket) + following[0][1] > 4096
+
+
+@pytest.mark.parametrize("name", [name for name in SCENARIOS if name.startswith("copy-")])
+def test_engines_get_what_was_copied_while_the_next_step_is_trained(session: Session, name: str) -> None:
+    found = session[name]
+    assert found["is copied"] == found["is kept"] == found["is trained"] == [True, True]
+    assert found["shares"][0] == found["shares"][1], "each rank has copied its own share alone"
 
 
 def test_nothing_is_compiled_and_nobody_chatters(session: Session) -> None:

@@ -27,6 +27,8 @@ from asyncrl_runtime.trainer.update.packing import MicroBatch, TrainingSample
 from asyncrl_runtime.trainer.update.policy_api import StepSettings, Update
 from asyncrl_runtime.trainer.update.ranks import Ranks, Train, make_commands_group
 from asyncrl_runtime.trainer.update.step import StepPlan
+from asyncrl_runtime.weights.adapter_publisher import Adapter
+from asyncrl_runtime.weights.copies import AdapterCopy
 
 pytestmark = pytest.mark.slow
 
@@ -67,6 +69,7 @@ def main(collective: str) -> None:
         cast(Any, FailingPolicy(collective)),
         make_commands_group(),
         None,
+        AdapterCopy(lambda: Adapter("", b""), is_rank_0=dist.get_rank() == 0),
         TurnClock(time.monotonic),
     )
     settings = StepSettings(AlgorithmSpec(), 0.0, 1.0, (0.9, 0.95), 1e-8)

@@ -15,6 +15,7 @@ from asyncrl_runtime.weights.fleet import Fleet
 from support.engines.rollout_scene import SPEC, open_scene, publish
 
 STORAGE_BYTES = 2**28
+GROUP_SIZE = 4
 
 
 async def take(queue: TicketQueue) -> NatsDelivery:
@@ -38,12 +39,18 @@ async def test_what_nobody_holds_is_delivered_to_the_next_worker(
 
     now = time.monotonic()
     fleet = Fleet(lambda: now)
-    reaper = Reaper(TrainerEnd(controller, names, STORAGE_BYTES), fleet, lambda: now)
+    reaper = Reaper(TrainerEnd(controller, names, STORAGE_BYTES), fleet, lambda: now, GROUP_SIZE)
     assert await reaper.reap([2, 3, 4, 5]) == []
     now += UNHELD_SECONDS
     fleet.heard(
         Heartbeat(
-            worker="w", incarnation="i", engine="e", engine_state="ready", version=None, held=(held.sequence,)
+            worker="w",
+            incarnation="i",
+            engine="e",
+            engine_state="ready",
+            version=None,
+            max_running_samples=GROUP_SIZE,
+            held=(held.sequence,),
         )
     )
     assert await reaper.reap([2, 3, 4, 5]) == [3, 4]
@@ -71,7 +78,7 @@ async def test_a_hand_back_that_comes_too_late_does_no_harm(
     first, second = await take(queue), await take(queue)
     await first.acknowledge()
     now = 0.0
-    reaper = Reaper(TrainerEnd(broker, names, STORAGE_BYTES), Fleet(lambda: now), lambda: now)
+    reaper = Reaper(TrainerEnd(broker, names, STORAGE_BYTES), Fleet(lambda: now), lambda: now, GROUP_SIZE)
     await reaper.reap([ticket])
     now += UNHELD_SECONDS
     assert await reaper.reap([ticket]) == [ticket]

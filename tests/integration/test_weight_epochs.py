@@ -1,5 +1,6 @@
 """Weights reach engines: all alike and as a whole, those that come late too, in groups that change."""
 
+import asyncio
 import contextlib
 import socket
 from collections.abc import AsyncIterator
@@ -11,6 +12,7 @@ from asyncrl_api.names import JobNames, NatsAddress
 from asyncrl_runtime.contract.messages import PolicyVersion
 from asyncrl_runtime.trainer.update.policy import Policy
 from asyncrl_runtime.weights.bucket import PublishedWeights
+from asyncrl_runtime.weights.copies import ShareCopy, make_copy_group
 from asyncrl_runtime.weights.engines import Published
 from asyncrl_runtime.weights.publisher import ChecksumMismatch
 from support.engines.rollout_scene import SPEC, Scene, checksums_of, holds, open_scene, publish, versions
@@ -41,13 +43,14 @@ async def test_a_policy_reaches_all_engines_to_the_bit(scene: Scene, process_gro
     assert len(buckets) > 5 and max(map(len, buckets)) > 1
     assert max(tensor.nbytes for tensor in weights.values()) > BUCKET_BYTES
 
+    copy = ShareCopy([*map(policy.layout, buckets)], policy.shares, make_copy_group())
+    copy.take()
+
     async def gather(names: tuple[str, ...]) -> Tensor:
-        bucket = policy.bucket(names)
-        assert bucket is not None
-        return bucket
+        return await asyncio.to_thread(copy.gather, names)
 
     publisher = scene.publisher(verify=True)
-    publisher.weights = PublishedWeights(tuple(map(policy.layout, buckets)), gather)
+    publisher.weights = PublishedWeights(copy.layout, gather)
     published = await publisher.publish(V0, "Retract")
     assert published.engines == ("a", "b") and published.num_epochs == 1
     assert len(set(published.checksums.values())) == 1 and all(published.checksums.values())

@@ -74,6 +74,7 @@ def test_recorded_discards_are_not_decided_again() -> None:
     assert batch is not None
     books.close(batch)
     books.advance(batch)
+    books.publish(books.version)
     assert (books.book.num_trained, books.book.num_discarded) == (2, 1)
     assert books.left_over() == {} and books.inbox.position == 3
 

@@ -109,7 +109,8 @@ class BooksMachine(RuleBasedStateMachine):
         for _ in range(0 if self.finished else num_steps):
             self.sample(data, num_tickets=6, num_delivered=100)
             self.form_and_record()
-            self.publish(save)
+            self.train(save)
+            self.publish()
 
     def _start(self, checkpoint: int = -1) -> None:
         world = self.world
@@ -141,6 +142,8 @@ class BooksMachine(RuleBasedStateMachine):
         self.books.issued(world.last_ticket)
         self.has_begun = False
         self.batch: Batch | None = None
+        self.offered = self.trained = self.books.version
+        self.in_steps: dict[int, int] = {}
         if saved is not None and saved.stream != world.stream_number:
             self._make_streams_again(lost=True)
 
@@ -299,6 +302,7 @@ class BooksMachine(RuleBasedStateMachine):
             )
         books.close(batch)
         self.batch = batch
+        self.in_steps[batch.version + 1] = len(batch.tickets)
 
     def _cut(self) -> None:
         self._give_up_recorded()
@@ -311,16 +315,33 @@ class BooksMachine(RuleBasedStateMachine):
         self.books.cut()
 
     @rule(save=st.booleans())
-    def publish(self, save: bool) -> None:
-        """`train_step`, `advance` and `checkpoint_if_due`."""
+    def train(self, save: bool) -> None:
+        """`train_step`, `advance` and `checkpoint_if_due`: the copy of a step waits for the one before it."""
         if self.batch is None:
             return
-        if not self.batch.is_repeat:
-            self.published.append((self.attempt, self.batch.version + 1))
+        self.publish()
+        if self.batch.is_repeat:
+            self.offered = self.batch.version + 1  # engines have a later version
         self.books.advance(self.batch)
+        self.trained = self.batch.version + 1
         self.batch = None
+        if self.offered == self.trained:
+            self._move_gate()
         if save:
+            self.publish()
             self._save()
+
+    @rule()
+    def publish(self) -> None:
+        """The publication beside training ends, at any time, or never if the trainer is killed first."""
+        if self.offered < self.trained:
+            self.offered = self.trained
+            self.published.append((self.attempt, self.offered))
+            self._move_gate()
+
+    def _move_gate(self) -> None:
+        self.books.publish(self.offered)
+        self.in_steps = {made: count for made, count in self.in_steps.items() if made > self.offered}
 
     @rule(times=st.integers(1, 2), is_guilt_known=st.booleans(), checkpoint=st.sampled_from([-1, -1, -2]))
     def fail(self, times: int, is_guilt_known: bool, checkpoint: int) -> None:
@@ -382,6 +403,7 @@ class BooksMachine(RuleBasedStateMachine):
             self.finished
             or self.batch is not None
             or self.books.version < MAX_STEPS
+            or self.offered < self.trained
             or self.books.is_repeating
         ):
             return
@@ -406,7 +428,8 @@ class BooksMachine(RuleBasedStateMachine):
             if self.batch is None:
                 self.form_and_record()
             if self.batch is not None:
-                self.publish(save=False)
+                self.train(save=False)
+            self.publish()
             self.finish()
         assert self.finished, (self.books.version, self.books.is_repeating)
         self.nothing_is_closed_twice()
@@ -437,12 +460,15 @@ class BooksMachine(RuleBasedStateMachine):
     def the_gate_holds(self) -> None:
         """Never more than eta + 1 batches ahead of the published version, counted independently."""
         books = self.books
-        steps_ahead = min(self.spec.staleness.max_versions + 1, max(0, MAX_STEPS - books.version))
+        steps_ahead = min(self.spec.staleness.max_versions + 1, max(0, MAX_STEPS - self.offered))
         if books.limit <= books.num_issued:
             return
         would_be_open = [n for n in range(1, books.limit + 1) if not books.is_closed(n)]
-        in_step = len(self.batch.tickets) if self.batch is not None else 0
-        assert len(would_be_open) + in_step <= steps_ahead * self.spec.training.batch_size
+        assert len(would_be_open) + sum(self.in_steps.values()) <= steps_ahead * self.spec.training.batch_size
+
+    @invariant()
+    def at_most_one_version_is_unpublished(self) -> None:
+        assert self.trained - self.books.published <= 1 and self.books.published == self.offered
 
     @invariant()
     def every_open_ticket_is_somewhere(self) -> None:

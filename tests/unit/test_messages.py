@@ -347,6 +347,13 @@ def test_arrays_are_views_that_cannot_be_written() -> None:
             view[0] = 0
 
 
+@given(st.binary(min_size=2, max_size=2))
+def test_bits_behind_the_last_token_count_for_nothing(mask: bytes) -> None:
+    """A response of nine tokens has seven of them, which anybody may set."""
+    sample = msgspec.structs.replace(make_sample(spans=[(1, 0, 9)]), response_mask=mask)
+    assert sample.num_sampled == sample.mask().sum()
+
+
 @given(st.lists(st.booleans(), min_size=1, max_size=40))
 @settings(max_examples=40)
 def test_a_mask_is_one_bit_a_token(bits: list[bool]) -> None:

@@ -296,11 +296,13 @@ def test_a_larger_trainer_waits_until_the_engines_have_given_back_the_last_gpu()
 
 def test_the_status_says_what_the_last_update_of_engines_spent_its_time_on() -> None:
     cluster = running()
-    cluster.reports(update_gather_seconds=0.0, update_transfer_seconds=1.25, update_pause_seconds=1e300)
+    update = {"update_gather_seconds": 0.0, "update_transfer_seconds": 1.25, "update_pause_seconds": 1e300}
+    cluster.reports(**update, publish_copy_seconds=0.02, publish_wait_seconds=3.0)
     cluster.run_until_still()
     shown = cluster.status.weight_update
     assert shown is not None and (shown.gather_milliseconds, shown.transfer_milliseconds) == (0, 1250)
     assert (shown.load_milliseconds, shown.pause_milliseconds) == (None, MAX_INT)
+    assert (shown.copy_milliseconds, shown.wait_milliseconds) == (20, 3000)
 
 
 def test_a_starved_trainer_gives_gpus_to_rollout_after_half_a_cooldown() -> None:

@@ -44,8 +44,9 @@ class SlowRanks(FakeRanks):
         self._meanwhile = meanwhile
 
     async def run(self, command: Command) -> Any:
-        await asyncio.sleep(1.0)
-        self._meanwhile()
+        if isinstance(command, Train):
+            await asyncio.sleep(1.0)
+            self._meanwhile()
         return await super().run(command)
 
 

@@ -418,6 +418,67 @@ def test_only_engines_that_have_let_their_samples_finish_are_updated() -> None:
     virtually(check)
 
 
+def test_engines_are_asked_once_to_drain_and_then_tell_how_far_they_are() -> None:
+    """The trainer looks whenever a worker speaks, so one question at each look grows with their square."""
+
+    async def check() -> None:
+        rig = Rig()
+        await rig.publish(V0)
+        for replica in rig.replicas.values():
+            replica.num_running = 2
+        speaking = asyncio.create_task(rig.speak())
+        await asyncio.sleep(0.1)
+        for _ in range(20):
+            assert (await rig.publisher.publish(V1, "Drain")).num_epochs == 0
+            await asyncio.sleep(0.3)
+        questions = [type(each).__name__ for replica in rig.replicas.values() for each in replica.asked]
+        assert questions.count("DrainEngine") == 3
+        rig.replicas["a"].num_running = 0
+        await asyncio.sleep(1)
+        assert (await rig.publisher.publish(V1, "Drain")).engines == ("a",)
+        speaking.cancel()
+
+    virtually(check)
+
+
+def test_an_engine_that_has_forgotten_that_it_was_to_drain_is_asked_again() -> None:
+    async def check() -> None:
+        rig = Rig()
+        await rig.publish(V0)
+        forgetful = rig.replicas["a"]
+        forgetful.num_running = 2
+        assert await rig.publish(V1, "Drain") == ({"b", "c"}, 1)
+        forgetful.updates.engine_restarted()
+        forgetful.engine.weights.version = V0
+        await rig.publish(V1, "Drain")
+        assert forgetful.updates.state == "draining"
+
+    virtually(check)
+
+
+def test_what_an_engine_said_before_its_update_does_not_count_for_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(globals(), "BROADCAST_SECONDS", 0.01)
+    monkeypatch.setitem(globals(), "JOIN_SECONDS", 0.01)
+
+    async def check() -> None:
+        rig = Rig()
+        await rig.publish(V0)
+        rig.replicas["a"].num_running = 1
+        assert await rig.publish(V1, "Drain") == ({"b", "c"}, 1)
+        rig.replicas["a"].num_running = 0
+        await rig.publisher.leave()
+        speaking = asyncio.create_task(rig.speak())
+        await asyncio.sleep(1.1)
+        speaking.cancel()
+        assert (await rig.publisher.publish(V1, "Drain")).engines == ("a",)
+        rig.replicas["a"].num_running = 2  # its last word is that it is drained
+        assert (await rig.publisher.publish(PolicyVersion(1, 2), "Drain")).engines == ("b", "c")
+
+    virtually(check)
+
+
 def test_engines_that_were_sent_the_same_and_hold_something_else_are_told() -> None:
     async def check() -> None:
         rig = Rig(verify=True)

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from asyncrl_runtime.trainer.sealing import Sealed
 from asyncrl_runtime.trainer.turn_clock import TurnClock
-from asyncrl_runtime.trainer.update.ranks import Export, Ranks, Save, make_commands_group
+from asyncrl_runtime.trainer.update.ranks import CopyWeights, Export, Ranks, Save, make_commands_group
 from asyncrl_runtime.trainer.update.together import DiskWork
 
 
@@ -31,9 +31,29 @@ class HeldUpPolicy:
     def export(self, folder: Path, tokenizer: Any) -> DiskWork:
         return self.save(folder)
 
-    def bucket(self, names: tuple[str, ...]) -> str:
+
+class HeldUpCopy:
+    """A copy that is taken, and read, when it is told to."""
+
+    def __init__(self) -> None:
+        self.may_end = threading.Event()
+        self.num_taken = 0
+        self.is_read = threading.Event()
+
+    def take(self) -> None:
         assert self.may_end.wait(10)
-        return "bucket"
+        self.num_taken += 1
+
+    def gather(self, name: str) -> str:
+        self.is_read.set()
+        assert self.may_end.wait(10)
+        return f"{name}, taken {self.num_taken} times"
+
+    def serve(self) -> None:
+        """There is one rank."""
+
+    def close(self) -> None:
+        """There is one rank."""
 
 
 class Scene:
@@ -41,7 +61,8 @@ class Scene:
         self.now = 100.0
         self.policy = HeldUpPolicy()
         self.clock = TurnClock(lambda: self.now)
-        self.ranks = Ranks(cast(Any, self.policy), make_commands_group(), None, self.clock)
+        self.copy = HeldUpCopy()
+        self.ranks = Ranks(cast(Any, self.policy), make_commands_group(), None, self.copy, self.clock)
 
     def after(self, seconds: float) -> float:
         self.now += seconds
@@ -65,11 +86,33 @@ async def test_a_command_that_writes_gets_on_by_its_bytes(process_group: None, t
         scene.policy.may_end.clear()
 
 
-async def test_a_bucket_is_the_trainers_turn_and_what_engines_do_with_it_is_not(process_group: None) -> None:
+async def test_a_copy_is_the_trainers_turn_and_what_engines_do_with_it_is_not(process_group: None) -> None:
     scene = Scene()
-    asked = asyncio.create_task(scene.ranks.bucket(("weight",)))
-    await asyncio.sleep(0)
-    assert scene.after(30) == 30
-    scene.policy.may_end.set()
-    await asked
+    copying = asyncio.create_task(scene.ranks.run(CopyWeights()))
+    while scene.clock.seconds_without_progress() == 0:
+        await asyncio.sleep(0)
+        scene.now += 30
+    scene.copy.may_end.set()
+    await copying
+    scene.copy.may_end.clear()
+    reading = asyncio.create_task(scene.ranks.read_copy(scene.copy.gather, "weight"))
+    await asyncio.to_thread(scene.copy.is_read.wait, 10)
     assert scene.after(30) == 0
+    scene.copy.may_end.set()
+    assert await reading == "weight, taken 1 times"
+
+
+async def test_the_next_copy_waits_for_whoever_still_reads_the_last_though_he_has_given_it_up(
+    process_group: None,
+) -> None:
+    scene = Scene()
+    reading = asyncio.create_task(scene.ranks.read_copy(scene.copy.gather, "weight"))
+    await asyncio.to_thread(scene.copy.is_read.wait, 10)
+    reading.cancel()
+    copying = asyncio.create_task(scene.ranks.run(CopyWeights()))
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert scene.copy.num_taken == 0 and scene.clock.seconds_without_progress() == 0
+    scene.copy.may_end.set()
+    await copying
+    assert scene.copy.num_taken == 1

@@ -6,11 +6,12 @@ tests/integration/test_policy.py. Here stand the others, each with what is built
 
 import asyncio
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import pytest
+from torch import Tensor
 
 from asyncrl_api.job import AsyncRLJob, Metadata, Spec
 from asyncrl_api.marks import merge, tree
@@ -197,9 +198,9 @@ def publisher(before: Spec, after: Spec, folder: Path) -> Any:
         model_cache=folder,
     )
     none = cast(Any, None)
-    made = assemble._make_publisher(
-        config, assemble.Options(2, "127.0.0.1"), none, Fleet(lambda: 0.0), cast(Any, Ranks()), Refusals()
-    )
+    ranks, options = cast(Any, Ranks()), assemble.Options(2, "127.0.0.1")
+    copy = assemble.make_copy(after, ranks)
+    made = assemble._make_publisher(config, options, none, Fleet(lambda: 0.0), ranks, copy, Refusals())
     assert isinstance(made, WeightPublisher)
     return made._backend, made._timeout, len(made.weights.layout)
 
@@ -214,8 +215,12 @@ class Ranks(FakeRanks):
         super().__init__(lambda _: None)
         self.policy = cast(Any, self)
 
-    async def bucket(self, names: Sequence[str]) -> None:
-        """Nobody asks for one here."""
+    async def read_copy(self, read: Callable[..., Any], *arguments: Any) -> Any:
+        """Nobody asks for it here."""
+
+    def shares(self, names: Sequence[str]) -> Iterator[Tensor]:
+        """Nobody copies here."""
+        return iter(())
 
     def layout(self, names: Sequence[str]) -> BucketLayout:
         return BucketLayout(tuple(names), ("float32",) * len(names), ((2**18,),) * len(names))

@@ -57,6 +57,7 @@ class Scene:
 
         report = run_in_virtual_time(record_and_train())
         self._books.advance(batch)
+        self._books.publish(self._books.version)
         return report
 
     def lines(self, field: str) -> list[dict[str, Any]]:

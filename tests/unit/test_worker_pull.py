@@ -3,6 +3,7 @@
 import asyncio
 from typing import Any, cast
 
+from asyncrl_runtime.contract.messages import DrainEngine, PolicyVersion
 from asyncrl_runtime.rollout.concurrency import Taken
 from asyncrl_runtime.rollout.engine_api import EngineLoad
 from asyncrl_runtime.rollout.weight_updates import WeightUpdates
@@ -76,5 +77,29 @@ def test_a_worker_without_a_fit_engine_does_not_poll_and_hears_of_one_at_once() 
         assert queue.taken_at == [60.0, began + 60.0]
         worker.stop()
         await asyncio.wait_for(pulling, 0.1)
+
+    run_virtually(check())
+
+
+def test_a_worker_says_at_once_that_its_engine_is_drained() -> None:
+    """The trainer waits for it, and looks again when it hears of it."""
+
+    async def check() -> None:
+        worker = make_worker()
+        told: list[str] = []
+
+        class Broker:
+            def beat_now(self) -> None:
+                told.append(worker._latest_heartbeat().engine_state)
+
+        worker._broker = cast(Any, Broker())
+        worker._engine.weights.version = PolicyVersion(1, 0)
+        worker._monitor._is_up = True
+        slots = worker._slots.take(GROUP_SIZE)
+        slots.free_one()
+        await worker._updates.handle(DrainEngine(version=PolicyVersion(1, 1)))
+        assert told == []
+        slots.close()
+        assert told == ["drained"]
 
     run_virtually(check())

@@ -382,6 +382,8 @@ def _reported(report: Report) -> dict[str, object]:
             transfer_milliseconds=_milliseconds(report.update_transfer_seconds),
             load_milliseconds=_milliseconds(report.update_load_seconds),
             pause_milliseconds=_milliseconds(report.update_pause_seconds),
+            copy_milliseconds=_milliseconds(report.publish_copy_seconds),
+            wait_milliseconds=_milliseconds(report.publish_wait_seconds),
         ),
         "reward": RewardStatus(
             mean=None if report.reward is None else _decimal(report.reward),

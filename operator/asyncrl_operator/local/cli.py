@@ -15,6 +15,7 @@ from rich.console import Console
 
 from asyncrl_api.doubts import doubts_about
 from asyncrl_api.exits import ExitCode, ExitError
+from asyncrl_api.host_memory import HostMemory, host_memory
 from asyncrl_api.job import AsyncRLJob
 from asyncrl_api.parsing import SpecError, apply_overrides, load_documents, parse_job, validate
 from asyncrl_api.report import Report
@@ -122,7 +123,9 @@ def plan(file: Manifest, overrides: Overrides = None) -> None:
         config = str(Path("runs") / job.metadata.name / "config.json")
         is_shared = job.spec.messaging.mode == "Shared"
         nats_config = None if is_shared else str(Path("runs") / job.metadata.name / "nats" / "nats.conf")
-        print(render_plan(plan_job(job, LocalPlaces(config, nats_config, {}))))
+        job_plan = plan_job(job, LocalPlaces(config, nats_config, {}))
+        print(render_plan(job_plan))
+        print(render_memory(host_memory(job.spec, max(1, job_plan.split.trainer))))
         if not is_shared and (text := render_room(trajectory_room(job.spec))):
             print(text)
         return ExitCode.DONE
@@ -232,6 +235,17 @@ def render_plan(job_plan: Plan) -> str:
             lines.append(f"  {process.name}: {process.gpus} GPU(s)")
             lines.append(f"    {' '.join(process.command)}")
     return "\n".join(lines)
+
+
+def render_memory(memory: HostMemory | None) -> str:
+    """Return what host memory the trainer needs beside its processes, for copies."""
+    needed = "as many bytes as what is trained, divided among its ranks (model.parameterCount tells how many)"
+    if memory is not None:
+        needed = (
+            f"{memory.share_bytes / 2**20:,.0f} MiB on each rank, and up to "
+            f"{memory.bucket_bytes / 2**20:,.0f} MiB more on rank 0 for buckets"
+        )
+    return f"trainer memory: the copy from which engines get weights takes {needed}"
 
 
 def render_room(room: TrajectoryRoom) -> str:

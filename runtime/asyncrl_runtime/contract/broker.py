@@ -280,6 +280,9 @@ class WorkerBroker(Connection, ResultStore, Protocol):
             latest: returns what to say; called from another thread, since user code may block this one.
         """
 
+    def beat_now(self) -> None:
+        """Have `beat` tell it at once, since something is waited for."""
+
     async def answer_requests(self, answer: Callable[[bytes], Awaitable[bytes]]) -> None:
         """Answer what this worker is asked from now on, one request after the other."""
 

@@ -115,6 +115,12 @@ class Sample(Message, frozen=True, kw_only=True, tag="sample.v1"):
     def num_tokens(self) -> int:
         return len(self.response_ids) // 4
 
+    @property
+    def num_sampled(self) -> int:
+        """The number of tokens that the policy sampled: of set bits, without an array."""
+        bits = int.from_bytes(self.response_mask, "little")
+        return (bits & ((1 << self.num_tokens) - 1)).bit_count()
+
     def mask(self) -> NDArray[np.bool_]:
         """[num_tokens] bool, True where the policy sampled the token."""
         bits = np.frombuffer(self.response_mask, dtype=np.uint8)

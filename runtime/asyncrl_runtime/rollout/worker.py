@@ -74,7 +74,7 @@ class Worker:
         self._engine = engine
         self._bells: list[Bell] = []
         """One for each loop that pulls."""
-        self._slots = Slots(self._ring)
+        self._slots = Slots(self._slot_freed)
         self._limit = ConcurrencyLimit(
             self._spec.frozen.sampling.group_size, self._spec.live.rollout.max_concurrency
         )
@@ -186,6 +186,12 @@ class Worker:
         """Wake those who wait for a fit engine with room: there may be one."""
         for bell in self._bells:
             bell.ring()
+
+    def _slot_freed(self) -> None:
+        self._ring()
+        if self._monitor.state == "drained":  # the trainer waits for it
+            self._heartbeat = self._make_heartbeat()
+            self._broker.beat_now()
 
     def _observe(self, load: EngineLoad, num_running: int) -> None:
         """Hear of the engine, which answers its monitor."""

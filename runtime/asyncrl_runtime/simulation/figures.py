@@ -79,7 +79,7 @@ def figures(run: SimulatedRun, model: DeviceModel, price_per_gpu_hour: float | N
     trains = (ended.trained.train_seconds - began.trained.train_seconds) / span
     saves = (ended.trained.checkpoint_seconds - began.trained.checkpoint_seconds) / span
     waits = sum(row["wait_seconds"] for row in run.rows) / span
-    publishes = sum(row["publish_seconds"] for row in run.rows) / span
+    publishes = sum(row["publish_copy_seconds"] + row["publish_wait_seconds"] for row in run.rows) / span
     engine_seconds = ended.engines.seconds - began.engines.seconds
 
     def engines(name: str) -> float:

@@ -13,6 +13,7 @@ from typing import Self
 
 from asyncrl_api.names import JobNames
 from asyncrl_api.trajectory_room import TRAJECTORY_SHARE
+from asyncrl_runtime.contract.bell import Bell
 from asyncrl_runtime.contract.broker import (
     Answers,
     StreamFacts,
@@ -532,6 +533,7 @@ class MemoryWorkerEnd(_End):
     def __init__(self, broker: MemoryBroker, worker: str) -> None:
         super().__init__(broker)
         self._worker = worker
+        self._due = Bell()
 
     # -- trainer and state
 
@@ -540,7 +542,10 @@ class MemoryWorkerEnd(_End):
             await self._broker.travel()
             for heard in self._broker.heartbeats:
                 heard(latest())
-            await asyncio.sleep(seconds)
+            await self._due.wait(seconds)
+
+    def beat_now(self) -> None:
+        self._due.ring()
 
     async def answer_requests(self, answer: Callable[[bytes], Awaitable[bytes]]) -> None:
         self._broker.answerers[self._broker.names.control(self._worker)] = answer

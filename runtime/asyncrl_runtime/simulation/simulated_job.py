@@ -157,7 +157,8 @@ class _SimulatedJob:
         self._pace = Pace(self._clock, token_scale=self._scale)
         storage = parse_quantity(self._spec.messaging.embedded.storage.size) // self._scale
         self._broker = MemoryBroker(NAMES, storage)
-        self._ranks = EmulatedRanks(model, setting.trainer_gpus, self._scale, self._clock)
+        bucket_bytes = self._spec.weight_sync.bucket_megabytes * 2**20
+        self._ranks = EmulatedRanks(model, setting.trainer_gpus, self._scale, bucket_bytes, self._clock)
         self._engines = [self._engine(number) for number in range(setting.num_engines)]
         self._snapshots: dict[int, Snapshot] = {}
         self._rows: list[Mapping[str, Any]] = []
@@ -242,19 +243,17 @@ class _SimulatedJob:
         return attempt, side_tasks, end, metrics
 
     def _publisher(self, end: Any, fleet: Fleet) -> WeightPublisher:
-        spec, policy = self._spec.weight_sync, self._ranks.policy
-        buckets = policy.buckets(spec.bucket_megabytes * 2**20)
         return WeightPublisher(
             end,
             NAMES,
             fleet,
-            PublishedWeights(tuple(map(policy.layout, buckets)), self._ranks.bucket),
+            PublishedWeights(self._ranks.copy.layout, self._ranks.gather),
             EmulatedGroups(self._model, self._pace),
             attempt=1,
             host="127.0.0.1",
             backend="gloo",
-            model_bytes=policy.num_bytes,
-            timeout_seconds=spec.timeout_seconds,
+            model_bytes=self._ranks.policy.num_bytes,
+            timeout_seconds=self._spec.weight_sync.timeout_seconds,
         )
 
     def _workers(self) -> list[Worker]:

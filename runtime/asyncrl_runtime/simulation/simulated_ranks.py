@@ -11,7 +11,7 @@ from torch import Tensor
 from asyncrl_runtime.emulation.device import DeviceModel
 from asyncrl_runtime.trainer.update.diagnostics import staleness_histogram
 from asyncrl_runtime.trainer.update.emulated_policy import EmulatedPolicy
-from asyncrl_runtime.trainer.update.ranks import Command, Export, Gather, Save, Train
+from asyncrl_runtime.trainer.update.ranks import Command, CopyWeights, Export, Save, Train
 from asyncrl_runtime.trainer.update.shares import StepShare
 from asyncrl_runtime.trainer.update.step import StepPlan, train_step
 
@@ -38,11 +38,15 @@ class EmulatedRanks:
     """Implements TrainerRanks, over a policy that spends no time of its own.
 
     Args:
+        bucket_bytes: the size limit of a bucket of weights.
         clock: the virtual loop's time.
     """
 
-    def __init__(self, model: DeviceModel, gpus: int, token_scale: int, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, model: DeviceModel, gpus: int, token_scale: int, bucket_bytes: int, clock: Callable[[], float]
+    ) -> None:
         self.policy = EmulatedPolicy(model, self._spend, gpus=gpus, token_scale=token_scale)
+        self.copy = self.policy.make_copy([*map(self.policy.layout, self.policy.buckets(bucket_bytes))])
         self.trained = Trained()
         self.must_stop: Callable[[], bool] = lambda: False
         self._clock = clock
@@ -64,8 +68,8 @@ class EmulatedRanks:
                 self.trained.checkpoint_seconds += self._owed
             case Export(folder):
                 self.policy.export(folder, None)(lambda num_bytes: None)
-            case Gather(names):
-                result = self.policy.bucket(names)
+            case CopyWeights():
+                self.copy.take()
         owed, self._owed = self._owed, 0.0
         await asyncio.sleep(owed)
         return result
@@ -85,8 +89,9 @@ class EmulatedRanks:
         for versions, count in staleness_histogram(plan.samples).items():
             trained.staleness[versions] += count
 
-    async def bucket(self, names: tuple[str, ...]) -> Tensor:
-        return self.policy.bucket(names)
+    async def gather(self, names: tuple[str, ...]) -> Tensor:
+        """Return a bucket of the copy."""
+        return self.copy.gather(names)
 
     async def keep_awake(self) -> None:
         await asyncio.Event().wait()

@@ -31,6 +31,7 @@ from asyncrl_runtime.contract.broker import TrainerBroker, TransportError
 from asyncrl_runtime.contract.refused import Refusals
 from asyncrl_runtime.contract.rows import prompt_text
 from asyncrl_runtime.emulation.device import device_model_of
+from asyncrl_runtime.emulation.emulated_copy import EmulatedCopy
 from asyncrl_runtime.emulation.emulated_group import EmulatedGroups
 from asyncrl_runtime.emulation.emulated_server import Pace
 from asyncrl_runtime.history.ledger_writer import Ledger, Superseded
@@ -75,6 +76,7 @@ from asyncrl_runtime.trainer.update.together import WorkStalled
 from asyncrl_runtime.transport.trainer_end import TrainerEnd
 from asyncrl_runtime.weights.adapter_publisher import AdapterPublisher
 from asyncrl_runtime.weights.bucket import PublishedWeights
+from asyncrl_runtime.weights.copies import AdapterCopy, ShareCopy, make_copy_group
 from asyncrl_runtime.weights.engines import Publisher, WeightsRefused
 from asyncrl_runtime.weights.fleet import Fleet
 from asyncrl_runtime.weights.group import TorchGroups, WeightGroups
@@ -119,11 +121,12 @@ def run_rank(config: RunConfig, options: Options, start: Start) -> None:
         if spec.rollout.engine.type == "SGLang" and not policy.trains_adapters:
             check_names(policy, folder)
         tokenizer = load_tokenizer(folder)
-        ranks = Ranks(policy, make_commands_group(), tokenizer, start.clock)
+        copy = make_copy(spec, policy)
+        ranks = Ranks(policy, make_commands_group(), tokenizer, copy, start.clock)
         if dist.get_rank() == 0:
             if doubts := doubts_about(spec.algorithm):
                 log.warning("%s", doubts)
-            asyncio.run(_lead(config, options, folder, ranks, start))
+            asyncio.run(_lead(config, options, folder, ranks, copy, start))
         else:
             for number in (signal.SIGTERM, signal.SIGINT):  # rank 0 acts on them, and needs this one for it
                 signal.signal(number, signal.SIG_IGN)
@@ -164,6 +167,22 @@ def make_policy(spec: Spec, folder: Path) -> TrainedPolicy:
     )
 
 
+PublishedCopy = ShareCopy | AdapterCopy | EmulatedCopy
+
+
+def make_copy(spec: Spec, policy: TrainedPolicy) -> PublishedCopy:
+    """Return this rank's part of the copy from which engines get the policy; collective."""
+    if policy.trains_adapters:
+        return AdapterCopy(policy.adapter, is_rank_0=dist.get_rank() == 0)
+    layout = [policy.layout(names) for names in policy.buckets(spec.weight_sync.bucket_megabytes * 2**20)]
+    if isinstance(policy, EmulatedPolicy):
+        return policy.make_copy(layout)
+    has_gpu = torch.cuda.is_available()
+    sends_from_gpu = has_gpu and choose_backend(spec, has_gpu=True) == "nccl"
+    device = torch.device("cuda", torch.cuda.current_device()) if sends_from_gpu else None
+    return ShareCopy(layout, policy.shares, make_copy_group(), device)
+
+
 def make_groups(spec: Spec) -> WeightGroups:
     """Return what makes the weight groups of this trainer."""
     if spec.trainer.backend == "Emulated":
@@ -190,7 +209,14 @@ def check_names(policy: TrainedPolicy, folder: Path) -> None:
         )
 
 
-async def _lead(config: RunConfig, options: Options, model_folder: Path, ranks: Ranks, start: Start) -> None:
+async def _lead(
+    config: RunConfig,
+    options: Options,
+    model_folder: Path,
+    ranks: Ranks,
+    copy: PublishedCopy,
+    start: Start,
+) -> None:
     """Do rank 0's part: connect, take the lease, restore, train."""
     async with ranks.awake():  # a data set may take long to come
         rows = await asyncio.to_thread(load_rows, config.spec)
@@ -204,7 +230,7 @@ async def _lead(config: RunConfig, options: Options, model_folder: Path, ranks: 
         await broker.hear_heartbeats(fleet.heard, fleet.was_deaf)
         async with ranks.awake():
             parts, side_tasks, restored = await _open_parts(
-                config, options, model_folder, ranks, rows, broker, fleet, start, refusals
+                config, options, model_folder, ranks, copy, rows, broker, fleet, start, refusals
             )
             attempt = Attempt(parts, restored)
             if restored is None:
@@ -227,6 +253,7 @@ async def _run_beside(
         "lease": broker.keep_lease(),
         "report": parts.metrics.keep_renewed(),
         "broker": broker.closed.wait(),
+        "event loop": parts.loop_watch.run(),
     }
     if dist.get_world_size() > 1:
         loops["ranks"] = parts.ranks.keep_awake()
@@ -250,6 +277,7 @@ async def _open_parts(
     options: Options,
     model_folder: Path,
     ranks: Ranks,
+    copy: PublishedCopy,
     rows: Rows,
     broker: TrainerBroker,
     fleet: Fleet,
@@ -290,7 +318,7 @@ async def _open_parts(
         ledger=ledger,
         ranks=ranks,
         fleet=fleet,
-        weights=_make_publisher(config, options, broker, fleet, ranks, refusals),
+        weights=_make_publisher(config, options, broker, fleet, ranks, copy, refusals),
         checkpoints=checkpoints,
         disruption=lambda: announced_disruption(config.live_file),
         examiner=_make_evaluator(options, broker, streams, rows, refusals, num_ids),
@@ -417,28 +445,28 @@ def _make_publisher(
     broker: TrainerBroker,
     fleet: Fleet,
     ranks: Ranks,
+    copy: PublishedCopy,
     refusals: Refusals,
 ) -> Publisher:
-    """Return the publisher for the kind of weights that is trained: whoever publishes need not ask."""
+    """Return the publisher of the kind of weights that is trained: who publishes need not ask."""
     spec = config.spec.weight_sync
-    if ranks.policy.trains_adapters:
+    if isinstance(copy, AdapterCopy):
         return AdapterPublisher(
             broker,
             config.names,
             fleet,
-            ranks.adapter,
+            partial(ranks.read_copy, copy.load),
             attempt=options.attempt,
             num_bytes=ranks.policy.num_bytes,
             timeout_seconds=spec.timeout_seconds,
             refusals=refusals,
         )
 
-    buckets = ranks.policy.buckets(spec.bucket_megabytes * 2**20)
     return WeightPublisher(
         broker,
         config.names,
         fleet,
-        PublishedWeights(tuple(map(ranks.policy.layout, buckets)), ranks.bucket),
+        PublishedWeights(copy.layout, partial(ranks.read_copy, copy.gather)),
         make_groups(config.spec),
         attempt=options.attempt,
         host=options.host,

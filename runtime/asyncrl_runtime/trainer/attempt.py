@@ -17,13 +17,13 @@ from asyncrl_runtime.trainer.checkpointing import Checkpointing
 from asyncrl_runtime.trainer.evaluation_schedule import EvaluationSchedule
 from asyncrl_runtime.trainer.patience import Patience
 from asyncrl_runtime.trainer.planning import Planner
+from asyncrl_runtime.trainer.publishing import Publishing
 from asyncrl_runtime.trainer.seams import AttemptParts
 from asyncrl_runtime.trainer.step_faults import StepFaults
 from asyncrl_runtime.trainer.stopping import LEAVE_SECONDS, StepTimes, fits_into_grace
 from asyncrl_runtime.trainer.update.failures import StepFailed, StepStopped
 from asyncrl_runtime.trainer.update.ranks import Stop, Train
 from asyncrl_runtime.trainer.update.step import StepOutcome, StepPlan
-from asyncrl_runtime.weights.engines import Published, UpdateSeconds
 
 log = logging.getLogger(__name__)
 
@@ -65,13 +65,12 @@ class Attempt:
         self._step_began = parts.clock()
         self._num_updates = 0
         self._waited = 0.0
+        self._publishing = Publishing(parts, self._while_there_is_time)
         self._told_at = -math.inf
-        self._publish_seconds = 0.0
-        self._update_seconds = UpdateSeconds()
 
     @property
     def version(self) -> int:
-        """The policy's version: the number of steps behind the published weights."""
+        """The trainer's version: the number of steps that were trained."""
         return self._books.version
 
     @property
@@ -104,23 +103,8 @@ class Attempt:
             return
         # A trainer that has just begun does not know yet which workers there are.
         await asyncio.sleep(max(0.0, FIRST_HEARTBEAT_SECONDS - self._parts.fleet.seconds_heard()))
-        await self._publish(self.version)
-
-    async def _publish(self, version: int) -> None:
-        began = self._parts.clock()
-        label = PolicyVersion(self._parts.attempt, version)
-        interrupt = self._books.live.rollout.interrupt
-        published = await self._while_there_is_time(self._parts.weights.publish(label, interrupt))
-        if published is not None:
-            await self._streams.announce(label)
-            self._tell_seconds(published)
-        self._publish_seconds = self._parts.clock() - began
-
-    def _tell_seconds(self, published: Published) -> None:
-        if published.seconds is not None:
-            self._update_seconds = published.seconds
-            told = asdict(published.seconds)
-            self._metrics.update(**{f"update_{what}_seconds": seconds for what, seconds in told.items()})
+        await self._publishing.offer(self.version)
+        await self._publishing.settle()
 
     async def _while_there_is_time(self, work: Coroutine[Any, Any, T]) -> T | None:
         """Return the result of something that a checkpoint at a stop must not have to wait for.
@@ -157,9 +141,8 @@ class Attempt:
             raise _StopRequested
         if self._streams.lost:
             await self._mend_streams()
-        version = PolicyVersion(self._parts.attempt, self.version)
-        if not self._books.is_repeating and self._parts.weights.behind(version):
-            await self.publish_weights()
+        if not self._books.is_repeating:
+            await self._publishing.serve_late_engines(trainer_waits=True)
 
     # -- batches
 
@@ -216,12 +199,13 @@ class Attempt:
     async def _cut(self) -> None:
         """End the surviving history here, and go on with new steps from this version."""
         await self._write_ledger(self._parts.ledger.cut, self.version)
-        self._checkpointing.drop_after(self.version)
+        await self._checkpointing.drop_after(self.version)
         self._books.cut()
         self._streams.requeue()  # the tickets of the steps given up are no longer queued
 
     async def _mend_streams(self) -> None:
         """Make lost streams again, with a checkpoint before and after: what was trained stays trained."""
+        await self._publishing.settle()  # it announces its version in the streams
         if self._has_begun:
             await self._checkpointing.save()
         await self._streams.mend(self._cut)
@@ -272,12 +256,15 @@ class Attempt:
         return outcome.report
 
     async def _train(self, batch: Batch, plan: StepPlan) -> StepOutcome:
-        """Have all ranks train; meanwhile work out what to report about the batch, and plan the next one."""
+        """Have all ranks train; meanwhile report on the batch, plan the next one, and serve late engines."""
         reporting = asyncio.ensure_future(self._parts.in_thread(plan.report))
         planning = asyncio.ensure_future(self._plan_next(batch))
         try:
             with self._steps.measured():
-                outcome: StepOutcome = await self._parts.ranks.run(Train(plan))
+                step = asyncio.ensure_future(self._parts.ranks.run(Train(plan)))
+                if not batch.is_repeat:
+                    await self._publishing.while_training(step)
+                outcome: StepOutcome = await step
             return replace(outcome, report={**await reporting, **outcome.report})
         finally:
             reporting.cancel()
@@ -294,21 +281,27 @@ class Attempt:
         await self._planner.plan_ahead(foreseen.batch, values, tokens)
 
     async def advance(self, batch: Batch) -> None:
-        """Offer the new version to the engines, then move the gate, so no new ticket meets old weights."""
-        if not batch.is_repeat and not self._stopping.is_set():  # the next attempt publishes first of all
-            await self._publish(batch.version + 1)
+        """Copy the new version, and begin to offer it to the engines. The gate moves when that is done."""
+        await self._publishing.settle_before_next()
         self._books.advance(batch)
+        if batch.is_repeat:
+            self._books.publish(self.version)
+        elif not self._stopping.is_set():  # the next attempt publishes first of all
+            await self._publishing.offer(self.version)
 
     def log_metrics(self, batch: Batch, report: dict[str, float]) -> None:
         """Write the step's line of metrics.jsonl."""
         now = self._parts.clock()
         seconds, self._step_began = now - self._step_began, now
-        version = PolicyVersion(self._parts.attempt, self.version)
-        counters = self._books.counters
+        version = PolicyVersion(self._parts.attempt, self._books.published)
+        counters, update = self._books.counters, self._publishing.update_seconds
+        loop = self._parts.loop_watch.take()
         self._metrics.update(
             max_steps=self.max_steps,
             num_engines=self._parts.weights.num_engines(version),
             num_refused_messages=self._books.refusals.num,
+            publish_copy_seconds=self._publishing.copy_seconds,
+            publish_wait_seconds=self._publishing.wait_seconds,
         )
         self._metrics.log_step(
             {
@@ -317,8 +310,13 @@ class Attempt:
                 **report,
                 "step_seconds": seconds,
                 "wait_seconds": self._waited,
-                "publish_seconds": self._publish_seconds,
-                **{f"update_{what}_seconds": each for what, each in asdict(self._update_seconds).items()},
+                "published_step": self._books.published,
+                "publish_seconds": self._publishing.seconds,
+                "publish_wait_seconds": self._publishing.wait_seconds,
+                "publish_copy_seconds": self._publishing.copy_seconds,
+                **{f"update_{what}_seconds": each for what, each in asdict(update).items()},
+                "loop_lag_seconds": loop.lag,
+                "loop_own_lag_seconds": loop.own,
                 "rollout_load": self._parts.fleet.take_load(),
                 "num_engines": self._metrics.report.num_engines,
                 "queue_depth": len(self._books.inbox.arrived),
@@ -352,7 +350,7 @@ class Attempt:
 
     def evaluate_if_due(self) -> None:
         """Begin an evaluation beside the training every so many steps."""
-        self._evaluations.begin_if_due()
+        self._evaluations.begin_if_due(self._publishing.settled)
 
     # -- the end
 
@@ -397,6 +395,7 @@ class Attempt:
 
     async def finish(self) -> None:
         """Measure, save, export and close the ledger: no step is left, or nothing to learn."""
+        await self._publishing.settle()
         with contextlib.suppress(_StopRequested):
             await self._evaluations.measure_last(self._boundary)
         self._metrics.update(state="Exporting")
@@ -409,5 +408,6 @@ class Attempt:
         self._metrics.update(state=state, message=message, export=str(export), remaining_seconds=0.0)
 
     async def _leave(self) -> None:
+        await self._publishing.settle()
         await self._parts.weights.leave()
         await self._parts.ranks.run(Stop())

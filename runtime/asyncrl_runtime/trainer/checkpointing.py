@@ -200,9 +200,9 @@ class Checkpointing:
             ),
         )
 
-    def drop_after(self, version: int) -> None:
+    async def drop_after(self, version: int) -> None:
         """Delete the checkpoints after `version`, where the surviving history ends: none may be restored."""
-        self._parts.checkpoints.drop_after(version)
+        await self._parts.in_thread(self._parts.checkpoints.drop_after, version)
 
     async def export_last(self) -> Path:
         """Export the trained policy; a disk that fails is waited for, since the training is done.

@@ -50,13 +50,17 @@ class EvaluationSchedule:
     async def measure_first(self, boundary: Boundary) -> None:
         """Measure the policy before its first step, while the trainer waits."""
         self._metrics.update(state="Evaluating")
-        evaluated = await self._measure(boundary, trainer_waits=True)
+        evaluated = await self._measure(self._books.version, boundary, trainer_waits=True)
         if evaluated is not None:
             self._metrics.update(first_evaluation=evaluated.report)
             await self._checkpointing.save_first_evaluation(evaluated.report.model_dump(by_alias=True))
 
-    def begin_if_due(self) -> None:
-        """Begin an evaluation beside the training if one is due; `measure_last` makes the last one."""
+    def begin_if_due(self, published: Callable[[], Awaitable[None]]) -> None:
+        """Begin an evaluation beside the training if one is due; `measure_last` makes the last one.
+
+        Args:
+            published: returns once the engines have been offered the weights.
+        """
         spec, version = self._books.live.evaluation, self._books.version
         if spec is None or self._examiner is None or version >= self._books.live.training.max_steps:
             return
@@ -65,7 +69,7 @@ class EvaluationSchedule:
         if self._beside is not None and not self._beside.done():
             log.info("step %d: the evaluation before it still runs, so this one is left out", version)
             return
-        self._beside = asyncio.create_task(self._measure_beside(), name="evaluation")
+        self._beside = asyncio.create_task(self._measure_beside(published), name="evaluation")
 
     async def measure_last(self, boundary: Boundary) -> None:
         """Wait for an evaluation that still runs, then measure the policy after its last step."""
@@ -73,7 +77,7 @@ class EvaluationSchedule:
             return
         self._metrics.update(state="Evaluating")
         await self._end_beside(boundary)
-        await self._measure(boundary, trainer_waits=True)
+        await self._measure(self._books.version, boundary, trainer_waits=True)
 
     def cancel(self) -> None:
         """Break off an evaluation that runs beside the training."""
@@ -92,15 +96,17 @@ class EvaluationSchedule:
         finally:
             self._beside.cancel()
 
-    async def _measure_beside(self) -> None:
+    async def _measure_beside(self, published: Callable[[], Awaitable[None]]) -> None:
         async def nothing() -> None:
             """The training loop itself sees to its boundaries."""
 
-        await self._measure(nothing, trainer_waits=False)
+        version = self._books.version
+        await published()
+        await self._measure(version, nothing, trainer_waits=False)
 
-    async def _measure(self, boundary: Boundary, *, trainer_waits: bool) -> Evaluated | None:
+    async def _measure(self, version: int, boundary: Boundary, *, trainer_waits: bool) -> Evaluated | None:
         assert self._examiner is not None
-        version, limit = self._books.version, self._books.live.sampling.max_new_tokens
+        limit = self._books.live.sampling.max_new_tokens
         evaluated = await self._examiner.run(version, limit, boundary)
         if evaluated is None:
             return None

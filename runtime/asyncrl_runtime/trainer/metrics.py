@@ -69,8 +69,9 @@ class Metrics:
         """Append one step's line and renew the report.
 
         Args:
-            values: `step`, `step_seconds`, `wait_seconds`, perhaps `num_tokens`, `num_live_tokens`,
-                `rollout_load` and `skipped_updates`, and any others.
+            values: `step`, `step_seconds`, `wait_seconds`, perhaps `published_step` (the report's,
+                if it lags), `num_tokens`, `num_live_tokens`, `rollout_load` and `skipped_updates`, and
+                any others.
         """
         line = {"time": self._wall_clock().isoformat(timespec="milliseconds"), **values}
         self._write_line(self._path, line)
@@ -81,7 +82,7 @@ class Metrics:
         live = sum(step.get("num_live_tokens", step.get("num_tokens", 0)) for step in self._recent)
         remaining = (self.report.max_steps - values["step"]) * seconds / len(self._recent)
         self.update(
-            step=values["step"],
+            step=values.get("published_step", values["step"]),
             reward=values.get("reward_mean"),
             staleness_mean=values.get("staleness_mean"),
             staleness_p50=_whole(values.get("staleness_p50")),

@@ -11,6 +11,7 @@ and trained once.
 
 import logging
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 from asyncrl_runtime.contract.broker import TicketReturns
 from asyncrl_runtime.weights.fleet import Fleet
@@ -24,30 +25,55 @@ AGAIN_SECONDS, LONGEST_AGAIN_SECONDS = 10.0, 160.0
 wait doubles, so that workers which are slow rather than dead are not given ever more to do."""
 
 
-class Orphans:
-    """Finds delivered tickets that nobody holds. Pure but for the clock."""
+class _Unheld(NamedTuple):
+    """A ticket that was delivered, and that nobody says it holds."""
 
-    def __init__(self, fleet: Fleet, clock: Callable[[], float]) -> None:
+    since: float
+    """The time from which somebody could have said so."""
+    last_delivered: int
+    """The highest ticket that was delivered when it was first seen."""
+
+
+class Orphans:
+    """Finds delivered tickets that nobody holds. Pure but for the clock.
+
+    A worker that is given a ticket when its engine has just begun to drain, say, hands it back, and then the
+    ticket is queued until somebody has room. It is delivered before all that have never been. So nobody needs
+    to hand it back as long as no worker has room, and nothing else has been delivered since.
+
+    Args:
+        group_size: the samples of a ticket.
+    """
+
+    def __init__(self, fleet: Fleet, clock: Callable[[], float], group_size: int) -> None:
         self._fleet = fleet
         self._clock = clock
-        self._unheld_since: dict[int, float] = {}
+        self._group_size = group_size
+        self._unheld: dict[int, _Unheld] = {}
         self._not_before: dict[int, float] = {}
         self._pause: dict[int, float] = {}
         """The wait after the last time that a ticket was handed back, in seconds."""
 
-    def find(self, delivered: Iterable[int]) -> list[int]:
+    def find(self, delivered: Iterable[int], last_delivered: int) -> list[int]:
         """Return the tickets to be handed back now, and take it that they are.
 
         Args:
             delivered: tickets that a worker was given, and of which nothing has arrived.
+            last_delivered: the highest ticket that any worker was given.
         """
         now, held, left_behind = self._clock(), self._fleet.held, self._fleet.left_behind
         waiting = set(delivered)
         self._pause = {ticket: pause for ticket, pause in self._pause.items() if ticket in waiting}
         unheld = sorted(waiting - held)
         if self._fleet.has_busy:  # it may have been given any of them, and cannot say so yet
-            self._unheld_since = {}
-        self._unheld_since = {ticket: self._unheld_since.get(ticket, now) for ticket in unheld}
+            self._unheld = {}
+        new = _Unheld(now, last_delivered)
+        self._unheld = {ticket: self._unheld.get(ticket, new) for ticket in unheld}
+        if self._fleet.is_full(self._group_size):
+            self._unheld = {
+                ticket: each if last_delivered > each.last_delivered else each._replace(since=now)
+                for ticket, each in self._unheld.items()
+            }
         orphans = [ticket for ticket in unheld if ticket in left_behind or self._has_waited(ticket, now)]
         orphans = [ticket for ticket in orphans if now >= self._not_before.get(ticket, now)]
         for ticket in orphans:
@@ -57,16 +83,18 @@ class Orphans:
         return orphans
 
     def _has_waited(self, ticket: int, now: float) -> bool:
-        listened = min(now - self._unheld_since[ticket], self._fleet.seconds_heard())
+        listened = min(now - self._unheld[ticket].since, self._fleet.seconds_heard())
         return listened >= UNHELD_SECONDS
 
 
 class Reaper:
     """Hands back what dead workers held."""
 
-    def __init__(self, broker: TicketReturns, fleet: Fleet, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, broker: TicketReturns, fleet: Fleet, clock: Callable[[], float], group_size: int
+    ) -> None:
         self._broker = broker
-        self._orphans = Orphans(fleet, clock)
+        self._orphans = Orphans(fleet, clock, group_size)
 
     async def reap(self, waiting: Iterable[int]) -> list[int]:
         """Do it once; return the tickets that were handed back.
@@ -78,7 +106,8 @@ class Reaper:
             TransportError: the broker is away; call again.
         """
         last_delivered = await self._broker.last_delivered_ticket()
-        orphans = self._orphans.find(ticket for ticket in waiting if ticket <= last_delivered)
+        delivered = (ticket for ticket in waiting if ticket <= last_delivered)
+        orphans = self._orphans.find(delivered, last_delivered)
         if orphans:
             await self._broker.hand_back(orphans)
             log.warning("tickets %s are held by nobody: handed back", orphans[:20])

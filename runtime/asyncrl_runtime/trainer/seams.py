@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ from asyncrl_runtime.trainer.books.books import Books
 from asyncrl_runtime.trainer.books.checkpoints import Checkpoints
 from asyncrl_runtime.trainer.evaluation import Evaluated
 from asyncrl_runtime.trainer.job_streams import LostStreams
+from asyncrl_runtime.trainer.loop_watch import LoopWatch
 from asyncrl_runtime.trainer.metrics import Metrics
 from asyncrl_runtime.trainer.update.ranks import Command
 from asyncrl_runtime.weights.engines import Publisher
@@ -77,6 +78,7 @@ class AttemptParts:
     ranks: TrainerRanks
     fleet: Fleet
     weights: Publisher
+    """Publishes what the ranks have copied last."""
     checkpoints: Checkpoints
     examiner: Examiner | None
     """None if nothing is held out."""
@@ -86,5 +88,6 @@ class AttemptParts:
     """The failures of recorded steps that earlier attempts have met."""
     in_thread: Callable[..., Awaitable[Any]] = asyncio.to_thread
     """Calls a function that may wait for a disk, apart from the event loop."""
+    loop_watch: LoopWatch = field(default_factory=LoopWatch)
     disruption: Callable[[], str] = _none_announced
     """Returns what is about to end this trainer's pod; empty if nothing is announced."""

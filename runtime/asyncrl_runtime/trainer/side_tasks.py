@@ -57,7 +57,7 @@ class SideTasks:
         self._rows = rows
         self._order = PromptOrder(len(rows), spec.frozen.dataset.seed)
         self._fleet = fleet
-        self._reaper = Reaper(broker, fleet, clock)
+        self._reaper = Reaper(broker, fleet, clock, spec.frozen.sampling.group_size)
         self._spec = spec
         self._live_file = live_file
         self._live_text, self._live_fault = "", ""

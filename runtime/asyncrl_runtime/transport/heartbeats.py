@@ -5,11 +5,13 @@ interpreter's lock, a regular expression without end, say, does hold the thread 
 """
 
 import asyncio
+import contextlib
 import logging
 import threading
 from collections.abc import Callable
 
 from asyncrl_api.names import JobNames, NatsAddress
+from asyncrl_runtime.contract.bell import Bell
 from asyncrl_runtime.contract.broker import TransportError
 from asyncrl_runtime.contract.messages import Heartbeat, encode
 from asyncrl_runtime.transport.broker import Broker, asking
@@ -18,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 class Heartbeats:
-    """Publishes what `latest` returns every `seconds`, until `run` is cancelled."""
+    """Publishes what `latest` returns every `seconds`, and when told to, until `run` is cancelled."""
 
     def __init__(
         self,
@@ -34,6 +36,15 @@ class Heartbeats:
         self._latest = latest
         self._seconds = seconds
         self._stopping = threading.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        """The thread's."""
+        self._due = Bell()
+
+    def now(self) -> None:
+        """Have the next one published at once, if the thread runs; called from another."""
+        with contextlib.suppress(RuntimeError):  # its loop has just been closed
+            if self._loop is not None:
+                self._loop.call_soon_threadsafe(self._due.ring)
 
     async def run(self) -> None:
         """Publish in the thread until cancelled, through outages of the broker; raise what ends it."""
@@ -54,6 +65,7 @@ class Heartbeats:
             self._stopping.set()
 
     async def _publish(self) -> None:
+        self._loop = asyncio.get_running_loop()
         while not self._stopping.is_set():
             try:
                 broker = await Broker.connect(self._address, self._names, f"{self._worker}-heartbeats")
@@ -74,4 +86,4 @@ class Heartbeats:
                     await broker.client.publish(subject, encode(self._latest()))
             except TransportError as error:
                 log.info("%s", error)
-            await asyncio.sleep(self._seconds)
+            await self._due.wait(self._seconds)

@@ -31,6 +31,7 @@ class WorkerEnd:
         self._worker = worker
         self._state = state
         self._resume_points = ResumePoints(broker, names, state)
+        self._heartbeats: Heartbeats | None = None
 
     @classmethod
     async def connect(cls, address: NatsAddress, names: JobNames, worker: str) -> Self:
@@ -59,8 +60,12 @@ class WorkerEnd:
     # -- trainer and state
 
     async def beat(self, latest: Callable[[], Heartbeat], seconds: float) -> None:
-        heartbeats = Heartbeats(self._address, self._names, self._worker, latest, seconds)
-        await heartbeats.run()
+        self._heartbeats = Heartbeats(self._address, self._names, self._worker, latest, seconds)
+        await self._heartbeats.run()
+
+    def beat_now(self) -> None:
+        if self._heartbeats is not None:
+            self._heartbeats.now()
 
     async def answer_requests(self, answer: Callable[[bytes], Awaitable[bytes]]) -> None:
         one_by_one = asyncio.Lock()  # a probe waits for what the engine has not done yet

@@ -226,6 +226,7 @@ class Engines:
         self._at: dict[Member, PolicyVersion] = {}
         self._refused_updates = RefusedUpdates()
         self._failed_after: dict[str, Heartbeat] = {}  # worker -> its last word before it failed
+        self._drains_after: dict[Member, Heartbeat] = {}  # its last word before it was asked to drain
 
     def behind(self, version: PolicyVersion) -> list[Member]:
         """Return the engines that live and are not known to have `version`.
@@ -250,9 +251,27 @@ class Engines:
         """Let go of the engines; never waits for anybody."""
 
     async def _drained(self, members: list[Member], version: PolicyVersion) -> list[Member]:
-        """Have all let their samples finish; return those that did. The others are asked again later."""
-        replies = await self._ask(members, DrainEngine(version=version), self._timeout)
-        return [member for member, reply in replies.items() if reply is not None and reply.ok]
+        """Have all let their samples finish; return those that did.
+
+        Each is asked once, or twice if its heartbeat crosses the question. After that its heartbeats say how
+        far it is, and one comes as soon as it is done: this may be called at every heartbeat of every worker.
+        """
+        beats = {(beat.worker, beat.engine): beat for beat in self._fleet.living}
+        states = {member: self._drain_state(member, beats[member]) for member in members if member in beats}
+        unasked = [member for member in members if states.get(member) not in ("draining", "drained", "asked")]
+        replies = await self._ask(unasked, DrainEngine(version=version), self._timeout)
+        self._drains_after = {member: beat for member, beat in self._drains_after.items() if member in beats}
+        answered = {member: reply for member, reply in replies.items() if reply is not None}
+        self._drains_after |= {member: beats[member] for member in answered if member in beats}
+        done = {member for member, reply in answered.items() if reply.ok}
+        return [member for member in members if member in done or states.get(member) == "drained"]
+
+    def _drain_state(self, member: Member, beat: Heartbeat) -> str:
+        """Return an engine's state by its last word, or `asked` if it has said nothing since it was asked."""
+        if beat is self._drains_after.get(member):
+            return "asked"
+        is_outdated = beat.version != self._at.get(member, beat.version)  # it got a version since it spoke
+        return "ready" if is_outdated else beat.engine_state
 
     def _remember_failures(self, failed: Iterable[Member]) -> None:
         failed = set(failed)

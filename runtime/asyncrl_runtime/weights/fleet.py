@@ -87,6 +87,14 @@ class Fleet:
         """Whether a worker that may be alive is late, so that it cannot say what it was given."""
         return any(beat.late_seconds >= LATE_SECONDS for beat in self._last_words(dead=False))
 
+    def is_full(self, group_size: int) -> bool:
+        """Return whether there are workers, and none of them could take a ticket now."""
+        rooms = [
+            beat.engine_state == "ready" and beat.num_running_samples + group_size <= beat.max_running_samples
+            for beat in self.living
+        ]
+        return bool(rooms) and not any(rooms)
+
     @property
     def held(self) -> set[int]:
         """The tickets that are held by workers that may be alive."""

@@ -20,6 +20,7 @@ from asyncrl_runtime.trainer.update.policy import Policy
 from asyncrl_runtime.transport.broker import Broker
 from asyncrl_runtime.transport.streams import make_streams
 from asyncrl_runtime.weights.bucket import PublishedWeights
+from asyncrl_runtime.weights.copies import ShareCopy, make_copy_group
 from asyncrl_runtime.weights.fleet import Fleet
 from asyncrl_runtime.weights.group import TorchGroups
 from asyncrl_runtime.weights.publisher import WeightPublisher
@@ -85,13 +86,15 @@ class PolicyAndEngines:
 
 
 def weights_of(policy: Policy, bucket_megabytes: int) -> PublishedWeights:
-    async def gather(names: tuple[str, ...]) -> Tensor:
-        bucket = await asyncio.to_thread(policy.bucket, names)
-        assert bucket is not None
-        return bucket
+    """Return a copy of the weights as they are now."""
+    layout = [policy.layout(names) for names in policy.buckets(bucket_megabytes * 2**20)]
+    copy = ShareCopy(layout, policy.shares, make_copy_group())
+    copy.take()
 
-    layout = tuple(map(policy.layout, policy.buckets(bucket_megabytes * 2**20)))
-    return PublishedWeights(layout, gather)
+    async def gather(names: tuple[str, ...]) -> Tensor:
+        return await asyncio.to_thread(copy.gather, names)
+
+    return PublishedWeights(copy.layout, gather)
 
 
 @contextlib.asynccontextmanager

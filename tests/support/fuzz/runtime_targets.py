@@ -105,6 +105,7 @@ class _Stream:
         if batch is not None:
             self.books.close(batch)
             self.books.advance(batch)
+            self.books.publish(self.books.version)
         self.books.issued(max(self.books.num_issued, self.books.limit))
         if self.books.version > 3 or self.sequence > 500:
             self._start()

@@ -132,7 +132,8 @@ class Books:
         self._recorded = list(recorded)
         self._is_recorded_lost = False
         self._pending: list[Discard] = []
-        self._num_in_step = 0  # tickets of a step that is recorded but not published
+        self._unpublished: dict[int, int] = {}  # tickets of recorded steps, by the version that they make
+        self._published = version
         self._discard_count = DiscardCount()
         self._reward_type = spec.reward.type
         self._rewards = rewards
@@ -155,8 +156,16 @@ class Books:
 
     @property
     def version(self) -> int:
-        """The number of steps whose weights were published or offered."""
+        """The trainer's version: the number of steps that were trained. Batches are judged by it."""
         return self._version
+
+    @property
+    def published(self) -> int:
+        """The number of steps whose weights were published or offered. The gate goes by it.
+
+        It lags behind `version` while weights are published beside the next step.
+        """
+        return self._published
 
     @property
     def book(self) -> TicketBook:
@@ -209,12 +218,12 @@ class Books:
         """
         staleness = self._live.staleness
         return self._book.limit(
-            version=self._version,
+            version=self._published,
             batch_size=self._batch_size,
             max_versions=staleness.max_versions,
             max_steps=self._live.training.max_steps,
             at_most=self._freshness.open_tickets(staleness.target, self._batch_size, staleness.max_versions),
-            num_in_step=self._num_in_step,
+            num_in_step=sum(self._unpublished.values()),
             pending={discard.ticket for discard in self._pending},
         )
 
@@ -421,22 +430,28 @@ class Books:
         discarded = [ticket for tickets in batch.discards.values() for ticket in tickets]
         self._book.train(batch.tickets)
         self._book.discard(discarded)
-        self._num_in_step = len(batch.tickets)
+        self._unpublished[batch.version + 1] = len(batch.tickets)
         for ticket in (*batch.tickets, *discarded):
             self.inbox.close(ticket)
             self._verdicts.forget(ticket)
         self._pending = [discard for discard in self._pending if not self._book.is_closed(discard.ticket)]
 
     def advance(self, batch: Batch) -> None:
-        """Move the gate, now that the step's weights are published or offered."""
+        """Note that a step is trained. The gate stays until its weights are published."""
         self._version = batch.version + 1
-        self._num_in_step = 0
         if batch.is_repeat:
             self._recorded.pop(0)
         for group in batch.groups:
             self.counters.num_dropped_samples += group.num_dropped_samples
             self.counters.num_masked_tokens += group.num_masked_tokens
         self._discard_count.step_ended(self._num_issued)
+
+    def publish(self, version: int) -> None:
+        """Move the gate, now that a version, and so all before it, is published or offered."""
+        assert version <= self._version, f"version {version} is published before it is trained"
+        self._published = max(self._published, version)
+        for made in [made for made in self._unpublished if made <= version]:
+            del self._unpublished[made]
         self.gate_moved.ring()
 
     @property

@@ -5,7 +5,7 @@ journey 1 of docs/architecture.md.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import numpy as np
@@ -36,7 +36,7 @@ def surviving_version(sampled: PolicyVersion, began: Mapping[int, int]) -> int:
         began: the version at which each attempt began new steps (attempt -> version).
     """
     cuts = [version for attempt, version in began.items() if attempt > sampled.attempt]
-    return min([sampled.version, *cuts])
+    return min(sampled.version, *cuts) if cuts else sampled.version
 
 
 def span_staleness(sample: Sample, version: int, began: Mapping[int, int]) -> tuple[int, ...]:
@@ -115,13 +115,15 @@ def assess(
         return rejected
     live, num_masked, num_in_loss = [], 0, 0
     for sample in group.samples:
-        fresh = LiveSample(sample, span_staleness(sample, version, began), rule.max_versions)
-        num_sampled = int(sample.mask().sum())
-        num_too_old = num_sampled - int(fresh.loss_mask.sum())
+        by_span, num_sampled = span_staleness(sample, version, began), sample.num_sampled
+        num_too_old = 0
+        if max(by_span) > rule.max_versions:
+            masked = LiveSample(sample, by_span, rule.max_versions)
+            num_too_old = num_sampled - int(masked.loss_mask.sum())
         if rule.on_exceed == "Drop" and num_too_old:
             continue
         is_masked = rule.on_exceed == "Mask" and num_too_old > 0
-        live.append(fresh if is_masked else replace(fresh, oldest=None))
+        live.append(LiveSample(sample, by_span, rule.max_versions if is_masked else None))
         num_masked += num_too_old if is_masked else 0
         num_in_loss += num_sampled - (num_too_old if is_masked else 0)
     if len(live) < min(2, group.group_size) or num_in_loss == 0:

@@ -1,6 +1,6 @@
 """A policy that takes the time of a device model and learns nothing: everything around it is what trains."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from asyncrl_runtime.contract.messages import BucketLayout
 from asyncrl_runtime.emulation.device import DeviceModel
+from asyncrl_runtime.emulation.emulated_copy import EmulatedCopy
 from asyncrl_runtime.trainer.sealing import seal
 from asyncrl_runtime.trainer.update import diagnostics
 from asyncrl_runtime.trainer.update.packing import MicroBatch
@@ -91,9 +92,12 @@ class EmulatedPolicy:
     def layout(self, names: Sequence[str]) -> BucketLayout:
         return BucketLayout(tuple(names), ("uint8",), ((_size(names),),))
 
-    def bucket(self, names: Sequence[str]) -> Tensor:
-        """Return a bucket that has its size, and no memory."""
-        return torch.empty(_size(names), dtype=torch.uint8, device="meta")
+    def shares(self, names: Sequence[str]) -> Iterator[Tensor]:
+        raise NotImplementedError("there are no weights: `make_copy` makes a copy that has none")
+
+    def make_copy(self, layout: Sequence[BucketLayout]) -> EmulatedCopy:
+        """Return a copy of these weights that takes its time."""
+        return EmulatedCopy(layout, self._spend, self._gpus * self.world_size)
 
     def adapter(self) -> Adapter:
         raise NotImplementedError("emulated trainers have no adapters; a rule of the manifest says so")

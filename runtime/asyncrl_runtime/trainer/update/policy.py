@@ -44,7 +44,8 @@ from asyncrl_runtime.trainer.update.saved_files import HeldBack, ignore, make_un
 from asyncrl_runtime.trainer.update.together import DiskWork
 from asyncrl_runtime.trainer.update.token_logprobs import token_logprobs
 from asyncrl_runtime.weights.adapter_publisher import Adapter
-from asyncrl_runtime.weights.bucket import BucketBuffer, describe
+from asyncrl_runtime.weights.bucket import describe
+from asyncrl_runtime.weights.copies import share_of
 
 _TAG = "policy"
 _TORCH_DTYPES = {"BFloat16": torch.bfloat16, "Float32": torch.float32}
@@ -122,7 +123,6 @@ class Policy:
         self._is_decayed = [_num_dimensions(group["params"][0]) >= 2 for group in groups]
         with _without_prints():
             self._engine = library.initialize(model=model, model_parameters=groups, config=config)[0]
-        self._buffer = BucketBuffer()
         self._reference: Callable[[MicroBatch], tuple[Tensor, Tensor]] | None = None
         self._keep_reference(algorithm.kl_coefficient > 0)
 
@@ -253,16 +253,15 @@ class Policy:
         chosen = {name: self._parameters[name] for name in names}
         return describe((name, each.dtype, _shape(each)) for name, each in chosen.items())
 
-    @torch.no_grad()
-    def bucket(self, names: Sequence[str]) -> Tensor | None:
-        """See the protocol. A rank holds its share and one whole weight; rank 0 also holds two buckets."""
-        weights = self.weights(names)
-        if dist.get_rank() != 0:
-            for _ in weights:  # rank 0 needs this rank's shares
-                pass
-            return None
-        num_bytes = sum(_num_bytes(self._parameters[name]) for name in names)
-        return self._buffer.fill(weights, num_bytes, self.device)
+    def shares(self, names: Sequence[str]) -> Iterator[Tensor]:
+        found = self._parameters
+        for name in names:
+            share = share_of(_num_elements(found[name]), dist.get_rank(), self.world_size)
+            if self.is_sharded and (own := _own_share(found[name], share)) is not None:
+                yield own
+                continue
+            with self._whole(found[name]):
+                yield found[name].detach().reshape(-1)[share]
 
     def weights(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
         """Yield weights by their Hugging Face names. If the policy is sharded, every rank must exhaust this.
@@ -526,9 +525,32 @@ def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
+def _num_elements(parameter: nn.Parameter) -> int:
+    """Return the size of the whole parameter, of which ZeRO 3 leaves only a share here."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
 def _num_bytes(parameter: nn.Parameter) -> int:
-    """Return the bytes of the whole parameter, of which ZeRO 3 leaves only a share here."""
-    return int(getattr(parameter, "ds_numel", parameter.numel())) * parameter.element_size()
+    return _num_elements(parameter) * parameter.element_size()
+
+
+def _own_share(parameter: nn.Parameter, share: slice) -> Tensor | None:
+    """Return the share of a parameter that this rank holds under ZeRO 3, without padding.
+
+    None if it does not lie here as it is and divided in this way: on NVMe, quantized, or within sub-groups.
+    """
+    held: Any = getattr(parameter, "ds_tensor", None)
+    size = share.stop - share.start
+    is_plain = held is not None and held.dtype == parameter.dtype and not hasattr(held, "ds_quant_scale")
+    if not is_plain or held.status.name != "AVAILABLE" or held.ds_numel != _share_size(parameter):
+        return None
+    whole: Tensor = held.detach()
+    return whole.reshape(-1)[:size]
+
+
+def _share_size(parameter: nn.Parameter) -> int:
+    """Return the elements of each rank's share, with padding."""
+    return math.ceil(_num_elements(parameter) / dist.get_world_size())
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 Every data-parallel rank has a policy; a collective call must be made by all ranks.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -114,11 +114,10 @@ class TrainedPolicy(StepPolicy, Protocol):
         """Return how a bucket of these weights is laid out, which never changes; not collective."""
         ...
 
-    def bucket(self, names: Sequence[str]) -> Tensor | None:
-        """Return weights in the form in which engines get them; collective if the policy is sharded.
+    def shares(self, names: Sequence[str]) -> Iterator[Tensor]:
+        """Yield this rank's share of each of these weights (`weights.copies.share_of`), flat.
 
-        Returns:
-            On rank 0, [bytes] uint8 without gaps, valid until the next call but one; None on other ranks.
+        All ranks must exhaust it, with the same names. A tensor is valid until the next one is asked for.
         """
         ...
 

@@ -8,16 +8,16 @@ writes files for long is done beside an exchange of all ranks (`together.py`), a
 import asyncio
 import contextlib
 import logging
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from asyncrl_runtime.trainer.turn_clock import Measure, TurnClock, folder_bytes
 from asyncrl_runtime.trainer.update.failures import (
@@ -38,9 +38,11 @@ from asyncrl_runtime.trainer.update.shares import (
 )
 from asyncrl_runtime.trainer.update.step import StepOutcome, StepPlan, train_step
 from asyncrl_runtime.trainer.update.together import DiskWork, WorkFailed, work_together
-from asyncrl_runtime.weights.adapter_publisher import Adapter
+from asyncrl_runtime.weights.copies import RankCopy
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 COMMAND_SECONDS = 600.0
 """The longest time that a rank waits for the others within a command, and for the next command."""
@@ -88,10 +90,8 @@ class Logprobs:
 
 
 @dataclass(frozen=True)
-class Gather:
-    """Gather a bucket of weights, given by name, of which every rank has a share."""
-
-    names: tuple[str, ...]
+class CopyWeights:
+    """Copy what is published: every rank copies its share."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class PeerLost(Exception):
     """Another rank has died or hangs; this one cannot go on without it."""
 
 
-Command = Train | TrainShare | Save | Load | Export | Logprobs | Gather | Ping | Stop
+Command = Train | TrainShare | Save | Load | Export | Logprobs | CopyWeights | Ping | Stop
 
 
 class Ranks:
@@ -117,6 +117,7 @@ class Ranks:
     Args:
         commands_group: the group over which commands travel; it is gloo, whatever the policy's backend is.
         tokenizer: the tokenizer that exports contain.
+        copy: this rank's part of the copy that is published.
         clock: is told of every command; while one is carried out it is the trainer's turn.
     """
 
@@ -125,15 +126,18 @@ class Ranks:
         policy: TrainedPolicy,
         commands_group: dist.ProcessGroup,
         tokenizer: Any,
+        copy: RankCopy,
         clock: TurnClock,
     ) -> None:
         self.policy = policy
+        self._copy = copy
         self._clock = clock
         self._commands_group = commands_group
         self._tokenizer = tokenizer
         self._failure_note = FailureNote(dist.distributed_c10d._get_default_store())
         self._rank = dist.get_rank()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="policy")
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="copy")
         self._idle = asyncio.Event()
         self.must_stop: Callable[[], bool] = lambda: False
         """Rank 0's answer, before each micro-batch, to whether the step that is under way must not go on."""
@@ -141,6 +145,10 @@ class Ranks:
     async def run(self, command: Command) -> Any:
         """Let every rank carry out `command`; return rank 0's result, or raise what it raised."""
         loop = asyncio.get_running_loop()
+        if isinstance(command, CopyWeights):
+            await self.read_copy(_nothing)  # what was given up may still be reading it
+        if isinstance(command, Stop):
+            await self.read_copy(self._copy.close)
         self._idle.set()
         with self._clock.turn(_written_by(command)):
             work = loop.run_in_executor(self._thread, self._run_everywhere, command)
@@ -162,19 +170,18 @@ class Ranks:
             if done:
                 return work.result()
 
-    async def bucket(self, names: tuple[str, ...]) -> Tensor:
-        """Return the weights of these names, [bytes] uint8, valid until the next bucket but one."""
-        bucket: Tensor
-        if self.policy.is_sharded:
-            bucket = await self.run(Gather(names))
-        else:
-            bucket = await self.call(self.policy.bucket, names)
-        return bucket
+    async def read_copy(self, read: Callable[..., T], *arguments: Any) -> T:
+        """Run a function that reads the copy, beside commands, and after whatever read it before.
 
-    async def adapter(self) -> Adapter:
-        """Return the adapters that are trained."""
-        adapter: Adapter = await self.call(self.policy.adapter)
-        return adapter
+        Raises:
+            PeerLost: a rank whose share it needs is gone.
+        """
+
+        def named() -> T:
+            with _naming_lost_peers():
+                return read(*arguments)
+
+        return await asyncio.get_running_loop().run_in_executor(self._reader, named)
 
     async def keep_awake(self) -> None:
         """Ping the other ranks while there is nothing to do, until cancelled."""
@@ -195,29 +202,32 @@ class Ranks:
             pinging.cancel()
             await asyncio.wait([pinging])
 
-    async def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Run a function on rank 0 alone, in the policy's thread, so that no command runs beside it."""
-        loop = asyncio.get_running_loop()
-        with self._clock.turn():
-            return await loop.run_in_executor(self._thread, function, *arguments)
-
     def follow(self) -> None:
         """Carry out rank 0's commands until it says stop; the other ranks call this.
 
         Raises:
             PeerLost: rank 0 is gone, or has sent nothing for COMMAND_SECONDS.
         """
+        serving = threading.Thread(target=self._serve_copy, name="copy", daemon=True)
+        serving.start()
         while True:
             box: list[Command | None] = [None]
             with _naming_lost_peers():
                 dist.broadcast_object_list(box, src=0, group=self._commands_group)
                 if isinstance(box[0], Stop):
+                    serving.join(COMMAND_SECONDS)
                     return
                 assert box[0] is not None
                 try:
                     self._execute(box[0])
                 except (WorkFailed, StepStopped) as error:  # all ranks raise it; rank 0 decides what then
                     log.warning("%s: %s", type(box[0]).__name__, error)
+
+    def _serve_copy(self) -> None:
+        try:
+            self._copy.serve()
+        except RuntimeError as error:  # the next command says it as well
+            log.warning("rank 0 takes no more shares of the weights: %s", str(error).splitlines()[0])
 
     def _run_everywhere(self, command: Command) -> Any:
         with _naming_lost_peers():
@@ -249,8 +259,8 @@ class Ranks:
                 self._write(lambda _: self.policy.load(folder, scratch))
             case Export(folder):
                 self._write(self.policy.export(folder, self._tokenizer), folder_bytes(folder))
-            case Gather(names):
-                return self.policy.bucket(names)
+            case CopyWeights():
+                self._copy.take()
             case Logprobs(samples):
                 return [self.policy.logprobs([pack([sample])])[0] for sample in samples]
         return None
@@ -294,6 +304,10 @@ def make_commands_group() -> dist.ProcessGroup:
     group = dist.new_group(backend="gloo", timeout=timedelta(seconds=COMMAND_SECONDS))
     assert isinstance(group, dist.ProcessGroup)
     return group
+
+
+def _nothing() -> None:
+    pass
 
 
 @contextlib.contextmanager
