@@ -296,16 +296,15 @@ def measure_plain(check: Check, folder: Path, size: Size, batch: str, recompute:
 def measure_copy(check: Check, policy: Policy) -> dict[str, float]:
     """Copy all weights into host memory, pinned on a GPU, as a publication beside training needs them."""
     buckets = policy.buckets(BUCKET_BYTES)
-    kept: dict[tuple[str, ...], Tensor] = {}
+    kept: dict[tuple[tuple[str, ...], int], Tensor] = {}
 
     def copy() -> float:
         began = check.now()
         for names in buckets:
-            data = policy.bucket(names)
-            assert data is not None, "there is one rank"
-            if names not in kept:
-                kept[names] = torch.empty(data.nbytes, dtype=torch.uint8, pin_memory=data.is_cuda)
-            kept[names].copy_(data)
+            for place, data in enumerate(policy.shares(names)):
+                if (names, place) not in kept:
+                    kept[names, place] = torch.empty_like(data, device="cpu", pin_memory=data.is_cuda)
+                kept[names, place].copy_(data)
         return check.now() - began
 
     first, again = copy(), copy()
