@@ -120,8 +120,8 @@ class Publishing:
     def _ended(self, publication: asyncio.Task[None]) -> None:
         """Wake the trainer if that changes anything.
 
-        Not if no engine could take the version: those that drain, say, would be looked at again at once, and so
-        on, until one of them says something new.
+        Not if no engine could take the version: those that drain, say, would be looked at again at once, and
+        so on, until one of them says something new.
         """
         if publication.cancelled() or publication.exception() is not None or self._has_reached_engines:
             self._books.news.ring()
