@@ -29,18 +29,23 @@ class SlowWeights(FakeWeights):
     def __init__(self, seconds: float) -> None:
         super().__init__()
         self.seconds = seconds
-        self.num_running = 0
+        self.num_running = self.num_begun = 0
         self.fault: Exception | None = None
+        self.reaches_nobody = False
 
     async def publish(self, version: PolicyVersion, interrupt: str) -> Published:
         assert self.num_running == 0, "one publication at a time"
         self.num_running += 1
+        self.num_begun += 1
         try:
             await asyncio.sleep(self.seconds)
         finally:
             self.num_running -= 1
         if self.fault is not None:
             raise self.fault
+        if self.reaches_nobody:
+            assert self.num_begun < 100, "they are asked without end"
+            return Published()
         return await super().publish(version, interrupt)
 
 
@@ -165,6 +170,31 @@ def test_an_engine_that_comes_in_mid_step_gets_the_published_version_at_once(tmp
         await asyncio.sleep(4)
         assert not step.done() and [each.version for each in rig.weights.published] == [0]
         await step
+
+    virtually(check)
+
+
+def test_engines_that_take_nothing_yet_are_asked_only_when_the_trainer_is_woken(
+    tmp_path: Path,
+) -> None:
+    """They drain, say. Each publication that reached nobody used to wake the trainer to begin another."""
+
+    async def check() -> None:
+        rig = Rig(tmp_path, publish_seconds=0)
+        rig.sampling.cancel()
+        rig.weights.reaches_nobody = rig.weights.are_behind = True
+        await rig.attempt.publish_weights()
+        waiting = asyncio.create_task(rig.attempt.next_batch())
+        await asyncio.sleep(1)
+        began = rig.weights.num_begun
+        rig.books.news.ring()  # a heartbeat
+        await asyncio.sleep(1)
+        assert rig.weights.num_begun == began + 1
+        rig.weights.reaches_nobody = False
+        rig.books.news.ring()
+        await asyncio.sleep(1)
+        assert rig.weights.published and not waiting.done()
+        waiting.cancel()
 
     virtually(check)
 
