@@ -136,6 +136,8 @@ TRANSITIONS = {
     "spec.scheduling.priorityClassName": "spec.scheduling.priorityClassName=high",
     "spec.trainer.deepspeed.zeroStage": "spec.trainer.deepspeed.zeroStage=3",
     "spec.training.maxSteps": "spec.training.maxSteps=199",
+    "spec.weightSync.mode": "spec.weightSync.mode=Staged",
+    "spec.weightSync.stagingMegabytes": "spec.weightSync.stagingMegabytes=100",
 }
 ONE_VALUE = {"spec.trainer.backend", "spec.scheduling.startOrder"}
 """Their type has no other value to change to."""
@@ -149,10 +151,11 @@ def test_every_transition_is_tried() -> None:
 
 
 def test_an_edit_is_refused_in_the_words_of_validate(server: Server) -> None:
-    created = server.create()
-    old = to_manifest(parse_job(BASE))
+    sized = "spec.weightSync.stagingMegabytes=1000"  # without which no mode but Direct is one
+    base, created = apply_overrides(BASE, [sized]), server.create(sized)
+    old = to_manifest(parse_job(base))
     for path, override in TRANSITIONS.items():
-        new = to_manifest(parse_job(apply_overrides(BASE, [override])))
+        new = to_manifest(parse_job(apply_overrides(base, [override])))
         ((our_field, ours),) = violations(new, old)
         ((their_field, theirs),) = refusals(server.judge_update(apply_overrides(created, [override])))
         assert our_field == their_field == path
