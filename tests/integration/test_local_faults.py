@@ -282,9 +282,9 @@ def reward(prompt, response, row):
 def test_a_trainer_that_waits_for_long_answers_does_not_hang(tmp_path: Path) -> None:
     manifest = write_job(tmp_path, JOB)
     (tmp_path / "slow.py").write_text(ENDLESS_REWARD)
-    more = ("training.maxSteps=1", "reward.function=slow:reward", "reward.timeoutSeconds=60", WITH_LIMIT)
-    more += ("training.batchSize=1", "training.minibatches=1")
-    with CliRun(manifest, tmp_path / "run", *settings(*more)) as run:
+    one_step = ("training.maxSteps=1", "training.batchSize=1", "training.minibatches=1", WITH_LIMIT)
+    more = settings("reward.function=slow:reward", "reward.timeoutSeconds=60", *one_step)
+    with CliRun(manifest, tmp_path / "run", *more) as run:
         assert run.wait(240) == 0
     assert "killed" not in run.output and "restarted" not in run.output
     assert max(line["wait_seconds"] for line in run.steps) > HANG_SECONDS
