@@ -78,6 +78,7 @@ class Rig:
         parts = make_attempt_parts(
             folder, spec, self.books, FakeStreams(), self.ranks, self.weights, None, self.clock
         )
+        self.metrics = parts.metrics
         self.attempt = Attempt(parts, None)
         self.sampling = asyncio.create_task(self._sample())
 
@@ -170,6 +171,19 @@ def test_an_engine_that_comes_in_mid_step_gets_the_published_version_at_once(tmp
         await asyncio.sleep(4)
         assert not step.done() and [each.version for each in rig.weights.published] == [0]
         await step
+
+    virtually(check)
+
+
+def test_the_report_of_a_stop_is_of_the_last_step_though_nobody_was_offered_it(tmp_path: Path) -> None:
+    async def check() -> None:
+        rig = Rig(tmp_path, publish_seconds=1)
+        await rig.attempt.publish_weights()
+        rig.attempt.request_stop()  # it comes within the step, which fits into the grace
+        await rig.step()
+        assert (rig.books.version, rig.books.published) == (1, 0)
+        await rig.attempt.stop()
+        assert (rig.metrics.report.state, rig.metrics.report.step) == ("Stopped", 1)
 
     virtually(check)
 

@@ -398,7 +398,8 @@ class Attempt:
 
     async def _end(self, message: str) -> str:
         await self._leave()
-        self._metrics.update(state="Stopped", message=message)
+        # Of the last step: its publication may have been broken off, and nothing samples any more.
+        self._metrics.update(state="Stopped", step=self.version, message=message)
         return message
 
     async def finish(self) -> None:
