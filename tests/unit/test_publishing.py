@@ -179,8 +179,10 @@ def test_the_report_of_a_stop_is_of_the_last_step_though_nobody_was_offered_it(t
     async def check() -> None:
         rig = Rig(tmp_path, publish_seconds=1)
         await rig.attempt.publish_weights()
-        rig.attempt.request_stop()  # it comes within the step, which fits into the grace
-        await rig.step()
+        step = asyncio.create_task(rig.step())
+        await asyncio.sleep(STEP_SECONDS / 2)
+        rig.attempt.request_stop()
+        await step
         assert (rig.books.version, rig.books.published) == (1, 0)
         await rig.attempt.stop()
         assert (rig.metrics.report.state, rig.metrics.report.step) == ("Stopped", 1)
